@@ -1,0 +1,1 @@
+"""Nonlinearity-Aware LoRA fine-tuning with MLX."""
