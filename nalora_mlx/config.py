@@ -1,5 +1,7 @@
 """Every setting and its default, declared once; strict reading of YAML and checks that report all problems."""
 
+from __future__ import annotations
+
 import dataclasses
 import difflib
 import math
@@ -370,7 +372,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the config file {path}: {error}") from None
     try:
-        content = yaml.load(text, Loader)  # noqa: S506 (Loader is a SafeLoader)
+        content = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

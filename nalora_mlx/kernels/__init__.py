@@ -1,0 +1,1 @@
+"""The gated residual of an adapted MLP and the statistics that NA-LoRA takes from it."""

@@ -1,0 +1,339 @@
+"""How adapters come into a model (`adapt`), are saved and loaded, and are merged into its weights (`fuse_model`)."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRASwitchLinear
+
+from nalora_mlx import layouts
+from nalora_mlx.config import NALoRAConfig, coerce, nearest
+from nalora_mlx.errors import InputError
+from nalora_mlx.layouts import Match
+from nalora_mlx.modules import Dropout, GatedMLP, LoRALinear, fuse_module
+
+ADAPTER_FILE = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+NA_KEY = "na_lora"  # the one key of adapter_config.json that is ours; mlx-lm ignores it
+
+SWITCH = (SwitchLinear, QuantizedSwitchLinear)
+EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+# --- adapt --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A gated MLP that NA-LoRA acts on."""
+
+    path: str
+    layout: str
+    activation: str
+    experts: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A gated MLP that stayed plain LoRA or untouched, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass
+class AdaptReport:
+    """What `adapt` did.
+
+    Attributes:
+        config: the settings, with `keys` and `num_layers` as they turned out.
+        gated: gated MLPs that NA-LoRA acts on.
+        skipped: gated MLPs left as plain LoRA or untouched, each with the reason.
+        plain: paths of all other adapted modules.
+        notices: what a person should know of the settings.
+    """
+
+    config: NALoRAConfig
+    gated: list[Gated] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    plain: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptReport:
+    """Attach NA-LoRA adapters to any mlx-lm model, in place, and freeze the rest.
+
+    The model's function does not change: lora_b is zero, and each gated MLP is rebuilt only if it gives the
+    original's output on random input; one that does not keeps plain LoRA on its linears and is listed in `skipped`.
+
+    Args:
+        model: a model as mlx-lm loads it, dense or quantized.
+        config: settings; the defaults if None.
+
+    Returns:
+        The report, which `train` and `save_adapter` find on the model again.
+
+    Raises:
+        InputError: the model is adapted already, or no key names a module of it.
+    """
+    config = config or NALoRAConfig()
+    if report_of(model) is not None:
+        raise InputError("the model is adapted already; fuse_model or load it again first")
+    targets, report = _select(model, config)
+    model.freeze()
+    adapters = {path: _lora(module, config, index) for index, (path, module) in enumerate(targets.items())}
+    for match in list(layouts.find(model)):
+        _adapt_gated(model, match, adapters, report)
+    for path, adapter in adapters.items():
+        _put(model, path, adapter)
+        report.plain.append(path)
+    for path in _expert_blocks(model):
+        report.skipped.append(Skipped(path, "experts stay plain LoRA"))
+    if not report.gated and config.active:
+        report.notices.append("no gate projection is adapted, so NA-LoRA acts nowhere: this is plain LoRA")
+    model.adapt_report = report
+    return report
+
+
+def report_of(model: nn.Module) -> AdaptReport | None:
+    """The report of the `adapt` that made this model what it is, or None."""
+    return getattr(model, "adapt_report", None)
+
+
+def gated_mlps(model: nn.Module) -> list[GatedMLP]:
+    """All gated MLPs that NA-LoRA acts on, first layer first."""
+    return [module for _, module in layouts.walk(model) if isinstance(module, GatedMLP)]
+
+
+def dropout_count(model: nn.Module) -> int:
+    """Number of dropout keys that a ForwardPass needs; 0 if nothing is dropped."""
+    indices = [m.index for _, m in model.named_modules() if isinstance(m, Dropout) and m.p > 0]
+    return max(indices, default=-1) + 1
+
+
+def _select(model: nn.Module, config: NALoRAConfig) -> tuple[dict[str, nn.Module], AdaptReport]:
+    """Find the modules to adapt, by full path, first layer first; resolve keys and num_layers."""
+    layers = list(model.layers)
+    notices = []
+    count = len(layers) if config.num_layers == -1 else config.num_layers
+    if count > len(layers):
+        notices.append(f"num_layers is {count}, the model has {len(layers)}: all of them are adapted")
+        count = len(layers)
+    chosen = {id(layer) for layer in layers[len(layers) - count :]}
+    paths = {id(module): path for path, module in model.named_modules()}
+    inside: dict[str, tuple[str, nn.Module]] = {}  # full path -> (key relative to its layer, module)
+    everywhere: set[str] = set()
+    for layer in layers:
+        for key, module in layer.named_modules():
+            if key and _adaptable(module):
+                everywhere.add(key)
+                if id(layer) in chosen:
+                    inside[f"{paths[id(layer)]}.{key}"] = (key, module)
+    outside = {path: m for path, m in model.named_modules() if path and path not in inside and _adaptable(m)}
+    if config.keys is None:
+        routers = _routers(model)
+        keys = tuple(sorted({key for path, (key, _) in inside.items() if path not in routers}))
+        targets = {path: module for path, (key, module) in inside.items() if key in keys}
+    else:
+        keys = config.keys
+        targets = {path: module for path, (key, module) in inside.items() if key in keys}
+        targets.update({path: module for path, module in outside.items() if path in keys})
+        unused = [k for k in keys if k not in outside and k not in {key for key, _ in inside.values()}]
+        known = sorted(everywhere | {p for p in outside if not any(p.endswith(f".{k}") for k in everywhere)})
+        for key in unused:
+            notices.append(f"key {key!r} names no linear or embedding layer to adapt{nearest(key, known)}")
+        if not targets:
+            raise InputError(
+                "keys: " + "; ".join(notices[-len(unused) :] or ["none is in the adapted layers"])
+            )
+    order = {path: position for position, (path, _) in enumerate(layouts.walk(model))}
+    targets = dict(sorted(targets.items(), key=lambda item: order[item[0]]))
+    return targets, AdaptReport(replace(config, keys=keys, num_layers=count), notices=notices)
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, layouts.LINEAR + SWITCH + EMBEDDING) or hasattr(module, "to_lora")
+
+
+def _expert_blocks(model: nn.Module) -> list[str]:
+    """Paths of modules that hold gate, up and down projections per expert."""
+    found = []
+    for path, module in model.named_modules():
+        children = [
+            child.linear if isinstance(child, LoRASwitchLinear) else child for child in module.values()
+        ]
+        if sum(isinstance(child, SWITCH) for child in children) >= 3:
+            found.append(path)
+    return found
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """Paths of linears that choose experts: beside an expert block, with one output per expert or only one."""
+    found = set()
+    for path, module in model.named_modules():
+        experts = {m.num_experts for _, m in module.named_modules() if isinstance(m, SWITCH)}
+        for name, child in module.items():
+            if isinstance(child, layouts.LINEAR) and experts and layouts.output_dims(child) in (*experts, 1):
+                found.add(f"{path}.{name}" if path else name)
+    return found
+
+
+def _lora(module: nn.Module, config: NALoRAConfig, index: int) -> nn.Module:
+    """Wrap a module in the adapter of its kind."""
+    dropout = Dropout(config.dropout, index)
+    if isinstance(module, layouts.LINEAR):
+        return LoRALinear(module, config.rank, config.scale, dropout)
+    settings = {"r": config.rank, "dropout": config.dropout, "scale": config.scale}
+    if hasattr(module, "to_lora"):
+        return module.to_lora(**settings)
+    kind = LoRASwitchLinear if isinstance(module, SWITCH) else LoRAEmbedding
+    adapter = kind.from_base(module, **settings)
+    adapter.dropout = dropout
+    return adapter
+
+
+def _adapt_gated(model: nn.Module, match: Match, adapters: dict[str, nn.Module], report: AdaptReport) -> None:
+    """Rebuild one gated MLP on its adapters and take them from the list; or say why not."""
+    paths = {name: f"{match.path}.{name}" for name in match.layout.projections}
+    if not any(paths[name] in adapters for name in (match.layout.gate, match.layout.up)):
+        return
+    try:
+        activation = layouts.identify(match)
+        projections = {name: adapters.get(path, match.module[name]) for name, path in paths.items()}
+        gated = GatedMLP(match.path, match.module, match.layout, activation, projections, report.config)
+        gate = match.module[match.layout.gate]
+        layouts.verify(match.module, gated, layouts.input_dims(gate), _compute_dtype(gate))
+    except ValueError as error:
+        report.skipped.append(Skipped(match.path, f"stays plain LoRA: {error}"))
+        return
+    for path in paths.values():
+        adapters.pop(path, None)
+    _put(model, match.path, gated)
+    report.gated.append(Gated(match.path, match.layout.name, activation.name, experts=0))
+
+
+def _compute_dtype(linear: nn.Module) -> mx.Dtype:
+    """The dtype in which a layer's outputs come: of its weight, or of its scales where these are floats."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear.weight.dtype
+    return linear.scales.dtype if mx.issubdtype(linear.scales.dtype, mx.floating) else mx.bfloat16
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the module at a dotted path."""
+    parent: Any = model
+    *way, name = path.split(".")
+    for step in way:
+        parent = parent[int(step)] if isinstance(parent, list | tuple) else getattr(parent, step)
+    if isinstance(parent, list):
+        parent[int(name)] = module
+    else:
+        parent[name] = module
+
+
+# --- fuse ---------------------------------------------------------------------------------------------------
+
+
+def fuse_model(model: nn.Module, bits: int | None = 8, dequantize: bool = False) -> dict[str, nn.Module]:
+    """Merge all adapters into the weights, in place; the module tree is the base model's again.
+
+    Args:
+        model: an adapted model, by `adapt` or by mlx-lm.
+        bits: what a quantized, adapted layer becomes: 8 keeps the update, 4 mostly loses it; None for the bits that
+            it has. Layers without an adapter keep their bits untouched.
+        dequantize: leave adapted layers dense instead.
+
+    Returns:
+        The merged layers by path.
+    """
+    merged = {path for path, module in model.named_modules() if "lora_a" in module}
+    for gated in gated_mlps(model):
+        _put(model, gated.path, gated.fuse(bits, dequantize))
+    for path, module in list(model.named_modules()):
+        if (fused := fuse_module(module, bits, dequantize)) is not module:
+            _put(model, path, fused)
+    if report_of(model) is not None:
+        del model.adapt_report
+    return {path: module for path, module in model.named_modules() if path in merged}
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
+    """The trainable arrays by path, as they stand in adapters.safetensors."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def adapter_description(model: nn.Module) -> dict[str, Any]:
+    """The content of adapter_config.json: what an unmodified mlx-lm needs, and our settings under one key."""
+    report = report_of(model)
+    if report is None:
+        raise InputError("the model has no adapters; call adapt first")
+    config = report.config
+    return {
+        "fine_tune_type": "lora",
+        "num_layers": config.num_layers,
+        "lora_parameters": config.lora_parameters,
+        NA_KEY: config.na_parameters,
+    }
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load trained arrays into an adapted model.
+
+    Raises:
+        InputError: the file is missing or unreadable, or lists every array that does not fit, with both shapes.
+    """
+    if not path.exists():
+        raise InputError(f"no adapter weights at {path}")
+    try:
+        loaded: dict[str, mx.array] = dict(mx.load(str(path)))  # type: ignore[arg-type]
+    except Exception as error:
+        raise InputError(f"{path} is no readable safetensors file ({error})") from None
+    wanted = adapter_weights(model)
+    problems = [f"{name} is missing" for name in wanted if name not in loaded]
+    for name, array in loaded.items():
+        if name not in wanted:
+            problems.append(f"{name} is no trainable array of the model")
+        elif array.shape != wanted[name].shape:
+            problems.append(f"{name} is {array.shape}, the model has {wanted[name].shape}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(
+            f"{path} does not fit the model (same --rank, --keys and --num-layers?): {'; '.join(problems[:3])}{more}"
+        )
+    model.load_weights([(name, a.astype(wanted[name].dtype)) for name, a in loaded.items()], strict=False)
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> AdaptReport:
+    """Adapt a base model as a saved LoRA adapter says, and load its weights.
+
+    Args:
+        model: the base model.
+        directory: holds adapters.safetensors and adapter_config.json, ours or mlx-lm's.
+
+    Raises:
+        InputError: something is missing, of another kind than LoRA, or does not fit the model.
+    """
+    path = Path(directory) / ADAPTER_CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"no adapter in {directory}: {ADAPTER_CONFIG} is missing; check --adapter-path"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if content.get("fine_tune_type", "lora") != "lora":
+        raise InputError(f"{path}: a {content['fine_tune_type']} adapter; load it with mlx-lm")
+    lora = {k: content["lora_parameters"].get(k) for k in ("rank", "scale", "dropout", "keys")}
+    settings = {**lora, "num_layers": content["num_layers"], **content.get(NA_KEY, {})}
+    report = adapt(model, NALoRAConfig(**coerce(settings, NALoRAConfig, str(path))))
+    load_weights(model, Path(directory) / ADAPTER_FILE)
+    return report
