@@ -1,1 +1,31 @@
 """Nonlinearity-Aware LoRA fine-tuning with MLX."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nalora_mlx.adapters import adapt, fuse_model, load_adapter
+    from nalora_mlx.config import NALoRAConfig, TrainingConfig
+    from nalora_mlx.errors import InputError
+    from nalora_mlx.trainer import train
+
+__all__ = ["InputError", "NALoRAConfig", "TrainingConfig", "adapt", "fuse_model", "load_adapter", "train"]
+
+_HOMES = {
+    "InputError": "errors",
+    "NALoRAConfig": "config",
+    "TrainingConfig": "config",
+    "adapt": "adapters",
+    "fuse_model": "adapters",
+    "load_adapter": "adapters",
+    "train": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, not on import: mlx and mlx-lm take longer to import than a --help may take.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

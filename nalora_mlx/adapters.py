@@ -9,10 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRASwitchLinear
 
 from nalora_mlx import layouts
-from nalora_mlx.config import NALoRAConfig, coerce, nearest
+from nalora_mlx.config import NALoRAConfig, coerce, nearest, reject_unknown
 from nalora_mlx.errors import InputError
 from nalora_mlx.layouts import Match
 from nalora_mlx.modules import Dropout, GatedMLP, LoRALinear, fuse_module
@@ -51,6 +52,7 @@ class AdaptReport:
     """What `adapt` did.
 
     Attributes:
+        fine_tune_type: "lora" or "dora", as mlx-lm calls the kind of adapter.
         config: the settings, with `keys` and `num_layers` as they turned out.
         gated: gated MLPs that NA-LoRA acts on.
         skipped: gated MLPs left as plain LoRA or untouched, each with the reason.
@@ -58,6 +60,7 @@ class AdaptReport:
         notices: what a person should know of the settings.
     """
 
+    fine_tune_type: str
     config: NALoRAConfig
     gated: list[Gated] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -82,8 +85,6 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptReport:
         InputError: the model is adapted already, or no key names a module of it.
     """
     config = config or NALoRAConfig()
-    if report_of(model) is not None:
-        raise InputError("the model is adapted already; fuse_model or load it again first")
     targets, report = _select(model, config)
     model.freeze()
     adapters = {path: _lora(module, config, index) for index, (path, module) in enumerate(targets.items())}
@@ -97,6 +98,30 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptReport:
     if not report.gated and config.active:
         report.notices.append("no gate projection is adapted, so NA-LoRA acts nowhere: this is plain LoRA")
     model.adapt_report = report
+    return report
+
+
+def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptReport:
+    """Attach mlx-lm's DoRA adapters to linear and embedding layers, in place, and freeze the rest.
+
+    NA-LoRA does not act on them: DoRA rescales whole output channels, gates included.
+
+    Raises:
+        InputError: as `adapt`; or the adapted layers hold experts, for which mlx-lm has no DoRA.
+    """
+    targets, report = _select(model, config)
+    model.freeze()
+    for index, (path, module) in enumerate(targets.items()):
+        if isinstance(module, SWITCH):
+            raise InputError(
+                f"{path}: there is no DoRA for expert layers; use lora, or name --keys without them"
+            )
+        kind = DoRAEmbedding if isinstance(module, EMBEDDING) else DoRALinear
+        adapter = kind.from_base(module, r=config.rank, scale=config.scale, dropout=config.dropout)
+        adapter.dropout = Dropout(config.dropout, index)
+        _put(model, path, adapter)
+        report.plain.append(path)
+    model.adapt_report = replace(report, fine_tune_type="dora")
     return report
 
 
@@ -118,6 +143,8 @@ def dropout_count(model: nn.Module) -> int:
 
 def _select(model: nn.Module, config: NALoRAConfig) -> tuple[dict[str, nn.Module], AdaptReport]:
     """Find the modules to adapt, by full path, first layer first; resolve keys and num_layers."""
+    if report_of(model) is not None:
+        raise InputError("the model is adapted already; fuse_model or load it again first")
     layers = list(model.layers)
     notices = []
     count = len(layers) if config.num_layers == -1 else config.num_layers
@@ -153,7 +180,7 @@ def _select(model: nn.Module, config: NALoRAConfig) -> tuple[dict[str, nn.Module
             )
     order = {path: position for position, (path, _) in enumerate(layouts.walk(model))}
     targets = dict(sorted(targets.items(), key=lambda item: order[item[0]]))
-    return targets, AdaptReport(replace(config, keys=keys, num_layers=count), notices=notices)
+    return targets, AdaptReport("lora", replace(config, keys=keys, num_layers=count), notices=notices)
 
 
 def _adaptable(module: nn.Module) -> bool:
@@ -277,7 +304,7 @@ def adapter_description(model: nn.Module) -> dict[str, Any]:
         raise InputError("the model has no adapters; call adapt first")
     config = report.config
     return {
-        "fine_tune_type": "lora",
+        "fine_tune_type": report.fine_tune_type,
         "num_layers": config.num_layers,
         "lora_parameters": config.lora_parameters,
         NA_KEY: config.na_parameters,
@@ -321,7 +348,51 @@ def load_adapter(model: nn.Module, directory: str | Path) -> AdaptReport:
     Raises:
         InputError: something is missing, of another kind than LoRA, or does not fit the model.
     """
+    content = read_description(Path(directory))
     path = Path(directory) / ADAPTER_CONFIG
+    if content.get("fine_tune_type", "lora") != "lora":
+        raise InputError(f"{path}: holds {content['fine_tune_type']!r}; load_adapter takes LoRA adapters")
+    try:
+        lora = {key: content["lora_parameters"][key] for key in ("rank", "scale", "dropout")}
+        settings = {
+            **lora,
+            "keys": content["lora_parameters"].get("keys"),
+            "num_layers": content["num_layers"],
+        }
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: {error} is missing; mlx-lm could not load this adapter either") from None
+    settings.update(content.get(NA_KEY, {}))
+    settings["num_layers"] = max(settings["num_layers"], 0) or -1  # mlx-lm takes 0 and below for all layers
+    reject_unknown(settings, NALoRAConfig.__dataclass_fields__, str(path))
+    report = adapt(model, NALoRAConfig(**coerce(settings, NALoRAConfig, str(path))))
+    load_weights(model, Path(directory) / ADAPTER_FILE)
+    return report
+
+
+def load_any_adapter(model: nn.Module, directory: Path) -> None:
+    """Load a LoRA adapter as `load_adapter` does; DoRA and full weights as mlx-lm does.
+
+    Raises:
+        InputError: something is missing or does not fit the model.
+    """
+    from mlx_lm.tuner.utils import load_adapters
+
+    if read_description(directory).get("fine_tune_type", "lora") == "lora":
+        load_adapter(model, directory)
+        return
+    try:
+        load_adapters(model, str(directory))
+    except Exception as error:
+        raise InputError(f"--adapter-path {directory}: {error}") from None
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """Read adapter_config.json of a saved adapter.
+
+    Raises:
+        InputError: there is none, or it is no JSON object.
+    """
+    path = directory / ADAPTER_CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -330,10 +401,6 @@ def load_adapter(model: nn.Module, directory: str | Path) -> AdaptReport:
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    if content.get("fine_tune_type", "lora") != "lora":
-        raise InputError(f"{path}: a {content['fine_tune_type']} adapter; load it with mlx-lm")
-    lora = {k: content["lora_parameters"].get(k) for k in ("rank", "scale", "dropout", "keys")}
-    settings = {**lora, "num_layers": content["num_layers"], **content.get(NA_KEY, {})}
-    report = adapt(model, NALoRAConfig(**coerce(settings, NALoRAConfig, str(path))))
-    load_weights(model, Path(directory) / ADAPTER_FILE)
-    return report
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return content

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,15 @@ def write_file(path: Path, write: Writer) -> None:
 
 
 def write_directory(path: Path, files: Mapping[str, Writer]) -> None:
-    """Write a directory of files under a temporary name, flush all, and move it into place, replacing what was there.
+    """Write a directory of files whole, replacing what was there; see `new_directory`."""
+    with new_directory(path) as temporary:
+        for name, write in files.items():
+            write(temporary / name)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Give a temporary directory to fill; flush it and move it into place if nothing was raised.
 
     Raises:
         OSError: the disk is full or the target cannot be written; an old directory stays as it was.
@@ -56,9 +65,9 @@ def write_directory(path: Path, files: Mapping[str, Writer]) -> None:
     retired = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         temporary.mkdir()
-        for name, write in files.items():
-            write(temporary / name)
-            _flush(temporary / name)
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
         _flush(temporary)
         if path.exists():
             path.rename(retired)
@@ -69,6 +78,24 @@ def write_directory(path: Path, files: Mapping[str, Writer]) -> None:
             retired.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def set_aside(directory: Path, names: Sequence[str]) -> Path | None:
+    """Move an earlier run's files to directory/previous/N, so that a new run overwrites nothing.
+
+    Returns:
+        Where they are now, or None if there were none.
+    """
+    present = [directory / name for name in names if (directory / name).exists()]
+    if not present:
+        return None
+    number = 1
+    while (target := directory / "previous" / str(number)).exists():
+        number += 1
+    target.mkdir(parents=True)
+    for path in present:
+        path.rename(target / path.name)
+    return target
 
 
 def _flush(path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -108,7 +109,7 @@ class LoRALinear(nn.Module):
         linear = self.linear
         weight = _dequantized(linear)
         dense = nn.Linear(1, 1, bias=False)
-        delta = mx.multiply(self.scale, self.lora_a @ self.lora_b).T  # [F, D]
+        delta = self.scale * (self.lora_a @ self.lora_b).T  # [F, D]
         dense.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
         if "bias" in linear:
             dense.bias = linear.bias
@@ -198,7 +199,7 @@ def _routed(gate: LoRALinear, x: mx.array, z0: mx.array, mask: mx.array) -> mx.a
     a = gate.lora_a.astype(x.dtype)
     to_x = dropped @ mx.stop_gradient(a)
     to_a = mx.stop_gradient(dropped) @ a
-    product = reference.routed_product(to_x, to_a, gate.lora_b.astype(x.dtype), mask)
+    product: Any = reference.routed_product(to_x, to_a, gate.lora_b.astype(x.dtype), mask)
     return z0 + (gate.scale * product).astype(z0.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Scale the steps that any mlx optimizer takes: new = decayed old + scale * step.
+"""Build mlx optimizers, and scale the steps that they take: new = decayed old + scale * step.
 
 A constant factor on a gradient is divided out again by Adam and its kin, so the scale acts on the finished step.
 The optimizer's own state advances as if nothing were scaled. Decoupled weight decay is no part of the step: it
@@ -13,10 +13,44 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
+from nalora_mlx.errors import InputError
+
+OPTIMIZERS = {
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "muon": optim.Muon,
+    "sgd": optim.SGD,
+    "adafactor": optim.Adafactor,
+}
+
 # How an optimizer's step depends on the parameter, beyond adding to it.
 _INDEPENDENT = (optim.Adam, optim.Adamax, optim.RMSprop, optim.Adagrad, optim.AdaDelta)
 _DECOUPLED_DECAY = (optim.AdamW, optim.Lion)
 _COUPLED_DECAY = (optim.SGD, optim.Muon)
+
+
+def build_optimizer(
+    name: str, learning_rate: float, schedule: dict[str, Any] | None, settings: Mapping[str, Any]
+) -> optim.Optimizer:
+    """Build an optimizer with mlx-lm's names, arguments and schedules, which count optimizer updates.
+
+    Raises:
+        InputError: a setting that the optimizer or the schedule does not take.
+    """
+    from mlx_lm.tuner.utils import build_schedule
+
+    rate: Any = learning_rate
+    if schedule:
+        try:
+            rate = build_schedule(schedule)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise InputError(
+                f"lr_schedule: {error}; give name (a schedule of mlx.optimizers.schedulers) and arguments"
+            ) from None
+    try:
+        return OPTIMIZERS[name](learning_rate=rate, **settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer_config.{name}: {error}") from None
 
 
 def apply_scaled(

@@ -114,10 +114,11 @@ class TrainingStep:
         return self._step(arrays, mx.array(1 / max(window_tokens, 1)), mx.random.key(word), carry, update)
 
     def _loss(self, arrays: list[mx.array], weight: mx.array, this: ForwardPass) -> tuple[mx.array, Any]:
-        inputs, targets, supervised, _real = arrays
+        inputs, targets, supervised, real = arrays
         total = cross_entropy_sum(self.model(inputs), targets, supervised)
-        # A copy, because a checkpointed layer writes again while the backward recomputes it.
-        return total * weight, (total, dict(this.seen))
+        # A copy, because a checkpointed layer writes again while the backward recomputes it. The token count is one
+        # for all layers: the same sum once per layer would be outputs that are equal, on which mx.compile fails.
+        return total * weight, (total, {"layers": dict(this.seen), "tokens": mx.sum(real)})
 
     def _run(self, arrays, weight, key, carry, update):
         routes = {}
@@ -138,13 +139,14 @@ class TrainingStep:
         self._update(gradients, seen)
         return total, None
 
-    def _update(self, gradients: Any, seen: dict[str, importance.Observation]) -> None:
+    def _update(self, gradients: Any, seen: dict[str, Any]) -> None:
         scales = {}
         if self.gated:
             self.importance["step"] = self.importance["step"] + 1
             layers = self.importance["layers"]
             for path, mlp in self.gated.items():
-                state = importance.observe(layers[path], seen[path], self.parameters.beta)
+                layer = {"tokens": seen["tokens"], **seen["layers"][path]}
+                state = importance.observe(layers[path], layer, self.parameters.beta)
                 layers[path] = importance.refresh(state, self.importance["step"], self.parameters)
                 q = importance.multiplier(layers[path], self.parameters)
                 scales.update({name: q[None, :] for name in mlp.scaled_paths()})  # [1, F] on lora_b [r, F]
@@ -203,36 +205,6 @@ def evaluate(
     finally:
         model.train(training)
     return total / max(tokens, 1), tokens
-
-
-def build_optimizer(config: RunConfig) -> optim.Optimizer:
-    """Build the optimizer and schedule of a run, with mlx-lm's names and arguments.
-
-    Raises:
-        InputError: a setting that the optimizer or schedule does not take.
-    """
-    from mlx_lm.tuner.utils import build_schedule
-
-    rate: Any = config.learning_rate
-    if config.lr_schedule:
-        try:
-            rate = build_schedule(config.lr_schedule)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise InputError(
-                f"lr_schedule: {error}; give name (a schedule of mlx.optimizers.schedulers) and arguments"
-            ) from None
-    classes = {
-        "adam": optim.Adam,
-        "adamw": optim.AdamW,
-        "muon": optim.Muon,
-        "sgd": optim.SGD,
-        "adafactor": optim.Adafactor,
-    }
-    settings = config.optimizer_config.get(config.optimizer) or {}
-    try:
-        return classes[config.optimizer](learning_rate=rate, **settings)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"optimizer_config.{config.optimizer}: {error}") from None
 
 
 def _windows(batches: Iterator[Batch], iterations: int, size: int) -> Iterator[list[Batch]]:

@@ -66,7 +66,7 @@ def statistics(
         weights: [...], 1 for a real token and 0 for padding.
 
     Returns:
-        tokens [], responsiveness [F], beyond [R-1, F] (with a partition), misalignment [2] (if self-gated):
+        responsiveness [F], beyond [R-1, F] (with a partition), misalignment [2] (if self-gated):
         sums of |delta rho(z0) u| and |z (rho(z) - rho(z0)) u| with delta = z - z0.
     """
     features = z.shape[-1]
@@ -83,7 +83,7 @@ def statistics(
     response = mx.abs(activation.derivative(z))
     if statistic == "sensitivity":
         response = response * mx.abs(u)
-    sums = {"tokens": w.sum(), "responsiveness": total(response)}
+    sums = {"responsiveness": total(response)}
     if boundaries:
         sums["beyond"] = mx.stack([total(activation.beyond(z, b).astype(mx.float32)) for b in boundaries])
     if activation.selection is not None:

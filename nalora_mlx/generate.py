@@ -1,0 +1,100 @@
+"""`nalora generate`: answer one prompt, by mlx-lm's own generator, with its flags."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from unittest import mock
+
+from nalora_mlx.cli import Parser
+from nalora_mlx.errors import InputError
+
+# The flags of mlx_lm.generate: (names, what they do). All are handed on as they are; a test holds the two equal.
+# They are repeated here because importing mlx-lm takes longer than a --help may take.
+VALUES = (
+    (("--model",), "local model directory or Hugging Face repo"),
+    (("--adapter-path",), "directory of a trained adapter"),
+    (("--prompt", "-p"), "the message; '-' reads it from standard input"),
+    (("--system-prompt",), "system message of the chat template"),
+    (("--prefill-response",), "beginning of the answer"),
+    (("--max-tokens", "-m"), "longest answer in tokens (100)"),
+    (("--temp",), "sampling temperature (0: greedy)"),
+    (("--top-p",), "sampling top-p (1)"),
+    (("--min-p",), "sampling min-p (0: off)"),
+    (("--top-k",), "sampling top-k (0: off)"),
+    (("--xtc-probability",), "probability of XTC sampling (0)"),
+    (("--xtc-threshold",), "threshold of XTC sampling (0.1)"),
+    (("--min-tokens-to-keep",), "fewest tokens that min-p keeps (1)"),
+    (("--seed",), "seed of the sampler"),
+    (("--chat-template-config",), "JSON of further arguments for the chat template"),
+    (("--verbose",), "False prints the answer alone (True)"),
+    (("--max-kv-size",), "longest key-value cache in tokens"),
+    (("--prefill-step-size",), "prompt tokens processed at a time (2048)"),
+    (("--prompt-cache-file",), "file of a saved key-value cache"),
+    (("--kv-bits",), "bits of a quantized key-value cache"),
+    (("--kv-group-size",), "its group size (64)"),
+    (("--quantized-kv-start",), "token from which it is quantized (5000)"),
+    (("--draft-model",), "model for speculative decoding"),
+    (("--num-draft-tokens",), "tokens that it drafts (3)"),
+)
+LISTS = (
+    (("--extra-eos-token",), "further tokens that end an answer"),
+    (("--image",), "image files for the placeholders of the prompt, in order"),
+)
+SWITCHES = (
+    (("--trust-remote-code",), "run code that the model brings along"),
+    (("--ignore-chat-template",), "use the prompt as it is"),
+    (("--use-default-chat-template",), "use the default chat template"),
+    (("--quantize-activations", "-qa"), "quantize activations as their layer is"),
+)
+
+
+def build_parser(prog: str) -> Parser:
+    """Take the flags of mlx_lm.generate, all as text: mlx-lm parses them again."""
+    parser = Parser(prog=prog, description="Answer one prompt with a model, with or without an adapter.")
+    for names, text in VALUES:
+        parser.add_argument(*names, help=text, metavar="X", default=argparse.SUPPRESS)
+    for names, text in LISTS:
+        parser.add_argument(*names, help=text, metavar="X", nargs="+", default=argparse.SUPPRESS)
+    for names, text in SWITCHES:
+        parser.add_argument(*names, help=text, action="store_true", default=argparse.SUPPRESS)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the paths, then hand everything to mlx_lm.generate."""
+    given = vars(args)
+    check_paths(given.get("model"), given.get("adapter_path"))
+    argv = ["nalora generate"]
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            argv.append(flag)
+        elif isinstance(value, list):
+            argv += [flag, *value]
+        else:
+            argv.append(f"{flag}={value}")  # with =, a value may begin with a dash
+    # By module path: mlx_lm's own attribute of this name is a function.
+    peer = importlib.import_module("mlx_lm.generate")
+    with mock.patch.object(sys, "argv", argv):
+        peer.main()
+
+
+def check_paths(model: str | None, adapter: str | None) -> None:
+    """Refuse a local model or adapter that is not there, before anything slow.
+
+    Raises:
+        InputError: which flag, and what to do.
+    """
+    if model is not None and not Path(model).exists() and (model[0] in "./~" or model.count("/") != 1):
+        raise InputError(
+            f"--model {model}: no such directory, and no Hugging Face repo (these are owner/name)"
+        )
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
+        raise InputError(f"--adapter-path {adapter}: no adapter there; give the directory of a trained one")
+
+
+if __name__ == "__main__":
+    from nalora_mlx.__main__ import main
+
+    sys.exit(main(["generate", *sys.argv[1:]]))

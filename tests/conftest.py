@@ -1,0 +1,158 @@
+"""Tiny random models, a tiny tokenizer, and rows of data that all tests share."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+
+from nalora_mlx.data import Example
+
+VOCABULARY = 64
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+def llama_args(**changes):
+    settings = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+    }
+    return settings | changes
+
+
+def build_model(seed=0, module=llama, args=None, dtype=mx.float32, gain=3.0):
+    """A random model whose gates see inputs large enough to be nonlinear."""
+    mx.random.seed(seed)
+    args = args or llama_args()
+    model = module.Model(module.ModelArgs.from_dict(args))
+    for name, array in tree_flatten(model.parameters()):
+        if array.ndim == 2:
+            model.load_weights([(name, array * gain)], strict=False)
+    model.set_dtype(dtype)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def random_adapters(model, seed=7, size=0.05):
+    """Give every lora_b random values, so that adapters do something."""
+    key = mx.random.key(seed)
+    for name, array in tree_flatten(model.trainable_parameters()):
+        if name.endswith("lora_b"):
+            key, used = mx.random.split(key)
+            model.load_weights([(name, size * mx.random.normal(array.shape, key=used))], strict=False)
+    mx.eval(model.parameters())
+
+
+def build_examples(count=12, seed=0, low=5, high=20, prompt=2):
+    """Random rows of unequal lengths whose first tokens are an unsupervised prompt."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for row in range(count):
+        length = int(rng.integers(low, high))
+        supervised = np.arange(length) >= prompt
+        examples.append(
+            Example(rng.integers(1, VOCABULARY, length, dtype=np.int32), supervised, f"row:{row + 1}")
+        )
+    return examples
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return build_model()
+
+
+@pytest.fixture
+def examples():
+    return build_examples()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(tmp_path_factory):
+    """A word-level tokenizer with a chat template, as transformers saves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<|im_start|>", "<|im_end|>", "<pad>", "system", "user", "assistant"]
+    words += [
+        "red",
+        "blue",
+        "green",
+        "one",
+        "two",
+        "three",
+        "cat",
+        "dog",
+        "bird",
+        "is",
+        "the",
+        "what",
+        "colour",
+        "?",
+    ]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    vocabulary |= {f"w{i}": i for i in range(len(words), VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+    directory = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_directory):
+    from mlx_lm.tokenizer_utils import load
+
+    return load(tokenizer_directory)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tokenizer_directory, tmp_path_factory):
+    """A tiny llama as an mlx-lm directory, with the tokenizer."""
+    import shutil
+
+    directory = tmp_path_factory.mktemp("base") / "model"
+    shutil.copytree(tokenizer_directory, directory)
+    model = build_model()
+    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (directory / "config.json").write_text(json.dumps(llama_args(eos_token_id=2)))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def data_directory(tmp_path_factory):
+    """Prompt/completion rows over the tokenizer's words."""
+    directory = tmp_path_factory.mktemp("data")
+    animals, colours, numbers = ("cat", "dog", "bird"), ("red", "blue", "green"), ("one", "two", "three")
+    rows = [
+        {
+            "prompt": f"what colour is the {animal} {number} ?",
+            "completion": f"the {animal} is {colour}" + " is" * i,
+        }
+        for i, number in enumerate(numbers)
+        for animal, colour in zip(animals, colours, strict=True)
+    ]
+    for name, part in (("train", rows), ("valid", rows[:4]), ("test", rows[4:7])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return directory

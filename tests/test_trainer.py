@@ -1,0 +1,503 @@
+"""The trainer against mlx-lm's own modules, against NumPy, and against itself run another way."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from scipy.special import expit
+
+from nalora_mlx import data
+from nalora_mlx.adapters import adapt, adapter_weights, fuse_model
+from nalora_mlx.config import NALoRAConfig, TrainingConfig
+from nalora_mlx.errors import InputError
+from nalora_mlx.modules import recomputed
+from nalora_mlx.trainer import TrainingStep, evaluate, train
+from tests.conftest import build_examples, build_model, random_adapters
+from tests.test_importance import reference as importance_reference
+
+OFF = {"mask": "off", "step_scaling": False}
+ZERO = 1.2784645427610737  # where the derivative of SiLU is 0, and the boundary of its partition
+
+
+def adapted(**settings):
+    """The tiny llama with adapters of fixed initial values."""
+    model = build_model()
+    mx.random.seed(11)
+    adapt(model, NALoRAConfig(**({"num_layers": -1, "rank": 4, "scale": 4.0} | settings)))
+    mx.eval(model.parameters())
+    return model
+
+
+def weights(model):
+    return {name: np.array(a) for name, a in adapter_weights(model).items()}
+
+
+def relative_norm(got, want):
+    keys = want.keys()
+    assert got.keys() == keys
+    difference = sum(float(((got[k] - want[k]) ** 2).sum()) for k in keys)
+    return np.sqrt(difference / sum(float((want[k] ** 2).sum()) for k in keys))
+
+
+def run(model, examples, optimizer=None, listeners=(), **settings):
+    config = TrainingConfig(**({"iters": 8, "batch_size": 3, "steps_per_report": 4} | settings))
+    return train(model, examples, (), config, optimizer or optim.Adam(1e-2), listeners=listeners)
+
+
+# --- equality with plain LoRA -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [lambda: optim.Adam(3e-3), lambda: optim.AdamW(3e-3, weight_decay=0.1)])
+def test_without_mechanisms_it_is_mlx_lms_lora(build):
+    """20 float32 steps against a loop written here with mlx-lm's LoRALinear, on the same batches."""
+    examples = build_examples(20)
+    ours = adapted(**OFF)
+    theirs = build_model()
+    theirs.freeze()
+    linear_to_lora_layers(theirs, 3, {"rank": 4, "scale": 4.0, "dropout": 0.0})
+    theirs.load_weights(list(adapter_weights(ours).items()), strict=False)
+    start = weights(ours)
+    run(ours, examples, build(), iters=20)
+
+    def loss(model, inputs, targets, mask):
+        return (nn.losses.cross_entropy(model(inputs), targets) * mask).sum() / mask.sum()
+
+    optimizer, step = build(), nn.value_and_grad(theirs, loss)
+    batches = data.training_batches(examples, 3, 0)
+    for _ in range(20):
+        batch = next(batches)
+        _, gradients = step(theirs, *map(mx.array, (batch.inputs, batch.targets, batch.supervised)))
+        optimizer.update(theirs, gradients)
+        mx.eval(theirs.parameters(), optimizer.state)
+    got, want = weights(ours), weights(theirs)
+    moved = {name: want[name] - start[name] for name in want}
+    assert relative_norm({name: got[name] - start[name] for name in got}, moved) < 1e-5
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_mechanisms_off_is_bit_identical_to_lora(accumulate, monkeypatch):
+    """na-lora with both off, and with both on but neutral, against plain LoRA from the same trainer."""
+    results = []
+    neutral = {"mask": "soft", "mask_warmup": 1000, "gamma": (1.0, 1.0, 1.0), "preserve": "none"}
+    for settings in (OFF | {"beta": 0.5, "preserve": "mean"}, OFF, neutral):
+        model = adapted(**settings)
+        run(model, build_examples(), grad_accumulation_steps=accumulate)
+        results.append(weights(model))
+    for name, want in results[0].items():
+        np.testing.assert_array_equal(results[1][name], want)
+        # with the statistics taken and every q = 1 the graph is another one: equal up to rounding
+        np.testing.assert_allclose(results[2][name], want, rtol=1e-3, atol=2e-5)
+
+
+# --- the method acts ----------------------------------------------------------------------------------------
+
+METHODS = {
+    "soft": {},
+    "hard": {"mask": "hard", "keep_fraction": 0.25, "preserve": "none", "step_scaling": False},
+    "sensitivity": {"statistic": "sensitivity", "preserve": "mean"},
+    "both branches": {"branches": ("gate", "up"), "preserve": "function"},
+    "step scaling": {"mask": "off", "gamma": (0.2, 1.0, 0.6)},
+}
+
+
+def gate_inputs(model, batches, projections=("gate_proj", "up_proj")):
+    """Gate pre-activations and up branches [layers][real tokens, F] of an unmodified mlx-lm model, by recording."""
+    records, sinks = [], {}
+
+    class Recorder(nn.Module):
+        def __init__(self, inner, where):
+            super().__init__()
+            self.inner = inner
+            self._where = where
+
+        def __call__(self, x):
+            y = self.inner(x)
+            sinks[self._where].append(y)
+            return y
+
+    for i, layer in enumerate(model.model.layers):
+        for name in projections:
+            sinks[i, name] = []
+            layer.mlp[name] = Recorder(layer.mlp[name], (i, name))
+    for batch in batches:
+        model(mx.array(batch.inputs))
+        real = batch.real.astype(bool)
+        records.append({key: np.array(found.pop(), dtype=np.float64)[real] for key, found in sinks.items()})
+    return [
+        tuple(np.concatenate([r[i, name] for r in records]) for name in projections)
+        for i in range(len(model.model.layers))
+    ]
+
+
+def merged_copy(model):
+    """An unmodified mlx-lm model whose weights hold what the adapted one has learned so far."""
+    copy = build_model()
+    adapt(copy, NALoRAConfig(num_layers=-1, rank=4, scale=4.0))
+    copy.load_weights(list(adapter_weights(model).items()), strict=False)
+    fuse_model(copy)
+    return copy
+
+
+def observation(z, u, statistic):
+    """Sums over tokens in float64, from the definitions."""
+    response = np.abs(expit(z) * (1 + z * expit(-z)))
+    if statistic == "sensitivity":
+        response = response * np.abs(u)
+    return {
+        "tokens": np.float64(len(z)),
+        "responsiveness": response.sum(0),
+        "beyond": np.stack([(z >= -ZERO).sum(0), (z >= ZERO).sum(0)]).astype(np.float64),
+        "misalignment": np.zeros(2),
+    }
+
+
+def take_steps(settings, optimizer, steps=1, accumulate=1, checkpointing=False, compiled=True, adapters=None):
+    """Run TrainingStep by hand; returns (model, step, observations per layer and update)."""
+    examples = build_examples(18, seed=3)
+    model = adapted(**settings)
+    random_adapters(model, size=0.02) if adapters is None else model.load_weights(adapters, strict=False)
+    config = NALoRAConfig(**settings)
+    step = TrainingStep(model, optimizer, config, compiled)
+    batches = data.training_batches(examples, 3, 0)
+    seen = []
+    model.train()
+    for _ in range(steps):
+        window = [next(batches) for _ in range(accumulate)]
+        seen.append(gate_inputs(merged_copy(model), window))
+        carry, tokens = None, sum(b.tokens for b in window)
+        for i, batch in enumerate(window, 1):
+            with recomputed(list(model.layers) if checkpointing else []):
+                total, carry = step(batch, tokens, carry, i == len(window))
+            mx.eval(step.state, total, carry)
+    observed = [[observation(z, u, config.statistic) for z, u in layers] for layers in seen]
+    return model, step, list(zip(*observed, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_each_column_moves_by_q_times_the_plain_step(name):
+    settings = METHODS[name] | {"mask_warmup": 0}
+    start = adapted(**settings)
+    before = weights(start)
+    initial = list(adapter_weights(start).items())
+    plain, _, _ = take_steps(settings | OFF, optim.Adam(1e-2), adapters=initial)
+    scaled, _, observed = take_steps(settings, optim.Adam(1e-2), adapters=initial)
+    parameters = NALoRAConfig(**settings)
+    moved_plain, moved = weights(plain), weights(scaled)
+    acted = set()
+    for layer, made in enumerate(observed):
+        q = importance_reference(list(made), parameters, made[0]["responsiveness"].shape)[-1][3]
+        for branch in parameters.branches:
+            path = f"model.layers.{layer}.mlp.{branch}_proj.lora_b"
+            acted.add(path)
+            step, whole = moved[path] - before[path], moved_plain[path] - before[path]
+            np.testing.assert_allclose(step, q * whole, rtol=1e-5, atol=0)
+            frozen = q == 0
+            np.testing.assert_array_equal(moved[path][:, frozen], before[path][:, frozen])
+            if name == "hard":
+                assert frozen.sum() == 36  # of 48 channels a quarter is kept
+                assert (step[:, ~frozen] != 0).all()
+    for path in moved:
+        if path not in acted:
+            np.testing.assert_array_equal(moved[path], moved_plain[path])
+
+
+def test_decay_acts_on_every_column_alike():
+    settings = METHODS["hard"] | {"mask_warmup": 0}
+    start = adapted(**settings)
+    random_adapters(start, size=0.5)
+    before, initial = weights(start), list(adapter_weights(start).items())
+    model, _, observed = take_steps(settings, optim.AdamW(1e-2, weight_decay=0.3), adapters=initial)
+    after = weights(model)
+    for layer, made in enumerate(observed):
+        q = importance_reference(list(made), NALoRAConfig(**settings), (48,))[-1][3]
+        path = f"model.layers.{layer}.mlp.gate_proj.lora_b"
+        np.testing.assert_allclose(
+            after[path][:, q == 0], before[path][:, q == 0] * (1 - 1e-2 * 0.3), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_importance_state_equals_float64_from_an_unmodified_model(accumulate, checkpointing, compiled):
+    """After k updates, from what an mlx-lm model with the merged weights computes on the same, padded batches."""
+    settings = {"statistic": "derivative", "mask_warmup": 1}
+    _, step, observed = take_steps(settings, optim.Adam(5e-3), 4, accumulate, checkpointing, compiled)
+    parameters = NALoRAConfig(**settings)
+    described = step.importance["layers"]
+    for layer, made in enumerate(observed):
+        s, occupancy, mask, _ = importance_reference(list(made), parameters, (48,))[-1]
+        state = described[f"model.layers.{layer}.mlp"]
+        correction = 1 - parameters.beta**4
+        assert state["updates"].item() == 4
+        np.testing.assert_allclose(np.array(state["importance"]) / correction, s, rtol=1e-5)
+        np.testing.assert_allclose(np.array(state["mask"]), mask, rtol=1e-5)
+        share = np.array(state["beyond"]) / correction
+        np.testing.assert_allclose(share[1], occupancy[2], atol=1e-6)
+        np.testing.assert_allclose(share[0], occupancy[1] + occupancy[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"route": True}, {"mask": "hard"}], ids=str)
+def test_eager_compiled_and_checkpointed_agree(settings):
+    found = []
+    for compiled, checkpointing in ((False, False), (True, False), (True, True), (False, True)):
+        model, _, _ = take_steps(
+            settings | {"mask_warmup": 1}, optim.SGD(0.05), 4, 2, checkpointing, compiled
+        )
+        found.append(weights(model))
+    for other in found[1:]:
+        assert relative_norm(other, found[0]) < 1e-5
+
+
+def test_misalignment_equals_its_definition():
+    # Without adapters in the attention, the first layer's MLP has the same input in the base model.
+    model, step, _ = take_steps({"keys": ("mlp.gate_proj", "mlp.up_proj")}, optim.SGD(0.0), 1)
+    batch = next(data.training_batches(build_examples(18, seed=3), 3, 0))
+    base = gate_inputs(build_model(), [batch])
+    tuned = gate_inputs(merged_copy(model), [batch])
+    (z0, _), (z, u) = base[0], tuned[0]
+    feature = np.abs((z - z0) * expit(z0) * u).sum()
+    selection = np.abs(z * (expit(z) - expit(z0)) * u).sum()
+    got = step.describe()["model.layers.0.mlp"]["misalignment"]
+    assert got == pytest.approx(selection / (feature + selection), rel=1e-5)
+
+
+def test_route_masks_the_gradient_of_lora_a_alone():
+    """From the same state with a hard mask in place: A_g gets x^T ((dz * m) B^T), all else is as without."""
+    settings = {"mask": "hard", "keep_fraction": 0.25, "mask_warmup": 0}
+    examples = build_examples(18, seed=3)
+    batch = next(data.training_batches(examples, 3, 0))
+    mask = np.zeros(48)
+    mask[::4] = 1
+    gradients = {}
+    for route in (False, True):
+        model = adapted(**settings, route=route)
+        random_adapters(model, size=0.05)
+        step = TrainingStep(
+            model, optim.SGD(1.0), NALoRAConfig(**settings, route=route, beta=0.0), compiled=False
+        )
+        for state in step.importance["layers"].values():
+            state["mask"] = mx.array(mask.astype(np.float32))
+        before = weights(model)
+        captured = {}
+
+        def keep(grads, seen, captured=captured):
+            captured.update({k: np.array(v) for k, v in tree_flatten(grads)})
+
+        step._update = keep
+        step(batch, batch.tokens, None, True)
+        gradients[route] = captured
+    for name, want in gradients[False].items():
+        if name.endswith("gate_proj.lora_a"):
+            assert not np.allclose(gradients[True][name], want)
+        else:
+            np.testing.assert_allclose(gradients[True][name], want, rtol=1e-5, atol=1e-9)
+    # By autodiff of an independent model: zero the unselected columns of B as A sees them.
+    model = adapted(**settings)
+    random_adapters(model, size=0.05)
+    gate = model.model.layers[0].mlp["gate_proj"]
+
+    def logits_loss(a):
+        saved = gate.low_rank_input
+        gate.low_rank_input = lambda x: mx.stop_gradient(saved(x))
+        routed = mx.array(mask.astype(np.float32))
+        original = gate.linear
+
+        class Shifted(nn.Module):
+            def __call__(self, x):
+                low = mx.stop_gradient(x) @ a
+                path = gate.scale * (low @ mx.stop_gradient(gate.lora_b)) * routed
+                return original(x) + path - mx.stop_gradient(path)
+
+        gate.linear = Shifted()
+        try:
+            logits = model(mx.array(batch.inputs))
+            ce = nn.losses.cross_entropy(logits, mx.array(batch.targets)) * mx.array(batch.supervised)
+            return ce.sum() / batch.tokens
+        finally:
+            gate.linear = original
+            gate.low_rank_input = saved
+
+    want = np.array(mx.grad(logits_loss)(mx.array(before["model.layers.0.mlp.gate_proj.lora_a"])))
+    got = gradients[True]["model.layers.0.mlp.gate_proj.lora_a"]
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
+# --- right where mlx-lm's trainer is not --------------------------------------------------------------------
+
+
+def test_accumulation_weighs_tokens_not_batches():
+    """Two batches of 3 rows with accumulation give the update of one batch of 6, unequal as they are."""
+    examples = build_examples(6, low=4, high=24, seed=5)
+    results = []
+    for size, accumulate in ((6, 1), (3, 2), (1, 6)):
+        model = adapted()
+        run(
+            model,
+            examples,
+            optim.SGD(0.1),
+            iters=accumulate,
+            batch_size=size,
+            grad_accumulation_steps=accumulate,
+        )
+        results.append(weights(model))
+    for other in results[1:]:
+        assert relative_norm(other, results[0]) < 1e-6
+
+
+def test_last_partial_window_and_batch_are_used():
+    events = []
+    model = adapted(**OFF)
+    result = run(
+        model,
+        build_examples(7),
+        iters=7,
+        batch_size=3,
+        grad_accumulation_steps=4,
+        listeners=[events.append],
+        steps_per_report=1,
+    )
+    assert result.iterations == 7
+    assert result.updates == 2
+    total = sum(int(e.supervised.sum()) for e in build_examples(7))
+    tokens = [e["tokens"] for e in events if e["event"] == "metrics"]
+    assert tokens[2] == total  # the third batch of one row completes the epoch
+    assert tokens[5] == 2 * total
+
+
+def test_epochs_count_passes():
+    assert run(adapted(), build_examples(7), epochs=2).iterations == 6
+
+
+def test_dropout_is_the_same_in_a_recomputation():
+    """mlx's own dropout draws again when a checkpointed layer runs again, which makes gradients wrong."""
+    found = []
+    for checkpointing in (False, True):
+        model = adapted(dropout=0.4)
+        run(model, build_examples(), optim.SGD(0.1), grad_checkpoint=checkpointing, iters=4, seed=3)
+        found.append(weights(model))
+    assert relative_norm(found[1], found[0]) < 1e-5
+    other = adapted(dropout=0.4)
+    run(other, build_examples(), optim.SGD(0.1), iters=4, seed=4)
+    assert relative_norm(weights(other), found[0]) > 1e-4
+
+
+def test_checkpointing_is_undone_and_handles_layers_of_several_classes():
+    class Other(type(build_model().model.layers[0])):
+        def __call__(self, x, mask=None, cache=None):
+            return super().__call__(x, mask, cache)
+
+    model = build_model()
+    odd = model.model.layers[1]
+    odd.__class__ = Other
+    calls = {cls: cls.__call__ for cls in (Other, type(model.model.layers[0]))}
+    adapt(model, NALoRAConfig(num_layers=-1))
+    random_adapters(model)
+    batch = next(data.training_batches(build_examples(), 3, 0))
+
+    def loss(model):
+        return mx.square(model(mx.array(batch.inputs))).mean()
+
+    want = nn.value_and_grad(model, loss)(model)[1]
+    with recomputed(list(model.layers)):
+        assert Other.__call__ is not calls[Other]
+        got = nn.value_and_grad(model, loss)(model)[1]
+    for cls, call in calls.items():
+        assert cls.__call__ is call
+    for (name, a), (_, b) in zip(tree_flatten(got), tree_flatten(want), strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=2e-4, atol=1e-7, err_msg=name)
+
+
+def test_evaluation_is_the_mean_over_all_supervised_tokens(model):
+    examples = build_examples(7)
+    batches = data.evaluation_batches(examples, 3, -1, 0)
+    loss, tokens = evaluate(model, batches)
+    total = 0.0
+    for example in examples:
+        logits = np.array(model(mx.array(example.tokens[None, :-1])), dtype=np.float64)[0]
+        log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        losses = log_z - logits[np.arange(len(logits)), example.tokens[1:]]
+        total += losses[example.supervised[1:]].sum()
+    assert tokens == sum(int(e.supervised.sum()) for e in examples)
+    assert loss == pytest.approx(total / tokens, rel=1e-6)
+
+
+def test_a_step_without_supervised_tokens_changes_nothing():
+    from nalora_mlx.data import Batch
+
+    model = adapted(**OFF)
+    step = TrainingStep(model, optim.SGD(1.0))
+    before = weights(model)
+    zeros = np.zeros((2, 8), np.int32)
+    batch = Batch(zeros, zeros, np.zeros((2, 8), np.float32), np.zeros((2, 8), np.float32), (0, 1))
+    total, _ = step(batch, 0, None, True)
+    assert total.item() == 0
+    for name, array in weights(model).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+# --- the run as a whole -------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_saves_and_says_so(tmp_path):
+    model = adapted()
+    events = []
+    examples = build_examples(9, seed=2)
+    config = TrainingConfig(
+        iters=30, batch_size=3, steps_per_eval=10, steps_per_report=10, save_every=20, val_batches=2
+    )
+    result = train(model, examples, examples, config, optim.Adam(2e-2), tmp_path / "run", [events.append])
+    assert result.valid_loss < 0.7 * result.first_valid_loss
+    assert result.best_valid_loss == min(
+        e["loss"] for e in events if e.get("split") == "valid" and e["step"] > 0
+    )
+    found = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file())
+    assert found == [
+        "adapter_config.json",
+        "adapters.safetensors",
+        "best/adapter_config.json",
+        "best/adapters.safetensors",
+        "checkpoints/step-0000020/adapter_config.json",
+        "checkpoints/step-0000020/adapters.safetensors",
+    ]
+    saved = mx.load(str(tmp_path / "run" / "adapters.safetensors"))
+    for name, array in weights(model).items():
+        np.testing.assert_array_equal(np.array(saved[name]), array)
+    description = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert description["fine_tune_type"] == "lora"
+    assert "mlp.gate_proj" in description["lora_parameters"]["keys"]
+    steps = [e["step"] for e in events if e.get("split") == "valid"]
+    assert steps == [0, 10, 20, 30]
+    layer = next(e for e in events if e.get("split") == "train")["layers"]["model.layers.0.mlp"]
+    assert set(layer) == {"mask", "multiplier", "importance", "occupancy", "misalignment"}
+    assert sum(layer["occupancy"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits():
+    found = []
+    for _ in range(2):
+        model = adapted(dropout=0.1)
+        run(model, build_examples(), iters=6)
+        found.append(weights(model))
+    for name in found[0]:
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+
+
+def test_diverging_stops_with_a_reason():
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        run(adapted(), build_examples(), optim.SGD(1e30), iters=20)
+
+
+def test_bad_settings_and_models_are_refused(model):
+    with pytest.raises(InputError, match="call adapt first"):
+        model.freeze()
+        train(model, build_examples())
+    with pytest.raises(InputError, match="batch_size is 0; .*iters is -1"):
+        train(adapted(), build_examples(), config=TrainingConfig(batch_size=0, iters=-1))
+    with pytest.raises(InputError, match="training set is empty"):
+        train(adapted(), [])
