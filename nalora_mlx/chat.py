@@ -62,8 +62,8 @@ class Conversation:
             answer += response.text
             tokens.append(response.token)
             yield response.text
-        # The last token was sampled but never fed.
-        self.cached = prompt + tokens[:-1]
+        # mlx-lm feeds every token that it yields, the last one too, to be one step ahead.
+        self.cached = prompt + tokens
         self.messages.append({"role": "assistant", "content": answer})
 
     def _agree(self, prompt: list[int]) -> list[int]:

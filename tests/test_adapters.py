@@ -352,7 +352,7 @@ def test_weights_that_do_not_fit_are_listed(model, tmp_path):
     name = next(iter(weights))
     path = tmp_path / "a.safetensors"
     broken = {k: v for k, v in weights.items() if k != name} | {"nothing.lora_a": mx.ones(1)}
-    other = list(broken)[0]
+    other = next(iter(broken))
     broken[other] = mx.ones((2, 2))
     mx.save_safetensors(str(path), broken)
     with pytest.raises(InputError) as caught:

@@ -494,10 +494,10 @@ def test_diverging_stops_with_a_reason():
 
 
 def test_bad_settings_and_models_are_refused(model):
+    model.freeze()
     with pytest.raises(InputError, match="call adapt first"):
-        model.freeze()
         train(model, build_examples())
-    with pytest.raises(InputError, match="batch_size is 0; .*iters is -1"):
+    with pytest.raises(InputError, match=r"batch_size is 0; .*iters is -1"):
         train(adapted(), build_examples(), config=TrainingConfig(batch_size=0, iters=-1))
     with pytest.raises(InputError, match="training set is empty"):
         train(adapted(), [])

@@ -1,0 +1,290 @@
+"""Formats, masks and batches, against mlx-lm's datasets and against what its trainer gets wrong."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
+
+from nalora_mlx.data import (
+    PAD_TO,
+    Example,
+    Features,
+    batches_per_epoch,
+    collate,
+    epoch_batches,
+    evaluation_batches,
+    load_local,
+    read_jsonl,
+    sorted_batches,
+    tokenize_split,
+    training_batches,
+)
+from nalora_mlx.errors import InputError
+from tests.conftest import build_examples
+
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "the cat"},
+        {"role": "user", "content": "what is red ?"},
+        {"role": "assistant", "content": "the bird is red"},
+        {"role": "user", "content": "what is blue ?"},
+        {"role": "assistant", "content": "the dog"},
+    ]
+}
+COMPLETION = {"prompt": "what is the cat ?", "completion": "the cat is green"}
+
+
+def one(row, tokenizer, mask_prompt=False, longest=100):
+    return tokenize_split([("x:1", row)], tokenizer, Features(mask_prompt=mask_prompt), longest).examples[0]
+
+
+def words(example, tokenizer):
+    return tokenizer.decode([int(t) for t, s in zip(example.tokens, example.supervised, strict=True) if s])
+
+
+# --- formats and masks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask_prompt", [False, True])
+def test_completions_have_mlx_lms_tokens_and_mask(tokenizer, mask_prompt):
+    tokens, offset = CompletionsDataset([COMPLETION], tokenizer, "prompt", "completion", mask_prompt).process(
+        COMPLETION
+    )
+    example = one(COMPLETION, tokenizer, mask_prompt)
+    assert example.tokens.tolist() == tokens
+    # mlx-lm supervises the token at `offset` and all after it, and (its error) one pad token after the end
+    assert np.flatnonzero(example.supervised).tolist() == list(range(max(offset, 1), len(tokens)))
+
+
+def test_chat_without_a_mask_is_mlx_lms(tokenizer):
+    tokens, _ = ChatDataset([CHAT], tokenizer).process(CHAT)
+    example = one(CHAT, tokenizer)
+    assert example.tokens.tolist() == tokens
+    assert example.supervised.sum() == len(tokens) - 1
+
+
+def test_masked_chat_trains_on_every_assistant_turn(tokenizer):
+    example = one(CHAT, tokenizer, mask_prompt=True)
+    assert words(example, tokenizer) == "the bird is red <|im_end|> the dog <|im_end|>"
+    _, offset = ChatDataset([CHAT], tokenizer, mask_prompt=True).process(CHAT)
+    last = np.flatnonzero(example.supervised)[-3:]
+    assert last[0] == offset
+
+
+class RewritingTokenizer:
+    """A chat template that drops earlier answers, as reasoning templates do."""
+
+    eos_token_id = 0
+
+    def apply_chat_template(self, messages, tools=None, add_generation_prompt=False, return_dict=False):
+        tokens = []
+        for i, message in enumerate(messages):
+            kept = message["role"] != "assistant" or i == len(messages) - 1
+            tokens += [1, *([ord(c) for c in message["content"]] if kept else [2]), 3]
+        return tokens + ([1] if add_generation_prompt else [])
+
+
+def test_a_template_that_rewrites_earlier_turns_falls_back_to_the_last(tokenizer):
+    split = tokenize_split([("x:1", CHAT)], RewritingTokenizer(), Features(mask_prompt=True), 1000)
+    example = split.examples[0]
+    told = "".join(chr(t) for t, s in zip(example.tokens, example.supervised, strict=True) if s and t > 3)
+    assert told == "the dog"
+    assert "rewrites earlier turns in 1 of 1" in split.notices[0]
+
+
+def test_text_ends_with_one_end_token(tokenizer):
+    for text in ("the cat is red", "the cat is red <|im_end|>"):
+        row = {"text": text}
+        example = one(row, tokenizer)
+        assert example.tokens.tolist() == TextDataset([row], tokenizer).process(row)[0]
+        assert example.tokens.tolist().count(tokenizer.eos_token_id) == 1
+
+
+def test_tools_reach_the_template():
+    seen = []
+
+    class Tokenizer(RewritingTokenizer):
+        def apply_chat_template(self, messages, tools=None, **kwargs):
+            seen.append(tools)
+            return super().apply_chat_template(messages, tools, **kwargs)
+
+    one(CHAT | {"tools": [{"type": "function"}]}, Tokenizer(), mask_prompt=True, longest=1000)
+    assert all(tools == [{"type": "function"}] for tools in seen)
+
+
+def test_other_feature_names(tokenizer):
+    row = {"input": "what is the cat ?", "output": "the cat is green"}
+    split = tokenize_split([("x:1", row)], tokenizer, Features(prompt="input", completion="output"), 100)
+    assert split.examples[0].tokens.tolist() == one(COMPLETION, tokenizer).tokens.tolist()
+
+
+def test_long_rows_are_cut_and_empty_ones_left_out(tokenizer):
+    rows = [(f"d:{i}", COMPLETION) for i in (1, 2)] + [
+        ("d:3", {"prompt": "the cat " * 30, "completion": "red"})
+    ]
+    split = tokenize_split(rows, tokenizer, Features(mask_prompt=True), 16, "train")
+    assert len(split) == 2
+    assert any("1 of 3 rows are longer than 16" in n for n in split.notices)
+    assert any("left out 1 of 3 rows" in n and "d:3" in n for n in split.notices)
+    with pytest.raises(InputError, match=r"no row has a supervised token within 16 tokens .*first: d:3"):
+        tokenize_split(rows[2:], tokenizer, Features(mask_prompt=True), 16, "train")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": 3, "completion": "x"}, "'prompt' is a int"),
+        ({"messages": "hello"}, "must be a list of messages"),
+        ({"messages": [{"content": "x"}]}, "must be a list of messages"),
+        ({"question": "x"}, r"no known format; .*found 'question'"),
+        ({}, "found nothing"),
+        ({"text": None}, "'text' is a NoneType"),
+    ],
+)
+def test_rows_of_no_known_format_are_named(tokenizer, row, message):
+    with pytest.raises(InputError, match=rf"x:1: .*{message}"):
+        one(row, tokenizer)
+
+
+def test_a_template_that_refuses_a_row_is_one_line():
+    class Tokenizer(RewritingTokenizer):
+        def apply_chat_template(self, *_args, **_kwargs):
+            raise ValueError("roles must alternate\nmore")
+
+    with pytest.raises(InputError, match=r"x:1: .*refuses this row \(roles must alternate\)"):
+        one(CHAT, Tokenizer())
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_byte_order_mark_carriage_returns_and_blank_lines(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "\xc3\xa9"}\r\n')
+    assert read_jsonl(path) == [(f"{path}:1", {"text": "a"}), (f"{path}:3", {"text": "é"})]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": \n', ":2: not valid JSON"),
+        (b'{"text": "a"}\n[1]\n', ":2: holds a list"),
+        (b'{"text": "\xff"}\n', ":1: not UTF-8"),
+        (b"[" * 100000, ":1: not valid JSON"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path, content, message):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_jsonl(path)
+
+
+def test_absent_splits_are_empty(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    rows = load_local(tmp_path, ("train", "valid"))
+    assert len(rows["train"]) == 1
+    assert rows["valid"] == []
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 70), min_size=1, max_size=40),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_holds_every_row_once_in_batches_of_like_length(lengths, batch_size, seed, epoch):
+    examples = [Example(np.arange(n, dtype=np.int32), np.ones(n, bool), str(n)) for n in lengths]
+    batches = epoch_batches(examples, batch_size, seed, epoch)
+    assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
+    assert len(batches) == batches_per_epoch(examples, batch_size)
+    assert batches == epoch_batches(examples, batch_size, seed, epoch)
+    assert sum(len(rows) < batch_size for rows in batches) <= 1
+    # Sorted by padded length, the batches' ranges do not overlap.
+    ranges = sorted(
+        (min(p), max(p)) for p in ([-(-(lengths[r] - 1) // PAD_TO) for r in rows] for rows in batches)
+    )
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_collate_shifts_pads_and_weighs(lengths, seed):
+    rng = np.random.default_rng(seed)
+    examples = [Example(rng.integers(1, 99, n, dtype=np.int32), rng.random(n) < 0.5, str(n)) for n in lengths]
+    batch = collate(examples, range(len(examples)))
+    assert batch.inputs.shape[1] % PAD_TO == 0
+    assert batch.inputs.shape[1] - max(lengths) + 1 < PAD_TO
+    for i, example in enumerate(examples):
+        n = len(example.tokens) - 1
+        np.testing.assert_array_equal(batch.inputs[i, :n], example.tokens[:-1])
+        np.testing.assert_array_equal(batch.targets[i, :n], example.tokens[1:])
+        np.testing.assert_array_equal(batch.supervised[i, :n], example.supervised[1:])
+        # no pad token is supervised, none is real
+        assert batch.supervised[i, n:].sum() == 0
+        assert batch.real[i].sum() == n
+
+
+def test_padding_is_little_on_lengths_like_those_of_chats():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5, 0.9, 512), 4, 2048).astype(int)
+    examples = [Example(np.zeros(n, np.int32), np.ones(n, bool), "") for n in lengths]
+    real = total = 0
+    for rows in epoch_batches(examples, 8, 0, 0):
+        batch = collate(examples, rows)
+        real += batch.real.sum()
+        total += batch.real.size
+    assert real / total > 0.9  # mlx-lm's batches of such rows are half padding
+
+
+def test_epochs_differ_and_follow_each_other():
+    examples = build_examples(40, low=5, high=9)
+    first, second = epoch_batches(examples, 4, 0, 0), epoch_batches(examples, 4, 0, 1)
+    assert {frozenset(rows) for rows in first} != {frozenset(rows) for rows in second}
+    stream = training_batches(examples, 4, 0)
+    drawn = [list(next(stream).rows) for _ in range(20)]
+    assert drawn == first + second
+
+
+def test_the_evaluation_set_is_fixed_and_whole():
+    examples = build_examples(10)
+    whole = evaluation_batches(examples, 4, -1, 0)
+    assert sum(len(b.rows) for b in whole) == 10
+    part = [evaluation_batches(examples, 2, 3, 0) for _ in range(2)]
+    assert sum(len(b.rows) for b in part[0]) == 6
+    for a, b in zip(*part, strict=True):
+        np.testing.assert_array_equal(a.inputs, b.inputs)
+    other = evaluation_batches(examples, 2, 3, 1)
+    assert any(not np.array_equal(a.inputs, b.inputs) for a, b in zip(part[0], other, strict=True))
+    assert sorted_batches([], 4) == []
+
+
+def test_hub_data_sets_through_the_datasets_library(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    from nalora_mlx.data import load_hub_entry
+
+    datasets.disable_progress_bars()
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(COMPLETION) + "\n" for _ in range(10)))
+    entry = {
+        "path": "json",
+        "config": {"data_files": str(path), "cache_dir": str(tmp_path / "cache")},
+        "train_split": "train[:80%]",
+        "valid_split": "train[-20%:]",
+    }
+    rows = load_hub_entry(entry, ("train", "valid"))
+    assert len(rows["train"]) == 8
+    assert rows["valid"][0] == ("json[train[-20%:]]:1", COMPLETION)
+    with pytest.raises(InputError, match="give test_split"):
+        load_hub_entry(entry, ("test",))
+    with pytest.raises(InputError, match="needs a 'path'"):
+        load_hub_entry(SimpleNamespace(), ("train",))
