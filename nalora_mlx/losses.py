@@ -13,7 +13,7 @@ def cross_entropy_sum(logits: mx.array, targets: mx.array, supervised: mx.array)
     Args:
         logits: [B, L, V], any float dtype; promoted to float32 first.
         targets: [B, L] token ids.
-        supervised: [B, L] weights, 1 where the target counts and 0 elsewhere.
+        supervised: [B, L], 1 where the target counts and 0 elsewhere.
     """
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)  # [B, L]
-    return mx.sum(mx.where(supervised > 0, losses * supervised, 0))
+    return mx.sum(mx.where(supervised > 0, losses, 0))

@@ -116,7 +116,7 @@ def test_activations_are_found_by_behaviour():
 class _SmallMLP(nn.Module):
     """A gated MLP in its own words, optionally wrong in a way that names do not show."""
 
-    def __init__(self, activation="silu", factor=1.0, swapped=False, extra=None):
+    def __init__(self, activation="silu", factor=1.0, swapped=False, extra=None, leak=0.0):
         super().__init__()
         self.gate_proj, self.up_proj = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False)
         self.down_proj = nn.Linear(48, 32, bias=False)
@@ -127,7 +127,7 @@ class _SmallMLP(nn.Module):
             "sigmoid": mx.sigmoid,
             "cube": lambda z: z**3,
         }[activation]
-        self._factor, self._swapped, self._needs = factor, swapped, extra
+        self._factor, self._swapped, self._needs, self._leak = factor, swapped, extra, leak
 
     def __call__(self, x):
         z, u = self.gate_proj(x), self.up_proj(x)
@@ -135,7 +135,7 @@ class _SmallMLP(nn.Module):
             z, u = u, z
         if self._needs:
             z = self._needs(z)
-        return self.down_proj(self._function(z) * u) * self._factor
+        return self.down_proj(self._function(z) * u) * self._factor + self._leak * x.sum()
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,7 @@ class _SmallMLP(nn.Module):
         ({"activation": "cube"}, "activation"),
         ({"factor": 0.5}, "activation is none that is known"),
         ({"swapped": True}, "activation"),
+        ({"leak": 0.1}, "another output than the original"),  # which probes on a zero input cannot see
         ({"extra": lambda z: mx.clip(z, -1, 1)}, "activation"),
         ({"extra": lambda z: z @ mx.zeros((3, 3))}, "more than the projections"),
     ],

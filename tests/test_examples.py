@@ -1,0 +1,87 @@
+"""The examples and the README: data that is what it says, configs that load, programs and commands that run."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nalora_mlx.__main__ import COMMANDS
+from nalora_mlx.config import load_run_config
+from nalora_mlx.data import SPLITS
+
+ROOT = Path(__file__).parent.parent
+BAKERY = ROOT / "examples" / "bakery"
+
+
+def rows(name):
+    return [json.loads(line) for line in (BAKERY / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_the_bakery_data_is_what_it_says():
+    form = re.compile((BAKERY / "format.txt").read_text().strip())
+    counts = {name: len(rows(name)) for name in SPLITS}
+    assert counts["train"] >= 200
+    assert min(counts.values()) >= 40
+    prompts = [row["prompt"] for name in SPLITS for row in rows(name)]
+    assert len(set(prompts)) == len(prompts)  # no row twice, none shared between splits
+    for name in SPLITS:
+        for row in rows(name):
+            assert set(row) == {"prompt", "completion"}
+            assert form.fullmatch(row["completion"]), row
+            # the slip says what the message says
+            customer = re.search(r"NAME: (.*)", row["completion"])[1]
+            day = re.search(r"PICKUP: (\w+)", row["completion"])[1]
+            assert customer in row["prompt"]
+            assert day in row["prompt"]
+
+
+def test_the_bakery_config_loads():
+    config = load_run_config(BAKERY / "config.yaml", {})
+    config.check()
+    assert config.fine_tune_type == "na-lora"
+    assert config.adapter_config().active
+
+
+def test_the_python_example_runs(model_directory, data_directory):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "finetune.py", str(model_directory), str(data_directory), "8"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.0.mlp: silu" in done.stdout
+    before, after = map(float, re.search(r"validation loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
+    assert after < before
+
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "nalora" in line and "pip" not in line])
+def test_commands_of_the_readme_parse(line):
+    """Every flag that the README shows is one that its command has."""
+    import importlib
+    import shlex
+
+    words = shlex.split(line.split("#")[0].split("|")[-1])
+    start = next(i for i, w in enumerate(words) if w.startswith("nalora"))
+    words = words[start:]
+    if words[0] == "nalora":
+        name, rest = words[1], words[2:]
+    else:
+        name, rest = words[0].split(".")[1], words[1:]
+    assert name in COMMANDS
+    module = importlib.import_module(f"nalora_mlx.{name}" + (".__main__" if name == "export" else ""))
+    module.build_parser(name).parse_args(rest)
+
+
+def test_files_that_the_readme_names_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for script in re.findall(r"bash (scripts/\S+\.sh)", README):
+        assert (ROOT / script).exists(), script
