@@ -71,13 +71,13 @@ class Display:
             return
         rate = "-" if event["learning_rate"] is None else f"{event['learning_rate']:.2e}"
         line = (
-            f"{step}: loss {event['loss']:.4f}, learning rate {rate}, "
-            f"{event['iterations_per_second']:.2f} it/s, {event['tokens_per_second']:.0f} tokens/s, "
-            f"{event['tokens']} tokens, peak {event['peak_memory_gb']:.2f} GB"
+            f"{step}: loss {event['loss']:.4f}, lr {rate}, {event['iterations_per_second']:.2f} it/s, "
+            f"{event['tokens_per_second']:.0f} tokens/s, {event['tokens']} tokens, "
+            f"peak {event['peak_memory_gb']:.2f} GB"
         )
         found = [layer["misalignment"] for layer in event["layers"].values() if "misalignment" in layer]
         if found:
-            line += f", selection misalignment {sum(found) / len(found):.3f}"
+            line += f", misalignment {sum(found) / len(found):.3f}"
         self.note(line)
         if self.progress is not None:
             self.progress.update(self.training, status=f"loss {event['loss']:.3f}")

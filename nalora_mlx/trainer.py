@@ -252,6 +252,10 @@ def train(
         raise InputError("the training set is empty")
     if mx.distributed.init().size() > 1:
         raise InputError("training on several workers is not supported; start it without mlx.launch")
+    if output is not None and description is None and report_of(model) is None:
+        raise InputError(
+            "the model was not adapted here; give the content of adapter_config.json as description"
+        )
     if not adapter_weights(model):
         raise InputError("nothing to train: the model is frozen; call adapt first")
     return _Run(model, train_set, valid_set, config, optimizer, output, listeners, description).run()
