@@ -56,6 +56,7 @@ class Activation:
         regions: names of the regions of the coarse partition, from low z to high z; empty without a partition.
         boundaries: the R - 1 increasing values of z that separate the regions.
         left_closed: whether a boundary belongs to the region above it (z >= b) or below it (z > b).
+        up: u -> what multiplies phi(z); None for u itself.
     """
 
     name: str
@@ -66,6 +67,12 @@ class Activation:
     regions: tuple[str, ...] = ()
     boundaries: tuple[float, ...] = ()
     left_closed: bool = True
+    up: Elementwise | None = None
+
+    def linear_branch(self, u: mx.array) -> mx.array:
+        """What multiplies phi(z): u in float32, clipped or shifted where the model does so."""
+        u = u.astype(mx.float32)
+        return u if self.up is None else self.up(u)
 
     def beyond(self, z: mx.array, boundary: float) -> mx.array:
         """Whether each z lies above a boundary of the partition, as the row defines it; bool, shape of z."""
@@ -265,3 +272,99 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("sigmoid", _sigmoid, _sigmoid_derivative, None, _sigmoid_homogeneity),
     )
 }
+
+
+# --- families whose parameters a model sets: no partition, since clipping moves or removes the zero of phi' -----
+
+
+def swiglu_oai(alpha: float, limit: float) -> Activation:
+    """The clipped SwiGLU of gpt-oss: phi(z) = m sigmoid(alpha m) with m = min(z, limit), times clip(u) + 1."""
+
+    def phi(z):
+        m = mx.minimum(z, limit)
+        return m * mx.sigmoid(alpha * m)
+
+    def derivative(z):
+        a = alpha * mx.minimum(z, limit)
+        return mx.where(z < limit, mx.sigmoid(a) * (1 + a * mx.sigmoid(-a)), 0)
+
+    return Activation(
+        "swiglu_oai",
+        _float32(phi),
+        _float32(derivative),
+        None,
+        None,
+        up=lambda u: mx.clip(u, -limit, limit) + 1,
+    )
+
+
+def swiglu_input_clamped(limit: float) -> Activation:
+    """SwiGLU with both inputs clamped: phi(z) = silu(min(z, limit)), times clip(u)."""
+
+    def phi(z):
+        return _silu(mx.minimum(z, limit))
+
+    def derivative(z):
+        return mx.where(z < limit, _silu_derivative(z), 0)
+
+    return Activation(
+        "swiglu_input_clamped",
+        _float32(phi),
+        _float32(derivative),
+        None,
+        None,
+        up=lambda u: mx.clip(u, -limit, limit),
+    )
+
+
+def swiglu_output_clamped(limit: float) -> Activation:
+    """SwiGLU with its gate clamped after the activation: phi(z) = min(silu(z), limit), times clip(u)."""
+
+    def phi(z):
+        return mx.minimum(_silu(z), limit)
+
+    def derivative(z):
+        return mx.where(_silu(z) < limit, _silu_derivative(z), 0)
+
+    return Activation(
+        "swiglu_output_clamped",
+        _float32(phi),
+        _float32(derivative),
+        None,
+        None,
+        up=lambda u: mx.clip(u, -limit, limit),
+    )
+
+
+def situ(beta: float, linear_beta: float | None) -> Activation:
+    """The saturating SiLU of Kimi K3: phi(z) = b tanh(z / b) sigmoid(z), times l tanh(u / l) (or u without l)."""
+
+    def phi(z):
+        return beta * mx.tanh(z / beta) * mx.sigmoid(z)
+
+    def derivative(z):
+        t = mx.tanh(z / beta)
+        return mx.sigmoid(z) * ((1 - t * t) + beta * t * mx.sigmoid(-z))
+
+    up = None if linear_beta is None else lambda u: linear_beta * mx.tanh(u / linear_beta)
+    return Activation("situ", _float32(phi), _float32(derivative), None, None, up=up)
+
+
+def gelu_topk(deviations: float) -> Activation:
+    """The sparse GELU of Gemma 3n: phi(z) = gelu_tanh(max(0, z - c)), c = mean + deviations * std of the row.
+
+    The cutoff c is of the whole row of channels [..., F]; phi' is the derivative with c held.
+    """
+
+    def above(z):
+        cutoff = mx.mean(z, axis=-1, keepdims=True) + deviations * mx.std(z, axis=-1, keepdims=True)
+        return z - cutoff
+
+    def phi(z):
+        return _gelu_tanh(mx.maximum(0, above(z)))
+
+    def derivative(z):
+        over = above(z)
+        return mx.where(over > 0, _gelu_tanh_derivative(over), 0)
+
+    return Activation("gelu_topk", _float32(phi), _float32(derivative), None, None)

@@ -8,21 +8,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRASwitchLinear
+from mlx_lm.tuner.lora import LoRAEmbedding
 
 from nalora_mlx import layouts
 from nalora_mlx.config import NALoRAConfig, coerce, nearest, reject_unknown
 from nalora_mlx.errors import InputError
 from nalora_mlx.layouts import Match
-from nalora_mlx.modules import Dropout, GatedMLP, LoRALinear, fuse_module
+from nalora_mlx.modules import Dropout, GatedExperts, GatedMLP, LoRALinear, LoRASwitchLinear, fuse_module
 
 ADAPTER_FILE = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 NA_KEY = "na_lora"  # the one key of adapter_config.json that is ours; mlx-lm ignores it
 
-SWITCH = (SwitchLinear, QuantizedSwitchLinear)
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 
 
@@ -93,8 +91,6 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptReport:
     for path, adapter in adapters.items():
         _put(model, path, adapter)
         report.plain.append(path)
-    for path in _expert_blocks(model):
-        report.skipped.append(Skipped(path, "experts stay plain LoRA"))
     if not report.gated and config.active:
         report.notices.append("no gate projection is adapted, so NA-LoRA acts nowhere: this is plain LoRA")
     model.adapt_report = report
@@ -112,7 +108,7 @@ def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptReport:
     targets, report = _select(model, config)
     model.freeze()
     for index, (path, module) in enumerate(targets.items()):
-        if isinstance(module, SWITCH):
+        if isinstance(module, layouts.SWITCH):
             raise InputError(
                 f"{path}: there is no DoRA for expert layers; use lora, or name --keys without them"
             )
@@ -184,26 +180,14 @@ def _select(model: nn.Module, config: NALoRAConfig) -> tuple[dict[str, nn.Module
 
 
 def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, layouts.LINEAR + SWITCH + EMBEDDING) or hasattr(module, "to_lora")
-
-
-def _expert_blocks(model: nn.Module) -> list[str]:
-    """Paths of modules that hold gate, up and down projections per expert."""
-    found = []
-    for path, module in model.named_modules():
-        children = [
-            child.linear if isinstance(child, LoRASwitchLinear) else child for child in module.values()
-        ]
-        if sum(isinstance(child, SWITCH) for child in children) >= 3:
-            found.append(path)
-    return found
+    return isinstance(module, layouts.LINEAR + layouts.SWITCH + EMBEDDING) or hasattr(module, "to_lora")
 
 
 def _routers(model: nn.Module) -> set[str]:
     """Paths of linears that choose experts: beside an expert block, with one output per expert or only one."""
     found = set()
     for path, module in model.named_modules():
-        experts = {m.num_experts for _, m in module.named_modules() if isinstance(m, SWITCH)}
+        experts = {m.num_experts for _, m in module.named_modules() if isinstance(m, layouts.SWITCH)}
         for name, child in module.items():
             if isinstance(child, layouts.LINEAR) and experts and layouts.output_dims(child) in (*experts, 1):
                 found.add(f"{path}.{name}" if path else name)
@@ -213,42 +197,36 @@ def _routers(model: nn.Module) -> set[str]:
 def _lora(module: nn.Module, config: NALoRAConfig, index: int) -> nn.Module:
     """Wrap a module in the adapter of its kind."""
     dropout = Dropout(config.dropout, index)
-    if isinstance(module, layouts.LINEAR):
-        return LoRALinear(module, config.rank, config.scale, dropout)
     settings = {"r": config.rank, "dropout": config.dropout, "scale": config.scale}
     if hasattr(module, "to_lora"):
-        return module.to_lora(**settings)
-    kind = LoRASwitchLinear if isinstance(module, SWITCH) else LoRAEmbedding
-    adapter = kind.from_base(module, **settings)
+        adapter = module.to_lora(**settings)
+    elif isinstance(module, EMBEDDING):
+        adapter = LoRAEmbedding.from_base(module, **settings)
+    else:
+        kind = LoRASwitchLinear if isinstance(module, layouts.SWITCH) else LoRALinear
+        return kind(module, config.rank, config.scale, dropout)
     adapter.dropout = dropout
     return adapter
 
 
 def _adapt_gated(model: nn.Module, match: Match, adapters: dict[str, nn.Module], report: AdaptReport) -> None:
     """Rebuild one gated MLP on its adapters and take them from the list; or say why not."""
-    paths = {name: f"{match.path}.{name}" for name in match.layout.projections}
+    paths = {name: f"{match.path}.{name}" if match.path else name for name in match.layout.projections}
     if not any(paths[name] in adapters for name in (match.layout.gate, match.layout.up)):
         return
     try:
-        activation = layouts.identify(match)
+        layout, activation = layouts.identify(match)
         projections = {name: adapters.get(path, match.module[name]) for name, path in paths.items()}
-        gated = GatedMLP(match.path, match.module, match.layout, activation, projections, report.config)
-        gate = match.module[match.layout.gate]
-        layouts.verify(match.module, gated, layouts.input_dims(gate), _compute_dtype(gate))
+        kind = GatedExperts if match.experts else GatedMLP
+        gated = kind(match, layout, activation, projections, report.config)
+        layouts.verify(match, gated)
     except ValueError as error:
         report.skipped.append(Skipped(match.path, f"stays plain LoRA: {error}"))
         return
     for path in paths.values():
         adapters.pop(path, None)
     _put(model, match.path, gated)
-    report.gated.append(Gated(match.path, match.layout.name, activation.name, experts=0))
-
-
-def _compute_dtype(linear: nn.Module) -> mx.Dtype:
-    """The dtype in which a layer's outputs come: of its weight, or of its scales where these are floats."""
-    if not isinstance(linear, nn.QuantizedLinear):
-        return linear.weight.dtype
-    return linear.scales.dtype if mx.issubdtype(linear.scales.dtype, mx.floating) else mx.bfloat16
+    report.gated.append(Gated(match.path, layout.name, activation.name, match.experts))
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -9,16 +9,22 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
-from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRASwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner import dora, lora
 
 from nalora_mlx import layouts
 from nalora_mlx.activations import Activation
 from nalora_mlx.config import NAParameters
 from nalora_mlx.kernels import reference
-from nalora_mlx.layouts import Layout
+from nalora_mlx.layouts import Layout, Match
 
+MLX_LM_ADAPTERS = (
+    lora.LoRALinear,
+    lora.LoRASwitchLinear,
+    lora.LoRAEmbedding,
+    dora.DoRALinear,
+    dora.DoRAEmbedding,
+)
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
@@ -30,13 +36,22 @@ class ForwardPass:
         weights: [B, L], 1 for real tokens, 0 for padding; None if nothing is to be observed.
         routes: path of a gated MLP -> mask [F] on the gradient that reaches the gate's lora_a.
         dropout_keys: [n, 2], a random key per dropout, the same in a recomputation as in the forward.
-        seen: path of a gated MLP -> its sums over tokens, written during the forward.
+        seen: path of a gated MLP -> its sums over tokens, written during the forward; of a module that runs
+            several times, the mean over its runs.
     """
 
     weights: mx.array | None
     routes: Mapping[str, mx.array] = field(default_factory=dict)
     dropout_keys: mx.array | None = None
     seen: dict[str, dict[str, mx.array]] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)
+
+    def observe(self, path: str, sums: dict[str, mx.array]) -> None:
+        """Take what one run of a module saw."""
+        runs = self.runs[path] = self.runs.get(path, 0) + 1
+        if runs > 1:
+            sums = {name: old + (sums[name] - old) / runs for name, old in self.seen[path].items()}
+        self.seen[path] = sums
 
 
 _current: ContextVar[ForwardPass | None] = ContextVar("forward_pass", default=None)
@@ -76,41 +91,74 @@ class Dropout(nn.Module):
         return mx.where(keep, x * (1 / (1 - self.p)), 0).astype(x.dtype)
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer plus a low-rank update: y = linear(x) + scale (x A) B.
+class Adapter(nn.Module):
+    """A frozen projection plus a low-rank update: y = linear(x) + scale (x A) B.
 
-    lora_a is [D, r], lora_b [r, F], both float32 masters that are cast to the dtype of x in the forward. The names
-    of children and leaves are mlx-lm's, so that its tools load what is trained here.
+    lora_a and lora_b are float32 masters that are cast to the dtype of x in the forward. The names of children and
+    leaves are mlx-lm's, so that its tools load what is trained here. `where` is what the projection takes beside x:
+    nothing, or the experts of each row and whether they are sorted.
     """
 
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: Dropout):
+    def __init__(self, linear: nn.Module, scale: float, dropout: Dropout):
         super().__init__()
-        dims = layouts.input_dims(linear)
-        bound = 1 / math.sqrt(dims)
         self.linear = linear
         self.dropout = dropout
         self.scale = scale
-        self.lora_a = mx.random.uniform(-bound, bound, (dims, rank))
-        self.lora_b = mx.zeros((rank, layouts.output_dims(linear)))
 
-    def low_rank_input(self, x: mx.array) -> mx.array:
-        """dropout(x) A; x [..., D] -> [..., r], in the dtype of x."""
-        return self.dropout(x) @ self.lora_a.astype(x.dtype)
+    def times_a(self, x: mx.array, a: mx.array, *where: Any) -> mx.array:
+        """x A; [..., D] -> [..., r]."""
+        raise NotImplementedError
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def times_b(self, low: mx.array, b: mx.array, *where: Any) -> mx.array:
+        """(x A) B; [..., r] -> [..., F]."""
+        raise NotImplementedError
+
+    def spread(self, channels: mx.array, *where: Any) -> mx.array:
+        """Bring values per channel, [F] or [E, F], to the rows of an output."""
+        raise NotImplementedError
+
+    def with_base(self, x: mx.array, *where: Any, route: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        """Outputs without and with the update, in the dtype of the frozen projection.
+
+        Args:
+            x: [..., D].
+            where: see the class.
+            route: [F] or [E, F], a mask on the gradient that reaches lora_a; x and lora_b get theirs whole.
+        """
+        y0 = self.linear(x, *where)
+        dropped = self.dropout(x)
+        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
+        if route is None:
+            product = self.times_b(self.times_a(dropped, a, *where), b, *where)
+        else:
+            stop = mx.stop_gradient
+            product = self.times_b(self.times_a(dropped, stop(a), *where), b, *where)
+            to_a = self.times_b(self.times_a(stop(dropped), a, *where), stop(b), *where)
+            to_a = to_a * self.spread(route, *where).astype(to_a.dtype)
+            product = product + (to_a - stop(to_a))  # adds zero, and the masked gradient of lora_a
+        return y0, y0 + (self.scale * product).astype(y0.dtype)
+
+    def __call__(self, x: mx.array, *where: Any, **sorting: bool) -> mx.array:
         """Map x [..., D] to [..., F]."""
-        return reference.low_rank(self.linear(x), self.low_rank_input(x), self.lora_b, self.scale)
+        return self.with_base(x, *where, *sorting.values())[1]
+
+    def channel_factor(self, q: mx.array) -> mx.array:
+        """Factors per channel in a shape that broadcasts against lora_b."""
+        raise NotImplementedError
+
+    def delta(self) -> mx.array:
+        """The update of the weight in float32, of the weight's shape."""
+        raise NotImplementedError
 
     def fuse(self, dequantize: bool = False) -> nn.Module:
-        """Merge the update, W + scale (A B)^T, computed in float32 and rounded once.
+        """Merge the update into the weight, computed in float32 and rounded once.
 
         A quantized base gets its own bits again unless `dequantize`.
         """
         linear = self.linear
         weight = _dequantized(linear)
-        dense = nn.Linear(1, 1, bias=False)
-        delta = self.scale * (self.lora_a @ self.lora_b).T  # [F, D]
-        dense.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
+        dense = SwitchLinear(1, 1, 1, bias=False) if weight.ndim == 3 else nn.Linear(1, 1, bias=False)
+        dense.weight = (weight.astype(mx.float32) + self.delta()).astype(weight.dtype)
         if "bias" in linear:
             dense.bias = linear.bias
         if isinstance(linear, QUANTIZED) and not dequantize:
@@ -118,8 +166,63 @@ class LoRALinear(nn.Module):
         return dense
 
 
+class LoRALinear(Adapter):
+    """The adapter of a linear layer; lora_a [D, r], lora_b [r, F]."""
+
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: Dropout):
+        super().__init__(linear, scale, dropout)
+        dims = layouts.input_dims(linear)
+        bound = 1 / math.sqrt(dims)
+        self.lora_a = mx.random.uniform(-bound, bound, (dims, rank))
+        self.lora_b = mx.zeros((rank, layouts.output_dims(linear)))
+
+    def times_a(self, x, a, *where):  # noqa: D102
+        return x @ a
+
+    def times_b(self, low, b, *where):  # noqa: D102
+        return low @ b
+
+    def spread(self, channels, *where):  # noqa: D102
+        return channels
+
+    def channel_factor(self, q):  # noqa: D102
+        return q[None, :]  # [1, F] on [r, F]
+
+    def delta(self):  # noqa: D102
+        return self.scale * (self.lora_a @ self.lora_b).T  # [F, D]
+
+
+class LoRASwitchLinear(Adapter):
+    """The adapter of a linear layer per expert; lora_a [E, r, D], lora_b [E, F, r]."""
+
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: Dropout):
+        super().__init__(linear, scale, dropout)
+        dims, experts = linear.input_dims, linear.num_experts
+        bound = 1 / math.sqrt(dims)
+        self.lora_a = mx.random.uniform(-bound, bound, (experts, rank, dims))
+        self.lora_b = mx.zeros((experts, linear.output_dims, rank))
+
+    def _per_expert(self, x, weight, experts, is_sorted=False):
+        return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=is_sorted)
+
+    def times_a(self, x, a, *where):  # noqa: D102
+        return self._per_expert(x, a, *where)
+
+    def times_b(self, low, b, *where):  # noqa: D102
+        return self._per_expert(low, b, *where)
+
+    def spread(self, channels, *where):  # noqa: D102
+        return mx.expand_dims(channels[where[0]], -2)  # [..., 1, F]
+
+    def channel_factor(self, q):  # noqa: D102
+        return q[:, :, None]  # [E, F, 1] on [E, F, r]
+
+    def delta(self):  # noqa: D102
+        return self.scale * (self.lora_b @ self.lora_a)  # [E, F, D]
+
+
 class GatedMLP(nn.Module):
-    """A gated MLP whose gate, up and down projections carry adapters; it sees what the mask needs.
+    """A gated MLP whose projections carry adapters; it sees what the mask needs.
 
     h = phi(z) u with z = gate(x), u = up(x); y = down(h). The children have the names that the original module
     gave them, so that parameter paths are those of mlx-lm's own LoRA.
@@ -127,20 +230,20 @@ class GatedMLP(nn.Module):
 
     def __init__(
         self,
-        path: str,
-        original: nn.Module,
+        match: Match,
         layout: Layout,
         activation: Activation,
         projections: Mapping[str, nn.Module],
         parameters: NAParameters,
     ):
         super().__init__()
-        self.path = path
+        self.path = match.path
+        self.experts = match.experts
         self.layout = layout
         self.activation = activation
         self.parameters_na = parameters
         # Outside the module tree: its projections are already in it, through the adapters.
-        object.__setattr__(self, "original", original)
+        object.__setattr__(self, "original", match.module)
         for name in layout.projections:
             self[name] = projections[name]
 
@@ -152,39 +255,77 @@ class GatedMLP(nn.Module):
         return given if given is not None and len(given) == len(own) else own
 
     @property
-    def channels(self) -> int:
-        """Number of gate channels F."""
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a value per gate channel: [F], or [E, F] with experts."""
         gate = self[self.layout.gate]
-        return layouts.output_dims(gate.linear if isinstance(gate, LoRALinear) else gate)
+        width = layouts.output_dims(gate.linear if isinstance(gate, Adapter) else gate)
+        channels = width // 2 if self.layout.shared else width
+        return (self.experts, channels) if self.experts else (channels,)
 
-    def scaled_paths(self) -> list[str]:
-        """Full paths of the lora_b whose steps the method scales."""
-        names = {"gate": self.layout.gate, "up": self.layout.up}
-        return [
-            f"{self.path}.{names[branch]}.lora_b"
-            for branch in self.parameters_na.branches
-            if isinstance(self[names[branch]], LoRALinear)
-        ]
+    def step_factors(self, q: mx.array) -> dict[str, mx.array]:
+        """Factors on the steps of lora_b, by full path, from a multiplier per gate channel, [F] or [E, F]."""
+        one = mx.ones_like(q)
+        gate, up = (q if branch in self.parameters_na.branches else one for branch in ("gate", "up"))
+        factors = {self.layout.gate: gate, self.layout.up: up}
+        if self.layout.shared:
+            factors = {self.layout.gate: self._join(gate, up)}
+        return {
+            f"{self.path}.{name}.lora_b": self[name].channel_factor(factor)
+            for name, factor in factors.items()
+            if isinstance(self[name], Adapter) and factor is not one
+        }
+
+    def _join(self, gate: mx.array, up: mx.array) -> mx.array:
+        return mx.concatenate([gate, up] if self.layout.gate_first else [up, gate], axis=-1)
+
+    def _split(self, both: mx.array) -> tuple[mx.array, mx.array]:
+        first, second = mx.split(both, 2, axis=-1)
+        return (first, second) if self.layout.gate_first else (second, first)
+
+    def _branches(self, x: mx.array, *where: Any) -> tuple[mx.array, mx.array, mx.array]:
+        """Gate pre-activation without and with the update, and the up branch; [..., F] each."""
+        this = _current.get()
+        route = None if this is None else this.routes.get(self.path)
+        if route is not None and self.layout.shared:
+            route = self._join(route, mx.ones_like(route))
+        gate = self[self.layout.gate]
+        if isinstance(gate, Adapter):
+            y0, y = gate.with_base(x, *where, route=route)
+        else:
+            y0 = y = gate(x, *where)
+        if self.layout.shared:
+            z, u = self._split(y)
+            return self._split(y0)[0], z, u
+        return y0, y, self[self.layout.up](x, *where)
+
+    def _product(self, x: mx.array, *where: Any, tokens: mx.array | None = None) -> mx.array:
+        """h = phi(z) u; `tokens` says which token each row of x is, in order if None."""
+        z0, z, u = self._branches(x, *where)
+        this = _current.get()
+        if this is not None and this.weights is not None:
+            weights = this.weights.reshape(-1)
+            if tokens is None and weights.size != z.size // z.shape[-1]:
+                # Rows that are no text tokens, such as patches of an image: all are real.
+                weights = mx.ones((z.size // z.shape[-1],))
+            this.observe(
+                self.path,
+                reference.statistics(
+                    self.activation,
+                    self.parameters_na.statistic,
+                    self.boundaries,
+                    z0,
+                    z,
+                    u,
+                    weights if tokens is None else weights[tokens],
+                    experts=where[0] if self.experts else None,
+                    num_experts=self.experts,
+                ),
+            )
+        return reference.gated_product(self.activation, z, u)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x [..., D] to [..., D]."""
-        this = _current.get()
-        gate, up = self[self.layout.gate], self[self.layout.up]
-        u = up(x)
-        if isinstance(gate, LoRALinear):
-            z0 = gate.linear(x)
-            route = None if this is None else this.routes.get(self.path)
-            if route is None:
-                z = reference.low_rank(z0, gate.low_rank_input(x), gate.lora_b, gate.scale)
-            else:
-                z = _routed(gate, x, z0, route)
-        else:
-            z = z0 = gate(x)
-        if this is not None and this.weights is not None:
-            this.seen[self.path] = reference.statistics(
-                self.activation, self.parameters_na.statistic, self.boundaries, z0, z, u, this.weights
-            )
-        return self[self.layout.down](reference.gated_product(self.activation, z, u))
+        return self[self.layout.down](self._product(x))
 
     def fuse(self, bits: int | None, dequantize: bool) -> nn.Module:
         """Give back the original module with every adapter merged into its projection, see `fuse_module`."""
@@ -193,14 +334,24 @@ class GatedMLP(nn.Module):
         return self.original
 
 
-def _routed(gate: LoRALinear, x: mx.array, z0: mx.array, mask: mx.array) -> mx.array:
-    """Gate pre-activation whose gradient reaches lora_a through the mask [F], and x and lora_b whole."""
-    dropped = gate.dropout(x)
-    a = gate.lora_a.astype(x.dtype)
-    to_x = dropped @ mx.stop_gradient(a)
-    to_a = mx.stop_gradient(dropped) @ a
-    product: Any = reference.routed_product(to_x, to_a, gate.lora_b.astype(x.dtype), mask)
-    return z0 + (gate.scale * product).astype(z0.dtype)
+class GatedExperts(GatedMLP):
+    """Gated MLPs of experts, each row of x going to some of them; the importance is per expert and channel."""
+
+    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:  # type: ignore[override]
+        """Map x [..., D] and the k experts of each row [..., k] to [..., k, D]."""
+        experts = mx.stop_gradient(experts)
+        chosen = experts.reshape(-1)  # [N k]
+        order = tokens = mx.arange(chosen.size) // experts.shape[-1]
+        # From so many rows on, sorted ones make each expert's weights be read once (the bound is mlx-lm's).
+        is_sorted = chosen.size >= 64
+        if is_sorted:
+            order = mx.argsort(chosen)
+            chosen, tokens = chosen[order], tokens[order]
+        rows = x.reshape(-1, 1, x.shape[-1])[tokens]  # [N k, 1, D]
+        y = self[self.layout.down](self._product(rows, chosen, is_sorted, tokens=tokens), chosen, is_sorted)
+        if is_sorted:
+            y = y[mx.argsort(order)]
+        return y.reshape(*experts.shape, y.shape[-1])
 
 
 def _dequantized(base: nn.Module) -> mx.array:
@@ -225,7 +376,7 @@ def fuse_module(module: nn.Module, bits: int | None, dequantize: bool) -> nn.Mod
         bits: what a quantized base becomes; None for the bits that it has.
         dequantize: leave a quantized base dense instead.
     """
-    if not isinstance(module, LoRALinear | LoRASwitchLinear | LoRAEmbedding | DoRALinear | DoRAEmbedding):
+    if not isinstance(module, (Adapter, *MLX_LM_ADAPTERS)):
         return module
     base = module.get("linear", module.get("embedding"))
     dense = module.fuse(dequantize=True)

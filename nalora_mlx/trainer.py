@@ -81,7 +81,7 @@ class TrainingStep:
             "step": mx.array(0),
             "layers": {
                 path: importance.init(
-                    (mlp.channels,),
+                    mlp.shape,
                     len(mlp.activation.regions),
                     self_gated=mlp.activation.selection is not None,
                 )
@@ -149,7 +149,7 @@ class TrainingStep:
                 state = importance.observe(layers[path], layer, self.parameters.beta)
                 layers[path] = importance.refresh(state, self.importance["step"], self.parameters)
                 q = importance.multiplier(layers[path], self.parameters)
-                scales.update({name: q[None, :] for name in mlp.scaled_paths()})  # [1, F] on lora_b [r, F]
+                scales.update(mlp.step_factors(q))
         new = apply_scaled(self.optimizer, gradients, self.model.trainable_parameters(), scales)
         self.model.update(new)
 

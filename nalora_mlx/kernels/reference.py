@@ -10,39 +10,9 @@ import mlx.core as mx
 from nalora_mlx.activations import Activation
 
 
-def low_rank(base: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
-    """base + scale * (a @ b), in the dtype of base.
-
-    Args:
-        base: [..., F], the frozen projection.
-        a: [..., r], the input seen through lora_a.
-        b: [r, F], lora_b; cast to the dtype of a.
-        scale: factor of the update.
-    """
-    return base + (scale * (a @ b.astype(a.dtype))).astype(base.dtype)
-
-
-@mx.custom_function
-def routed_product(a: mx.array, a_route: mx.array, b: mx.array, mask: mx.array) -> mx.array:
-    """a @ b, whose gradient reaches `a` whole and `a_route` through the mask.
-
-    `a` and `a_route` hold the same values [..., r]: the first leads back to x, the second to lora_a alone. With
-    dP the cotangent of the product, da = dP b^T, da_route = (dP * mask) b^T, db = a^T dP.
-    """
-    return a @ b
-
-
-@routed_product.vjp
-def _routed_product_vjp(primals, cotangent, _):
-    a, _a_route, b, mask = primals
-    routed = cotangent * mask.astype(cotangent.dtype)
-    db = a.reshape(-1, a.shape[-1]).T @ cotangent.reshape(-1, cotangent.shape[-1])
-    return cotangent @ b.T, routed @ b.T, db, mx.zeros_like(mask)
-
-
 def gated_product(activation: Activation, z: mx.array, u: mx.array) -> mx.array:
     """phi(z) * u in float32, returned in the dtype of z; [..., F]."""
-    return (activation.phi(z) * u.astype(mx.float32)).astype(z.dtype)
+    return (activation.phi(z) * activation.linear_branch(u)).astype(z.dtype)
 
 
 def statistics(
@@ -53,6 +23,8 @@ def statistics(
     z: mx.array,
     u: mx.array,
     weights: mx.array,
+    experts: mx.array | None = None,
+    num_experts: int = 0,
 ) -> dict[str, mx.array]:
     """Sums over tokens that NA-LoRA needs of one forward; float32, no gradient.
 
@@ -63,11 +35,14 @@ def statistics(
         z0: [..., F], gate pre-activation without the low-rank update.
         z: [..., F], with it.
         u: [..., F], up branch.
-        weights: [...], 1 for a real token and 0 for padding.
+        weights: one per row, 1 for a real token and 0 for padding.
+        experts: which expert each row went to; None for a dense MLP.
+        num_experts: how many there are, E.
 
     Returns:
-        responsiveness [F], beyond [R-1, F] (with a partition), misalignment [2] (if self-gated):
-        sums of |delta rho(z0) u| and |z (rho(z) - rho(z0)) u| with delta = z - z0.
+        responsiveness [F] or [E, F]; beyond [R-1, F] or [R-1, E, F] (with a partition); misalignment [2] (if
+        self-gated): sums of |delta rho(z0) u| and |z (rho(z) - rho(z0)) u| with delta = z - z0; tokens [E] (with
+        experts).
     """
     features = z.shape[-1]
     w = weights.reshape(-1, 1).astype(mx.float32)  # [N, 1]
@@ -77,18 +52,23 @@ def statistics(
 
     def total(array: mx.array) -> mx.array:
         # where, not a product: what stands at a padded position may be anything, NaN included
-        return mx.where(w > 0, array * w, 0).sum(axis=0)  # [F]
+        kept = mx.where(w > 0, array * w, 0)  # [N, F]
+        if experts is None:
+            return kept.sum(axis=0)  # [F]
+        return mx.zeros((num_experts, kept.shape[-1])).at[experts.reshape(-1)].add(kept)  # [E, F]
 
-    z, z0, u = rows(z), rows(z0), rows(u)
+    z, z0, u = rows(z), rows(z0), activation.linear_branch(rows(u))
     response = mx.abs(activation.derivative(z))
     if statistic == "sensitivity":
         response = response * mx.abs(u)
     sums = {"responsiveness": total(response)}
+    if experts is not None:
+        sums["tokens"] = total(mx.ones_like(w))[:, 0]
     if boundaries:
         sums["beyond"] = mx.stack([total(activation.beyond(z, b).astype(mx.float32)) for b in boundaries])
     if activation.selection is not None:
         frozen = activation.selection(z0)
-        feature = mx.abs((z - z0) * frozen * u)
-        selection = mx.abs(z * (activation.selection(z) - frozen) * u)
-        sums["misalignment"] = mx.stack([total(feature).sum(), total(selection).sum()])
+        feature = mx.where(w > 0, mx.abs((z - z0) * frozen * u) * w, 0)
+        selection = mx.where(w > 0, mx.abs(z * (activation.selection(z) - frozen) * u) * w, 0)
+        sums["misalignment"] = mx.stack([feature.sum(), selection.sum()])
     return sums
