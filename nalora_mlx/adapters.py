@@ -1,9 +1,14 @@
 """How adapters come into a model (`adapt`), are saved and loaded, and are merged into its weights (`fuse_model`)."""
 
+import ast
+import inspect
 import json
+import textwrap
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -84,10 +89,15 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptReport:
     """
     config = config or NALoRAConfig()
     targets, report = _select(model, config)
+    for path, kind in layouts.find_foreign(model):
+        report.skipped.append(
+            Skipped(path, f"untouched: its projections are {kind} layers, which no LoRA fits")
+        )
     model.freeze()
     adapters = {path: _lora(module, config, index) for index, (path, module) in enumerate(targets.items())}
+    dtype = layouts.compute_dtype(model)
     for match in list(layouts.find(model)):
-        _adapt_gated(model, match, adapters, report)
+        _adapt_gated(model, match, adapters, report, dtype, chosen=config.keys is not None)
     for path, adapter in adapters.items():
         _put(model, path, adapter)
         report.plain.append(path)
@@ -151,17 +161,25 @@ def _select(model: nn.Module, config: NALoRAConfig) -> tuple[dict[str, nn.Module
     paths = {id(module): path for path, module in model.named_modules()}
     inside: dict[str, tuple[str, nn.Module]] = {}  # full path -> (key relative to its layer, module)
     everywhere: set[str] = set()
+    bare = _read_directly(model)
+    blocked: set[str] = (
+        set()
+    )  # keys under which a chosen layer has something else, where mlx-lm could not load
     for layer in layers:
         for key, module in layer.named_modules():
-            if key and _adaptable(module):
+            if id(layer) in chosen and not _adaptable(module):
+                blocked.add(key)
+            if key and _adaptable(module) and id(module) not in bare:
                 everywhere.add(key)
                 if id(layer) in chosen:
                     inside[f"{paths[id(layer)]}.{key}"] = (key, module)
     outside = {path: m for path, m in model.named_modules() if path and path not in inside and _adaptable(m)}
     if config.keys is None:
         routers = _routers(model)
-        keys = tuple(sorted({key for path, (key, _) in inside.items() if path not in routers}))
+        keys = tuple(sorted({key for path, (key, _) in inside.items() if path not in routers} - blocked))
         targets = {path: module for path, (key, module) in inside.items() if key in keys}
+        if not targets:
+            raise InputError("the layers of this model hold nothing that a LoRA adapter fits")
     else:
         keys = config.keys
         targets = {path: module for path, (key, module) in inside.items() if key in keys}
@@ -181,6 +199,35 @@ def _select(model: nn.Module, config: NALoRAConfig) -> tuple[dict[str, nn.Module
 
 def _adaptable(module: nn.Module) -> bool:
     return isinstance(module, layouts.LINEAR + layouts.SWITCH + EMBEDDING) or hasattr(module, "to_lora")
+
+
+def _read_directly(model: nn.Module) -> set[int]:
+    """Ids of modules whose weight the model's own code reads, past their call: an adapter there would break it."""
+    found = set()
+    for _, module in model.named_modules():
+        names = _weights_read_by(cast(Hashable, type(module)))
+        found |= {id(child) for name, child in module.items() if name in names}
+    return found
+
+
+@cache
+def _weights_read_by(cls: Hashable) -> frozenset[str]:
+    """Names n for which a method of the class that is not set-up code reads self.n.weight."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cast(type, cls))))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    return frozenset(
+        node.value.attr
+        for method in ast.walk(tree)
+        if isinstance(method, ast.FunctionDef) and method.name not in ("__init__", "sanitize", "shard")
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "weight"
+        and isinstance(node.value, ast.Attribute)
+        and isinstance(node.value.value, ast.Name)
+        and node.value.value.id == "self"
+    )
 
 
 def _routers(model: nn.Module) -> set[str]:
@@ -209,17 +256,30 @@ def _lora(module: nn.Module, config: NALoRAConfig, index: int) -> nn.Module:
     return adapter
 
 
-def _adapt_gated(model: nn.Module, match: Match, adapters: dict[str, nn.Module], report: AdaptReport) -> None:
-    """Rebuild one gated MLP on its adapters and take them from the list; or say why not."""
+def _adapt_gated(
+    model: nn.Module,
+    match: Match,
+    adapters: dict[str, nn.Module],
+    report: AdaptReport,
+    dtype: mx.Dtype,
+    chosen: bool,
+) -> None:
+    """Rebuild one gated MLP on its adapters and take them from the list; or say why not.
+
+    `chosen` says that a person named the keys: what these leave out needs no reason.
+    """
     paths = {name: f"{match.path}.{name}" if match.path else name for name in match.layout.projections}
     if not any(paths[name] in adapters for name in (match.layout.gate, match.layout.up)):
+        if not chosen and _in_layers(model, match.path, report.config.num_layers):
+            why = "the same key names another kind of layer elsewhere, so that mlx-lm could not load its adapter"
+            report.skipped.append(Skipped(match.path, f"untouched: {why}"))
         return
     try:
         layout, activation = layouts.identify(match)
         projections = {name: adapters.get(path, match.module[name]) for name, path in paths.items()}
         kind = GatedExperts if match.experts else GatedMLP
         gated = kind(match, layout, activation, projections, report.config)
-        layouts.verify(match, gated)
+        layouts.verify(match, gated, dtype)
     except ValueError as error:
         report.skipped.append(Skipped(match.path, f"stays plain LoRA: {error}"))
         return
@@ -227,6 +287,12 @@ def _adapt_gated(model: nn.Module, match: Match, adapters: dict[str, nn.Module],
         adapters.pop(path, None)
     _put(model, match.path, gated)
     report.gated.append(Gated(match.path, layout.name, activation.name, match.experts))
+
+
+def _in_layers(model: nn.Module, path: str, count: int) -> bool:
+    """Whether a path lies in one of the last `count` layers."""
+    ids = {id(layer) for layer in list(model.layers)[-count:]}
+    return any(path.startswith(f"{p}.") for p, module in model.named_modules() if id(module) in ids)
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -7,11 +7,12 @@ between them, and then as a whole on random input.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from nalora_mlx import activations
@@ -30,6 +31,7 @@ class Layout:
     up: str
     down: str
     gate_first: bool = True  # in a shared projection: whether the gate is its first half
+    norm: str = ""  # a norm of the module's own, through which x goes first
 
     @property
     def shared(self) -> bool:
@@ -51,14 +53,18 @@ class Layout:
 
 
 LAYOUTS = (
+    Layout("gate_proj", "up_proj", "down_proj", norm="norm"),  # lille-130m
     Layout("gate_proj", "up_proj", "down_proj"),  # most models, SwitchGLU
     Layout("w1", "w3", "w2"),  # internlm2, lfm2
     Layout("w1", "v1", "w2"),  # dbrx
     Layout("w2", "w1", "c_proj"),  # qwen
     Layout("c_fc_0", "c_fc_1", "c_proj"),  # exaone
+    Layout("mlp_gate", "mlp_linear", "mlp_resid"),  # talkie
     Layout("gate_up_proj", "gate_up_proj", "down_proj"),  # phi3, glm, plamo
     Layout("input_linear", "input_linear", "output_linear"),  # granitemoehybrid
     Layout("proj_1", "proj_1", "proj_2"),  # openelm
+    Layout("up_proj", "up_proj", "down_proj"),  # phi3small
+    Layout("ff_proj", "ff_proj", "ff_out"),  # olmo
 )
 
 
@@ -82,12 +88,38 @@ def find(model: nn.Module) -> Iterator[Match]:
     for path, module in walk(model):
         for layout in LAYOUTS:
             children = [module.get(name) for name in layout.projections]
-            if all(isinstance(child, LINEAR) for child in children):
+            if layout.norm and not isinstance(module.get(layout.norm), nn.RMSNorm | nn.LayerNorm):
+                continue
+            if (
+                layout.shared
+                and _is_linear(children)
+                and output_dims(children[0]) != 2 * input_dims(children[1])
+            ):
+                continue  # such as the up and down projection of an MLP without a gate
+            if _is_linear(children):
                 yield Match(path, layout, module)
                 break
             if not layout.shared and all(isinstance(child, SWITCH) for child in children):
                 yield Match(path, layout, module, children[0].num_experts)
                 break
+
+
+def find_foreign(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (path, class name) of gated MLPs whose projections are of a class that no LoRA fits."""
+    for path, module in walk(model):
+        for layout in LAYOUTS:
+            children = [module.get(name) for name in layout.projections]
+            if (
+                not layout.shared
+                and all(isinstance(child, nn.Module) for child in children)
+                and not isinstance(children[0], LINEAR + SWITCH)
+            ):
+                yield path, type(children[0]).__name__
+                break
+
+
+def _is_linear(children: list[Any]) -> bool:
+    return all(isinstance(child, LINEAR) for child in children)
 
 
 # Activations whose parameters a model sets: from the object that may hold them, None where it has no such thing.
@@ -129,6 +161,15 @@ class _Probe(nn.Module):
 _CHANNELS = 512
 
 
+def _probes(seed: int) -> mx.array:
+    """Values over the range in which activations differ, and some far beyond it, where they clip; [F]."""
+    keys = mx.random.split(mx.random.key(seed), 3)
+    near = mx.random.uniform(-12, 12, (_CHANNELS * 3 // 4,), key=keys[0])
+    size = mx.power(10.0, mx.random.uniform(1, 4, (_CHANNELS // 4,), key=keys[1]))
+    sign = mx.where(mx.random.bernoulli(0.5, size.shape, key=keys[2]), 1.0, -1.0)
+    return mx.concatenate([near, size * sign])
+
+
 def identify(match: Match) -> tuple[Layout, Activation]:
     """Find phi, and the halves of a shared projection, by running the module with probes; exact to float32.
 
@@ -136,19 +177,13 @@ def identify(match: Match) -> tuple[Layout, Activation]:
         ValueError: the module does not compute down(phi(gate(x)) * up(x)) for any phi that is known; the message
             is the reason that a report shows.
     """
-    keys = mx.random.split(mx.random.key(0), 2)
-    # Over the range in which activations differ and clip; the seed is fixed so that the answer is.
-    z = mx.random.uniform(-12, 12, (_CHANNELS,), key=keys[0])
-    u = mx.random.uniform(-12, 12, (_CHANNELS,), key=keys[1])
-    halves = [True, False] if match.layout.shared else [True]
-    for gate_first in halves:
+    z, u = _probes(0), mx.roll(_probes(1), 64)  # rolled, so that not all far values meet far ones
+    for gate_first in (True, False) if match.layout.shared else (True,):
         h = _between(match, z, u, gate_first)
         for activation in _candidates(match.module):
-            if _relative_error(gated_product(activation, z, u), h) < 1e-5:
-                layout = match.layout
-                if layout.shared:
-                    layout = Layout(layout.gate, layout.up, layout.down, gate_first)
-                return layout, activation
+            error = mx.abs(gated_product(activation, z, u) - h) / (1 + mx.abs(h))
+            if mx.all(error < 1e-5).item():
+                return replace(match.layout, gate_first=gate_first), activation
     raise ValueError(
         "its activation is none that is known, or gate and up are not combined as phi(gate) * up"
     )
@@ -183,14 +218,13 @@ def _between(match: Match, z: mx.array, u: mx.array, gate_first: bool) -> mx.arr
     return h.reshape(-1)
 
 
-def verify(match: Match, rebuilt: nn.Module) -> None:
-    """Compare a module and its rebuilt form on random input, experts with few and with many rows.
+def verify(match: Match, rebuilt: nn.Module, dtype: mx.Dtype) -> None:
+    """Compare a module and its rebuilt form on random input of a dtype, experts with few and with many rows.
 
     Raises:
         ValueError: they differ by more than rounding; the message has the relative error.
     """
-    gate = match.module[match.layout.gate]
-    dims, dtype = input_dims(gate), compute_dtype(gate)
+    dims = input_dims(match.module[match.layout.gate])
     # The rebuilt product rounds once where the original may round several times in a half type.
     tolerance = {mx.float32: 1e-5, mx.float16: 5e-3}.get(dtype, 4e-2)
     # mlx-lm sorts the rows by expert from 64 choices on.
@@ -227,8 +261,9 @@ def output_dims(linear: nn.Module) -> int:
     return linear.weight.shape[-2]
 
 
-def compute_dtype(linear: nn.Module) -> mx.Dtype:
-    """The dtype in which a layer's outputs come: of its weight, or of its scales where these are floats."""
-    if "scales" not in linear:
-        return linear.weight.dtype
-    return linear.scales.dtype if mx.issubdtype(linear.scales.dtype, mx.floating) else mx.bfloat16
+def compute_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype of a model's activations: that of its first weight that is neither packed nor a quantization scale."""
+    for path, array in tree_flatten(model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating) and path.endswith("weight"):
+            return array.dtype
+    return mx.float32

@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.tuner import dora, lora
 
 from nalora_mlx import layouts
 from nalora_mlx.activations import Activation
@@ -18,13 +17,6 @@ from nalora_mlx.config import NAParameters
 from nalora_mlx.kernels import reference
 from nalora_mlx.layouts import Layout, Match
 
-MLX_LM_ADAPTERS = (
-    lora.LoRALinear,
-    lora.LoRASwitchLinear,
-    lora.LoRAEmbedding,
-    dora.DoRALinear,
-    dora.DoRAEmbedding,
-)
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
@@ -246,6 +238,8 @@ class GatedMLP(nn.Module):
         object.__setattr__(self, "original", match.module)
         for name in layout.projections:
             self[name] = projections[name]
+        if layout.norm:
+            self[layout.norm] = match.module[layout.norm]
 
     @property
     def boundaries(self) -> tuple[float, ...]:
@@ -325,6 +319,8 @@ class GatedMLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x [..., D] to [..., D]."""
+        if self.layout.norm:
+            x = self[self.layout.norm](x)
         return self[self.layout.down](self._product(x))
 
     def fuse(self, bits: int | None, dequantize: bool) -> nn.Module:
@@ -376,15 +372,16 @@ def fuse_module(module: nn.Module, bits: int | None, dequantize: bool) -> nn.Mod
         bits: what a quantized base becomes; None for the bits that it has.
         dequantize: leave a quantized base dense instead.
     """
-    if not isinstance(module, (Adapter, *MLX_LM_ADAPTERS)):
+    if "lora_a" not in module or not hasattr(module, "fuse"):
         return module
     base = module.get("linear", module.get("embedding"))
     dense = module.fuse(dequantize=True)
     if dequantize or not isinstance(base, QUANTIZED):
         return dense
-    if bits in (None, base.bits):
+    if bits is None:
         return dense.to_quantized(base.group_size, base.bits, base.mode)
-    # Only affine quantization knows other widths, in groups of 32, 64 or 128.
+    # Affine, because only it knows all widths and because eight bits of it are finer than those of mxfp8; its
+    # groups are of 32, 64 or 128.
     return dense.to_quantized(base.group_size if base.mode == "affine" else 32, bits, "affine")
 
 

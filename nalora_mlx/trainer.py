@@ -133,7 +133,8 @@ class TrainingStep:
         with forward_pass(this):
             (_, (total, seen)), gradients = self._loss_and_gradients(arrays, weight, this)
         if carry is not None:
-            gradients, seen = tree_map(mx.add, (gradients, seen), carry)
+            gradients = tree_map(mx.add, gradients, carry[0])
+            seen = _add_seen(seen, carry[1])
         if not update:
             return total, (gradients, seen)
         self._update(gradients, seen)
@@ -145,6 +146,8 @@ class TrainingStep:
             self.importance["step"] = self.importance["step"] + 1
             layers = self.importance["layers"]
             for path, mlp in self.gated.items():
+                if path not in seen["layers"]:
+                    continue  # an expert of its own module, to which no token went
                 layer = {"tokens": seen["tokens"], **seen["layers"][path]}
                 state = importance.observe(layers[path], layer, self.parameters.beta)
                 layers[path] = importance.refresh(state, self.importance["step"], self.parameters)
@@ -171,6 +174,14 @@ class TrainingStep:
                 row["misalignment"] = importance.misalignment(state).item()
             described[path] = row
         return described
+
+
+def _add_seen(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Add what two micro-batches saw; a module may have run in one of them only."""
+    layers = dict(old["layers"])
+    for path, sums in new["layers"].items():
+        layers[path] = tree_map(mx.add, sums, layers[path]) if path in layers else sums
+    return {"layers": layers, "tokens": new["tokens"] + old["tokens"]}
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:

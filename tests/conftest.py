@@ -39,7 +39,7 @@ def build_model(seed=0, module=llama, args=None, dtype=mx.float32, gain=3.0):
     args = args or llama_args()
     model = module.Model(module.ModelArgs.from_dict(args))
     for name, array in tree_flatten(model.parameters()):
-        if array.ndim == 2:
+        if array.ndim == 2 and mx.issubdtype(array.dtype, mx.floating):
             model.load_weights([(name, array * gain)], strict=False)
     model.set_dtype(dtype)
     model.eval()

@@ -1,4 +1,4 @@
-"""Every model of mlx-lm in miniature: a config that builds it, and the gated MLPs that its source has, counted by hand."""
+"""Every model of mlx-lm in miniature: a config that builds it, and the gated MLPs of its source, counted by hand."""
 
 from dataclasses import dataclass, field
 from typing import Any
