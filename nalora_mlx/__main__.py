@@ -13,6 +13,7 @@ COMMANDS = {
     "export": "write what other tools read: GGUF",
     "generate": "answer one prompt",
     "chat": "talk to a model",
+    "doctor": "check the machine, and what NA-LoRA would do with a model",
 }
 
 

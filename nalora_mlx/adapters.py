@@ -151,13 +151,13 @@ def _select(model: nn.Module, config: NALoRAConfig) -> tuple[dict[str, nn.Module
     """Find the modules to adapt, by full path, first layer first; resolve keys and num_layers."""
     if report_of(model) is not None:
         raise InputError("the model is adapted already; fuse_model or load it again first")
-    layers = list(model.layers)
+    layers, vision = list(model.layers), _vision_layers(model)
     notices = []
     count = len(layers) if config.num_layers == -1 else config.num_layers
     if count > len(layers):
         notices.append(f"num_layers is {count}, the model has {len(layers)}: all of them are adapted")
         count = len(layers)
-    chosen = {id(layer) for layer in layers[len(layers) - count :]}
+    chosen = {id(layer) for layer in layers[len(layers) - count :] + vision}
     paths = {id(module): path for path, module in model.named_modules()}
     inside: dict[str, tuple[str, nn.Module]] = {}  # full path -> (key relative to its layer, module)
     everywhere: set[str] = set()
@@ -165,7 +165,7 @@ def _select(model: nn.Module, config: NALoRAConfig) -> tuple[dict[str, nn.Module
     blocked: set[str] = (
         set()
     )  # keys under which a chosen layer has something else, where mlx-lm could not load
-    for layer in layers:
+    for layer in layers + vision:
         for key, module in layer.named_modules():
             if id(layer) in chosen and not _adaptable(module):
                 blocked.add(key)
@@ -195,6 +195,23 @@ def _select(model: nn.Module, config: NALoRAConfig) -> tuple[dict[str, nn.Module
     order = {path: position for position, (path, _) in enumerate(layouts.walk(model))}
     targets = dict(sorted(targets.items(), key=lambda item: order[item[0]]))
     return targets, AdaptReport("lora", replace(config, keys=keys, num_layers=count), notices=notices)
+
+
+def _vision_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of an mlx-vlm model's vision tower, all of them; none for mlx-lm's models, which have no such tower.
+
+    mlx-vlm's towers agree on the attribute, not on what is inside: the layers are the list that holds most modules.
+    """
+    if not type(model).__module__.startswith("mlx_vlm."):
+        return []
+    tower = getattr(model, "vision_tower", getattr(model, "vision_model", None))
+    lists = [
+        value
+        for _, module in (tower.named_modules() if tower is not None else [])
+        for value in module.values()
+        if isinstance(value, list) and all(isinstance(item, nn.Module) for item in value)
+    ]
+    return max(lists, key=lambda found: sum(len(item.modules()) for item in found), default=[])
 
 
 def _adaptable(module: nn.Module) -> bool:

@@ -62,7 +62,8 @@ class TrainingStep:
         model: an adapted (or unfrozen) model.
         optimizer: any mlx optimizer.
         parameters: the NA settings; with both mechanisms off the update is the optimizer's own.
-        compiled: False runs the same step eagerly, for tests and debugging.
+        compiled: False runs the same step eagerly: for models that look at values on the way, and for debugging.
+        forward: token ids [B, L] -> logits [B, L, V]; the model itself if None.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class TrainingStep:
         optimizer: optim.Optimizer,
         parameters: NAParameters = PLAIN_LORA,
         compiled: bool = True,
+        forward: Callable[[mx.array], mx.array] | None = None,
     ):
         self.model = model
+        self.forward = forward or model
         self.optimizer = optimizer
         self.parameters = parameters
         self.gated = {mlp.path: mlp for mlp in gated_mlps(model)} if parameters.active else {}
@@ -115,7 +118,7 @@ class TrainingStep:
 
     def _loss(self, arrays: list[mx.array], weight: mx.array, this: ForwardPass) -> tuple[mx.array, Any]:
         inputs, targets, supervised, real = arrays
-        total = cross_entropy_sum(self.model(inputs), targets, supervised)
+        total = cross_entropy_sum(self.forward(inputs), targets, supervised)
         # A copy, because a checkpointed layer writes again while the backward recomputes it. The token count is one
         # for all layers: the same sum once per layer would be outputs that are equal, on which mx.compile fails.
         return total * weight, (total, {"layers": dict(this.seen), "tokens": mx.sum(real)})

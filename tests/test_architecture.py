@@ -35,7 +35,7 @@ FLOORS = [
     ["adapters"],
     ["trainer", "export"],
     ["generate"],
-    ["lora", "fuse", "chat"],
+    ["lora", "fuse", "chat", "doctor"],
     ["__main__"],
 ]
 # The public names and the entry point are reachable from anywhere; `export` is a room and a command.

@@ -85,3 +85,10 @@ def test_files_that_the_readme_names_exist():
         assert (ROOT / target).exists(), target
     for script in re.findall(r"bash (scripts/\S+\.sh)", README):
         assert (ROOT / script).exists(), script
+
+
+def test_the_page_of_models_is_up_to_date():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "model_table.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
