@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
         from nalora_mlx.export.gguf_model import export_gguf
 
         report = export_gguf(target, target / args.gguf_path, "f16")
+        for note in report.notes:
+            print(f"note: {note}")
         print(f"wrote {report.path}")
     if args.upload_repo:
         upload_to_hub(str(target), args.upload_repo)

@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> None:
     check_paths(args.model, args.adapter_path)
     with tempfile.TemporaryDirectory(prefix="nalora-export-") as temporary:
         source = _merged(args, Path(temporary)) if args.adapter_path else _local(args.model)
-        report = export_gguf(source, args.output, args.type, overwrite=args.overwrite)
+        # By the name of the model, not of the directory in which it was merged.
+        name = Path(args.model).resolve().name
+        report = export_gguf(source, args.output, args.type, overwrite=args.overwrite, name=name)
     for note in report.notes:
         print(f"note: {note}")
     size = f"{report.tensors} tensors, {report.bytes / 1e6:.0f} MB"

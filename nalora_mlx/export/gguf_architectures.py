@@ -3,8 +3,6 @@
 Every row is held to llama.cpp's own logits by tests/interop/test_gguf_architectures.py.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -1,0 +1,161 @@
+"""llama.cpp for tests: raw logits and token ids through the C API inside the package xllamacpp.
+
+The struct layouts are those of one llama.cpp: the package's version is pinned, and another one skips the tests.
+"""
+
+import ctypes
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+VERSION = "2026.10.11549"
+INTS = POINTER(c_int32)
+
+
+def _structure(**kinds: Any) -> type[ctypes.Structure]:
+    fields = [(name, kind) for names, kind in kinds.values() for name in names.split()]
+    return type("Structure", (ctypes.Structure,), {"_fields_": fields})
+
+
+ModelParams = _structure(
+    a=("devices tensor_buft", c_void_p),
+    b=("n_gpu_layers split_mode load_mode lazy_mode main_gpu", c_int32),
+    c=("tensor_split progress_callback progress_data kv_overrides", c_void_p),
+    d=("vocab_only check_tensors use_extra_bufts no_host no_alloc load_mtp", c_bool),
+)
+ContextParams = _structure(
+    a=("n_ctx n_batch n_ubatch n_seq_max n_rs_seq n_outputs_max n_outputs_max_per_seq", c_uint32),
+    b=("n_threads n_threads_batch context_type rope_scaling pooling attention flash_attention", c_int32),
+    c=("rope_freq_base rope_freq_scale yarn_ext yarn_attn yarn_beta_fast yarn_beta_slow", c_float),
+    d=("yarn_orig_ctx", c_uint32),
+    e=("defrag", c_float),
+    f=("eval_callback eval_data", c_void_p),
+    g=("type_k type_v", c_int32),
+    h=("abort_callback abort_data unknown", c_void_p),
+    i=("embeddings offload_kqv no_perf op_offload swa_full kv_unified", c_bool),
+    j=("samplers", c_void_p),
+    k=("n_samplers", c_size_t),
+    l=("other_context", c_void_p),
+)
+Batch = _structure(
+    a=("n_tokens", c_int32),
+    b=("token", INTS),
+    c=("embeddings", c_void_p),
+    d=("position n_sequences", INTS),
+    e=("sequence", POINTER(INTS)),
+    f=("logits", POINTER(c_int8)),
+)
+FUNCTIONS: dict[str, tuple[Any, ...]] = {  # name: (result, arguments ...)
+    "llama_backend_init": (None,),
+    "llama_log_set": (None, c_void_p, c_void_p),
+    "llama_model_default_params": (ModelParams,),
+    "llama_context_default_params": (ContextParams,),
+    "llama_model_load_from_file": (c_void_p, c_char_p, ModelParams),
+    "llama_model_free": (None, c_void_p),
+    "llama_init_from_model": (c_void_p, c_void_p, ContextParams),
+    "llama_free": (None, c_void_p),
+    "llama_model_get_vocab": (c_void_p, c_void_p),
+    "llama_vocab_n_tokens": (c_int32, c_void_p),
+    "llama_vocab_get_add_bos": (c_bool, c_void_p),
+    "llama_vocab_bos": (c_int32, c_void_p),
+    "llama_vocab_eos": (c_int32, c_void_p),
+    "llama_vocab_is_eog": (c_bool, c_void_p, c_int32),
+    "llama_model_chat_template": (c_char_p, c_void_p, c_char_p),
+    "llama_tokenize": (c_int32, c_void_p, c_char_p, c_int32, INTS, c_int32, c_bool, c_bool),
+    "llama_batch_init": (Batch, c_int32, c_int32, c_int32),
+    "llama_batch_free": (None, Batch),
+    "llama_get_memory": (c_void_p, c_void_p),
+    "llama_memory_clear": (None, c_void_p, c_bool),
+    "llama_decode": (c_int32, c_void_p, Batch),
+    "llama_get_logits": (POINTER(c_float), c_void_p),
+}
+
+
+def require() -> None:
+    """Skip the test unless the llama.cpp whose layouts are above is installed."""
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install 'nalora-mlx[interop]'")
+    if (found := metadata.version("xllamacpp")) != VERSION:
+        pytest.skip(f"knows the structs of xllamacpp {VERSION}, not of {found}", allow_module_level=True)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Load llama.cpp, quiet, with its functions typed."""
+    import xllamacpp
+
+    shared = next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))
+    llama = ctypes.CDLL(str(shared))
+    for name, (result, *arguments) in FUNCTIONS.items():
+        function = getattr(llama, name)
+        function.restype, function.argtypes = result, arguments
+    # Kept on the library, or the callback would be collected and called all the same.
+    llama.silent = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)(lambda level, text, data: None)
+    llama.llama_log_set(ctypes.cast(llama.silent, c_void_p), None)
+    llama.llama_backend_init()
+    return llama
+
+
+class LoadError(RuntimeError):
+    """llama.cpp refuses a file."""
+
+
+class Llama:
+    """A GGUF file in llama.cpp on the CPU: float32 KV cache, no flash attention, the tight comparison."""
+
+    def __init__(self, path: Path, *, context: int = 256, vocab_only: bool = False) -> None:
+        self.llama = library()
+        params = self.llama.llama_model_default_params()
+        params.n_gpu_layers, params.vocab_only = 0, vocab_only
+        self.model = self.llama.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            raise LoadError(f"llama.cpp does not load {path.name}")
+        self.vocab = self.llama.llama_model_get_vocab(self.model)
+        self.context, self.size = None, context
+        if vocab_only:
+            return
+        params = self.llama.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = context
+        params.type_k = params.type_v = params.flash_attention = 0
+        params.n_threads = params.n_threads_batch = 1  # more would wait for one another on a busy machine
+        self.context = self.llama.llama_init_from_model(self.model, params)
+        assert self.context, f"llama.cpp makes no context for {path.name}"
+
+    def __enter__(self) -> "Llama":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.context:
+            self.llama.llama_free(self.context)
+        self.llama.llama_model_free(self.model)
+
+    def tokenize(self, text: str, *, special: bool = True, affixes: bool = False) -> list[int]:
+        """Return token ids; `special` finds special tokens in the text, `affixes` adds BOS and EOS."""
+        data = text.encode()
+        room = len(data) + 8
+        ids = (c_int32 * room)()
+        count = self.llama.llama_tokenize(self.vocab, data, len(data), ids, room, affixes, special)
+        return list(ids[:count])
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Return float32 [tokens, vocabulary] for one sequence."""
+        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), True)
+        batch = self.llama.llama_batch_init(self.size, 0, 1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.position[i], batch.n_sequences[i], batch.logits[i] = token, i, 1, 1
+            batch.sequence[i][0] = 0
+        assert self.llama.llama_decode(self.context, batch) == 0
+        shape = (len(ids), self.llama.llama_vocab_n_tokens(self.vocab))
+        logits = np.ctypeslib.as_array(self.llama.llama_get_logits(self.context), shape).copy()
+        self.llama.llama_batch_free(batch)
+        return logits
+
+
+def relative_error(given: np.ndarray, expected: np.ndarray) -> float:
+    """Return the norm of the difference over the norm of what is expected."""
+    return float(np.linalg.norm(given - expected) / np.linalg.norm(expected))

@@ -1,0 +1,58 @@
+"""Every architecture that can become GGUF: llama.cpp's logits are mlx-lm's."""
+
+import dataclasses
+
+import pytest
+
+from nalora_mlx.export import gguf_architectures
+from nalora_mlx.export.gguf_architectures import ARCHITECTURES
+from tests.interop import llama_cpp
+from tests.interop.gguf_models import CONFIGS, PROMPT, VARIANTS, build, logits, save
+
+pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
+llama_cpp.require()
+
+# ggml looks GELU up in a table of float16.
+GELU = {"gemma", "gemma2", "gemma3_text", "starcoder2"}
+CASES = {model_type: (model_type, {}) for model_type in CONFIGS} | VARIANTS
+
+
+def error_in_llama_cpp(tmp_path, model_type, changes):
+    from nalora_mlx.export.gguf_model import export_gguf
+
+    model, config = build(model_type, **changes)
+    expected = logits(model)
+    report = export_gguf(save(tmp_path / "model", model, config), tmp_path / "model.gguf", "f32")
+    with llama_cpp.Llama(report.path) as llama:
+        return llama_cpp.relative_error(llama.logits(PROMPT), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_the_same_logits(tmp_path, case):
+    model_type, changes = CASES[case]
+    tolerance = 1e-3 if model_type in GELU else 1e-5
+    assert error_in_llama_cpp(tmp_path, model_type, changes) < tolerance
+
+
+def test_every_architecture_is_compared():
+    assert CONFIGS.keys() == ARCHITECTURES.keys()
+
+
+# What each row says is needed: without it the comparison above must fail, or it shows nothing.
+BREAKS = {
+    "interleaved": ["llama", "mixtral", "internlm2", "granite", "smollm3"],
+    "norm_offset": ["gemma", "gemma2", "gemma3_text"],
+    "metadata": ["gemma3_text", "granite", "cohere2", "gemma2"],
+}
+
+
+@pytest.mark.parametrize(("field", "model_type"), [(f, m) for f, models in BREAKS.items() for m in models])
+def test_the_comparison_notices_what_is_left_out(tmp_path, monkeypatch, field, model_type):
+    plain = getattr(gguf_architectures.Architecture("any"), field)
+    broken = dataclasses.replace(ARCHITECTURES[model_type], **{field: plain})
+    monkeypatch.setitem(ARCHITECTURES, model_type, broken)
+    try:
+        error = error_in_llama_cpp(tmp_path, model_type, {})
+    except llama_cpp.LoadError:
+        return  # noticed, and loudly
+    assert error > 2e-3

@@ -1,0 +1,308 @@
+"""Tokenizers in GGUF: llama.cpp gives the tokens that tokenizers and sentencepiece give."""
+
+import io
+import json
+
+import pytest
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from nalora_mlx.errors import InputError
+from nalora_mlx.export.gguf_pretokenizer import BYTE_LEVEL, DIGITS, PRE_TOKENIZERS
+from nalora_mlx.export.gguf_tokenizer import read_vocabulary
+from tests.interop import llama_cpp
+from tests.interop.nasty import ASCII, TEXT, TRAINING, UNCASED
+
+gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
+llama_cpp.require()
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n<tool> x <tool><|im_end|>"
+
+
+def vocabulary_file(tmp_path, size, **config):
+    """A GGUF of metadata only, with the tokenizer that lies in tmp_path."""
+    vocabulary = read_vocabulary(tmp_path, config, size)
+    return vocabulary, write(tmp_path, vocabulary)
+
+
+def write(tmp_path, vocabulary):
+    path = tmp_path / "vocabulary.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    vocabulary.write(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return path
+
+
+def same_tokens(tmp_path, tokenizer, text, *, affixes=False):
+    """Assert that llama.cpp gives `text` the tokens that `tokenizer` (of the tokenizers package) gives it."""
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary, path = vocabulary_file(tmp_path, tokenizer.get_vocab_size())
+    expected = tokenizer.encode(text, add_special_tokens=affixes)
+    with llama_cpp.Llama(path, vocab_only=True) as llama:
+        given = llama.tokenize(text, affixes=affixes)
+    if given != expected.ids:
+        differing = next(i for i, (a, b) in enumerate(zip(given, expected.ids, strict=False)) if a != b)
+        near = expected.offsets[differing][0]
+        pytest.fail(f"differ at {text[max(0, near - 10) : near + 10]!r}")
+    return vocabulary
+
+
+# --- byte-level BPE ----------------------------------------------------------------------------------
+
+
+def pre_tokenizer(cuts):
+    steps = []
+    for cut in cuts:
+        if cut == BYTE_LEVEL:
+            steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
+        elif cut == DIGITS:
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        else:
+            steps.append(pre_tokenizers.Split(Regex(cut), "isolated"))
+    if BYTE_LEVEL not in cuts:
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    return pre_tokenizers.Sequence(steps)
+
+
+def byte_level(cuts, *, ignore_merges=False, size=1500):
+    """A byte-level BPE whose merges cross every cut, so that each cut changes the tokens."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizer(())
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TRAINING, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizer(cuts)
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("row", PRE_TOKENIZERS, ids=lambda row: f"{row.name}-{len(row.cuts[0])}")
+def test_every_way_of_cutting_gives_the_same_tokens(tmp_path, row):
+    tokenizer = byte_level(row.cuts, ignore_merges=row.ignore_merges)
+    text = ASCII + UNCASED if row.note else CHAT
+    vocabulary = same_tokens(tmp_path, tokenizer, text)
+    assert vocabulary.pre == row.name
+    # With the name of any other row llama.cpp gives other tokens, so that the right one is no accident.
+    same_cuts = {"dbrx", "llama-bpe"}
+    others = {other.name for other in PRE_TOKENIZERS} - (same_cuts if row.name in same_cuts else {row.name})
+    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    for other in others:
+        vocabulary.pre = other
+        with llama_cpp.Llama(write(tmp_path, vocabulary), vocab_only=True) as llama:
+            assert llama.tokenize(text) != expected, other
+
+
+def test_bos_and_eos_are_added_as_in_the_template(tmp_path):
+    tokenizer = byte_level([BYTE_LEVEL])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    vocabulary = same_tokens(tmp_path, tokenizer, "Hello world", affixes=True)
+    assert vocabulary.special == {"bos": 1, "eos": 2}
+
+
+def test_special_tokens_come_from_the_tokenizer_and_then_from_the_config(tmp_path):
+    tokenizer = byte_level([BYTE_LEVEL])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    vocabulary, path = vocabulary_file(tmp_path, 1600, bos_token_id=1, pad_token_id=0)
+    assert vocabulary.special == {"bos": 1, "eos": 2, "pad": 0, "eot": 0}
+    with llama_cpp.Llama(path, vocab_only=True) as llama:
+        native, words = llama.llama, llama.vocab
+        assert native.llama_vocab_n_tokens(words) == 1600
+        assert (native.llama_vocab_bos(words), native.llama_vocab_eos(words)) == (1, 2)
+        assert [i for i in range(1600) if native.llama_vocab_is_eog(words, i)] == [0, 2]
+        assert not native.llama_vocab_get_add_bos(words)
+        assert native.llama_model_chat_template(llama.model, None) == b"{{ messages }}"
+        assert llama.tokenize("<|im_end|>", special=False) != [2]  # text a user writes is not a control token
+
+
+def test_tokens_without_an_embedding_are_left_out_with_a_note(tmp_path):
+    byte_level([BYTE_LEVEL], size=400).save(str(tmp_path / "tokenizer.json"))
+    vocabulary, _ = vocabulary_file(tmp_path, 400)
+    assert len(vocabulary.tokens) == 400
+    assert "<tool>" in " ".join(vocabulary.notes)
+
+
+def test_a_normalizer_is_noted(tmp_path):
+    tokenizer = byte_level([BYTE_LEVEL])
+    tokenizer.normalizer = normalizers.NFC()
+    vocabulary = same_tokens(tmp_path, tokenizer, ASCII + UNCASED)
+    assert any("NFC" in note for note in vocabulary.notes)
+
+
+def test_ignore_merges_does_not_matter_where_merges_reach_every_token(tmp_path):
+    qwen2 = next(row for row in PRE_TOKENIZERS if row.name == "qwen2")
+    assert same_tokens(tmp_path, byte_level(qwen2.cuts, ignore_merges=True), CHAT).pre == "qwen2"
+
+
+def test_ignore_merges_is_refused_where_it_matters(tmp_path):
+    qwen2 = next(row for row in PRE_TOKENIZERS if row.name == "qwen2")
+    content = json.loads(byte_level(qwen2.cuts, ignore_merges=True).to_str())
+    content["model"]["merges"] = content["model"]["merges"][:-50]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="not known"):
+        read_vocabulary(tmp_path, {}, 1600)
+
+
+def test_a_name_from_gguf_counts_where_the_regex_is_unknown(tmp_path):
+    tokenizer = byte_level(["[a-z]+"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"known are .*gpt-2.*llama-bpe.*SentencePiece"):
+        read_vocabulary(tmp_path, {}, 1600)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"gguf_tokenizer_pre": "deepseek-llm"}))
+    vocabulary, path = vocabulary_file(tmp_path, 1600)
+    assert vocabulary.pre == "deepseek-llm"
+    with llama_cpp.Llama(path, vocab_only=True) as llama:
+        assert llama.tokenize("a")
+
+
+def test_the_regex_counts_before_a_name_from_gguf(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"gguf_tokenizer_pre": "smollm"}))
+    vocabulary = same_tokens(tmp_path, byte_level([BYTE_LEVEL]), CHAT)
+    assert vocabulary.pre == "gpt-2"
+    assert any("smollm" in note for note in vocabulary.notes)
+
+
+# --- SentencePiece -----------------------------------------------------------------------------------
+
+
+def sentencepiece_model(*, prefix=True, **changes):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file = io.BytesIO()
+    settings = {
+        "vocab_size": 700,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": prefix,
+        "character_coverage": 0.98,
+        "control_symbols": ["<|im_start|>", "<|im_end|>"],
+        "user_defined_symbols": ["<tool>", "\u2581\u2581\u2581"],
+        "minloglevel": 2,
+    }
+    lines = iter([line for text in TRAINING for line in text.splitlines()])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=file, **(settings | changes)
+    )
+    return file.getvalue(), sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_gives_the_same_tokens(tmp_path, prefix):
+    # A space in front comes back after every user-defined token in llama.cpp, so that with it there is none here.
+    own = {"user_defined_symbols": []} if prefix else {}
+    data, processor = sentencepiece_model(prefix=prefix, **own)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    vocabulary, path = vocabulary_file(tmp_path, processor.get_piece_size())
+    assert vocabulary.special["bos"] == processor.bos_id()
+    with llama_cpp.Llama(path, vocab_only=True) as llama:
+        for text in (TEXT, "a <tool> b", "x"):
+            assert llama.tokenize(text) == processor.encode(text)
+            assert llama.tokenize(text, affixes=True) == [processor.bos_id(), *processor.encode(text)]
+        assert llama.tokenize("<|im_start|>") == [processor.piece_to_id("<|im_start|>")]
+
+
+def converted(processor, style):
+    """The tokenizer.json that a converter makes of a SentencePiece model: merges are all pairs, best score first."""
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    own = {"<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<tool>"}
+    merges = [
+        (-processor.get_score(i), piece[:cut], piece[cut:])
+        for i, piece in enumerate(pieces)
+        for cut in range(1, len(piece))
+        if piece not in own and {piece[:cut], piece[cut:]} <= ids.keys() - own
+    ]
+    merges = [(left, right) for _, left, right in sorted(merges, key=lambda merge: merge[0])]
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    replace = normalizers.Replace(" ", "\u2581")
+    if style == "llama":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace])
+    elif style == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme="always", split=False)
+    else:
+        tokenizer.normalizer = replace
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in sorted(own - {"<tool>"})])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("style", ["llama", "metaspace", "gemma"])
+def test_sentencepiece_as_tokenizer_json_gives_the_same_tokens(tmp_path, style):
+    _, processor = sentencepiece_model(user_defined_symbols=["<tool>"])
+    vocabulary = same_tokens(tmp_path, converted(processor, style), TEXT)
+    assert vocabulary.add_space_prefix == (style != "gemma")
+    chat = CHAT.replace("> x", ">x") if style == "metaspace" else CHAT  # which joins two spaces after a token
+    same_tokens(tmp_path, converted(processor, style), chat)
+
+
+def test_what_is_no_sentencepiece_bpe_is_refused(tmp_path):
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    tokenizer.train_from_iterator(TRAINING, trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="SentencePiece did not make"):
+        read_vocabulary(tmp_path, {}, 500)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"model_type": "unigram"}, "Unigram"), ({"byte_fallback": False}, "byte fallback")],
+)
+def test_other_sentencepiece_models_are_refused(tmp_path, changes, message):
+    data, processor = sentencepiece_model(**changes)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        read_vocabulary(tmp_path, {}, processor.get_piece_size())
+
+
+@pytest.mark.parametrize("data", [b"", b"\x0a\xff", b"not a model", bytes(range(256))])
+def test_a_broken_tokenizer_model_is_refused(tmp_path, data):
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(InputError, match=r"tokenizer\.model"):
+        read_vocabulary(tmp_path, {}, 100)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (models.WordLevel({"<unk>": 0}, unk_token="<unk>"), "WordLevel"),
+        (models.Unigram([("<unk>", 0.0)], 0, False), "Unigram"),
+        (models.BPE(), "without bytes"),
+    ],
+)
+def test_other_tokenizers_are_refused_by_name(tmp_path, model, message):
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=message):
+        read_vocabulary(tmp_path, {}, 100)
+
+
+def test_no_tokenizer_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no tokenizer\.json"):
+        read_vocabulary(tmp_path, {}, 100)
