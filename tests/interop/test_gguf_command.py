@@ -51,7 +51,7 @@ def test_llama_cpp_computes_base_plus_adapter(command, base, adapter, tmp_path):
         path, tolerance = tmp_path / "out.gguf", 1e-5
         assert main(["export", "gguf", *where, "--output", str(path), "--type", "f32"]) == 0
     else:
-        path, tolerance = tmp_path / "fused" / "out.gguf", 2e-3
+        path, tolerance = tmp_path / "fused" / "out.gguf", 5e-3
         flags = ["--save-path", str(tmp_path / "fused"), "--export-gguf", "--gguf-path", "out.gguf"]
         assert main(["fuse", *where, *flags]) == 0
     with llama_cpp.Llama(path) as model:
