@@ -24,7 +24,7 @@ for argument in "$@"; do
   case $argument in
     --fresh) FRESH=yes ;;
     -h | --help) usage && exit 0 ;;
-    *) usage >&2 && echo "error: unknown argument $argument" >&2 && exit 2 ;;
+    *) echo "error: unknown argument $argument; see bash scripts/demo.sh --help" >&2 && exit 2 ;;
   esac
 done
 

@@ -151,6 +151,7 @@ find_compiler() {
 find_blas() {
   local library
   choose_threads
+  choose_core
   case ${LD_PRELOAD:-} in
     *blas* | *mkl*) # somebody chose one already
       BLAS="the preloaded BLAS"
@@ -158,7 +159,6 @@ find_blas() {
       return
       ;;
   esac
-  choose_core
   library=$(find_openblas)
   if [ -z "$library" ] && apt_install libopenblas0-pthread; then library=$(find_openblas); fi
   if [ -n "$library" ] && preload "$library"; then
