@@ -5,7 +5,7 @@ import sys
 
 from nalora_mlx import __version__
 from nalora_mlx.cli import EXIT_USAGE, execute
-from nalora_mlx.config import nearest
+from nalora_mlx.strict import nearest
 
 COMMANDS = {
     "lora": "fine-tune a model, evaluate it",

@@ -1,14 +1,9 @@
 """How adapters come into a model (`adapt`), are saved and loaded, and are merged into its weights (`fuse_model`)."""
 
-import ast
-import inspect
 import json
-import textwrap
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,16 +12,16 @@ from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding
 
 from nalora_mlx import layouts
-from nalora_mlx.config import NALoRAConfig, coerce, nearest, reject_unknown
+from nalora_mlx.config import NALoRAConfig
 from nalora_mlx.errors import InputError
 from nalora_mlx.layouts import Match
 from nalora_mlx.modules import Dropout, GatedExperts, GatedMLP, LoRALinear, LoRASwitchLinear, fuse_module
+from nalora_mlx.strict import coerce, reject_unknown
+from nalora_mlx.targets import EMBEDDING, select
 
 ADAPTER_FILE = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 NA_KEY = "na_lora"  # the one key of adapter_config.json that is ours; mlx-lm ignores it
-
-EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 # --- adapt --------------------------------------------------------------------------------------------------
@@ -88,7 +83,7 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptReport:
         InputError: the model is adapted already, or no key names a module of it.
     """
     config = config or NALoRAConfig()
-    targets, report = _select(model, config)
+    targets, report = _start(model, config, "lora")
     for path, kind in layouts.find_foreign(model):
         report.skipped.append(
             Skipped(path, f"untouched: its projections are {kind} layers, which no LoRA fits")
@@ -115,7 +110,7 @@ def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptReport:
     Raises:
         InputError: as `adapt`; or the adapted layers hold experts, for which mlx-lm has no DoRA.
     """
-    targets, report = _select(model, config)
+    targets, report = _start(model, config, "dora")
     model.freeze()
     for index, (path, module) in enumerate(targets.items()):
         if isinstance(module, layouts.SWITCH):
@@ -127,8 +122,17 @@ def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptReport:
         adapter.dropout = Dropout(config.dropout, index)
         _put(model, path, adapter)
         report.plain.append(path)
-    model.adapt_report = replace(report, fine_tune_type="dora")
+    model.adapt_report = report
     return report
+
+
+def _start(model: nn.Module, config: NALoRAConfig, kind: str) -> tuple[dict[str, nn.Module], AdaptReport]:
+    """The modules to adapt, and a report that says so much."""
+    if report_of(model) is not None:
+        raise InputError("the model is adapted already; fuse_model or load it again first")
+    targets = select(model, config)
+    resolved = replace(config, keys=targets.keys, num_layers=targets.num_layers)
+    return targets.modules, AdaptReport(kind, resolved, notices=list(targets.notices))
 
 
 def report_of(model: nn.Module) -> AdaptReport | None:
@@ -145,117 +149,6 @@ def dropout_count(model: nn.Module) -> int:
     """Number of dropout keys that a ForwardPass needs; 0 if nothing is dropped."""
     indices = [m.index for _, m in model.named_modules() if isinstance(m, Dropout) and m.p > 0]
     return max(indices, default=-1) + 1
-
-
-def _select(model: nn.Module, config: NALoRAConfig) -> tuple[dict[str, nn.Module], AdaptReport]:
-    """Find the modules to adapt, by full path, first layer first; resolve keys and num_layers."""
-    if report_of(model) is not None:
-        raise InputError("the model is adapted already; fuse_model or load it again first")
-    layers, vision = list(model.layers), _vision_layers(model)
-    notices = []
-    count = len(layers) if config.num_layers == -1 else config.num_layers
-    if count > len(layers):
-        notices.append(f"num_layers is {count}, the model has {len(layers)}: all of them are adapted")
-        count = len(layers)
-    chosen = {id(layer) for layer in layers[len(layers) - count :] + vision}
-    paths = {id(module): path for path, module in model.named_modules()}
-    inside: dict[str, tuple[str, nn.Module]] = {}  # full path -> (key relative to its layer, module)
-    everywhere: set[str] = set()
-    bare = _read_directly(model)
-    blocked: set[str] = (
-        set()
-    )  # keys under which a chosen layer has something else, where mlx-lm could not load
-    for layer in layers + vision:
-        for key, module in layer.named_modules():
-            if id(layer) in chosen and not _adaptable(module):
-                blocked.add(key)
-            if key and _adaptable(module) and id(module) not in bare:
-                everywhere.add(key)
-                if id(layer) in chosen:
-                    inside[f"{paths[id(layer)]}.{key}"] = (key, module)
-    outside = {path: m for path, m in model.named_modules() if path and path not in inside and _adaptable(m)}
-    if config.keys is None:
-        routers = _routers(model)
-        keys = tuple(sorted({key for path, (key, _) in inside.items() if path not in routers} - blocked))
-        targets = {path: module for path, (key, module) in inside.items() if key in keys}
-        if not targets:
-            raise InputError("the layers of this model hold nothing that a LoRA adapter fits")
-    else:
-        keys = config.keys
-        targets = {path: module for path, (key, module) in inside.items() if key in keys}
-        targets.update({path: module for path, module in outside.items() if path in keys})
-        unused = [k for k in keys if k not in outside and k not in {key for key, _ in inside.values()}]
-        known = sorted(everywhere | {p for p in outside if not any(p.endswith(f".{k}") for k in everywhere)})
-        for key in unused:
-            notices.append(f"key {key!r} names no linear or embedding layer to adapt{nearest(key, known)}")
-        if not targets:
-            raise InputError(
-                "keys: " + "; ".join(notices[-len(unused) :] or ["none is in the adapted layers"])
-            )
-    order = {path: position for position, (path, _) in enumerate(layouts.walk(model))}
-    targets = dict(sorted(targets.items(), key=lambda item: order[item[0]]))
-    return targets, AdaptReport("lora", replace(config, keys=keys, num_layers=count), notices=notices)
-
-
-def _vision_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of an mlx-vlm model's vision tower, all of them; none for mlx-lm's models, which have no such tower.
-
-    mlx-vlm's towers agree on the attribute, not on what is inside: the layers are the list that holds most modules.
-    """
-    if not type(model).__module__.startswith("mlx_vlm."):
-        return []
-    tower = getattr(model, "vision_tower", getattr(model, "vision_model", None))
-    lists = [
-        value
-        for _, module in (tower.named_modules() if tower is not None else [])
-        for value in module.values()
-        if isinstance(value, list) and all(isinstance(item, nn.Module) for item in value)
-    ]
-    return max(lists, key=lambda found: sum(len(item.modules()) for item in found), default=[])
-
-
-def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, layouts.LINEAR + layouts.SWITCH + EMBEDDING) or hasattr(module, "to_lora")
-
-
-def _read_directly(model: nn.Module) -> set[int]:
-    """Ids of modules whose weight the model's own code reads, past their call: an adapter there would break it."""
-    found = set()
-    for _, module in model.named_modules():
-        names = _weights_read_by(cast(Hashable, type(module)))
-        found |= {id(child) for name, child in module.items() if name in names}
-    return found
-
-
-@cache
-def _weights_read_by(cls: Hashable) -> frozenset[str]:
-    """Names n for which a method of the class that is not set-up code reads self.n.weight."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cast(type, cls))))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    return frozenset(
-        node.value.attr
-        for method in ast.walk(tree)
-        if isinstance(method, ast.FunctionDef) and method.name not in ("__init__", "sanitize", "shard")
-        for node in ast.walk(method)
-        if isinstance(node, ast.Attribute)
-        and node.attr == "weight"
-        and isinstance(node.value, ast.Attribute)
-        and isinstance(node.value.value, ast.Name)
-        and node.value.value.id == "self"
-    )
-
-
-def _routers(model: nn.Module) -> set[str]:
-    """Paths of linears that choose experts: beside an expert block, with one output per expert or only one."""
-    found = set()
-    for path, module in model.named_modules():
-        experts = {m.num_experts for _, m in module.named_modules() if isinstance(m, layouts.SWITCH)}
-        for name, child in module.items():
-            if isinstance(child, layouts.LINEAR) and experts and layouts.output_dims(child) in (*experts, 1):
-                found.add(f"{path}.{name}" if path else name)
-    return found
 
 
 def _lora(module: nn.Module, config: NALoRAConfig, index: int) -> nn.Module:

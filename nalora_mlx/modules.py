@@ -1,10 +1,7 @@
-"""The modules of NA-LoRA, and what a training step tells its forward and hears from it."""
+"""The modules of NA-LoRA: adapters of single projections, gated MLPs, and how they are merged."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -14,52 +11,11 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from nalora_mlx import layouts
 from nalora_mlx.activations import Activation
 from nalora_mlx.config import NAParameters
+from nalora_mlx.forward import current
 from nalora_mlx.kernels import reference
 from nalora_mlx.layouts import Layout, Match
 
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
-
-
-@dataclass
-class ForwardPass:
-    """One training forward: what the adapters need beside x, and what they observed.
-
-    Attributes:
-        weights: [B, L], 1 for real tokens, 0 for padding; None if nothing is to be observed.
-        routes: path of a gated MLP -> mask [F] on the gradient that reaches the gate's lora_a.
-        dropout_keys: [n, 2], a random key per dropout, the same in a recomputation as in the forward.
-        seen: path of a gated MLP -> its sums over tokens, written during the forward; of a module that runs
-            several times, the mean over its runs.
-    """
-
-    weights: mx.array | None
-    routes: Mapping[str, mx.array] = field(default_factory=dict)
-    dropout_keys: mx.array | None = None
-    seen: dict[str, dict[str, mx.array]] = field(default_factory=dict)
-    runs: dict[str, int] = field(default_factory=dict)
-
-    def observe(self, path: str, sums: dict[str, mx.array]) -> None:
-        """Take what one run of a module saw."""
-        runs = self.runs[path] = self.runs.get(path, 0) + 1
-        if runs > 1:
-            sums = {name: old + (sums[name] - old) / runs for name, old in self.seen[path].items()}
-        self.seen[path] = sums
-
-
-_current: ContextVar[ForwardPass | None] = ContextVar("forward_pass", default=None)
-
-
-@contextmanager
-def forward_pass(this: ForwardPass) -> Iterator[ForwardPass]:
-    """Make a ForwardPass the current one; it must span the backward too, where checkpointing runs forwards again."""
-    token = _current.set(this)
-    try:
-        yield this
-    finally:
-        _current.reset(token)
-
-
-# --- modules ------------------------------------------------------------------------------------------------
 
 
 class Dropout(nn.Module):
@@ -77,7 +33,7 @@ class Dropout(nn.Module):
         """Drop elements of x, any shape, in training; the identity otherwise."""
         if self.p == 0 or not self.training:
             return x
-        this = _current.get()
+        this = current()
         key = None if this is None or this.dropout_keys is None else this.dropout_keys[self.index]
         keep = mx.random.bernoulli(1 - self.p, x.shape, key=key)
         return mx.where(keep, x * (1 / (1 - self.p)), 0).astype(x.dtype)
@@ -278,7 +234,7 @@ class GatedMLP(nn.Module):
 
     def _branches(self, x: mx.array, *where: Any) -> tuple[mx.array, mx.array, mx.array]:
         """Gate pre-activation without and with the update, and the up branch; [..., F] each."""
-        this = _current.get()
+        this = current()
         route = None if this is None else this.routes.get(self.path)
         if route is not None and self.layout.shared:
             route = self._join(route, mx.ones_like(route))
@@ -295,7 +251,7 @@ class GatedMLP(nn.Module):
     def _product(self, x: mx.array, *where: Any, tokens: mx.array | None = None) -> mx.array:
         """h = phi(z) u; `tokens` says which token each row of x is, in order if None."""
         z0, z, u = self._branches(x, *where)
-        this = _current.get()
+        this = current()
         if this is not None and this.weights is not None:
             weights = this.weights.reshape(-1)
             if tokens is None and weights.size != z.size // z.shape[-1]:
@@ -383,34 +339,3 @@ def fuse_module(module: nn.Module, bits: int | None, dequantize: bool) -> nn.Mod
     # Affine, because only it knows all widths and because eight bits of it are finer than those of mxfp8; its
     # groups are of 32, 64 or 128.
     return dense.to_quantized(base.group_size if base.mode == "affine" else 32, bits, "affine")
-
-
-@contextmanager
-def recomputed(layers: list[nn.Module]) -> Iterator[None]:
-    """Recompute these layers' activations in the backward pass instead of keeping them.
-
-    Layers may be of several classes. A class is changed only inside the context, and only for the layers named.
-    """
-    chosen = {id(layer) for layer in layers}
-    forwards = {cls: cls.__call__ for cls in {type(layer) for layer in layers}}
-
-    def patched(forward):
-        def call(layer, *args, **kwargs):
-            if id(layer) not in chosen:
-                return forward(layer, *args, **kwargs)
-
-            def inner(parameters, *args, **kwargs):
-                layer.update(parameters)
-                return forward(layer, *args, **kwargs)
-
-            return mx.checkpoint(inner)(layer.trainable_parameters(), *args, **kwargs)
-
-        return call
-
-    try:
-        for cls, forward in forwards.items():
-            cls.__call__ = patched(forward)
-        yield
-    finally:
-        for cls, forward in forwards.items():
-            cls.__call__ = forward

@@ -10,11 +10,10 @@ from nalora_mlx.config import (
     NAParameters,
     RunConfig,
     load_run_config,
-    parse_size,
-    read_yaml,
 )
 from nalora_mlx.errors import InputError
 from nalora_mlx.lora import build_parser
+from nalora_mlx.strict import parse_size, read_yaml
 
 # As people write it for mlx_lm.lora 0.32: every key of its documentation.
 MLX_LM_CONFIG = """

@@ -15,8 +15,9 @@ from nalora_mlx import data
 from nalora_mlx.adapters import adapt, adapter_weights, fuse_model
 from nalora_mlx.config import NALoRAConfig, TrainingConfig
 from nalora_mlx.errors import InputError
-from nalora_mlx.modules import recomputed
-from nalora_mlx.trainer import TrainingStep, evaluate, train
+from nalora_mlx.forward import recomputed
+from nalora_mlx.step import TrainingStep
+from nalora_mlx.trainer import evaluate, train
 from tests.conftest import build_examples, build_model, random_adapters
 from tests.test_importance import reference as importance_reference
 

@@ -20,7 +20,7 @@ from nalora_mlx.adapters import adapt, adapter_weights, fuse_model, gated_mlps
 from nalora_mlx.config import NALoRAConfig
 from nalora_mlx.data import Batch
 from nalora_mlx.errors import InputError
-from nalora_mlx.trainer import TrainingStep
+from nalora_mlx.step import TrainingStep
 from tests.conftest import build_model, random_adapters
 from tests.zoo.first import MINIATURES as FIRST
 from tests.zoo.second import MINIATURES as SECOND
