@@ -78,6 +78,20 @@ class Batch:
         """Supervised tokens in the batch."""
         return int(self.supervised.sum())
 
+    def scored(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the loss is: positions in the flattened [B L], their targets, and weights, 1 or 0; [S] each.
+
+        S is the count of supervised tokens rounded up by at most an eighth, so that few sizes occur; weight 0 fills.
+        """
+        positions = np.flatnonzero(self.supervised).astype(np.int32)
+        step = max(8, 1 << max(0, int(positions.size).bit_length() - 3))
+        size = step * max(1, math.ceil(positions.size / step))
+        rows = np.zeros(size, np.int32)
+        rows[: positions.size] = positions
+        weights = np.zeros(size, np.float32)
+        weights[: positions.size] = 1
+        return rows, self.targets.reshape(-1)[rows], weights
+
 
 # --- reading ------------------------------------------------------------------------------------------------
 

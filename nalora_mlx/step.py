@@ -15,8 +15,41 @@ from nalora_mlx.adapters import dropout_count, gated_mlps
 from nalora_mlx.config import PLAIN_LORA, NAParameters
 from nalora_mlx.data import Batch
 from nalora_mlx.forward import ForwardPass, forward_pass
-from nalora_mlx.losses import cross_entropy_sum
+from nalora_mlx.heads import find_head
+from nalora_mlx.losses import CHUNK_BYTES, chunked_cross_entropy_sum, cross_entropy_sum
 from nalora_mlx.optim import apply_scaled
+
+
+class ScoredLoss:
+    """Summed cross entropy of a model over the scored positions of a batch, with logits for no others.
+
+    Args:
+        model: the model; what of it is trainable says whether its head may be run in chunks.
+        forward: token ids [B, L] -> logits [B, L, V]; the model itself if None.
+    """
+
+    def __init__(self, model: nn.Module, forward: Callable[[mx.array], mx.array] | None = None):
+        self.forward = forward or model
+        self.head = find_head(model, forward)
+        inside = {id(m) for layer in model.layers for _, m in layer.named_modules()}
+        self.head_is_frozen = not any(
+            isinstance(leaf, mx.array) and name not in module._no_grad and not name.startswith("_")
+            for _, module in model.named_modules()
+            if id(module) not in inside
+            for name, leaf in module.items()
+        )
+
+    def __call__(self, inputs: mx.array, rows: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        """Sum w * cross entropy; inputs [B, L], and per scored position [S]: its row in [B L], target, weight."""
+        if self.head is None:
+            logits = self.forward(inputs)  # [B, L, V]
+            return cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[rows], targets, weights)
+        hidden = self.head.hidden(inputs)  # [B, L, D]
+        hidden = hidden.reshape(-1, hidden.shape[-1])[rows]  # [S, D]
+        if not self.head_is_frozen:
+            return cross_entropy_sum(self.head.logits(hidden), targets, weights)
+        chunk = max(64, CHUNK_BYTES // (4 * self.head.vocabulary))
+        return chunked_cross_entropy_sum(self.head.logits, hidden, targets, weights, chunk)
 
 
 class TrainingStep:
@@ -41,7 +74,7 @@ class TrainingStep:
         forward: Callable[[mx.array], mx.array] | None = None,
     ):
         self.model = model
-        self.forward = forward or model
+        self.loss = ScoredLoss(model, forward)
         self.optimizer = optimizer
         self.parameters = parameters
         self.gated = {mlp.path: mlp for mlp in gated_mlps(model)} if parameters.active else {}
@@ -79,15 +112,16 @@ class TrainingStep:
             The summed loss of the batch, lazy, and the carry for the next iteration of the window.
         """
         word = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        arrays = [mx.array(a) for a in (batch.inputs, batch.targets, batch.supervised, batch.real)]
+        arrays = [mx.array(a) for a in (batch.inputs, *batch.scored(), batch.real)]
         return self._step(arrays, mx.array(1 / max(window_tokens, 1)), mx.random.key(word), carry, update)
 
     def _loss(self, arrays: list[mx.array], weight: mx.array, this: ForwardPass) -> tuple[mx.array, Any]:
-        inputs, targets, supervised, real = arrays
-        total = cross_entropy_sum(self.forward(inputs), targets, supervised)
+        inputs, rows, targets, weights, real = arrays
+        # Weighed before the gradient, which in a half type might otherwise leave its range.
+        total = self.loss(inputs, rows, targets, weights * weight)
         # A copy, because a checkpointed layer writes again while the backward recomputes it. The token count is one
         # for all layers: the same sum once per layer would be outputs that are equal, on which mx.compile fails.
-        return total * weight, (total, {"layers": dict(this.seen), "tokens": mx.sum(real)})
+        return total, (total / weight, {"layers": dict(this.seen), "tokens": mx.sum(real)})
 
     def _run(self, arrays, weight, key, carry, update):
         routes = {}
@@ -95,7 +129,7 @@ class TrainingStep:
             # The mask as it stood after the previous update: the backward comes before this step's statistics.
             routes = {path: state["mask"] for path, state in self.importance["layers"].items()}
         this = ForwardPass(
-            weights=arrays[3] if self.gated else None,
+            weights=arrays[-1] if self.gated else None,
             routes=routes,
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
         )

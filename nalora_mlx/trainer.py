@@ -21,8 +21,7 @@ from nalora_mlx.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.data import Batch, Example, batches_per_epoch, evaluation_batches, training_batches
 from nalora_mlx.errors import InputError
 from nalora_mlx.forward import recomputed
-from nalora_mlx.losses import cross_entropy_sum
-from nalora_mlx.step import TrainingStep
+from nalora_mlx.step import ScoredLoss, TrainingStep
 
 # What a run tells those who watch it: {"event": "start" | "step" | "validating" | "metrics" | "saved", ...}
 Listener = Callable[[dict[str, Any]], None]
@@ -44,7 +43,10 @@ class TrainResult:
 
 
 def evaluate(
-    model: nn.Module, batches: Sequence[Batch], on_batch: Callable[[int], None] | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    on_batch: Callable[[int], None] | None = None,
+    loss: ScoredLoss | None = None,
 ) -> tuple[float, int]:
     """Mean cross entropy over all supervised tokens of the batches, and their number.
 
@@ -52,18 +54,15 @@ def evaluate(
         model: any model; it is put into evaluation mode and back.
         batches: a fixed set, see `evaluation_batches`.
         on_batch: called with the number of batches done.
+        loss: the model's loss, if there is one already.
     """
     training = model.training
     model.eval()
-
-    @partial(mx.compile, inputs=model.state)
-    def batch_loss(inputs: mx.array, targets: mx.array, supervised: mx.array) -> mx.array:
-        return cross_entropy_sum(model(inputs), targets, supervised)
-
+    batch_loss = partial(mx.compile, inputs=model.state)(loss or ScoredLoss(model))
     total, tokens = 0.0, 0
     try:
         for done, batch in enumerate(batches, 1):
-            total += float(batch_loss(*map(mx.array, (batch.inputs, batch.targets, batch.supervised))))
+            total += float(batch_loss(*map(mx.array, (batch.inputs, *batch.scored()))))
             tokens += batch.tokens
             if on_batch is not None:
                 on_batch(done)
@@ -228,7 +227,10 @@ class _Run:
         tic = time.perf_counter()
         count = len(self.valid_batches)
         loss, tokens = evaluate(
-            self.model, self.valid_batches, lambda done: self.tell("validating", batch=done, batches=count)
+            self.model,
+            self.valid_batches,
+            lambda done: self.tell("validating", batch=done, batches=count),
+            self.step.loss,
         )
         result = self.result
         result.valid_loss = loss

@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from nalora_mlx import data
 from nalora_mlx.adapters import adapt, adapter_weights, fuse_model
-from nalora_mlx.config import NALoRAConfig, TrainingConfig
+from nalora_mlx.config import PLAIN_LORA, NALoRAConfig, TrainingConfig
 from nalora_mlx.errors import InputError
 from nalora_mlx.forward import recomputed
 from nalora_mlx.step import TrainingStep
@@ -436,6 +436,47 @@ def test_a_step_without_supervised_tokens_changes_nothing():
     assert total.item() == 0
     for name, array in weights(model).items():
         np.testing.assert_array_equal(array, before[name])
+
+
+def test_an_adapted_head_gets_its_gradient():
+    """With adapters on the embedding (which is the tied head) chunks would drop its gradient; they are not used."""
+    keys = ("mlp.gate_proj", "model.embed_tokens")
+    model = adapted(keys=keys)
+    random_adapters(model)
+    step = TrainingStep(model, optim.SGD(1.0), PLAIN_LORA, compiled=False)
+    assert step.loss.head is not None
+    assert not step.loss.head_is_frozen
+    assert TrainingStep(adapted(), optim.SGD(1.0)).loss.head_is_frozen
+    batch = next(data.training_batches(build_examples(), 3, 0))
+
+    def full(model):
+        losses = nn.losses.cross_entropy(model(mx.array(batch.inputs)), mx.array(batch.targets))
+        return (losses * mx.array(batch.supervised)).sum() / batch.tokens
+
+    want = dict(tree_flatten(nn.value_and_grad(model, full)(model)[1]))
+    before = weights(model)
+    step(batch, batch.tokens, None, True)
+    for name, after in weights(model).items():
+        moved = before[name] - after
+        assert np.abs(moved - np.array(want[name])).max() < 1e-5 * np.abs(np.array(want[name])).max(), name
+
+
+def test_no_more_logits_than_a_chunk(monkeypatch):
+    """The head is run on scored positions only, so many at a time."""
+    from nalora_mlx import step as step_room
+
+    monkeypatch.setattr(step_room, "CHUNK_BYTES", 4 * 64 * 64)
+    model = adapted()
+    step = TrainingStep(model, optim.SGD(1.0), compiled=False)
+    sizes = []
+    logits = step.loss.head.logits
+    monkeypatch.setattr(
+        step.loss.head, "logits", lambda hidden: sizes.append(hidden.shape[0]) or logits(hidden)
+    )
+    batch = next(data.training_batches(build_examples(40, low=30, high=40), 8, 0))
+    step(batch, batch.tokens, None, True)
+    assert max(sizes) == 64
+    assert batch.tokens <= sum(sizes) < 1.2 * batch.tokens
 
 
 # --- the run as a whole -------------------------------------------------------------------------------------
