@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #   tokens          sum w                                        [...]
 #   responsiveness  sum w |phi'(z)|, or sum w |phi'(z) u|        [..., F]
 #   beyond          sum w [z above boundary i], R - 1 rows       [R-1, ..., F]   (absent without a partition)
-#   misalignment    sums of the diagnostic, see `misalignment`   [2]             (absent if not self-gated)
+#   misalignment    sums of the diagnostic, see `misalignment`   [2]             (absent if not measured)
 Observation = dict[str, mx.array]
 LayerState = dict[str, mx.array]
 
@@ -42,7 +42,7 @@ def init(shape: tuple[int, ...], regions: int, self_gated: bool = True) -> Layer
     if regions:
         state["beyond"] = mx.zeros((regions - 1, *shape))  # raw average of the share above each boundary
     if self_gated:
-        state["misalignment"] = mx.zeros(2)  # of the last step alone: a diagnostic, never smoothed
+        state["misalignment"] = mx.zeros(2)  # as last measured: a diagnostic, never smoothed
     return state
 
 

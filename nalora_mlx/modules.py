@@ -267,6 +267,7 @@ class GatedMLP(nn.Module):
                     z,
                     u,
                     weights if tokens is None else weights[tokens],
+                    this.diagnose,
                     experts=where[0] if self.experts else None,
                     num_experts=self.experts,
                 ),

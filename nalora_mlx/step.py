@@ -97,7 +97,13 @@ class TrainingStep:
         self._step = run
 
     def __call__(
-        self, batch: Batch, window_tokens: int, carry: Any, update: bool, seed: tuple[int, int] = (0, 0)
+        self,
+        batch: Batch,
+        window_tokens: int,
+        carry: Any,
+        update: bool,
+        seed: tuple[int, int] = (0, 0),
+        diagnose: bool = False,
     ) -> tuple[mx.array, Any]:
         """Run one iteration.
 
@@ -107,13 +113,16 @@ class TrainingStep:
             carry: what the previous iteration of the window returned, None at its start.
             update: whether this iteration ends the window.
             seed: (run seed, iteration), from which dropout draws.
+            diagnose: whether to measure selection misalignment, in all iterations of a window or in none.
 
         Returns:
             The summed loss of the batch, lazy, and the carry for the next iteration of the window.
         """
         word = int(np.random.SeedSequence(seed).generate_state(1)[0])
         arrays = [mx.array(a) for a in (batch.inputs, *batch.scored(), batch.real)]
-        return self._step(arrays, mx.array(1 / max(window_tokens, 1)), mx.random.key(word), carry, update)
+        return self._step(
+            arrays, mx.array(1 / max(window_tokens, 1)), mx.random.key(word), carry, update, diagnose
+        )
 
     def _loss(self, arrays: list[mx.array], weight: mx.array, this: ForwardPass) -> tuple[mx.array, Any]:
         inputs, rows, targets, weights, real = arrays
@@ -123,7 +132,7 @@ class TrainingStep:
         # for all layers: the same sum once per layer would be outputs that are equal, on which mx.compile fails.
         return total, (total / weight, {"layers": dict(this.seen), "tokens": mx.sum(real)})
 
-    def _run(self, arrays, weight, key, carry, update):
+    def _run(self, arrays, weight, key, carry, update, diagnose):
         routes = {}
         if self.parameters.route:
             # The mask as it stood after the previous update: the backward comes before this step's statistics.
@@ -132,6 +141,7 @@ class TrainingStep:
             weights=arrays[-1] if self.gated else None,
             routes=routes,
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
+            diagnose=diagnose,
         )
         with forward_pass(this):
             (_, (total, seen)), gradients = self._loss_and_gradients(arrays, weight, this)
@@ -160,7 +170,7 @@ class TrainingStep:
         self.model.update(new)
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Per layer: selection misalignment of the last step, mask and multiplier statistics, region occupancy."""
+        """Per layer: selection misalignment when last measured, mask and multiplier statistics, region occupancy."""
         described = {}
         for path, state in self.importance["layers"].items():
             q = np.array(importance.multiplier(state, self.parameters))

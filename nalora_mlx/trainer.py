@@ -159,13 +159,19 @@ class _Run:
         self.reset_report()
         for window in _windows(batches, self.iterations, config.grad_accumulation_steps):
             window_tokens = sum(batch.tokens for batch in window)
+            diagnose = any(self.reports(iteration + i) for i in range(1, len(window) + 1))
             carry = None
             for position, batch in enumerate(window, 1):
                 iteration += 1
                 tic = time.perf_counter()
                 with recomputed(layers) if layers else nullcontext():
                     total, carry = self.step(
-                        batch, window_tokens, carry, position == len(window), (config.seed, iteration)
+                        batch,
+                        window_tokens,
+                        carry,
+                        position == len(window),
+                        (config.seed, iteration),
+                        diagnose,
                     )
                 mx.eval(self.step.state, total, carry)
                 if mx.get_cache_memory() > config.clear_cache_threshold:
@@ -173,7 +179,7 @@ class _Run:
                 self.count(total, batch.tokens, time.perf_counter() - tic)
                 self.tell("step", step=iteration, iterations=self.iterations)
                 last = iteration == self.iterations
-                if last or iteration % config.steps_per_report == 0:
+                if self.reports(iteration):
                     self.report(iteration)
                 if last or iteration % config.steps_per_eval == 0:
                     self.validate(iteration)
@@ -183,6 +189,9 @@ class _Run:
         result.seconds = time.perf_counter() - start
         self.tell("end", result=result)
         return result
+
+    def reports(self, iteration: int) -> bool:
+        return iteration == self.iterations or iteration % self.config.steps_per_report == 0
 
     def reset_report(self) -> None:
         self.loss_sum, self.loss_tokens, self.loss_steps, self.loss_seconds = 0.0, 0, 0, 0.0

@@ -173,7 +173,7 @@ def take_steps(settings, optimizer, steps=1, accumulate=1, checkpointing=False, 
         carry, tokens = None, sum(b.tokens for b in window)
         for i, batch in enumerate(window, 1):
             with recomputed(list(model.layers) if checkpointing else []):
-                total, carry = step(batch, tokens, carry, i == len(window))
+                total, carry = step(batch, tokens, carry, i == len(window), diagnose=True)
             mx.eval(step.state, total, carry)
     observed = [[observation(z, u, config.statistic) for z, u in layers] for layers in seen]
     return model, step, list(zip(*observed, strict=True))

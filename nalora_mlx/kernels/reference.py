@@ -23,6 +23,7 @@ def statistics(
     z: mx.array,
     u: mx.array,
     weights: mx.array,
+    diagnose: bool,
     experts: mx.array | None = None,
     num_experts: int = 0,
 ) -> dict[str, mx.array]:
@@ -36,19 +37,20 @@ def statistics(
         z: [..., F], with it.
         u: [..., F], up branch.
         weights: one per row, 1 for a real token and 0 for padding.
+        diagnose: whether to measure the misalignment too.
         experts: which expert each row went to; None for a dense MLP.
         num_experts: how many there are, E.
 
     Returns:
-        responsiveness [F] or [E, F]; beyond [R-1, F] or [R-1, E, F] (with a partition); misalignment [2] (if
-        self-gated): sums of |delta rho(z0) u| and |z (rho(z) - rho(z0)) u| with delta = z - z0; tokens [E] (with
+        responsiveness [F] or [E, F]; beyond [R-1, F] or [R-1, E, F] (with a partition); misalignment [2] (if asked
+        and self-gated): sums of |delta rho(z0) u| and |z (rho(z) - rho(z0)) u| with delta = z - z0; tokens [E] (with
         experts).
     """
     features = z.shape[-1]
     w = weights.reshape(-1, 1).astype(mx.float32)  # [N, 1]
 
     def rows(array: mx.array) -> mx.array:
-        return mx.stop_gradient(array).reshape(-1, features).astype(mx.float32)  # [N, F]
+        return array.reshape(-1, features).astype(mx.float32)  # [N, F]
 
     def total(array: mx.array) -> mx.array:
         # where, not a product: what stands at a padded position may be anything, NaN included
@@ -57,8 +59,9 @@ def statistics(
             return kept.sum(axis=0)  # [F]
         return mx.zeros((num_experts, kept.shape[-1])).at[experts.reshape(-1)].add(kept)  # [E, F]
 
-    z, z0, u = rows(z), rows(z0), activation.linear_branch(rows(u))
-    response = mx.abs(activation.derivative(z))
+    # The derivative before the gradient is stopped: mx.compile then shares its exponential with that of phi(z).
+    response = mx.abs(mx.stop_gradient(rows(activation.derivative(z))))
+    z, z0, u = (mx.stop_gradient(rows(array)) for array in (z, z0, activation.linear_branch(u)))
     if statistic == "sensitivity":
         response = response * mx.abs(u)
     sums = {"responsiveness": total(response)}
@@ -66,7 +69,7 @@ def statistics(
         sums["tokens"] = total(mx.ones_like(w))[:, 0]
     if boundaries:
         sums["beyond"] = mx.stack([total(activation.beyond(z, b).astype(mx.float32)) for b in boundaries])
-    if activation.selection is not None:
+    if diagnose and activation.selection is not None:
         frozen = activation.selection(z0)
         feature = mx.where(w > 0, mx.abs((z - z0) * frozen * u) * w, 0)
         selection = mx.where(w > 0, mx.abs(z * (activation.selection(z) - frozen) * u) * w, 0)
