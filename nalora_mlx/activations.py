@@ -69,6 +69,10 @@ class Activation:
     left_closed: bool = True
     up: Elementwise | None = None
 
+    def native_phi(self, z: mx.array) -> mx.array:
+        """phi(z) in the dtype of z, rounded after every operation."""
+        return self.phi.native(z)  # type: ignore[attr-defined]
+
     def linear_branch(self, u: mx.array) -> mx.array:
         """What multiplies phi(z): u in float32, clipped or shifted where the model does so."""
         u = u.astype(mx.float32)
@@ -86,6 +90,7 @@ def _float32(function: Elementwise) -> Elementwise:
         return function(z.astype(mx.float32))
 
     promoted.__doc__ = function.__doc__
+    promoted.native = function  # type: ignore[attr-defined]
     return promoted
 
 

@@ -113,9 +113,9 @@ def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptReport:
     targets, report = _start(model, config, "dora")
     model.freeze()
     for index, (path, module) in enumerate(targets.items()):
-        if isinstance(module, layouts.SWITCH):
+        if not isinstance(module, layouts.LINEAR + EMBEDDING):
             raise InputError(
-                f"{path}: there is no DoRA for expert layers; use lora, or name --keys without them"
+                f"{path}: there is no DoRA for such a layer; use lora, or name --keys without it"
             )
         kind = DoRAEmbedding if isinstance(module, EMBEDDING) else DoRALinear
         adapter = kind.from_base(module, r=config.rank, scale=config.scale, dropout=config.dropout)
@@ -128,7 +128,7 @@ def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptReport:
 
 def _start(model: nn.Module, config: NALoRAConfig, kind: str) -> tuple[dict[str, nn.Module], AdaptReport]:
     """The modules to adapt, and a report that says so much."""
-    if report_of(model) is not None:
+    if report_of(model) is not None or any("lora_a" in module for _, module in model.named_modules()):
         raise InputError("the model is adapted already; fuse_model or load it again first")
     targets = select(model, config)
     resolved = replace(config, keys=targets.keys, num_layers=targets.num_layers)
@@ -189,7 +189,9 @@ def _adapt_gated(
         projections = {name: adapters.get(path, match.module[name]) for name, path in paths.items()}
         kind = GatedExperts if match.experts else GatedMLP
         gated = kind(match, layout, activation, projections, report.config)
-        layouts.verify(match, gated, dtype)
+        if not gated.step_factors(mx.ones(gated.shape)):
+            raise ValueError(f"no adapter is on its {' or '.join(report.config.branches)} projection")
+        _match_precision(match, gated, dtype)
     except ValueError as error:
         report.skipped.append(Skipped(match.path, f"stays plain LoRA: {error}"))
         return
@@ -197,6 +199,17 @@ def _adapt_gated(
         adapters.pop(path, None)
     _put(model, match.path, gated)
     report.gated.append(Gated(match.path, layout.name, activation.name, match.experts))
+
+
+def _match_precision(match: Match, gated: GatedMLP, dtype: mx.Dtype) -> None:
+    """Verify the rebuilt module, and let it round as the original does: in float32, or after every operation."""
+    error = layouts.verify(match, gated, dtype)
+    if dtype != mx.float32 and error > 0:
+        gated.precise = False
+        try:
+            gated.precise = layouts.verify(match, gated, dtype) >= error
+        except ValueError:
+            gated.precise = True
 
 
 def _in_layers(model: nn.Module, path: str, count: int) -> bool:
@@ -265,18 +278,27 @@ def adapter_description(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def read_weights(path: Path) -> dict[str, mx.array]:
+    """Read the arrays of a safetensors file.
+
+    Raises:
+        InputError: it is missing, or no such file.
+    """
+    if not path.exists():
+        raise InputError(f"no adapter weights at {path}")
+    try:
+        return dict(mx.load(str(path)))  # type: ignore[arg-type]
+    except Exception as error:
+        raise InputError(f"{path} is no readable safetensors file ({error})") from None
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load trained arrays into an adapted model.
 
     Raises:
         InputError: the file is missing or unreadable, or lists every array that does not fit, with both shapes.
     """
-    if not path.exists():
-        raise InputError(f"no adapter weights at {path}")
-    try:
-        loaded: dict[str, mx.array] = dict(mx.load(str(path)))  # type: ignore[arg-type]
-    except Exception as error:
-        raise InputError(f"{path} is no readable safetensors file ({error})") from None
+    loaded = read_weights(path)
     wanted = adapter_weights(model)
     problems = [f"{name} is missing" for name in wanted if name not in loaded]
     for name, array in loaded.items():
@@ -306,21 +328,29 @@ def load_adapter(model: nn.Module, directory: str | Path) -> AdaptReport:
     path = Path(directory) / ADAPTER_CONFIG
     if content.get("fine_tune_type", "lora") != "lora":
         raise InputError(f"{path}: holds {content['fine_tune_type']!r}; load_adapter takes LoRA adapters")
+    weights = Path(directory) / ADAPTER_FILE
     try:
         lora = {key: content["lora_parameters"][key] for key in ("rank", "scale", "dropout")}
-        settings = {
-            **lora,
-            "keys": content["lora_parameters"].get("keys"),
-            "num_layers": content["num_layers"],
-        }
+        keys = content["lora_parameters"].get("keys") or _keys_of(model, read_weights(weights))
+        settings = {**lora, "keys": keys, "num_layers": content["num_layers"]}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: {error} is missing; mlx-lm could not load this adapter either") from None
     settings.update(content.get(NA_KEY, {}))
-    settings["num_layers"] = max(settings["num_layers"], 0) or -1  # mlx-lm takes 0 and below for all layers
     reject_unknown(settings, NALoRAConfig.__dataclass_fields__, str(path))
     report = adapt(model, NALoRAConfig(**coerce(settings, NALoRAConfig, str(path))))
-    load_weights(model, Path(directory) / ADAPTER_FILE)
+    load_weights(model, weights)
     return report
+
+
+def _keys_of(model: nn.Module, weights: dict[str, mx.array]) -> list[str]:
+    """The keys that name the adapters of a file; mlx-lm leaves them out where it adapted everything, routers too."""
+    paths = {name.rpartition(".")[0] for name in weights}
+    layers = {
+        f"{path}." for path, module in model.named_modules() if any(module is one for one in model.layers)
+    }
+    return sorted(
+        {next((p.removeprefix(start) for start in layers if p.startswith(start)), p) for p in paths}
+    )
 
 
 def load_any_adapter(model: nn.Module, directory: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.cli import Parser
+from nalora_mlx.errors import InputError
 
 HELP = "/reset starts anew, /quit ends (q and r as in mlx_lm.chat work too)"
 
@@ -98,8 +99,12 @@ def run(args: argparse.Namespace) -> None:
     console = Console(highlight=False)
     model, tokenizer, _ = load_model(args.model, args.trust_remote_code)
     if args.adapter_path:
-        load_any_adapter(model, Path(args.adapter_path))
+        load_any_adapter(model, Path(args.adapter_path).expanduser())
     model.eval()
+    if not tokenizer.has_chat_template:
+        raise InputError(
+            f"--model {args.model}: has no chat template; use nalora generate, or an instruct model"
+        )
     mx.random.seed(args.seed)
     sampler = make_sampler(
         args.temp,

@@ -121,8 +121,6 @@ class NALoRAConfig(NAParameters):
             found.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.keys is not None and not self.keys:
             found.append("keys is empty; name at least one module, or leave it out to adapt all")
-        if self.num_layers < -1 or self.num_layers == 0:
-            found.append(f"num_layers is {self.num_layers}; it must be at least 1, or -1 for all")
         return found
 
     @property
@@ -167,6 +165,8 @@ class TrainingConfig:
             found.append(f"val_batches is {self.val_batches}; it must be at least 1, or -1 for all")
         if self.max_seq_length < 2:
             found.append(f"max_seq_length is {self.max_seq_length}; it must be at least 2")
+        if not 0 <= self.seed < 2**64:
+            found.append(f"seed is {self.seed}; it must not be negative")
         if self.epochs is not None and not self.epochs > 0:
             found.append(f"epochs is {self.epochs}; it must be above 0")
         return found
@@ -283,6 +283,8 @@ def load_run_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
         content = {key: value for key, value in content.items() if value is not None}
         given.update(coerce(content, RunConfig, str(path)))
     flags = dict(flags)
+    if "iters" in flags and "epochs" not in flags:
+        given.pop("epochs", None)  # they say the same thing, and flags win
     lora_names = [f.name for f in fields(NALoRAConfig) if f.metadata.get("flag")]
     na_names = [f.name for f in fields(NAParameters)]
     for group, names in (("lora_parameters", lora_names), ("na_parameters", na_names)):
@@ -290,4 +292,6 @@ def load_run_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
         if nested:
             given[group] = {**given.get(group, {}), **nested}
     given.update(coerce(flags, RunConfig, "command line"))
+    if "optimizer" in given:
+        given["optimizer"] = given["optimizer"].lower()  # mlx-lm takes AdamW as well
     return dataclasses.replace(RunConfig(), **given)

@@ -6,7 +6,7 @@ keys are those of mlx_lm.lora: text, prompt/completion, chat messages with tools
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 
 from nalora_mlx.errors import InputError
+from nalora_mlx.strict import reject_unknown
 
 SPLITS = ("train", "valid", "test")
+HUB_KEYS = (  # of a record of hf_dataset, as in mlx-lm
+    "path",
+    "config",
+    *(f"{split}_split" for split in SPLITS),
+    *(f"{part}_feature" for part in ("prompt", "completion", "chat", "text")),
+)
 PAD_TO = 8  # lengths are padded to multiples of this, which keeps shapes few and little of a batch wasted
 
 
@@ -164,7 +171,8 @@ def load_hub_entry(
     Raises:
         InputError: a missing path or split, or a dataset that cannot be loaded.
     """
-    if not isinstance(entry, dict) or "path" not in entry:
+    reject_unknown(entry, HUB_KEYS, "hf_dataset")
+    if "path" not in entry:
         raise InputError("hf_dataset: each record needs a 'path'")
     datasets = _import_datasets(f"hf_dataset {entry['path']}")
     splits = {
@@ -319,30 +327,54 @@ def _tokenize_chat(
                 f"{source}: the model's chat template refuses this row ({_first_line(error)})"
             ) from None
 
+    if not getattr(tokenizer, "has_chat_template", True):
+        raise InputError(
+            f"{source}: the model has no chat template; give 'text' rows, or take an instruct model"
+        )
     tokens = render(messages, False)
     if not mask_prompt:
         return tokens, [True] * len(tokens), True
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        return tokens, [False] * len(tokens), True
-    spans: list[tuple[int, int]] = []
+    spans, stable = [], True
     for turn in turns:
-        last = turn == len(messages) - 1
-        before = render(messages[:turn], True)
-        after = tokens if last else render(messages[: turn + 1], False)
-        if tokens[: len(before)] != before or tokens[: len(after)] != after:
-            break
-        spans.append((len(before), len(after)))
-    stable = len(spans) == len(turns)
+        start, end, found = _turn_span(messages, turn, tokens, render)
+        stable = stable and found
+        spans.append((start, end))
     if not stable:
-        # The template changes what came before (it drops earlier reasoning, say): only the end of the last
-        # turn's prompt is known, by its length.
-        start = len(render(messages[: turns[-1]], True))
-        spans = [(start, len(tokens))]
+        # The template changes what came before (it drops earlier reasoning, say): only the last turn is itself.
+        spans = spans[-1:]
     supervised = [False] * len(tokens)
     for start, end in spans:
         supervised[start:end] = [True] * (end - start)
     return tokens, supervised, stable
+
+
+def _turn_span(
+    messages: list[dict[str, Any]], turn: int, tokens: list[int], render: Callable[..., list[int]]
+) -> tuple[int, int, bool]:
+    """Where an assistant turn begins and ends in the rendered chat, and whether all before it is unchanged there.
+
+    It begins where the generation prompt ends, or where that departs from the chat: some templates open a thought
+    in the prompt that the finished turn does not have.
+    """
+    history = render(messages[:turn], False) if turn else []
+    prompt = render(messages[:turn], True) if turn else []
+    through = tokens if turn == len(messages) - 1 else render(messages[: turn + 1], False)
+    stable = tokens[: len(history)] == history and tokens[: len(through)] == through
+    start, end = _common(prompt, tokens), _common(through, tokens)
+    if start < len(history):  # the beginning of the chat is another one: lengths are all there is to go by
+        start = min(len(prompt), len(tokens))
+    if end < start:
+        end = min(len(through), len(tokens))
+    return start, max(start, end), stable
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Length of the common beginning."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return min(len(one), len(other))
 
 
 # --- batching -----------------------------------------------------------------------------------------------

@@ -26,7 +26,10 @@ def build_parser(prog: str) -> Parser:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the model brings along"
     )
-    add_settings(parser, NALoRAConfig, skip=tuple(NAParameters.__dataclass_fields__))
+    add_settings(parser, NALoRAConfig, skip=(*NAParameters.__dataclass_fields__, "num_layers"))
+    parser.add_argument(
+        "--num-layers", type=int, default=-1, help="layers to adapt, from the last (default: all)"
+    )
     return parser
 
 
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     given = vars(args)
     name, remote = given.pop("model"), given.pop("trust_remote_code")
     if name is not None:
-        _model(console, name, remote, NALoRAConfig(**{"num_layers": -1, **given}))
+        _model(console, name, remote, NALoRAConfig(**given))
 
 
 def _machine(console: "Console") -> None:
@@ -59,8 +62,8 @@ def _machine(console: "Console") -> None:
     console.print(f"float32 products: {speed:.0f} GFLOP/s")
     if speed < SLOW_GFLOPS:
         console.print(
-            "finding: no tuned BLAS is in use. Preload OpenBLAS (scripts/environment.sh does), or training "
-            "takes some fifty times as long",
+            "finding: no tuned BLAS is in use, and training takes some fifty times as long. Preload one: "
+            "LD_PRELOAD=libopenblas.so.0 (package libopenblas0-pthread)",
             markup=False,
         )
     if shutil.which("g++") is None and shutil.which("c++") is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser
 from nalora_mlx.errors import InputError
+from nalora_mlx.generate import check_paths
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -40,13 +41,9 @@ def run(args: argparse.Namespace) -> None:
     """Load, merge, write."""
     if args.bits not in ("same", "2", "3", "4", "5", "6", "8"):
         raise InputError(f"--bits {args.bits}: choose 2, 3, 4, 5, 6, 8 or same")
-    target = Path(args.save_path)
-    if target.exists() and not args.overwrite:
-        raise InputError(f"--save-path {target}: exists; choose another, or give --overwrite")
-    if not Path(args.adapter_path).is_dir():
-        raise InputError(
-            f"--adapter-path {args.adapter_path}: no such directory; give that of a trained adapter"
-        )
+    target = Path(args.save_path).expanduser().resolve()
+    _check_target(target, args)
+    check_paths(args.model, args.adapter_path)
     from mlx_lm.utils import dequantize_model, save, upload_to_hub
 
     from nalora_mlx.adapters import fuse_model, load_any_adapter
@@ -54,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from nalora_mlx.models import load_model
 
     model, tokenizer, config = load_model(args.model, args.trust_remote_code)
-    load_any_adapter(model, Path(args.adapter_path))
+    load_any_adapter(model, Path(args.adapter_path).expanduser())
     model.eval()
     merged = fuse_model(model, None if args.bits == "same" else int(args.bits), args.dequantize)
     if args.dequantize:
@@ -65,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         _describe_bits(config, merged)
     with new_directory(target) as temporary:
         save(temporary, args.model, model, tokenizer, config, donate_model=False)
-    print(f"merged {len(merged)} layers into {target}")
+    what = f"merged {len(merged)} layers into" if merged else "wrote the fully trained weights to"
+    print(f"{what} {args.save_path}")
     if args.export_gguf:
         from nalora_mlx.export.gguf_model import export_gguf
 
@@ -75,6 +73,18 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {report.path}")
     if args.upload_repo:
         upload_to_hub(str(target), args.upload_repo)
+
+
+def _check_target(target: Path, args: argparse.Namespace) -> None:
+    """Refuse to write over anything but a model, and over that unless asked."""
+    if not target.exists():
+        return
+    if not args.overwrite:
+        raise InputError(f"--save-path {args.save_path}: exists; choose another, or give --overwrite")
+    if not (target / "config.json").is_file() or any(path.is_dir() for path in target.iterdir()):
+        raise InputError(
+            f"--save-path {args.save_path}: holds more than a model, and is not overwritten; choose another"
+        )
 
 
 def _describe_bits(config: dict[str, Any], merged: "dict[str, nn.Module]") -> None:

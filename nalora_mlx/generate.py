@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -9,33 +10,33 @@ from unittest import mock
 from nalora_mlx.cli import Parser
 from nalora_mlx.errors import InputError
 
-# The flags of mlx_lm.generate: (names, what they do). All are handed on as they are; a test holds the two equal.
+# The flags of mlx_lm.generate: (names, what they do, type). All are handed on as they are; a test holds the two equal.
 # They are repeated here because importing mlx-lm takes longer than a --help may take.
 VALUES = (
-    (("--model",), "local model directory or Hugging Face repo"),
-    (("--adapter-path",), "directory of a trained adapter"),
-    (("--prompt", "-p"), "the message; '-' reads it from standard input"),
-    (("--system-prompt",), "system message of the chat template"),
-    (("--prefill-response",), "beginning of the answer"),
-    (("--max-tokens", "-m"), "longest answer in tokens (100)"),
-    (("--temp",), "sampling temperature (0: greedy)"),
-    (("--top-p",), "sampling top-p (1)"),
-    (("--min-p",), "sampling min-p (0: off)"),
-    (("--top-k",), "sampling top-k (0: off)"),
-    (("--xtc-probability",), "probability of XTC sampling (0)"),
-    (("--xtc-threshold",), "threshold of XTC sampling (0.1)"),
-    (("--min-tokens-to-keep",), "fewest tokens that min-p keeps (1)"),
-    (("--seed",), "seed of the sampler"),
-    (("--chat-template-config",), "JSON of further arguments for the chat template"),
-    (("--verbose",), "False prints the answer alone (True)"),
-    (("--max-kv-size",), "longest key-value cache in tokens"),
-    (("--prefill-step-size",), "prompt tokens processed at a time (2048)"),
-    (("--prompt-cache-file",), "file of a saved key-value cache"),
-    (("--kv-bits",), "bits of a quantized key-value cache"),
-    (("--kv-group-size",), "its group size (64)"),
-    (("--quantized-kv-start",), "token from which it is quantized (5000)"),
-    (("--draft-model",), "model for speculative decoding"),
-    (("--num-draft-tokens",), "tokens that it drafts (3)"),
+    (("--model",), "local model directory or Hugging Face repo", str),
+    (("--adapter-path",), "directory of a trained adapter", str),
+    (("--prompt", "-p"), "the message; '-' reads it from standard input", str),
+    (("--system-prompt",), "system message of the chat template", str),
+    (("--prefill-response",), "beginning of the answer", str),
+    (("--max-tokens", "-m"), "longest answer in tokens (100)", int),
+    (("--temp",), "sampling temperature (0: greedy)", float),
+    (("--top-p",), "sampling top-p (1)", float),
+    (("--min-p",), "sampling min-p (0: off)", float),
+    (("--top-k",), "sampling top-k (0: off)", int),
+    (("--xtc-probability",), "probability of XTC sampling (0)", float),
+    (("--xtc-threshold",), "threshold of XTC sampling (0.1)", float),
+    (("--min-tokens-to-keep",), "fewest tokens that min-p keeps (1)", int),
+    (("--seed",), "seed of the sampler", int),
+    (("--chat-template-config",), "JSON of further arguments for the chat template", str),
+    (("--verbose",), "False prints the answer alone (True)", str),
+    (("--max-kv-size",), "longest key-value cache in tokens", int),
+    (("--prefill-step-size",), "prompt tokens processed at a time (2048)", int),
+    (("--prompt-cache-file",), "file of a saved key-value cache", str),
+    (("--kv-bits",), "bits of a quantized key-value cache", int),
+    (("--kv-group-size",), "its group size (64)", int),
+    (("--quantized-kv-start",), "token from which it is quantized (5000)", int),
+    (("--draft-model",), "model for speculative decoding", str),
+    (("--num-draft-tokens",), "tokens that it drafts (3)", int),
 )
 LISTS = (
     (("--extra-eos-token",), "further tokens that end an answer"),
@@ -50,10 +51,10 @@ SWITCHES = (
 
 
 def build_parser(prog: str) -> Parser:
-    """Take the flags of mlx_lm.generate, all as text: mlx-lm parses them again."""
+    """Take the flags of mlx_lm.generate, which parses them again."""
     parser = Parser(prog=prog, description="Answer one prompt with a model, with or without an adapter.")
-    for names, text in VALUES:
-        parser.add_argument(*names, help=text, metavar="X", default=argparse.SUPPRESS)
+    for names, text, kind in VALUES:
+        parser.add_argument(*names, help=text, type=kind, metavar="X", default=argparse.SUPPRESS)
     for names, text in LISTS:
         parser.add_argument(*names, help=text, metavar="X", nargs="+", default=argparse.SUPPRESS)
     for names, text in SWITCHES:
@@ -65,8 +66,17 @@ def run(args: argparse.Namespace) -> None:
     """Check the paths, then hand everything to mlx_lm.generate."""
     given = vars(args)
     check_paths(given.get("model"), given.get("adapter_path"))
+    check_paths(given.get("draft_model"), None, "--draft-model")
+    if not Path(given.get("prompt_cache_file", ".")).exists():
+        raise InputError(f"--prompt-cache-file {given['prompt_cache_file']}: no such file")
+    try:
+        json.loads(given.get("chat_template_config", "{}"))
+    except ValueError as error:
+        raise InputError(f"--chat-template-config is no JSON ({error})") from None
     argv = ["nalora generate"]
     for name, value in given.items():
+        if name in ("model", "adapter_path", "draft_model"):
+            value = str(expanded(value))
         flag = "--" + name.replace("_", "-")
         if value is True:
             argv.append(flag)
@@ -80,18 +90,32 @@ def run(args: argparse.Namespace) -> None:
         peer.main()
 
 
-def check_paths(model: str | None, adapter: str | None) -> None:
+def expanded(name: str) -> str | Path:
+    """A local path with its ~ expanded; the name of a Hugging Face repo as it is."""
+    path = Path(name).expanduser()
+    return path if path.exists() else name
+
+
+def check_paths(model: str | None, adapter: str | None, flag: str = "--model") -> None:
     """Refuse a local model or adapter that is not there, before anything slow.
 
     Raises:
         InputError: which flag, and what to do.
     """
-    if model is not None and not Path(model).exists() and (model[0] in "./~" or model.count("/") != 1):
+    if (
+        model is not None
+        and not Path(model).expanduser().exists()
+        and (model[:1] in "./~" or model.count("/") != 1)
+    ):
         raise InputError(
-            f"--model {model}: no such directory, and no Hugging Face repo (these are owner/name)"
+            f"{flag} {model}: no such directory, and no Hugging Face repo (these are owner/name)"
         )
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
-        raise InputError(f"--adapter-path {adapter}: no adapter there; give the directory of a trained one")
+    if adapter is not None:
+        for name in ("adapter_config.json", "adapters.safetensors"):
+            if not (Path(adapter).expanduser() / name).exists():
+                raise InputError(
+                    f"--adapter-path {adapter}: has no {name}; give the directory of a trained adapter"
+                )
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     names = [n for n in SPLITS if (n == "test" and config.test) or (n != "test" and config.train)]
     rows = _read(config, names)
+    resume = _resume_file(config)
     from nalora_mlx.display import Display
     from nalora_mlx.models import load_model
 
@@ -60,11 +61,11 @@ def run(args: argparse.Namespace) -> None:
             )
         splits = _tokenize(config, rows, tokenizer, display)
         if config.train:
-            _train(config, model, splits, display)
+            _train(config, model, splits, display, resume)
         elif config.adapter_path:
             from nalora_mlx.adapters import load_any_adapter
 
-            load_any_adapter(model, Path(config.adapter_path))
+            load_any_adapter(model, Path(config.adapter_path).expanduser())
         if config.test:
             _test(config, model, splits["test"], display)
 
@@ -152,32 +153,49 @@ def _tokenize(
 # --- train and test -----------------------------------------------------------------------------------------
 
 
-def _train(config: RunConfig, model: "nn.Module", splits: "dict[str, Split]", display: "Display") -> None:
+def _resume_file(config: RunConfig) -> Path | None:
+    """The adapter weights to start from, of a file or of an adapter's directory."""
+    if config.resume_adapter_file is None:
+        return None
+    path = Path(config.resume_adapter_file).expanduser()
+    if path.is_dir():
+        path = path / "adapters.safetensors"
+    if not path.exists():
+        raise InputError(f"--resume-adapter-file {config.resume_adapter_file}: no adapters.safetensors there")
+    return path
+
+
+def _train(
+    config: RunConfig, model: "nn.Module", splits: "dict[str, Split]", display: "Display", resume: Path | None
+) -> None:
     import mlx.core as mx
 
     from nalora_mlx.adapters import adapter_weights, load_weights
     from nalora_mlx.checkpoint import json_writer, set_aside
     from nalora_mlx.metrics import MetricsFile
     from nalora_mlx.optim import build_optimizer
-    from nalora_mlx.trainer import train
+    from nalora_mlx.trainer import check, train
 
-    output = Path(config.adapter_path or ".")
+    output = Path(config.adapter_path or ".").expanduser()
     if output.exists() and not output.is_dir():
         raise InputError(f"--adapter-path {output}: is a file; give a directory")
     mx.random.seed(config.seed)
     settings = config.optimizer_config.get(config.optimizer) or {}
     optimizer = build_optimizer(config.optimizer, config.learning_rate, config.lr_schedule, settings)
     description = _prepare(config, model, display)
-    if config.resume_adapter_file is not None:
-        load_weights(model, Path(config.resume_adapter_file).expanduser())
+    if resume is not None:
+        load_weights(model, resume)
         mx.eval(model.parameters())  # read now: the file may be set aside next
-        display.note(f"starting from {config.resume_adapter_file}")
-    if aside := set_aside(output, RUN_FILES):
-        display.note(f"note: moved the run that was in {output} to {aside}")
+        display.note(f"starting from {resume}")
+    check(model, splits["train"].examples, config)
+    reporters = _reporters(config)
+    json_writer(description)  # fails here, not after an hour, if it holds what JSON cannot
     trainable = sum(array.size for array in adapter_weights(model).values())
     display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
-    listeners = [display, MetricsFile(output / "metrics.jsonl"), *_reporters(config)]
-    json_writer(description)  # fails here, not after an hour, if it holds what JSON cannot
+    # Nothing can be refused from here on: only now is an earlier run moved out of the way.
+    if (output / RUN_FILES[1]).exists() and (aside := set_aside(output, RUN_FILES)):
+        display.note(f"note: moved the run that was in {output} to {aside}")
+    listeners = [display, MetricsFile(output / "metrics.jsonl"), *reporters]
     result = train(
         model,
         splits["train"].examples,
@@ -201,8 +219,10 @@ def _prepare(config: RunConfig, model: "nn.Module", display: "Display") -> dict[
     from nalora_mlx.adapters import adapt, adapt_dora, adapter_description
 
     if config.fine_tune_type == "full":
+        if any("scales" in module for _, module in model.named_modules()):
+            raise InputError("--fine-tune-type full: the model is quantized, and only adapters train on it")
         model.freeze()
-        count = len(model.layers) if config.num_layers == -1 else min(config.num_layers, len(model.layers))
+        count = min(config.num_layers, len(model.layers)) if config.num_layers > 0 else len(model.layers)
         for layer in model.layers[len(model.layers) - count :]:
             layer.unfreeze()
         display.note(f"full fine-tuning of {count} layers")
@@ -270,9 +290,10 @@ def _test(config: RunConfig, model: "nn.Module", split: "Split", display: "Displ
     batches = evaluation_batches(split.examples, config.batch_size, config.test_batches, config.seed)
     loss, tokens = evaluate(model, batches)
     display.note(f"test loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}, over {tokens} tokens")
-    if config.adapter_path and Path(config.adapter_path).is_dir():
+    output = Path(config.adapter_path).expanduser()
+    if config.adapter_path and output.is_dir():
         record = {"event": "metrics", "split": "test", "loss": loss, "tokens": tokens}
-        MetricsFile(Path(config.adapter_path) / "metrics.jsonl")(record)
+        MetricsFile(output / "metrics.jsonl")(record)
 
 
 @contextmanager

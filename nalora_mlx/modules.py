@@ -42,9 +42,9 @@ class Dropout(nn.Module):
 class Adapter(nn.Module):
     """A frozen projection plus a low-rank update: y = linear(x) + scale (x A) B.
 
-    lora_a and lora_b are float32 masters that are cast to the dtype of x in the forward. The names of children and
-    leaves are mlx-lm's, so that its tools load what is trained here. `where` is what the projection takes beside x:
-    nothing, or the experts of each row and whether they are sorted.
+    lora_a and lora_b are float32 masters that are cast to the dtype of x in the forward (float16 apart). The
+    names of children and leaves are mlx-lm's, so that its tools load what is trained here. `where` is what the
+    projection takes beside x: nothing, or the experts of each row and whether they are sorted.
     """
 
     def __init__(self, linear: nn.Module, scale: float, dropout: Dropout):
@@ -74,8 +74,10 @@ class Adapter(nn.Module):
             route: [F] or [E, F], a mask on the gradient that reaches lora_a; x and lora_b get theirs whole.
         """
         y0 = self.linear(x, *where)
-        dropped = self.dropout(x)
-        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
+        # In float16 the gradient of lora_a, which passes lora_b while that is still tiny, would underflow.
+        dtype = mx.float32 if x.dtype == mx.float16 else x.dtype
+        dropped = self.dropout(x).astype(dtype)
+        a, b = self.lora_a.astype(dtype), self.lora_b.astype(dtype)
         if route is None:
             product = self.times_b(self.times_a(dropped, a, *where), b, *where)
         else:
@@ -190,6 +192,7 @@ class GatedMLP(nn.Module):
         self.layout = layout
         self.activation = activation
         self.parameters_na = parameters
+        self.precise = True  # whether the model computes the product in float32; `adapt` finds out
         # Outside the module tree: its projections are already in it, through the adapters.
         object.__setattr__(self, "original", match.module)
         for name in layout.projections:
@@ -272,7 +275,7 @@ class GatedMLP(nn.Module):
                     num_experts=self.experts,
                 ),
             )
-        return reference.gated_product(self.activation, z, u)
+        return reference.gated_product(self.activation, z, u, self.precise)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x [..., D] to [..., D]."""

@@ -14,6 +14,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nalora_mlx.errors import InputError
+from nalora_mlx.strict import reject_unknown
 
 OPTIMIZERS = {
     "adam": optim.Adam,
@@ -41,6 +42,7 @@ def build_optimizer(
 
     rate: Any = learning_rate
     if schedule:
+        reject_unknown(schedule, ("name", "arguments", "warmup", "warmup_init"), "lr_schedule")
         try:
             rate = build_schedule(schedule)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:

@@ -49,7 +49,7 @@ def coerce(given: Mapping[str, Any], settings: type, where: str) -> dict[str, An
     for name, value in given.items():
         try:
             result[name] = _coerce(value, str(declared[name].type), bool(declared[name].metadata.get("size")))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             detail = f" ({error})" if isinstance(error, InputError) else ""
             wrong.append(f"{name} is {value!r}; it takes {_type_name(str(declared[name].type))}{detail}")
     if wrong:
@@ -89,7 +89,7 @@ def _coerce(value: Any, declared: str, size: bool) -> Any:
             raise TypeError
         item = declared.removeprefix("tuple[").split(",")[0]
         return tuple(_coerce(v, item, False) for v in value)
-    if not isinstance(value, Mapping | list):
+    if not isinstance(value, Mapping) and not ("list" in declared and isinstance(value, list)):
         raise TypeError
     return value
 

@@ -43,7 +43,7 @@ def select(model: nn.Module, config: NALoRAConfig) -> Targets:
     """
     layers, vision = list(model.layers), _vision_layers(model)
     notices = []
-    count = len(layers) if config.num_layers == -1 else config.num_layers
+    count = config.num_layers if config.num_layers > 0 else len(layers)  # mlx-lm takes 0 and below for all
     if count > len(layers):
         notices.append(f"num_layers is {count}, the model has {len(layers)}: all of them are adapted")
         count = len(layers)

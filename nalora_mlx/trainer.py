@@ -64,6 +64,7 @@ def evaluate(
         for done, batch in enumerate(batches, 1):
             total += float(batch_loss(*map(mx.array, (batch.inputs, *batch.scored()))))
             tokens += batch.tokens
+            mx.clear_cache()
             if on_batch is not None:
                 on_batch(done)
     finally:
@@ -78,6 +79,18 @@ def _windows(batches: Iterator[Batch], iterations: int, size: int) -> Iterator[l
         window = list(islice(batches, min(size, iterations - done)))
         done += len(window)
         yield window
+
+
+def check(model: nn.Module, train_set: Sequence[Example], config: TrainingConfig) -> None:
+    """Raise InputError for what `train` would refuse, before anything is touched."""
+    if problems := TrainingConfig.problems(config):
+        raise InputError("; ".join(problems))
+    if not train_set:
+        raise InputError("the training set is empty")
+    if mx.distributed.init().size() > 1:
+        raise InputError("training on several workers is not supported; start it without mlx.launch")
+    if not adapter_weights(model):
+        raise InputError("nothing to train: the model is frozen; call adapt first")
 
 
 def train(
@@ -110,19 +123,20 @@ def train(
         FloatingPointError: the loss is not finite any more.
     """
     config = config or TrainingConfig()
-    if problems := TrainingConfig.problems(config):
-        raise InputError("; ".join(problems))
-    if not train_set:
-        raise InputError("the training set is empty")
-    if mx.distributed.init().size() > 1:
-        raise InputError("training on several workers is not supported; start it without mlx.launch")
+    check(model, train_set, config)
     if output is not None and description is None and report_of(model) is None:
         raise InputError(
             "the model was not adapted here; give the content of adapter_config.json as description"
         )
-    if not adapter_weights(model):
-        raise InputError("nothing to train: the model is frozen; call adapt first")
     return _Run(model, train_set, valid_set, config, optimizer, output, listeners, description).run()
+
+
+def _finite(loss: float, iteration: int) -> float:
+    if math.isfinite(loss):
+        return loss
+    raise FloatingPointError(
+        f"the loss is {loss} at iteration {iteration}; lower the learning rate, or look for broken rows"
+    )
 
 
 class _Run:
@@ -139,7 +153,9 @@ class _Run:
         self.step = TrainingStep(model, self.optimizer, report.config if report else PLAIN_LORA)
         self.iterations = config.iters
         if config.epochs is not None:
-            self.iterations = math.ceil(config.epochs * batches_per_epoch(train_set, config.batch_size))
+            self.iterations = math.ceil(
+                round(config.epochs * batches_per_epoch(train_set, config.batch_size), 6)
+            )
         self.result = TrainResult(self.iterations, 0, 0, 0.0, math.nan)
 
     def tell(self, event: str, **content: Any) -> None:
@@ -176,7 +192,7 @@ class _Run:
                 mx.eval(self.step.state, total, carry)
                 if mx.get_cache_memory() > config.clear_cache_threshold:
                     mx.clear_cache()
-                self.count(total, batch.tokens, time.perf_counter() - tic)
+                self.count(iteration, total, batch.tokens, time.perf_counter() - tic)
                 self.tell("step", step=iteration, iterations=self.iterations)
                 last = iteration == self.iterations
                 if self.reports(iteration):
@@ -196,8 +212,9 @@ class _Run:
     def reset_report(self) -> None:
         self.loss_sum, self.loss_tokens, self.loss_steps, self.loss_seconds = 0.0, 0, 0, 0.0
 
-    def count(self, total: mx.array, tokens: int, seconds: float) -> None:
-        self.loss_sum += float(total)
+    def count(self, iteration: int, total: mx.array, tokens: int, seconds: float) -> None:
+        # At once, before anything of this iteration is written over what was good.
+        self.loss_sum += _finite(float(total), iteration)
         self.loss_tokens += tokens
         self.loss_steps += 1
         self.loss_seconds += seconds
@@ -205,10 +222,6 @@ class _Run:
 
     def report(self, iteration: int) -> None:
         loss = self.loss_sum / max(self.loss_tokens, 1)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at iteration {iteration}; lower the learning rate, or look for broken rows"
-            )
         self.result.train_loss = loss
         self.tell(
             "metrics",
@@ -242,7 +255,7 @@ class _Run:
             self.step.loss,
         )
         result = self.result
-        result.valid_loss = loss
+        result.valid_loss = _finite(loss, iteration)
         if iteration == 0:
             result.first_valid_loss = loss
         elif result.best_valid_loss is None or loss < result.best_valid_loss:

@@ -11,6 +11,9 @@ from mlx_lm.models import llama
 
 from nalora_mlx.data import Example
 
+# Everywhere the same arithmetic: the tolerances are those of float32 on a CPU, on a Mac as well.
+mx.set_default_device(mx.cpu)
+
 VOCABULARY = 64
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"

@@ -122,7 +122,9 @@ def test_generate_has_every_flag_of_mlx_lm():
     ours = {option for action in build_parser("x")._actions for option in action.option_strings}
     assert ours == {option for action in peer._actions for option in action.option_strings}
     kinds = {option: action for action in peer._actions for option in action.option_strings}
-    assert all(kinds[names[0]].nargs is None for names, _ in VALUES)
+    for names, _, kind in VALUES:
+        assert kinds[names[0]].nargs is None
+        assert kind in (kinds[names[0]].type or str, str)
     assert all(kinds[names[0]].nargs == "+" for names, _ in LISTS)
     assert all(kinds[names[0]].nargs == 0 for names, _ in SWITCHES)
 
@@ -357,6 +359,92 @@ def test_bad_input_of_the_other_commands(model_directory, fused, tmp_path):
     refused(["nalora_mlx.generate", *model, "--adapter-path", "nowhere"], "--adapter-path nowhere")
     refused(["nalora_mlx.chat", "--model", "./nowhere"], "--model ./nowhere")
     refused(["nalora_mlx.export", "gguf", *model, "--output", fused], "--output .* exists")
+
+
+def test_overwriting_replaces_models_and_nothing_else(model_directory, adapter, tmp_path, capsys):
+    where = [
+        "fuse",
+        "--model",
+        str(model_directory),
+        "--adapter-path",
+        str(adapter),
+        "--overwrite",
+        "--save-path",
+    ]
+    store = tmp_path / "store"
+    (store / "other").mkdir(parents=True)
+    (store / "config.json").write_text("{}")
+    (store / "other" / "weights").write_text("x")
+    assert main([*where, str(store)]) == 2
+    assert "holds more than a model" in capsys.readouterr().err
+    assert (store / "other" / "weights").read_text() == "x"
+    target = tmp_path / "model"
+    assert main([*where, str(target)]) == 0
+    (target / "model.safetensors").write_bytes(b"old")
+    assert main([*where, str(target)]) == 0
+    assert (target / "model.safetensors").stat().st_size > 3
+
+
+def test_nothing_bad_is_written_over_what_is_good(model_directory, data_directory, tmp_path, capsys):
+    """A run that diverges saves no NaN, and keeps no NaN as its best."""
+    output = tmp_path / "a"
+    status = train(
+        model_directory,
+        data_directory,
+        output,
+        *("--steps-per-report", "3", "--steps-per-eval", "1", "--save-every", "1"),
+        *("--optimizer", "sgd", "--learning-rate", "1e38", "--scale", "1e3", "--mask", "off"),
+    )
+    assert status == 1
+    assert "lower the learning rate" in capsys.readouterr().err
+    for path in output.rglob("*.safetensors"):
+        assert all(mx.isfinite(array).all().item() for array in mx.load(str(path)).values()), path
+
+
+def test_an_earlier_run_stays_until_the_new_one_can_start(model_directory, data_directory, adapter, tmp_path):
+    import shutil
+
+    output = tmp_path / "a"
+    shutil.copytree(adapter, output)
+    before = sorted(str(p.relative_to(output)) for p in output.rglob("*"))
+    for flags in (
+        ["--report-to", "nothing"],
+        ["--resume-adapter-file", str(tmp_path / "none")],
+        ["--keys", "mlp.none"],
+        ["--optimizer", "adafactor", "--config", str(tmp_path / "bad.yaml")],
+    ):
+        (tmp_path / "bad.yaml").write_text("optimizer_config: {adafactor: {nothing: 1}}")
+        assert train(model_directory, data_directory, output, *flags) == 2, flags
+        assert sorted(str(p.relative_to(output)) for p in output.rglob("*")) == before
+
+
+def test_more_bad_input(model_directory, data_directory, fused, adapter, tmp_path):
+    model = ["--model", model_directory]
+    data = ["--data", data_directory]
+    refused(["nalora_mlx.generate", *model, "--max-tokens", "abc"], "invalid int value: .abc.")
+    refused(
+        ["nalora_mlx.generate", *model, "--chat-template-config", "{x"], "--chat-template-config is no JSON"
+    )
+    refused(["nalora_mlx.generate", *model, "--prompt-cache-file", "none"], "--prompt-cache-file none")
+    refused(["nalora_mlx.generate", *model, "--draft-model", "./none"], "--draft-model ./none")
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    refused(["nalora_mlx.generate", *model, "--adapter-path", half], "has no adapters.safetensors")
+    (half / "adapters.safetensors").write_bytes(b"x")
+    content = json.loads((adapter / "adapter_config.json").read_text())
+    (half / "adapter_config.json").write_text(json.dumps(content | {"num_layers": "16"}))
+    refused(["nalora_mlx.lora", "--test", *model, *data, "--adapter-path", half], "num_layers is '16'")
+    missing = ["--resume-adapter-file", tmp_path / "none"]
+    refused(
+        ["nalora_mlx.lora", "--train", *model, *data, *missing],
+        "--resume-adapter-file .*no adapters.safetensors",
+    )
+
+
+def test_an_adapters_directory_resumes(model_directory, data_directory, adapter, tmp_path, capsys):
+    assert train(model_directory, data_directory, tmp_path / "b", "--resume-adapter-file", str(adapter)) == 0
+    assert f"starting from {adapter / 'adapters.safetensors'}" in capsys.readouterr().out
 
 
 def test_an_empty_directory_is_no_model(data_directory, tmp_path):

@@ -136,6 +136,9 @@ def test_flags_of_every_kind():
         ("a: b: c", r"config.yaml:1: not valid YAML"),
         ("- a", "must hold 'key: value' lines"),
         ("clear_cache_threshold: lots", "'lots' is no size"),
+        ("iters: .inf", "iters is inf; it takes a whole number"),
+        ("lora_parameters: [1, 2]", "lora_parameters is .*; it takes a mapping"),
+        ("optimizer_config: [adam]", "optimizer_config is .*; it takes a mapping"),
     ],
 )
 def test_files_that_are_wrong(tmp_path, text, message):
@@ -155,7 +158,8 @@ def test_files_that_are_wrong(tmp_path, text, message):
         ({"na_parameters": {"beta": 1}}, "beta is 1.0"),
         ({"na_parameters": {"branches": ["down"]}}, "branches is 'down'"),
         ({"optimizer_config": {"adamx": {}}}, "adamx"),
-        ({"batch_size": 0, "num_layers": 0}, r"batch_size is 0.*num_layers is 0"),
+        ({"batch_size": 0, "seed": -1}, r"batch_size is 0.*seed is -1"),
+        ({"lora_parameters": {"rank": 8, "scale": float("inf")}}, "scale is inf"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"fine_tune_type": "qlora"}, "fine_tune_type is 'qlora'"),
         ({"epochs": -1.0}, "epochs is -1.0"),
@@ -167,6 +171,16 @@ def test_values_that_are_wrong(settings, message):
     with pytest.raises(InputError, match=message) as caught:
         config.check()
     assert "\n" not in str(caught.value)
+
+
+def test_what_mlx_lm_takes_too(tmp_path):
+    config = load_run_config(
+        write(tmp_path, "train: true\noptimizer: AdamW\nnum_layers: 0\nepochs: 3"), {"iters": 5}
+    )
+    config.check()
+    assert config.optimizer == "adamw"
+    assert config.epochs is None  # the flag wins over the file, under its other name too
+    assert load_run_config(None, {"epochs": 2.0}).epochs == 2.0
 
 
 def test_whole_numbers_written_as_floats_and_nulls(tmp_path):

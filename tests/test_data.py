@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +94,48 @@ def test_a_template_that_rewrites_earlier_turns_falls_back_to_the_last(tokenizer
     told = "".join(chr(t) for t, s in zip(example.tokens, example.supervised, strict=True) if s and t > 3)
     assert told == "the dog"
     assert "rewrites earlier turns in 1 of 1" in split.notices[0]
+
+
+def rendered(messages, mask_prompt=True, tokenizer=None):
+    example = one({"messages": messages}, tokenizer or RewritingTokenizer(), mask_prompt, longest=1000)
+    return "".join(chr(t) for t, s in zip(example.tokens, example.supervised, strict=True) if s and t > 3)
+
+
+def test_what_a_person_says_last_is_not_trained_on():
+    """Not even where the template changes the beginning of the chat with its length."""
+
+    class Counting(RewritingTokenizer):
+        def apply_chat_template(self, messages, tools=None, add_generation_prompt=False, return_dict=False):
+            tokens = [t for m in messages for t in (1, *[ord(c) for c in m["content"]], 3)]
+            return [1000 + len(messages), *tokens] + ([1] if add_generation_prompt else [])
+
+    roles = ("user", "assistant", "user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, "abcde", strict=True)]
+    assert rendered(messages, tokenizer=Counting()) == "d"
+    assert rendered(messages[:4], tokenizer=Counting()) == "d"
+    assert rendered(messages[:4]) == "d"
+
+
+def test_a_prompt_that_opens_a_thought_loses_no_answer():
+    """The generation prompt adds a thought that the finished turn does not have."""
+
+    class Thinking(RewritingTokenizer):
+        def apply_chat_template(self, messages, tools=None, add_generation_prompt=False, return_dict=False):
+            tokens = [t for m in messages for t in (1, *[ord(c) for c in m["content"]], 3)]
+            return tokens + ([1, 200, 201, 202, 203, 204] if add_generation_prompt else [])
+
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    split = tokenize_split([("x:1", {"messages": messages})], Thinking(), Features(mask_prompt=True), 100)
+    assert split.notices == []
+    assert rendered(messages, tokenizer=Thinking()) == "yes"
+
+
+def test_rows_for_a_template_that_is_not_there():
+    class Bare(RewritingTokenizer):
+        has_chat_template = False
+
+    with pytest.raises(InputError, match="x:1: the model has no chat template; give 'text' rows"):
+        one(COMPLETION, Bare())
 
 
 def test_text_ends_with_one_end_token(tokenizer):
@@ -287,4 +328,8 @@ def test_hub_data_sets_through_the_datasets_library(tmp_path, tokenizer):
     with pytest.raises(InputError, match="give test_split"):
         load_hub_entry(entry, ("test",))
     with pytest.raises(InputError, match="needs a 'path'"):
-        load_hub_entry(SimpleNamespace(), ("train",))
+        load_hub_entry({}, ("train",))
+    with pytest.raises(InputError, match="must be a mapping"):
+        load_hub_entry(["json"], ("train",))
+    with pytest.raises(InputError, match=r"unknown key 'tst_split'; did you mean 'test_split'"):
+        load_hub_entry(entry | {"tst_split": "train"}, ("train",))

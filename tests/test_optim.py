@@ -143,6 +143,9 @@ def test_bad_settings_are_one_line():
         build_optimizer("adam", 1e-3, {"name": "no_such_schedule", "arguments": [1]}, {})
     with pytest.raises(InputError, match="lr_schedule"):
         build_optimizer("adam", 1e-3, {"name": "cosine_decay"}, {})
+    schedule = {"name": "cosine_decay", "arguments": [1e-4, 10], "warm_up": 5}
+    with pytest.raises(InputError, match=r"unknown key 'warm_up'; did you mean 'warmup'"):
+        build_optimizer("adam", 1e-3, schedule, {})
 
 
 def test_schedule_counts_updates():

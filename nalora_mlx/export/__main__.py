@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _local(model: str) -> Path:
     """The directory of a model, downloaded if it is a Hugging Face repo."""
-    if Path(model).exists():
-        return Path(model)
+    if (path := Path(model).expanduser()).exists():
+        return path
     from mlx_lm.utils import hf_repo_to_path
 
     from nalora_mlx.models import load_model
@@ -62,7 +62,7 @@ def _merged(args: argparse.Namespace, directory: Path) -> Path:
     from nalora_mlx.models import load_model
 
     model, tokenizer, config = load_model(args.model)
-    load_any_adapter(model, Path(args.adapter_path))
+    load_any_adapter(model, Path(args.adapter_path).expanduser())
     fuse_model(model, dequantize=True)
     model = dequantize_model(model)
     for key in ("quantization", "quantization_config"):

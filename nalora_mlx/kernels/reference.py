@@ -10,8 +10,17 @@ import mlx.core as mx
 from nalora_mlx.activations import Activation
 
 
-def gated_product(activation: Activation, z: mx.array, u: mx.array) -> mx.array:
-    """phi(z) * u in float32, returned in the dtype of z; [..., F]."""
+def gated_product(activation: Activation, z: mx.array, u: mx.array, precise: bool = True) -> mx.array:
+    """phi(z) * u, returned in the dtype of z; [..., F].
+
+    Args:
+        activation: the row of the table.
+        z: [..., F].
+        u: [..., F].
+        precise: compute in float32; False rounds after every operation, as a model in a half type mostly does.
+    """
+    if not precise:
+        return (activation.native_phi(z) * (u if activation.up is None else activation.up(u))).astype(z.dtype)
     return (activation.phi(z) * activation.linear_branch(u)).astype(z.dtype)
 
 
