@@ -539,3 +539,58 @@ def test_bad_settings_and_models_are_refused(model):
         train(adapted(), build_examples(), config=TrainingConfig(batch_size=0, iters=-1))
     with pytest.raises(InputError, match="training set is empty"):
         train(adapted(), [])
+
+
+# --- experts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [7, 40], ids=["unsorted", "sorted"])
+def test_importance_of_experts_counts_tokens_by_routing(length):
+    """Per expert and channel, from the routing and the weights of an unmodified model in float64; padding left out."""
+    from mlx_lm.models import mixtral
+
+    from tests.test_adapters import MIXTRAL
+
+    args = MIXTRAL | {"num_local_experts": 8}
+    plain, model = build_model(module=mixtral, args=args), build_model(module=mixtral, args=args)
+    config = NALoRAConfig(num_layers=-1, rank=2, beta=0.9)
+    adapt(model, config)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 60, (2, length + 1)).astype(np.int32)
+    real = np.ones((2, length), np.float32)
+    real[1, length // 2 :] = 0
+    heard = []
+
+    class Listening(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __call__(self, x, indices):
+            heard.append((np.array(x, np.float64), np.array(indices)))
+            return self.inner(x, indices)
+
+    for layer in plain.model.layers:
+        layer.block_sparse_moe.switch_mlp = Listening(layer.block_sparse_moe.switch_mlp)
+    plain(mx.array(tokens[:, :-1]))
+    step = TrainingStep(model, optim.SGD(0.0), config)
+    batch = data.Batch(tokens[:, :-1], tokens[:, 1:], real, real, (0, 1))
+    total, _ = step(batch, batch.tokens, None, True)
+    mx.eval(step.state, total)
+    idle = 0
+    for layer, (x, chosen) in enumerate(heard):
+        weight = np.array(
+            plain.model.layers[layer].block_sparse_moe.switch_mlp.inner.gate_proj.weight, np.float64
+        )
+        x, chosen, keep = x.reshape(-1, 32), chosen.reshape(-1, 2), real.reshape(-1) > 0
+        state = step.importance["layers"][f"model.layers.{layer}.block_sparse_moe.switch_mlp"]
+        for expert in range(8):
+            rows = x[keep & (chosen == expert).any(axis=1)]
+            assert state["updates"][expert].item() == (len(rows) > 0)
+            z = rows @ weight[expert].T
+            want = np.abs(expit(z) * (1 + z * expit(-z))).mean(axis=0) if len(rows) else np.zeros(48)
+            idle += len(rows) == 0
+            np.testing.assert_allclose(
+                np.array(state["importance"][expert]) / (1 - 0.9), want, rtol=2e-5, atol=1e-6
+            )
+    assert idle > 0 or length > 7
