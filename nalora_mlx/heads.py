@@ -104,5 +104,6 @@ def _is_exact(head: Head, tokens: mx.array, want: mx.array) -> bool:
     expected = want[0][order].astype(mx.float32)
     finite = mx.isfinite(expected)
     expected, got = mx.where(finite, expected, 0), mx.where(finite, got, 0)
-    tolerance = 1e-4 if want.dtype == mx.float32 else 2e-2
+    # Wide enough for half types and for GPUs that shorten float32 in products; a wrong cut is off by far more.
+    tolerance = 2e-3 if want.dtype == mx.float32 else 2e-2
     return bool(mx.all(mx.abs(got - expected) <= tolerance * mx.abs(expected).max()).item())

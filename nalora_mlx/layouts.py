@@ -158,6 +158,9 @@ class _Probe(nn.Module):
         return x if self._answer is None else self._answer
 
 
+# Two forms of one activation differ by a few ulp, on a GPU with fast exponentials by some more; the exact GELU and its
+# tanh form, the nearest neighbours in the table, differ by 1.7e-4.
+SAME = 5e-5
 _CHANNELS = 512
 
 
@@ -171,7 +174,7 @@ def _probes(seed: int) -> mx.array:
 
 
 def identify(match: Match) -> tuple[Layout, Activation]:
-    """Find phi, and the halves of a shared projection, by running the module with probes; exact to float32.
+    """Find phi, and the halves of a shared projection, by running the module with probes in float32.
 
     Raises:
         ValueError: the module does not compute down(phi(gate(x)) * up(x)) for any phi that is known; the message
@@ -182,7 +185,7 @@ def identify(match: Match) -> tuple[Layout, Activation]:
         h = _between(match, z, u, gate_first)
         for activation in _candidates(match.module):
             error = mx.abs(gated_product(activation, z, u) - h) / (1 + mx.abs(h))
-            if mx.all(error < 1e-5).item():
+            if mx.all(error < SAME).item():
                 return replace(match.layout, gate_first=gate_first), activation
     raise ValueError(
         "its activation is none that is known, or gate and up are not combined as phi(gate) * up"
@@ -228,8 +231,8 @@ def verify(match: Match, rebuilt: nn.Module, dtype: mx.Dtype) -> float:
         ValueError: they differ by more than rounding; the message has the relative error.
     """
     dims = input_dims(match.module[match.layout.gate])
-    # The rebuilt product rounds once where the original may round several times in a half type.
-    tolerance = {mx.float32: 1e-5, mx.float16: 5e-3}.get(dtype, 4e-2)
+    # Wide enough for half types and for GPUs that shorten float32 in products; a wrong rebuilding is off by far more.
+    tolerance = {mx.float32: 2e-3, mx.float16: 5e-3}.get(dtype, 4e-2)
     worst = 0.0
     # mlx-lm sorts the rows by expert from 64 choices on.
     for length in (8, 48) if match.experts else (8,):
