@@ -283,7 +283,7 @@ def _reporters(config: RunConfig) -> list[Any]:
 
 
 def _test(config: RunConfig, model: "nn.Module", split: "Split", display: "Display") -> None:
-    from nalora_mlx.data import evaluation_batches
+    from nalora_mlx.batches import evaluation_batches
     from nalora_mlx.metrics import MetricsFile
     from nalora_mlx.trainer import evaluate
 

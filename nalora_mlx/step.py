@@ -12,8 +12,8 @@ from mlx.utils import tree_map
 
 from nalora_mlx import importance
 from nalora_mlx.adapters import dropout_count, gated_mlps
+from nalora_mlx.batches import Batch
 from nalora_mlx.config import PLAIN_LORA, NAParameters
-from nalora_mlx.data import Batch
 from nalora_mlx.forward import ForwardPass, forward_pass
 from nalora_mlx.heads import find_head
 from nalora_mlx.losses import CHUNK_BYTES, chunked_cross_entropy_sum, cross_entropy_sum

@@ -17,8 +17,9 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from nalora_mlx import checkpoint
 from nalora_mlx.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapter_description, adapter_weights, report_of
+from nalora_mlx.batches import Batch, batches_per_epoch, evaluation_batches, training_batches
 from nalora_mlx.config import PLAIN_LORA, RunConfig, TrainingConfig
-from nalora_mlx.data import Batch, Example, batches_per_epoch, evaluation_batches, training_batches
+from nalora_mlx.data import Example
 from nalora_mlx.errors import InputError
 from nalora_mlx.forward import recomputed
 from nalora_mlx.step import ScoredLoss, TrainingStep

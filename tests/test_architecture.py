@@ -30,7 +30,7 @@ FLOORS = [
         "display",
         "heads",
     ],
-    ["cli", "forward", "kernels", "models"],
+    ["batches", "cli", "forward", "kernels", "models"],
     ["layouts"],
     ["modules", "targets"],
     ["adapters"],

@@ -9,19 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 
-from nalora_mlx.data import (
+from nalora_mlx.batches import (
     PAD_TO,
-    Example,
-    Features,
     batches_per_epoch,
     collate,
     epoch_batches,
     evaluation_batches,
+    sorted_batches,
+    training_batches,
+)
+from nalora_mlx.data import (
+    Example,
+    Features,
     load_local,
     read_jsonl,
-    sorted_batches,
     tokenize_split,
-    training_batches,
 )
 from nalora_mlx.errors import InputError
 from tests.conftest import build_examples

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from scipy.special import expit
 
-from nalora_mlx import data
+from nalora_mlx import batches as batching
 from nalora_mlx.adapters import adapt, adapter_weights, fuse_model
 from nalora_mlx.config import PLAIN_LORA, NALoRAConfig, TrainingConfig
 from nalora_mlx.errors import InputError
@@ -69,7 +69,7 @@ def test_without_mechanisms_it_is_mlx_lms_lora(build):
         return (nn.losses.cross_entropy(model(inputs), targets) * mask).sum() / mask.sum()
 
     optimizer, step = build(), nn.value_and_grad(theirs, loss)
-    batches = data.training_batches(examples, 3, 0)
+    batches = batching.training_batches(examples, 3, 0)
     for _ in range(20):
         batch = next(batches)
         _, gradients = step(theirs, *map(mx.array, (batch.inputs, batch.targets, batch.supervised)))
@@ -164,7 +164,7 @@ def take_steps(settings, optimizer, steps=1, accumulate=1, checkpointing=False, 
     random_adapters(model, size=0.02) if adapters is None else model.load_weights(adapters, strict=False)
     config = NALoRAConfig(**settings)
     step = TrainingStep(model, optimizer, config, compiled)
-    batches = data.training_batches(examples, 3, 0)
+    batches = batching.training_batches(examples, 3, 0)
     seen = []
     model.train()
     for _ in range(steps):
@@ -258,7 +258,7 @@ def test_eager_compiled_and_checkpointed_agree(settings):
 def test_misalignment_equals_its_definition():
     # Without adapters in the attention, the first layer's MLP has the same input in the base model.
     model, step, _ = take_steps({"keys": ("mlp.gate_proj", "mlp.up_proj")}, optim.SGD(0.0), 1)
-    batch = next(data.training_batches(build_examples(18, seed=3), 3, 0))
+    batch = next(batching.training_batches(build_examples(18, seed=3), 3, 0))
     base = gate_inputs(build_model(), [batch])
     tuned = gate_inputs(merged_copy(model), [batch])
     (z0, _), (z, u) = base[0], tuned[0]
@@ -272,7 +272,7 @@ def test_route_masks_the_gradient_of_lora_a_alone():
     """From the same state with a hard mask in place: A_g gets x^T ((dz * m) B^T), all else is as without."""
     settings = {"mask": "hard", "keep_fraction": 0.25, "mask_warmup": 0}
     examples = build_examples(18, seed=3)
-    batch = next(data.training_batches(examples, 3, 0))
+    batch = next(batching.training_batches(examples, 3, 0))
     mask = np.zeros(48)
     mask[::4] = 1
     gradients = {}
@@ -395,7 +395,7 @@ def test_checkpointing_is_undone_and_handles_layers_of_several_classes():
     calls = {cls: cls.__call__ for cls in (Other, type(model.model.layers[0]))}
     adapt(model, NALoRAConfig(num_layers=-1))
     random_adapters(model)
-    batch = next(data.training_batches(build_examples(), 3, 0))
+    batch = next(batching.training_batches(build_examples(), 3, 0))
 
     def loss(model):
         return mx.square(model(mx.array(batch.inputs))).mean()
@@ -412,7 +412,7 @@ def test_checkpointing_is_undone_and_handles_layers_of_several_classes():
 
 def test_evaluation_is_the_mean_over_all_supervised_tokens(model):
     examples = build_examples(7)
-    batches = data.evaluation_batches(examples, 3, -1, 0)
+    batches = batching.evaluation_batches(examples, 3, -1, 0)
     loss, tokens = evaluate(model, batches)
     total = 0.0
     for example in examples:
@@ -425,7 +425,7 @@ def test_evaluation_is_the_mean_over_all_supervised_tokens(model):
 
 
 def test_a_step_without_supervised_tokens_changes_nothing():
-    from nalora_mlx.data import Batch
+    from nalora_mlx.batches import Batch
 
     model = adapted(**OFF)
     step = TrainingStep(model, optim.SGD(1.0))
@@ -447,7 +447,7 @@ def test_an_adapted_head_gets_its_gradient():
     assert step.loss.head is not None
     assert not step.loss.head_is_frozen
     assert TrainingStep(adapted(), optim.SGD(1.0)).loss.head_is_frozen
-    batch = next(data.training_batches(build_examples(), 3, 0))
+    batch = next(batching.training_batches(build_examples(), 3, 0))
 
     def full(model):
         losses = nn.losses.cross_entropy(model(mx.array(batch.inputs)), mx.array(batch.targets))
@@ -473,7 +473,7 @@ def test_no_more_logits_than_a_chunk(monkeypatch):
     monkeypatch.setattr(
         step.loss.head, "logits", lambda hidden: sizes.append(hidden.shape[0]) or logits(hidden)
     )
-    batch = next(data.training_batches(build_examples(40, low=30, high=40), 8, 0))
+    batch = next(batching.training_batches(build_examples(40, low=30, high=40), 8, 0))
     step(batch, batch.tokens, None, True)
     assert max(sizes) == 64
     assert batch.tokens <= sum(sizes) < 1.2 * batch.tokens
@@ -574,7 +574,7 @@ def test_importance_of_experts_counts_tokens_by_routing(length):
         layer.block_sparse_moe.switch_mlp = Listening(layer.block_sparse_moe.switch_mlp)
     plain(mx.array(tokens[:, :-1]))
     step = TrainingStep(model, optim.SGD(0.0), config)
-    batch = data.Batch(tokens[:, :-1], tokens[:, 1:], real, real, (0, 1))
+    batch = batching.Batch(tokens[:, :-1], tokens[:, 1:], real, real, (0, 1))
     total, _ = step(batch, batch.tokens, None, True)
     mx.eval(step.state, total)
     idle = 0

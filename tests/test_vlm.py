@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from nalora_mlx.adapters import adapt, adapter_weights, fuse_model
+from nalora_mlx.batches import Batch
 from nalora_mlx.config import NALoRAConfig
-from nalora_mlx.data import Batch
 from nalora_mlx.step import TrainingStep
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed (pip install '.[vlm]')")

@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from nalora_mlx.adapters import adapt, adapter_weights, fuse_model, gated_mlps
+from nalora_mlx.batches import Batch
 from nalora_mlx.config import NALoRAConfig
-from nalora_mlx.data import Batch
 from nalora_mlx.errors import InputError
 from nalora_mlx.losses import chunked_cross_entropy_sum
 from nalora_mlx.step import ScoredLoss, TrainingStep
