@@ -481,6 +481,8 @@ def test_signals_end_with_their_status(number, status, model_directory, data_dir
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell starts what it puts into the background with SIGINT ignored, and that would be inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
         if "iteration" in line and "loss" in line:
