@@ -375,3 +375,25 @@ def gelu_topk(deviations: float) -> Activation:
         return mx.where(over > 0, _gelu_tanh_derivative(over), 0)
 
     return Activation("gelu_topk", _float32(phi), _float32(derivative), None, None)
+
+
+def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Activation:
+    """The learned xIELU: a z^2 + b z above 0, n (exp(min(z, eps)) - 1 - z) + b z below.
+
+    With a = softplus(alpha_p), n = b + softplus(alpha_n), b = beta, as a checkpoint holds them.
+    """
+    a, n = _softplus(alpha_p), beta + _softplus(alpha_n)
+
+    def phi(z):
+        low = (mx.expm1(mx.minimum(z, eps)) - z) * n
+        return mx.where(z > 0, a * z * z, low) + beta * z
+
+    def derivative(z):
+        slope = mx.where(z < eps, mx.exp(mx.minimum(z, eps)), 0) - 1
+        return mx.where(z > 0, 2 * a * z, slope * n) + beta
+
+    return Activation("xielu", _float32(phi), _float32(derivative), None, None)
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))

@@ -130,18 +130,23 @@ def _has(holder: Any, *names: str) -> bool:
     return all(isinstance(getattr(holder, name, None), int | float) for name in names)
 
 
+_XIELU = ("alpha_p", "alpha_n", "beta", "eps")
 FAMILIES: tuple[_Family, ...] = (
     lambda h: activations.swiglu_oai(h._alpha, h._limit) if _has(h, "_alpha", "_limit") else None,
     lambda h: activations.swiglu_input_clamped(h.limit) if _has(h, "limit") else None,
     lambda h: activations.swiglu_output_clamped(h.limit) if _has(h, "limit") else None,
     lambda h: activations.situ(h.beta, getattr(h, "linear_beta", None)) if _has(h, "beta") else None,
+    lambda h: (
+        activations.xielu(*(getattr(h, name).item() for name in _XIELU)) if hasattr(h, "alpha_p") else None
+    ),
     lambda h: activations.gelu_topk(h._std_multiplier.item()) if hasattr(h, "_std_multiplier") else None,
 )
 
 
 def _candidates(module: nn.Module) -> Iterator[Activation]:
     yield from ACTIVATIONS.values()
-    for holder in (module, module.get("activation", getattr(module, "activation", None))):
+    # The parameters are the module's own, or those of the activation that it holds.
+    for holder in (module, *(getattr(module, name, None) for name in ("activation", "act_fn"))):
         for family in FAMILIES:
             if (activation := family(holder)) is not None:
                 yield activation

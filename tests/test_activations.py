@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import erfc, erfcx, expit
 
+from nalora_mlx import activations
 from nalora_mlx.activations import ACTIVATIONS
 
 SQRT_2_OVER_PI = np.sqrt(2 / np.pi)
@@ -176,3 +177,82 @@ def test_half_types_are_promoted(name, dtype):
 def test_nan_stays_nan(name):
     row = ACTIVATIONS[name]
     assert mx.isnan(row.phi(mx.array([float("nan")]))).item()
+
+
+# --- families -----------------------------------------------------------------------------------------------
+
+
+def situ_truth(z):
+    return 1.5 * np.tanh(z / 1.5) * expit(z)
+
+
+def xielu_truth(z):
+    a, n, b = np.log1p(np.exp(0.3)), 0.5 + np.log1p(np.exp(-0.7)), 0.5
+    with np.errstate(over="ignore"):
+        return np.where(z > 0, a * z**2 + b * z, (np.expm1(np.minimum(z, -1e-6)) - z) * n + b * z)
+
+
+def gelu_topk_truth(z):
+    over = np.maximum(z - (z.mean(-1, keepdims=True) + 0.5 * z.std(-1, keepdims=True)), 0)
+    return TRUTH["gelu_tanh"][0](over)
+
+
+# family -> (made with parameters, phi in float64, what becomes of u in float64)
+FAMILIES = {
+    "swiglu_oai": (
+        activations.swiglu_oai(1.702, 7.0),
+        lambda z: np.minimum(z, 7) * expit(1.702 * np.minimum(z, 7)),
+        lambda u: np.clip(u, -7, 7) + 1,
+    ),
+    "swiglu_input_clamped": (
+        activations.swiglu_input_clamped(5.0),
+        lambda z: np.minimum(z, 5) * expit(np.minimum(z, 5)),
+        lambda u: np.clip(u, -5, 5),
+    ),
+    "swiglu_output_clamped": (
+        activations.swiglu_output_clamped(2.0),
+        lambda z: np.minimum(z * expit(z), 2),
+        lambda u: np.clip(u, -2, 2),
+    ),
+    "situ": (activations.situ(1.5, 2.0), situ_truth, lambda u: 2 * np.tanh(u / 2)),
+    "situ without a bound on u": (activations.situ(1.5, None), situ_truth, lambda u: u),
+    "xielu": (activations.xielu(0.3, -0.7, 0.5, -1e-6), xielu_truth, lambda u: u),
+    "gelu_topk": (activations.gelu_topk(0.5), gelu_topk_truth, lambda u: u),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_families_match_float64(name):
+    row, phi, up = FAMILIES[name]
+    z = grid()[np.abs(grid()) > 2e-6]
+    np.testing.assert_allclose(
+        np.array(row.phi(mx.array(z))), phi(z.astype(np.float64)), rtol=2e-5, atol=3e-6
+    )
+    np.testing.assert_allclose(
+        np.array(row.linear_branch(mx.array(z))), up(z.astype(np.float64)), rtol=2e-6, atol=2e-6
+    )
+    assert np.isfinite(np.array(row.derivative(mx.array(z)))).all()
+    assert row.boundaries == ()  # clipped, learned, or of the whole row: a partition would mean nothing
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"gelu_topk"}))
+def test_derivatives_of_families_are_float64_differences(name):
+    row, phi, _ = FAMILIES[name]
+    z = np.linspace(-6, 9, 601).astype(np.float32)
+    h = 1e-6
+    want = (phi(z + np.float64(h)) - phi(z - np.float64(h))) / (2 * h)
+    kinks = np.abs(np.gradient(want)) > 0.3  # where a clip sets in, or xIELU changes sides
+    got = np.array(row.derivative(mx.array(z)))
+    smooth = ~(kinks | np.roll(kinks, 1) | np.roll(kinks, -1)) & (np.abs(z) > 1e-3)
+    assert smooth.mean() > 0.95
+    np.testing.assert_allclose(got[smooth], want[smooth], rtol=2e-5, atol=2e-5)
+
+
+def test_derivative_of_the_sparse_gelu_holds_its_cutoff():
+    row = FAMILIES["gelu_topk"][0]
+    z = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    cutoff = z.astype(np.float64).mean(-1, keepdims=True) + 0.5 * z.astype(np.float64).std(-1, keepdims=True)
+    over = z - cutoff
+    want = np.where(over > 0, TRUTH["gelu_tanh"][1](over), 0)
+    np.testing.assert_allclose(np.array(row.derivative(mx.array(z))), want, rtol=1e-5, atol=2e-6)
+    assert 0.1 < (want > 0).mean() < 0.5

@@ -113,6 +113,20 @@ def test_activations_are_found_by_behaviour():
         assert layouts.identify(match)[1].name == name
 
 
+def test_a_learned_activation_is_found_with_its_parameters():
+    """xIELU: mlx-lm has it in an MLP without a gate only; in one with a gate it is found."""
+    from mlx_lm.models.activations import XieLU
+
+    mlp = _SmallMLP()
+    mlp.act_fn = XieLU(0.9, 0.7, 0.4)
+    mlp._function = mlp.act_fn
+    _, activation = layouts.identify(next(layouts.find(mlp)))
+    assert activation.name == "xielu"
+    z = mx.array([-3.0, -0.5, 0.5, 4.0])
+    want = mx.grad(lambda z: mlp.act_fn(z).sum())(z)
+    np.testing.assert_allclose(np.array(activation.derivative(z)), np.array(want), rtol=1e-5)
+
+
 class _SmallMLP(nn.Module):
     """A gated MLP in its own words, optionally wrong in a way that names do not show."""
 
