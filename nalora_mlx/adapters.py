@@ -77,7 +77,7 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptReport:
         config: settings; the defaults if None.
 
     Returns:
-        The report, which `train` and `save_adapter` find on the model again.
+        The report; it stays with the model, where `train` and `fuse_model` find it.
 
     Raises:
         InputError: the model is adapted already, or no key names a module of it.
@@ -111,12 +111,13 @@ def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptReport:
         InputError: as `adapt`; or the adapted layers hold experts, for which mlx-lm has no DoRA.
     """
     targets, report = _start(model, config, "dora")
-    model.freeze()
-    for index, (path, module) in enumerate(targets.items()):
+    for path, module in targets.items():
         if not isinstance(module, layouts.LINEAR + EMBEDDING):
             raise InputError(
                 f"{path}: there is no DoRA for such a layer; use lora, or name --keys without it"
             )
+    model.freeze()
+    for index, (path, module) in enumerate(targets.items()):
         kind = DoRAEmbedding if isinstance(module, EMBEDDING) else DoRALinear
         adapter = kind.from_base(module, r=config.rank, scale=config.scale, dropout=config.dropout)
         adapter.dropout = Dropout(config.dropout, index)

@@ -86,7 +86,7 @@ class Conversation:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model and answer until the input ends."""
-    from nalora_mlx.generate import check_paths
+    from nalora_mlx.models import check_paths, load_model
 
     check_paths(args.model, args.adapter_path)
     import mlx.core as mx
@@ -94,7 +94,6 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from nalora_mlx.adapters import load_any_adapter
-    from nalora_mlx.models import load_model
 
     console = Console(highlight=False)
     model, tokenizer, _ = load_model(args.model, args.trust_remote_code)

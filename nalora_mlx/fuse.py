@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser
 from nalora_mlx.errors import InputError
-from nalora_mlx.generate import check_paths
+from nalora_mlx.models import check_paths
 
 if TYPE_CHECKING:
     import mlx.nn as nn

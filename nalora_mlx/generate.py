@@ -9,6 +9,7 @@ from unittest import mock
 
 from nalora_mlx.cli import Parser
 from nalora_mlx.errors import InputError
+from nalora_mlx.models import check_paths, expanded
 
 # The flags of mlx_lm.generate: (names, what they do, type). All are handed on as they are; a test holds the two equal.
 # They are repeated here because importing mlx-lm takes longer than a --help may take.
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     """Check the paths, then hand everything to mlx_lm.generate."""
     given = vars(args)
     check_paths(given.get("model"), given.get("adapter_path"))
-    check_paths(given.get("draft_model"), None, "--draft-model")
+    check_paths(given.get("draft_model"), flag="--draft-model")
     if not Path(given.get("prompt_cache_file", ".")).exists():
         raise InputError(f"--prompt-cache-file {given['prompt_cache_file']}: no such file")
     try:
@@ -88,34 +89,6 @@ def run(args: argparse.Namespace) -> None:
     peer = importlib.import_module("mlx_lm.generate")
     with mock.patch.object(sys, "argv", argv):
         peer.main()
-
-
-def expanded(name: str) -> str | Path:
-    """A local path with its ~ expanded; the name of a Hugging Face repo as it is."""
-    path = Path(name).expanduser()
-    return path if path.exists() else name
-
-
-def check_paths(model: str | None, adapter: str | None, flag: str = "--model") -> None:
-    """Refuse a local model or adapter that is not there, before anything slow.
-
-    Raises:
-        InputError: which flag, and what to do.
-    """
-    if (
-        model is not None
-        and not Path(model).expanduser().exists()
-        and (model[:1] in "./~" or model.count("/") != 1)
-    ):
-        raise InputError(
-            f"{flag} {model}: no such directory, and no Hugging Face repo (these are owner/name)"
-        )
-    if adapter is not None:
-        for name in ("adapter_config.json", "adapters.safetensors"):
-            if not (Path(adapter).expanduser() / name).exists():
-                raise InputError(
-                    f"--adapter-path {adapter}: has no {name}; give the directory of a trained adapter"
-                )
 
 
 if __name__ == "__main__":

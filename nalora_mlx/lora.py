@@ -193,7 +193,9 @@ def _train(
     trainable = sum(array.size for array in adapter_weights(model).values())
     display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
     # Nothing can be refused from here on: only now is an earlier run moved out of the way.
-    if (output / RUN_FILES[1]).exists() and (aside := set_aside(output, RUN_FILES)):
+    # A run that was stopped early may have left a best adapter and metrics only.
+    is_run = any((output / name).exists() for name in (*RUN_FILES[:3], "best/adapters.safetensors"))
+    if is_run and (aside := set_aside(output, RUN_FILES)):
         display.note(f"note: moved the run that was in {output} to {aside}")
     listeners = [display, MetricsFile(output / "metrics.jsonl"), *reporters]
     result = train(

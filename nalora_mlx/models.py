@@ -1,11 +1,14 @@
-"""Load a base model through mlx-lm, with errors that a person can act on."""
+"""Find and load a base model through mlx-lm, with errors that a person can act on. Imports nothing heavy."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import mlx.nn as nn
+from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
 
 
 def load_model(
@@ -23,6 +26,7 @@ def load_model(
     """
     from mlx_lm.utils import load, quantize_model
 
+    check_paths(name)
     path = Path(name).expanduser()
     if path.exists():
         if not (path / "config.json").exists():
@@ -30,10 +34,6 @@ def load_model(
                 f"--model {name}: the directory has no config.json; give one that mlx-lm can load"
             )
         name = str(path)
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(
-            f"--model {name}: no such directory, and no Hugging Face repo (these are owner/name)"
-        )
     try:
         model, tokenizer, config = load(
             name,
@@ -53,3 +53,31 @@ def load_model(
         except ValueError as error:
             raise InputError(f"--quantize {quantize}: {error}") from None
     return model, tokenizer, config
+
+
+def expanded(name: str) -> str | Path:
+    """A local path with its ~ expanded; the name of a Hugging Face repo as it is."""
+    path = Path(name).expanduser()
+    return path if path.exists() else name
+
+
+def check_paths(model: str | None, adapter: str | None = None, flag: str = "--model") -> None:
+    """Refuse a local model or adapter that is not there, before anything slow.
+
+    Raises:
+        InputError: which flag, and what to do.
+    """
+    if (
+        model is not None
+        and not Path(model).expanduser().exists()
+        and (model[:1] in "./~" or model.count("/") != 1)
+    ):
+        raise InputError(
+            f"{flag} {model}: no such directory, and no Hugging Face repo (these are owner/name)"
+        )
+    if adapter is not None:
+        for name in ("adapter_config.json", "adapters.safetensors"):
+            if not (Path(adapter).expanduser() / name).exists():
+                raise InputError(
+                    f"--adapter-path {adapter}: has no {name}; give the directory of a trained adapter"
+                )

@@ -24,7 +24,7 @@ from nalora_mlx.errors import InputError
 from nalora_mlx.forward import recomputed
 from nalora_mlx.step import ScoredLoss, TrainingStep
 
-# What a run tells those who watch it: {"event": "start" | "step" | "validating" | "metrics" | "saved", ...}
+# What a run tells those who watch it: {"event": "start" | "step" | "validating" | "metrics" | "saved" | "end", ...}
 Listener = Callable[[dict[str, Any]], None]
 
 

@@ -418,6 +418,17 @@ def test_an_earlier_run_stays_until_the_new_one_can_start(model_directory, data_
         assert sorted(str(p.relative_to(output)) for p in output.rglob("*")) == before
 
 
+def test_the_best_of_a_run_stopped_early_is_kept(model_directory, data_directory, tmp_path):
+    """It had validated, but not saved yet, when it was stopped."""
+    output = tmp_path / "a"
+    assert train(model_directory, data_directory, output) == 0
+    for name in ("adapters.safetensors", "adapter_config.json", "metrics.jsonl"):
+        (output / name).unlink()
+    best = (output / "best" / "adapters.safetensors").read_bytes()
+    assert train(model_directory, data_directory, output, "--seed", "5") == 0
+    assert (output / "previous" / "1" / "best" / "adapters.safetensors").read_bytes() == best
+
+
 def test_more_bad_input(model_directory, data_directory, fused, adapter, tmp_path):
     model = ["--model", model_directory]
     data = ["--data", data_directory]

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.overwrite:
         raise InputError(f"--output {args.output}: exists; choose another, or give --overwrite")
     from nalora_mlx.export.gguf_model import export_gguf
-    from nalora_mlx.generate import check_paths
+    from nalora_mlx.models import check_paths
 
     check_paths(args.model, args.adapter_path)
     with tempfile.TemporaryDirectory(prefix="nalora-export-") as temporary:
