@@ -11,7 +11,7 @@ Source: design of NA-LoRA (arXiv 2606.31717) as described in the README; the clo
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -57,17 +57,21 @@ class Activation:
         boundaries: the R - 1 increasing values of z that separate the regions.
         left_closed: whether a boundary belongs to the region above it (z >= b) or below it (z > b).
         up: u -> what multiplies phi(z); None for u itself.
+        kernel: the struct of kernels/metal/common.metal that computes the same; None if none does.
+        constants: what tells members of a family apart, at most four; the kernel gets them.
     """
 
     name: str
-    phi: Elementwise
-    derivative: Elementwise
-    selection: Elementwise | None
-    homogeneity: Elementwise | None
+    phi: Elementwise = field(compare=False)
+    derivative: Elementwise = field(compare=False)
+    selection: Elementwise | None = field(compare=False)
+    homogeneity: Elementwise | None = field(compare=False)
     regions: tuple[str, ...] = ()
     boundaries: tuple[float, ...] = ()
     left_closed: bool = True
-    up: Elementwise | None = None
+    up: Elementwise | None = field(default=None, compare=False)
+    kernel: str | None = None
+    constants: tuple[float, ...] = ()
 
     def native_phi(self, z: mx.array) -> mx.array:
         """phi(z) in the dtype of z, rounded after every operation."""
@@ -83,7 +87,7 @@ class Activation:
         return z >= boundary if self.left_closed else z > boundary
 
 
-def _float32(function: Elementwise) -> Elementwise:
+def float32(function: Elementwise) -> Elementwise:
     """Promote the argument to float32, so that half types lose nothing inside."""
 
     def promoted(z: mx.array) -> mx.array:
@@ -97,25 +101,25 @@ def _float32(function: Elementwise) -> Elementwise:
 # --- SiLU: rho = sigmoid ------------------------------------------------------------------------------------
 
 
-@_float32
+@float32
 def _silu(z):
     return z * mx.sigmoid(z)
 
 
-@_float32
+@float32
 def _silu_homogeneity(z):
     # sigmoid(-z), not 1 - sigmoid(z): the difference has no digits left where z is large.
     return 1 + z * mx.sigmoid(-z)
 
 
-@_float32
+@float32
 def _silu_derivative(z):
     # One exponential, the same as in phi; what 1 - s loses where z is large is below float32 beside 1.
     s = mx.sigmoid(z)
     return s * (1 + z * (1 - s))
 
 
-@_float32
+@float32
 def _sigmoid(z):
     return mx.sigmoid(z)
 
@@ -137,20 +141,20 @@ def _gaussian_density(z):
     return mx.exp(-0.5 * mx.square(mx.clip(z, -15.0, 15.0))) * (1 / math.sqrt(2 * math.pi))
 
 
-@_float32
+@float32
 def _gaussian_cdf(z):
     # 1 + erf loses every digit below z = -5; the upper tail through the Mills ratio loses none.
     tail = _gaussian_density(z) * _mills(mx.abs(z))
     return mx.where(z < 0, tail, 1 - tail)
 
 
-@_float32
+@float32
 def _gelu(z):
     # The form in which models compute it, so that an adapted model stays equal to its base.
     return z * (1 + mx.erf(z / _SQRT_2)) / 2
 
 
-@_float32
+@float32
 def _gelu_derivative(z):
     # pdf(z) (R + z) below 0, where pdf + Phi would cancel; Phi + z pdf above.
     density = _gaussian_density(z)
@@ -158,7 +162,7 @@ def _gelu_derivative(z):
     return mx.where(z < 0, density * (mills + z), 1 - density * (mills - z))
 
 
-@_float32
+@float32
 def _gelu_homogeneity(z):
     density = _gaussian_density(z)
     mills = _mills(mx.abs(z))
@@ -172,23 +176,23 @@ def _tanh_argument(z):
     return _SQRT_2_OVER_PI * (z + _TANH_CUBIC * z * z * z)
 
 
-@_float32
+@float32
 def _gelu_tanh(z):
     return 0.5 * z * (1 + mx.tanh(_tanh_argument(z)))
 
 
-@_float32
+@float32
 def _gelu_tanh_selection(z):
     return mx.sigmoid(2 * _tanh_argument(z))
 
 
-@_float32
+@float32
 def _gelu_tanh_homogeneity(z):
     slope = _SQRT_2_OVER_PI * (1 + 3 * _TANH_CUBIC * z * z)
     return 1 + 2 * z * slope * mx.sigmoid(-2 * _tanh_argument(z))
 
 
-@_float32
+@float32
 def _gelu_tanh_derivative(z):
     return _gelu_tanh_selection(z) * _gelu_tanh_homogeneity(z)
 
@@ -196,37 +200,37 @@ def _gelu_tanh_derivative(z):
 # --- ReLU, ReLU^2, sigmoid ----------------------------------------------------------------------------------
 
 
-@_float32
+@float32
 def _relu(z):
     return mx.maximum(z, 0)
 
 
-@_float32
+@float32
 def _step(z):
     return (z > 0).astype(mx.float32)
 
 
-@_float32
+@float32
 def _relu_squared(z):
     return mx.square(mx.maximum(z, 0))
 
 
-@_float32
+@float32
 def _relu_squared_derivative(z):
     return 2 * mx.maximum(z, 0)
 
 
-@_float32
+@float32
 def _relu_squared_homogeneity(z):
     return 2 * (z > 0).astype(mx.float32)
 
 
-@_float32
+@float32
 def _sigmoid_derivative(z):
     return mx.sigmoid(z) * mx.sigmoid(-z)
 
 
-@_float32
+@float32
 def _sigmoid_homogeneity(z):
     return z * mx.sigmoid(-z)
 
@@ -245,6 +249,7 @@ ACTIVATIONS: dict[str, Activation] = {
             _silu_homogeneity,
             _THREE_REGIONS,
             (_SILU_ZERO, -_SILU_ZERO),
+            kernel="silu",
         ),
         Activation(
             "gelu",
@@ -254,6 +259,7 @@ ACTIVATIONS: dict[str, Activation] = {
             _gelu_homogeneity,
             _THREE_REGIONS,
             (_GELU_ZERO, -_GELU_ZERO),
+            kernel="gelu",
         ),
         Activation(
             "gelu_tanh",
@@ -263,8 +269,11 @@ ACTIVATIONS: dict[str, Activation] = {
             _gelu_tanh_homogeneity,
             _THREE_REGIONS,
             (_GELU_TANH_ZERO, -_GELU_TANH_ZERO),
+            kernel="gelu_tanh",
         ),
-        Activation("relu", _relu, _step, _step, _step, _TWO_REGIONS, (0.0,), left_closed=False),
+        Activation(
+            "relu", _relu, _step, _step, _step, _TWO_REGIONS, (0.0,), left_closed=False, kernel="relu"
+        ),
         Activation(
             "relu2",
             _relu_squared,
@@ -274,126 +283,9 @@ ACTIVATIONS: dict[str, Activation] = {
             _TWO_REGIONS,
             (0.0,),
             left_closed=False,
+            kernel="relu2",
         ),
         # A plain sigmoid gate is not self-gated: mechanism 1 applies, a partition does not.
-        Activation("sigmoid", _sigmoid, _sigmoid_derivative, None, _sigmoid_homogeneity),
+        Activation("sigmoid", _sigmoid, _sigmoid_derivative, None, _sigmoid_homogeneity, kernel="logistic"),
     )
 }
-
-
-# --- families whose parameters a model sets: no partition, since clipping moves or removes the zero of phi' -----
-
-
-def swiglu_oai(alpha: float, limit: float) -> Activation:
-    """The clipped SwiGLU of gpt-oss: phi(z) = m sigmoid(alpha m) with m = min(z, limit), times clip(u) + 1."""
-
-    def phi(z):
-        m = mx.minimum(z, limit)
-        return m * mx.sigmoid(alpha * m)
-
-    def derivative(z):
-        a = alpha * mx.minimum(z, limit)
-        return mx.where(z < limit, mx.sigmoid(a) * (1 + a * mx.sigmoid(-a)), 0)
-
-    return Activation(
-        "swiglu_oai",
-        _float32(phi),
-        _float32(derivative),
-        None,
-        None,
-        up=lambda u: mx.clip(u, -limit, limit) + 1,
-    )
-
-
-def swiglu_input_clamped(limit: float) -> Activation:
-    """SwiGLU with both inputs clamped: phi(z) = silu(min(z, limit)), times clip(u)."""
-
-    def phi(z):
-        return _silu(mx.minimum(z, limit))
-
-    def derivative(z):
-        return mx.where(z < limit, _silu_derivative(z), 0)
-
-    return Activation(
-        "swiglu_input_clamped",
-        _float32(phi),
-        _float32(derivative),
-        None,
-        None,
-        up=lambda u: mx.clip(u, -limit, limit),
-    )
-
-
-def swiglu_output_clamped(limit: float) -> Activation:
-    """SwiGLU with its gate clamped after the activation: phi(z) = min(silu(z), limit), times clip(u)."""
-
-    def phi(z):
-        return mx.minimum(_silu(z), limit)
-
-    def derivative(z):
-        return mx.where(_silu(z) < limit, _silu_derivative(z), 0)
-
-    return Activation(
-        "swiglu_output_clamped",
-        _float32(phi),
-        _float32(derivative),
-        None,
-        None,
-        up=lambda u: mx.clip(u, -limit, limit),
-    )
-
-
-def situ(beta: float, linear_beta: float | None) -> Activation:
-    """The saturating SiLU of Kimi K3: phi(z) = b tanh(z / b) sigmoid(z), times l tanh(u / l) (or u without l)."""
-
-    def phi(z):
-        return beta * mx.tanh(z / beta) * mx.sigmoid(z)
-
-    def derivative(z):
-        t = mx.tanh(z / beta)
-        return mx.sigmoid(z) * ((1 - t * t) + beta * t * mx.sigmoid(-z))
-
-    up = None if linear_beta is None else lambda u: linear_beta * mx.tanh(u / linear_beta)
-    return Activation("situ", _float32(phi), _float32(derivative), None, None, up=up)
-
-
-def gelu_topk(deviations: float) -> Activation:
-    """The sparse GELU of Gemma 3n: phi(z) = gelu_tanh(max(0, z - c)), c = mean + deviations * std of the row.
-
-    The cutoff c is of the whole row of channels [..., F]; phi' is the derivative with c held.
-    """
-
-    def above(z):
-        cutoff = mx.mean(z, axis=-1, keepdims=True) + deviations * mx.std(z, axis=-1, keepdims=True)
-        return z - cutoff
-
-    def phi(z):
-        return _gelu_tanh(mx.maximum(0, above(z)))
-
-    def derivative(z):
-        over = above(z)
-        return mx.where(over > 0, _gelu_tanh_derivative(over), 0)
-
-    return Activation("gelu_topk", _float32(phi), _float32(derivative), None, None)
-
-
-def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Activation:
-    """The learned xIELU: a z^2 + b z above 0, n (exp(min(z, eps)) - 1 - z) + b z below.
-
-    With a = softplus(alpha_p), n = b + softplus(alpha_n), b = beta, as a checkpoint holds them.
-    """
-    a, n = _softplus(alpha_p), beta + _softplus(alpha_n)
-
-    def phi(z):
-        low = (mx.expm1(mx.minimum(z, eps)) - z) * n
-        return mx.where(z > 0, a * z * z, low) + beta * z
-
-    def derivative(z):
-        slope = mx.where(z < eps, mx.exp(mx.minimum(z, eps)), 0) - 1
-        return mx.where(z > 0, 2 * a * z, slope * n) + beta
-
-    return Activation("xielu", _float32(phi), _float32(derivative), None, None)
-
-
-def _softplus(x: float) -> float:
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))

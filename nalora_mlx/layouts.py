@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from nalora_mlx import activations
+from nalora_mlx import families
 from nalora_mlx.activations import ACTIVATIONS, Activation
 from nalora_mlx.kernels.reference import gated_product
 
@@ -132,14 +132,14 @@ def _has(holder: Any, *names: str) -> bool:
 
 _XIELU = ("alpha_p", "alpha_n", "beta", "eps")
 FAMILIES: tuple[_Family, ...] = (
-    lambda h: activations.swiglu_oai(h._alpha, h._limit) if _has(h, "_alpha", "_limit") else None,
-    lambda h: activations.swiglu_input_clamped(h.limit) if _has(h, "limit") else None,
-    lambda h: activations.swiglu_output_clamped(h.limit) if _has(h, "limit") else None,
-    lambda h: activations.situ(h.beta, getattr(h, "linear_beta", None)) if _has(h, "beta") else None,
+    lambda h: families.swiglu_oai(h._alpha, h._limit) if _has(h, "_alpha", "_limit") else None,
+    lambda h: families.swiglu_input_clamped(h.limit) if _has(h, "limit") else None,
+    lambda h: families.swiglu_output_clamped(h.limit) if _has(h, "limit") else None,
+    lambda h: families.situ(h.beta, getattr(h, "linear_beta", None)) if _has(h, "beta") else None,
     lambda h: (
-        activations.xielu(*(getattr(h, name).item() for name in _XIELU)) if hasattr(h, "alpha_p") else None
+        families.xielu(*(getattr(h, name).item() for name in _XIELU)) if hasattr(h, "alpha_p") else None
     ),
-    lambda h: activations.gelu_topk(h._std_multiplier.item()) if hasattr(h, "_std_multiplier") else None,
+    lambda h: families.gelu_topk(h._std_multiplier.item()) if hasattr(h, "_std_multiplier") else None,
 )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +13,10 @@ from nalora_mlx import layouts
 from nalora_mlx.activations import Activation
 from nalora_mlx.config import NAParameters
 from nalora_mlx.forward import current
-from nalora_mlx.kernels import reference
+from nalora_mlx.kernels import selfcheck
+from nalora_mlx.kernels.fused import Variant
+from nalora_mlx.kernels.gated_residual import gated_residual
+from nalora_mlx.kernels.low_rank import LowRank, project
 from nalora_mlx.layouts import Layout, Match
 
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
@@ -29,14 +33,27 @@ class Dropout(nn.Module):
         self.p = p
         self.index = index
 
+    @property
+    def drops(self) -> bool:
+        """Whether this is more than the identity now."""
+        return self.p > 0 and self.training
+
     def __call__(self, x: mx.array) -> mx.array:
         """Drop elements of x, any shape, in training; the identity otherwise."""
-        if self.p == 0 or not self.training:
+        if not self.drops:
             return x
         this = current()
         key = None if this is None or this.dropout_keys is None else this.dropout_keys[self.index]
         keep = mx.random.bernoulli(1 - self.p, x.shape, key=key)
         return mx.where(keep, x * (1 / (1 - self.p)), 0).astype(x.dtype)
+
+
+def low_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """The dtype of low-rank products beside activations of a dtype.
+
+    In float16 the gradient of lora_a, which passes lora_b while that is still tiny, would underflow.
+    """
+    return mx.float32 if dtype == mx.float16 else dtype
 
 
 class Adapter(nn.Module):
@@ -57,40 +74,31 @@ class Adapter(nn.Module):
         """x A; [..., D] -> [..., r]."""
         raise NotImplementedError
 
-    def times_b(self, low: mx.array, b: mx.array, *where: Any) -> mx.array:
-        """(x A) B; [..., r] -> [..., F]."""
-        raise NotImplementedError
-
-    def spread(self, channels: mx.array, *where: Any) -> mx.array:
-        """Bring values per channel, [F] or [E, F], to the rows of an output."""
-        raise NotImplementedError
-
-    def with_base(self, x: mx.array, *where: Any, route: mx.array | None = None) -> tuple[mx.array, mx.array]:
-        """Outputs without and with the update, in the dtype of the frozen projection.
+    def low_rank(self, x: mx.array, *where: Any, route: mx.array | None = None) -> LowRank:
+        """The frozen projection of x and what is added to it.
 
         Args:
             x: [..., D].
             where: see the class.
             route: [F] or [E, F], a mask on the gradient that reaches lora_a; x and lora_b get theirs whole.
         """
-        y0 = self.linear(x, *where)
-        # In float16 the gradient of lora_a, which passes lora_b while that is still tiny, would underflow.
-        dtype = mx.float32 if x.dtype == mx.float16 else x.dtype
-        dropped = self.dropout(x).astype(dtype)
+        dtype = low_dtype(x.dtype)
         a, b = self.lora_a.astype(dtype), self.lora_b.astype(dtype)
+        if route is None and not where and dtype == x.dtype and not self.dropout.drops:
+            base, low = project(self.linear, x, a)
+            return LowRank(base, self.scale, low, b)
+        base = self.linear(x, *where)
+        dropped = self.dropout(x).astype(dtype)
         if route is None:
-            product = self.times_b(self.times_a(dropped, a, *where), b, *where)
-        else:
-            stop = mx.stop_gradient
-            product = self.times_b(self.times_a(dropped, stop(a), *where), b, *where)
-            to_a = self.times_b(self.times_a(stop(dropped), a, *where), stop(b), *where)
-            to_a = to_a * self.spread(route, *where).astype(to_a.dtype)
-            product = product + (to_a - stop(to_a))  # adds zero, and the masked gradient of lora_a
-        return y0, y0 + (self.scale * product).astype(y0.dtype)
+            return LowRank(base, self.scale, self.times_a(dropped, a, *where), b, None, None, *where)
+        stop = mx.stop_gradient
+        low = self.times_a(dropped, stop(a), *where)
+        routed = self.times_a(stop(dropped), a, *where)
+        return LowRank(base, self.scale, low, b, routed, route, *where)
 
     def __call__(self, x: mx.array, *where: Any, **sorting: bool) -> mx.array:
         """Map x [..., D] to [..., F]."""
-        return self.with_base(x, *where, *sorting.values())[1]
+        return self.low_rank(x, *where, *sorting.values()).output()
 
     def channel_factor(self, q: mx.array) -> mx.array:
         """Factors per channel in a shape that broadcasts against lora_b."""
@@ -129,12 +137,6 @@ class LoRALinear(Adapter):
     def times_a(self, x, a, *where):  # noqa: D102
         return x @ a
 
-    def times_b(self, low, b, *where):  # noqa: D102
-        return low @ b
-
-    def spread(self, channels, *where):  # noqa: D102
-        return channels
-
     def channel_factor(self, q):  # noqa: D102
         return q[None, :]  # [1, F] on [r, F]
 
@@ -152,17 +154,8 @@ class LoRASwitchLinear(Adapter):
         self.lora_a = mx.random.uniform(-bound, bound, (experts, rank, dims))
         self.lora_b = mx.zeros((experts, linear.output_dims, rank))
 
-    def _per_expert(self, x, weight, experts, is_sorted=False):
-        return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=is_sorted)
-
-    def times_a(self, x, a, *where):  # noqa: D102
-        return self._per_expert(x, a, *where)
-
-    def times_b(self, low, b, *where):  # noqa: D102
-        return self._per_expert(low, b, *where)
-
-    def spread(self, channels, *where):  # noqa: D102
-        return mx.expand_dims(channels[where[0]], -2)  # [..., 1, F]
+    def times_a(self, x, a, experts, is_sorted=False):  # noqa: D102
+        return mx.gather_mm(x, a.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=is_sorted)
 
     def channel_factor(self, q):  # noqa: D102
         return q[:, :, None]  # [E, F, 1] on [E, F, r]
@@ -231,51 +224,64 @@ class GatedMLP(nn.Module):
     def _join(self, gate: mx.array, up: mx.array) -> mx.array:
         return mx.concatenate([gate, up] if self.layout.gate_first else [up, gate], axis=-1)
 
-    def _split(self, both: mx.array) -> tuple[mx.array, mx.array]:
-        first, second = mx.split(both, 2, axis=-1)
-        return (first, second) if self.layout.gate_first else (second, first)
+    @property
+    def variant(self) -> Variant:
+        """The gated residual of this module, with the statistics that training takes."""
+        halves = "separate"
+        if self.layout.shared:
+            halves = "gate first" if self.layout.gate_first else "up first"
+        parameters = self.parameters_na
+        return Variant(
+            self.activation,
+            halves,
+            parameters.statistic,
+            self.boundaries,
+            experts=self.experts,
+            precise=self.precise,
+        )
 
-    def _branches(self, x: mx.array, *where: Any) -> tuple[mx.array, mx.array, mx.array]:
-        """Gate pre-activation without and with the update, and the up branch; [..., F] each."""
+    @property
+    def _inputs(self) -> tuple[str, ...]:
+        """Names of the projections of x: gate and up, or the one that makes both."""
+        return (self.layout.gate,) if self.layout.shared else (self.layout.gate, self.layout.up)
+
+    def prepare(self, dtype: mx.Dtype, rank: int) -> None:
+        """Check the kernels that this module will use in a model that computes in `dtype`; outside of any trace."""
+        inside = all(isinstance(self[name], Adapter) for name in self._inputs)
+        selfcheck.prepare(self.variant, dtype, low_dtype(dtype), rank if inside else 0)
+
+    def _projections(self, x: mx.array, *where: Any) -> tuple[LowRank, ...]:
+        """Gate and up of x, or the one projection that makes both."""
         this = current()
         route = None if this is None else this.routes.get(self.path)
         if route is not None and self.layout.shared:
             route = self._join(route, mx.ones_like(route))
-        gate = self[self.layout.gate]
-        if isinstance(gate, Adapter):
-            y0, y = gate.with_base(x, *where, route=route)
-        else:
-            y0 = y = gate(x, *where)
-        if self.layout.shared:
-            z, u = self._split(y)
-            return self._split(y0)[0], z, u
-        return y0, y, self[self.layout.up](x, *where)
+        found = []
+        for name in self._inputs:
+            module = self[name]
+            if isinstance(module, Adapter):
+                found.append(module.low_rank(x, *where, route=route if name == self.layout.gate else None))
+            else:
+                found.append(LowRank(module(x, *where), 0.0, None, None, None, None, *where))
+        return tuple(found)
 
     def _product(self, x: mx.array, *where: Any, tokens: mx.array | None = None) -> mx.array:
         """h = phi(z) u; `tokens` says which token each row of x is, in order if None."""
-        z0, z, u = self._branches(x, *where)
+        projections = self._projections(x, *where)
         this = current()
-        if this is not None and this.weights is not None:
-            weights = this.weights.reshape(-1)
-            if tokens is None and weights.size != z.size // z.shape[-1]:
-                # Rows that are no text tokens, such as patches of an image: all are real.
-                weights = mx.ones((z.size // z.shape[-1],))
-            this.observe(
-                self.path,
-                reference.statistics(
-                    self.activation,
-                    self.parameters_na.statistic,
-                    self.boundaries,
-                    z0,
-                    z,
-                    u,
-                    weights if tokens is None else weights[tokens],
-                    this.diagnose,
-                    experts=where[0] if self.experts else None,
-                    num_experts=self.experts,
-                ),
-            )
-        return reference.gated_product(self.activation, z, u, self.precise)
+        if this is None or this.weights is None:
+            quiet = replace(self.variant, statistic=None, boundaries=())
+            return gated_residual(quiet, projections)[0]
+        rows = math.prod(projections[0].base.shape[:-1])
+        weights = this.weights.reshape(-1)
+        if tokens is not None:
+            weights = weights[tokens]
+        elif weights.size != rows:
+            # Rows that are no text tokens, such as patches of an image: all are real.
+            weights = mx.ones((rows,))
+        h, seen = gated_residual(replace(self.variant, diagnose=this.diagnose), projections, weights)
+        this.observe(self.path, {name: mx.stop_gradient(array) for name, array in seen.items()})
+        return h
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x [..., D] to [..., D]."""

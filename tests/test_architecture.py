@@ -30,7 +30,7 @@ FLOORS = [
         "display",
         "heads",
     ],
-    ["batches", "cli", "forward", "kernels", "models"],
+    ["batches", "cli", "families", "forward", "kernels", "models"],
     ["layouts"],
     ["modules", "targets"],
     ["adapters"],

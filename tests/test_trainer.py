@@ -55,29 +55,42 @@ def run(model, examples, optimizer=None, listeners=(), **settings):
 
 @pytest.mark.parametrize("build", [lambda: optim.Adam(3e-3), lambda: optim.AdamW(3e-3, weight_decay=0.1)])
 def test_without_mechanisms_it_is_mlx_lms_lora(build):
-    """20 float32 steps against a loop written here with mlx-lm's LoRALinear, on the same batches."""
+    """20 steps against a loop written here with mlx-lm's LoRALinear, on the same batches, in float32 and float64.
+
+    Rounding alone takes mlx-lm's own float32 run 5e-5 to 1e-4 away from float64; ours must stay as near.
+    """
     examples = build_examples(20)
     ours = adapted(**OFF)
-    theirs = build_model()
-    theirs.freeze()
-    linear_to_lora_layers(theirs, 3, {"rank": 4, "scale": 4.0, "dropout": 0.0})
-    theirs.load_weights(list(adapter_weights(ours).items()), strict=False)
     start = weights(ours)
     run(ours, examples, build(), iters=20)
 
     def loss(model, inputs, targets, mask):
         return (nn.losses.cross_entropy(model(inputs), targets) * mask).sum() / mask.sum()
 
-    optimizer, step = build(), nn.value_and_grad(theirs, loss)
-    batches = batching.training_batches(examples, 3, 0)
-    for _ in range(20):
-        batch = next(batches)
-        _, gradients = step(theirs, *map(mx.array, (batch.inputs, batch.targets, batch.supervised)))
-        optimizer.update(theirs, gradients)
-        mx.eval(theirs.parameters(), optimizer.state)
-    got, want = weights(ours), weights(theirs)
-    moved = {name: want[name] - start[name] for name in want}
-    assert relative_norm({name: got[name] - start[name] for name in got}, moved) < 1e-5
+    def theirs(dtype):
+        model = build_model()
+        model.freeze()
+        linear_to_lora_layers(model, 3, {"rank": 4, "scale": 4.0, "dropout": 0.0})
+        model.load_weights([(name, mx.array(array)) for name, array in start.items()], strict=False)
+        model.set_dtype(dtype)
+        optimizer, step = build(), nn.value_and_grad(model, loss)
+        batches = batching.training_batches(examples, 3, 0)
+        for _ in range(20):
+            batch = next(batches)
+            mask = mx.array(batch.supervised).astype(dtype)
+            _, gradients = step(model, mx.array(batch.inputs), mx.array(batch.targets), mask)
+            optimizer.update(model, gradients)
+            mx.eval(model.parameters(), optimizer.state)
+        return weights(model)
+
+    got, want, exact = weights(ours), theirs(mx.float32), theirs(mx.float64)
+    moved = {name: exact[name] - start[name] for name in exact}
+
+    def distance(one, other):
+        return relative_norm({name: moved[name] + one[name] - other[name] for name in moved}, moved)
+
+    assert distance(got, want) < 3e-5
+    assert distance(got, exact) < 1.3 * distance(want, exact) < 2e-4
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -296,7 +309,7 @@ def test_route_masks_the_gradient_of_lora_a_alone():
         if name.endswith("gate_proj.lora_a"):
             assert not np.allclose(gradients[True][name], want)
         else:
-            np.testing.assert_allclose(gradients[True][name], want, rtol=1e-5, atol=1e-9)
+            np.testing.assert_allclose(gradients[True][name], want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
     # From x and dz of the first layer, which an unmodified gate shows when a zero is added to its output.
     model = adapted(**settings)
     random_adapters(model, size=0.05)

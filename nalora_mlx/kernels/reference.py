@@ -1,13 +1,26 @@
-"""The gated residual and its statistics in pure MLX: the definition, on every device.
+"""The gated residual and its statistics in pure MLX: the definition, and what runs where no kernel does.
 
 z = g0 + s a_g B_g        gate pre-activation     [..., F]
 u = u0 + s a_u B_u        up branch               [..., F]
 h = phi(z) * u            gated product           [..., F]
 """
 
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import mlx.core as mx
 
 from nalora_mlx.activations import Activation
+
+# Of float32 in one array of a chunk: small beside a whole array, large beside what an operation costs by itself.
+CHUNK_BYTES = 1 << 18
+MAX_STREAMS = 8
+
+Work = TypeVar("Work")
+
+_local = threading.local()
 
 
 def gated_product(activation: Activation, z: mx.array, u: mx.array, precise: bool = True) -> mx.array:
@@ -28,38 +41,31 @@ def statistics(
     activation: Activation,
     statistic: str,
     boundaries: tuple[float, ...],
-    z0: mx.array,
+    z0: mx.array | None,
     z: mx.array,
     u: mx.array,
     weights: mx.array,
-    diagnose: bool,
     experts: mx.array | None = None,
     num_experts: int = 0,
-) -> dict[str, mx.array]:
+) -> list[mx.array]:
     """Sums over tokens that NA-LoRA needs of one forward; float32, no gradient.
 
     Args:
         activation: the row of the table.
         statistic: "derivative" for |phi'(z)|, "sensitivity" for |phi'(z) u|.
         boundaries: of the partition, R - 1 values; empty without one.
-        z0: [..., F], gate pre-activation without the low-rank update.
-        z: [..., F], with it.
-        u: [..., F], up branch.
-        weights: one per row, 1 for a real token and 0 for padding.
-        diagnose: whether to measure the misalignment too.
-        experts: which expert each row went to; None for a dense MLP.
+        z0: [N, F], gate pre-activation without the low-rank update; None if misalignment is not to be measured.
+        z: [N, F], with it.
+        u: [N, F], up branch.
+        weights: [N], 1 for a real token and 0 for padding.
+        experts: [N], which expert each row went to; None for a dense MLP.
         num_experts: how many there are, E.
 
     Returns:
-        responsiveness [F] or [E, F]; beyond [R-1, F] or [R-1, E, F] (with a partition); misalignment [2] (if asked
-        and self-gated): sums of |delta rho(z0) u| and |z (rho(z) - rho(z0)) u| with delta = z - z0; tokens [E] (with
-        experts).
+        The responsiveness, then the count above each boundary, [F] or [E, F] each; then with z0 the sums of
+        |delta rho(z0) u| and |z (rho(z) - rho(z0)) u| with delta = z - z0, scalars.
     """
-    features = z.shape[-1]
     w = weights.reshape(-1, 1).astype(mx.float32)  # [N, 1]
-
-    def rows(array: mx.array) -> mx.array:
-        return array.reshape(-1, features).astype(mx.float32)  # [N, F]
 
     def total(array: mx.array) -> mx.array:
         # where, not a product: what stands at a padded position may be anything, NaN included
@@ -68,19 +74,46 @@ def statistics(
             return kept.sum(axis=0)  # [F]
         return mx.zeros((num_experts, kept.shape[-1])).at[experts.reshape(-1)].add(kept)  # [E, F]
 
-    # The derivative before the gradient is stopped: mx.compile then shares its exponential with that of phi(z).
-    response = mx.abs(mx.stop_gradient(rows(activation.derivative(z))))
-    z, z0, u = (mx.stop_gradient(rows(array)) for array in (z, z0, activation.linear_branch(u)))
+    # The derivative of the z that phi gets, not of a cast copy: mx.compile then shares its exponential with phi's.
+    response = mx.abs(activation.derivative(z))
+    u = activation.linear_branch(u)
     if statistic == "sensitivity":
         response = response * mx.abs(u)
-    sums = {"responsiveness": total(response)}
-    if experts is not None:
-        sums["tokens"] = total(mx.ones_like(w))[:, 0]
-    if boundaries:
-        sums["beyond"] = mx.stack([total(activation.beyond(z, b).astype(mx.float32)) for b in boundaries])
-    if diagnose and activation.selection is not None:
+    sums = [total(response)]
+    z = z.astype(mx.float32)
+    sums += [total(activation.beyond(z, b).astype(mx.float32)) for b in boundaries]
+    if z0 is not None and activation.selection is not None:
+        z0 = z0.astype(mx.float32)
         frozen = activation.selection(z0)
-        feature = mx.where(w > 0, mx.abs((z - z0) * frozen * u) * w, 0)
-        selection = mx.where(w > 0, mx.abs(z * (activation.selection(z) - frozen) * u) * w, 0)
-        sums["misalignment"] = mx.stack([feature.sum(), selection.sum()])
+        for change in ((z - z0) * frozen, z * (activation.selection(z) - frozen)):
+            sums.append(mx.where(w > 0, mx.abs(change * u) * w, 0).sum())
     return sums
+
+
+def by_chunks(work: Callable[[slice], Work], rows: int, features: int) -> list[Work]:
+    """Do work on some rows at a time, so that its temporaries stay small; on a GPU, where kernels fuse them, on all.
+
+    The chunks are spread over streams of the CPU, since one stream runs elementwise operations on one core only.
+    """
+    size = max(1, CHUNK_BYTES // (4 * features))
+    if size >= rows or mx.default_device() != mx.Device(mx.cpu):
+        return [work(slice(0, rows))]
+    if not hasattr(_local, "streams"):  # a stream belongs to the thread that made it
+        _local.streams = [mx.new_stream(mx.cpu) for _ in range(min(MAX_STREAMS, os.cpu_count() or 1))]
+    done = []
+    for index, start in enumerate(range(0, rows, size)):
+        with mx.stream(_local.streams[index % len(_local.streams)]):
+            done.append(work(slice(start, start + size)))
+    return done
+
+
+def joined(parts: Sequence[mx.array]) -> mx.array:
+    """Chunks of rows as one array."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(list(parts))
+
+
+def gradients(
+    product: Callable[..., mx.array], arrays: tuple[mx.array, ...], dh: mx.array
+) -> tuple[mx.array, ...]:
+    """Gradients of a product of arrays from that of its result."""
+    return tuple(mx.vjp(product, list(arrays), [dh])[1])

@@ -1,0 +1,73 @@
+  // h = phi(z) up(u) with z = g0 + s_g ag Bg, u = u0 + s_u au Bu, and sums over the rows of a tile.
+  //
+  // g0, u0   [N, W] T      W = F, or 2 F where one projection makes both (HALVES 1, 2; then g0 = u0)
+  // z0       [N, W] T      gate without the update, read with RANK = 0 and DIAGNOSE
+  // ag, au   [N, R] L      bg, bu [R, W] L; with EXPERTS [E, W, R]
+  // w        [N] float     weight of a row, 0 for padding
+  // p        [8] float     s_g, s_u, two boundaries, four constants of the activation
+  // tiles    [T, 3] int    expert, first row, last row + 1 of a tile; with EXPERTS
+  // h        [N, F] T
+  // sums     [S, T, F] float: |phi'| or |phi' up|, above boundary 0, above boundary 1, |delta rho(z0) up|,
+  //                           |z (rho(z) - rho(z0)) up|; without STATISTIC one zero
+  const uint rows = g0_shape[0];
+  const Place at(thread_position_in_grid.x, g0_shape[1], HALVES);
+  const uint tile = thread_position_in_grid.y;
+  if (at.count == 0) return;
+  const uint expert = EXPERTS ? tiles[3 * tile] : 0;
+  const uint start = EXPERTS ? tiles[3 * tile + 1] : tile * TILE;
+  const uint stop = EXPERTS ? tiles[3 * tile + 2] : metal::min(rows, (tile + 1) * TILE);
+  const LowRank<L, RANK, EXPERTS> to_gate(bg, expert, at.width, at.gate + at.channel, at.count);
+  const LowRank<L, RANK, EXPERTS> to_up(bu, expert, at.width, at.up + at.channel, at.count);
+  const float c[4] = {p[4], p[5], p[6], p[7]};
+  float response[4] = {0, 0, 0, 0}, above0[4] = {0, 0, 0, 0}, above1[4] = {0, 0, 0, 0};
+  float feature[4] = {0, 0, 0, 0}, selected[4] = {0, 0, 0, 0};
+
+  for (uint n = start; n < stop; ++n) {
+    const size_t row = size_t(n) * at.width + at.channel;
+    float z[4], u[4], before[4], out[4];
+    load4<T>(g0 + row + at.gate, at.whole, at.count, z);
+    load4<T>(u0 + row + at.up, at.whole, at.count, u);
+    if (DIAGNOSE) {
+      if (RANK > 0) {
+        UNROLL for (int j = 0; j < 4; ++j) before[j] = z[j];
+      } else {
+        load4<T>(z0 + row + at.gate, at.whole, at.count, before);
+      }
+    }
+    if (RANK > 0) {
+      to_gate.add(ag, n, p[0], z);
+      to_up.add(au, n, p[1], u);
+    }
+    UNROLL for (int j = 0; j < 4; ++j) {
+      float slope, unused;
+      const float phi = GATE::phi(z[j], c, slope);
+      const float v = GATE::up(u[j], c, unused);
+      out[j] = phi * v;
+      // Padding may hold anything, NaN included: it is left out, not multiplied by zero.
+      if (STATISTIC > 0 && w[n] > 0.0f) {
+        response[j] += w[n] * metal::abs(STATISTIC == 2 ? slope * v : slope);
+        if (BOUNDARIES > 0) above0[j] += (CLOSED ? z[j] >= p[2] : z[j] > p[2]) ? w[n] : 0.0f;
+        if (BOUNDARIES > 1) above1[j] += (CLOSED ? z[j] >= p[3] : z[j] > p[3]) ? w[n] : 0.0f;
+        if (DIAGNOSE) {
+          const float frozen = GATE::selection(before[j]);
+          feature[j] += w[n] * metal::abs((z[j] - before[j]) * frozen * v);
+          selected[j] += w[n] * metal::abs(z[j] * (GATE::selection(z[j]) - frozen) * v);
+        }
+      }
+    }
+    store4<T>(h + size_t(n) * at.features + at.channel, at.whole, at.count, out);
+  }
+
+  if (STATISTIC > 0) {
+    const size_t plane = size_t(threads_per_grid.y) * at.features;
+    device float* to = sums + size_t(tile) * at.features + at.channel;
+    store4<float>(to, at.whole, at.count, response);
+    if (BOUNDARIES > 0) store4<float>(to + plane, at.whole, at.count, above0);
+    if (BOUNDARIES > 1) store4<float>(to + 2 * plane, at.whole, at.count, above1);
+    if (DIAGNOSE) {
+      store4<float>(to + (1 + BOUNDARIES) * plane, at.whole, at.count, feature);
+      store4<float>(to + (2 + BOUNDARIES) * plane, at.whole, at.count, selected);
+    }
+  } else if (at.channel == 0 && tile == 0) {
+    sums[0] = 0.0f;
+  }

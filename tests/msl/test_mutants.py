@@ -1,0 +1,177 @@
+"""The tests of the kernels see faults: each of these breaks a kernel, and a check must fail."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from nalora_mlx.activations import ACTIVATIONS
+from nalora_mlx.kernels import fused
+from nalora_mlx.kernels.fused import Variant
+
+from . import lane
+from .test_gated_residual import EXACT, check, emulated, full, guarded, operands  # noqa: F401
+
+FILES = {name: fused.source(f"metal/{name}.metal") for name in ("common", "forward", "backward")}
+
+
+def plain(dtype=mx.float32):
+    variant = full(ACTIVATIONS["silu"])
+    return "silu", variant, *operands(variant, 70, 11, 4, dtype)
+
+
+def whole():
+    variant = full(ACTIVATIONS["silu"])
+    return "silu", variant, *operands(variant, 70, 12, 4)
+
+
+def joined():
+    variant = full(ACTIVATIONS["silu"], halves="gate first")
+    return "silu", variant, *operands(variant, 70, 11, 4)
+
+
+def sensitivity():
+    variant = Variant(ACTIVATIONS["silu"], statistic="sensitivity", boundaries=ACTIVATIONS["silu"].boundaries)
+    return "silu", variant, *operands(variant, 70, 11, 4)
+
+
+def outside():
+    variant = full(ACTIVATIONS["silu"])
+    return "silu", variant, *operands(variant, 70, 11, 0)
+
+
+def open_boundary():
+    variant = full(ACTIVATIONS["relu"])
+    o, dh = operands(variant, 6, 8, 0)
+    zero = mx.zeros((6, 8))
+    return "relu", variant, fused.Operands((zero, o.bases[1]), z0=zero, weights=o.weights), dh
+
+
+def with_experts():
+    variant = full(ACTIVATIONS["silu"], experts=3)
+    experts = np.repeat([0, 1, 2], [30, 70, 20])
+    return "silu", variant, *operands(variant, 120, 11, 4, experts=experts), experts
+
+
+def quiet():
+    variant = Variant(ACTIVATIONS["silu"])
+    return "silu", variant, *operands(variant, 70, 11, 4)
+
+
+def activation(name):
+    return lambda: (name, full(EXACT[name].row), *operands(full(EXACT[name].row), 70, 11, 4))
+
+
+MUTANTS = [
+    # forward
+    (
+        "forward",
+        "tiles[3 * tile + 2] : metal::min(rows, (tile + 1) * TILE)",
+        "tiles[3 * tile + 2] : (tile + 1) * TILE",
+        plain,
+    ),
+    ("forward", "tile * TILE;", "tile * TILE + (tile > 0);", plain),
+    ("forward", "metal::min(rows, (tile + 1) * TILE)", "metal::min(rows - 1, (tile + 1) * TILE)", plain),
+    ("forward", "to_gate.add(ag, n, p[0], z);", "to_gate.add(au, n, p[0], z);", plain),
+    ("forward", "to_up.add(au, n, p[1], u);", "to_up.add(au, n, p[0], u);", plain),
+    ("forward", "to_up(bu,", "to_up(bg,", plain),
+    ("forward", "u0 + row + at.up", "g0 + row + at.up", plain),
+    ("forward", "u0 + row + at.up", "u0 + row + at.gate", joined),
+    ("forward", "out[j] = phi * v;", "out[j] = slope * v;", plain),
+    ("forward", "out[j] = phi * v;", "out[j] = phi * u[j];", activation("swiglu_output_clamped")),
+    ("forward", "&& w[n] > 0.0f", "", None),
+    ("forward", "response[j] += w[n] *", "response[j] += w[start] *", plain),
+    (
+        "forward",
+        "metal::abs(STATISTIC == 2 ? slope * v : slope)",
+        "(STATISTIC == 2 ? slope * v : slope)",
+        plain,
+    ),
+    ("forward", "STATISTIC == 2 ? slope * v : slope", "STATISTIC == 2 ? slope * phi : slope", sensitivity),
+    ("forward", "CLOSED ? z[j] >= p[2] : z[j] > p[2]", "z[j] >= p[2]", open_boundary),
+    ("forward", "z[j] >= p[3]", "z[j] >= p[2]", plain),
+    ("forward", "(z[j] - before[j]) * frozen * v", "(z[j] - before[j]) * frozen", plain),
+    ("forward", "GATE::selection(before[j])", "GATE::selection(z[j])", plain),
+    ("forward", "load4<T>(z0 + row + at.gate", "load4<T>(g0 + row + at.gate", outside),
+    (
+        "forward",
+        "size_t(n) * at.features + at.channel, at.whole",
+        "size_t(n) * at.features + at.channel + 1, at.whole",
+        plain,
+    ),
+    ("forward", "to + 2 * plane", "to + plane", plain),
+    ("forward", "(1 + BOUNDARIES) * plane", "BOUNDARIES * plane", plain),
+    ("forward", "tiles[3 * tile] : 0", "tiles[3 * tile] / 2 : 0", with_experts),
+    ("forward", "tiles[3 * tile + 1] :", "tiles[3 * tile + 1] + 1 :", with_experts),
+    ("forward", "at.channel == 0 && tile == 0", "false", quiet),
+    # backward
+    ("backward", "metal::min(rows, (tile + 1) * TILE)", "(tile + 1) * TILE", plain),
+    ("backward", "metal::min(rows, (tile + 1) * TILE)", "metal::min(rows - 1, (tile + 1) * TILE)", plain),
+    ("backward", "tile * TILE;", "tile * TILE + (tile > 0);", plain),
+    ("backward", "to_gate.add(ag, n, p[0], z);", "to_gate.add(ag, n, 1.0f, z);", plain),
+    ("backward", "to_up.add(au, n, p[1], u);", "", plain),
+    ("backward", "to_gate(bg,", "to_gate(bu,", plain),
+    ("backward", "to_z[j] = g[j] * v * slope;", "to_z[j] = g[j] * v * phi;", plain),
+    ("backward", "to_z[j] = g[j] * v * slope;", "to_z[j] = g[j] * slope;", plain),
+    (
+        "backward",
+        "to_u[j] = g[j] * phi * up_slope;",
+        "to_u[j] = g[j] * phi;",
+        activation("swiglu_output_clamped"),
+    ),
+    ("backward", "to_u[j] = g[j] * phi * up_slope;", "to_u[j] = g[j] * slope * up_slope;", plain),
+    ("backward", "dh + size_t(n) * at.features", "dh + size_t(n) * at.width", joined),
+    ("backward", "HALVES == 0 ? size_t(rows) * at.features : 0", "0", plain),
+    ("backward", "d + apart + row + at.up", "d + apart + row + at.gate", joined),
+    ("backward", "d + row + at.gate, at.whole", "d + row + at.gate, true", plain),
+    ("backward", "tiles[3 * tile] : 0", "0 : 0", with_experts),
+    # both
+    ("common", "k < RANK; ++k) {\n      const float a", "k < RANK - 1; ++k) {\n      const float a", plain),
+    ("common", "size_t(row) * RANK + k", "size_t(row) * RANK + RANK - 1 - k", plain),
+    ("common", "size_t(k) * width + column", "size_t(k) * width + column + 1", plain),
+    (
+        "common",
+        "(size_t(expert) * width + column) * RANK + k",
+        "size_t(expert) * width * RANK + column + k * width",
+        with_experts,
+    ),
+    ("common", "metal::min(j, count - 1)", "0", plain),
+    ("common", "channel = 4 * thread_x", "channel = 3 * thread_x", plain),
+    ("common", "features % 4 == 0", "true", plain),
+    ("common", "gate = halves == 2 ? features : 0", "gate = halves == 1 ? features : 0", joined),
+    ("common", "z >= 0.0f ? p : e * p", "z >= 0.0f ? e * p : p", plain),
+    (
+        "common",
+        "slope = s * (1.0f + z * sigmoid(-z));\n    return z * s;\n  }\n};\n\n// exp(-z^2",
+        "slope = s;\n    return z * s;\n  }\n};\n\n// exp(-z^2",
+        plain,
+    ),
+    ("common", "v[j] = T(from[j])", "v[j] = T(from[j] * 0.9999f)", whole),
+]
+
+
+def test_at_least_ten_of_each():
+    for name in FILES:
+        assert sum(mutant[0] == name for mutant in MUTANTS) >= 10
+
+
+@pytest.mark.parametrize("index", range(len(MUTANTS)))
+def test_a_broken_kernel_is_noticed(monkeypatch, index):
+    name, old, new, build = MUTANTS[index]
+    assert FILES[name].count(old) >= 1, "the mutant does not apply any more"
+    texts = {**FILES, name: FILES[name].replace(old, new)}
+    monkeypatch.setattr(
+        fused, "source", lambda path: texts[path.removeprefix("metal/").removesuffix(".metal")]
+    )
+    if build is None:
+        variant = full(ACTIVATIONS["silu"])
+        o, _ = operands(variant, 12, 8, 4)
+        weights = mx.array((np.arange(12) != 3).astype(np.float32))
+        rows = np.array(o.bases[0])
+        rows[3] = np.nan
+        o = fused.Operands((mx.array(rows), o.bases[1]), o.lows, o.bs, o.scales, None, weights)
+        assert mx.isnan(fused.forward("metal", variant, o)[1]).any()
+        return
+    exact, *rest = build()
+    experts = rest.pop() if len(rest) == 4 else None
+    with pytest.raises((AssertionError, lane.MSLError)):
+        check(EXACT[exact], *rest, experts=experts)

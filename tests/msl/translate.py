@@ -1,0 +1,160 @@
+"""The text of a Metal kernel as C++: what is rewritten, and the rules of Metal that no C++ compiler knows."""
+
+import re
+from dataclasses import dataclass
+
+SPACES = r"(?:device|constant|threadgroup|thread)"
+TYPE = r"[\w:]+(?:\s*<[^<>]*>)?"
+SHARED = re.compile(rf"\bthreadgroup\s+({TYPE})\s+(\w+)((?:\s*\[[^\]]+\])*)\s*;")
+SHARED_LEFT = re.compile(rf"\bthreadgroup\s+{TYPE}\s+\w+\s*[\[,=;]")
+NUMBER = r"(?:float|half|bfloat|bfloat16_t|float16_t|u?(?:int|short|char|long)|u?int\d+_t|bool|size_t)[234]?"
+LACKING = (
+    r"\bdouble\b|\bstd\s*::|\b(?:goto|new|delete|noexcept|register|virtual|throw|try|catch|typeid|dynamic_cast"
+    r"|thread_local)\b"
+)
+LAMBDA = r"\[\s*[&=]?\s*\]\s*\("
+POINTER_CAST = rf"\(\s*(?:const\s+)?{SPACES}\b[^()]*\*\s*\)"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a kernel: `attribute` is buffer(N), or the name of a position."""
+
+    type: str
+    name: str
+    attribute: str
+
+
+def signature(source: str) -> tuple[str, list[Parameter]]:
+    """The kernel's name and parameters, as MLX writes them."""
+    match = re.search(r"\[\[kernel\]\] void (\w+)\(\n(.*?)\) \{\n", source, re.S)
+    if not match:
+        raise ValueError(f"no kernel in this text:\n{source[:200]}")
+    rows = re.findall(r"^  (.*?[*&]?) (\w+) \[\[(.*?)\]\]", match[2], re.M)
+    return match[1], [Parameter(*row) for row in rows]
+
+
+def waits(source: str) -> bool:
+    """Whether the kernel's threads wait for one another."""
+    return bool(
+        re.search(r"\b(?:threadgroup_barrier|simdgroup_barrier|simd_\w+)\s*\(", without_comments(source))
+    )
+
+
+def program(source: str) -> str:
+    """The kernel and `msl_call`, which calls it for one thread, for g++."""
+    name, parameters = signature(source)
+    instance = re.search(r"decltype\((.*)\) ", source)
+    arguments = ",\n      ".join(map(argument, parameters))
+    return "\n".join(
+        [
+            '#include "shim.h"',
+            '#include "ids.h"',
+            '#line 1 "kernel.metal"',
+            share(source),
+            '#line 1 "call.cc"',
+            f'extern "C" {{ extern const int msl_waits = {waits(source):d}; }}',
+            'extern "C" void msl_call(void** buffers, const msl::Ids* ids) {',
+            f"  {instance[1] if instance else name}(\n      {arguments});",
+            "}",
+            "",
+        ]
+    )
+
+
+def argument(parameter: Parameter) -> str:
+    """What `msl_call` hands to one parameter."""
+    buffer = re.fullmatch(r"buffer\((\d+)\)", parameter.attribute)
+    if buffer:
+        pointer = f"static_cast<{parameter.type.rstrip('*& ')}*>(buffers[{buffer[1]}])"
+        return "*" + pointer if parameter.type.endswith("&") else pointer
+    position = f"ids->{parameter.attribute}"
+    if parameter.type == "uint3":
+        return f"uint3({position}.x, {position}.y, {position}.z)"
+    return position
+
+
+def syntax(source: str) -> str:
+    """The kernel alone, for clang with address spaces."""
+    # a native vector has no constructors, and an attribute has no place in an instantiation
+    source = re.sub(r"^template \[\[host_name.*?\]\] \[\[kernel\]\] ", "template ", source, flags=re.M)
+    source = re.sub(r"\[\[(?:kernel|max_total_threads_per_threadgroup\(.*?\))\]\]", "", source)
+    source = re.sub(r"\b((?:float|half|bfloat|u?int)[234]|vec<[^<>]*>)\s*\(", r"msl::make<\1>(", source)
+    source = re.sub(r" \[\[.*?\]\]", "", source)
+    return "\n".join(['#include "shim.h"', '#line 1 "kernel.metal"', share(source), ""])
+
+
+def share(source: str) -> str:
+    """Declarations of threadgroup memory as references to memory that the runtime gives."""
+    keys = iter(range(len(source)))
+    return SHARED.sub(lambda m: f'auto& {m[2]} = msl::shared<{m[1]}{m[3]}>({next(keys)}, "{m[2]}");', source)
+
+
+def without_comments(source: str) -> str:
+    """The text with comments, strings and preprocessor lines blanked; lines keep their numbers."""
+    blank = re.compile(r'//[^\n]*|/\*.*?\*/|"[^"\n]*"|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*', re.S | re.M)
+    return blank.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), source)
+
+
+def violations(source: str) -> list[str]:
+    """What Metal rejects and C++ accepts, as `kernel.metal:LINE: ...`."""
+    text = without_comments(source)
+    found = [(m, "Metal has no `{}`") for m in re.finditer(LACKING, text)]
+    found += [(m, "Metal has no lambda expressions") for m in re.finditer(LAMBDA, text)]
+    found += [(m, "write the cast `{}` as a reinterpret_cast") for m in re.finditer(POINTER_CAST, text)]
+    found += [(m, "a pointer or reference needs an address space: `{}`") for m in bare_pointers(text)]
+    shared = {m.start(): m for m in SHARED.finditer(text)}
+    left = [m for m in SHARED_LEFT.finditer(text) if m.start() not in shared]
+    found += [(m, "declare one threadgroup variable a statement, without a value: `{}`") for m in left]
+    outside = [m for at, m in shared.items() if at < text.find("[[kernel]]")]
+    found += [(m, "a threadgroup variable belongs into the kernel itself: `{}`") for m in outside]
+    rows = [(m.start(), message.format(m[0].strip())) for m, message in found] + program_variables(text)
+    return [f"kernel.metal:{text.count(chr(10), 0, at) + 1}: {message}" for at, message in sorted(rows)]
+
+
+def bare_pointers(text: str) -> list[re.Match]:
+    """Pointers and references that name no address space."""
+    names = re.findall(r"\b(?:typename|class|struct)\s+(\w+)", text)
+    types = "|".join([NUMBER, r"vec\s*<[^<>]*>", *names])
+    pattern = rf"(?:\b(?:const|{SPACES})\s+)*(?<!\w)(?:metal::)?(?:{types})(?:\s+const)?\s*[*&](?!&)"
+    return [m for m in re.finditer(pattern, text) if not re.search(rf"\b{SPACES}\b", m[0])]
+
+
+def program_variables(text: str) -> list[tuple[int, str]]:
+    """Variables outside of functions that are not `constant`: where, and what to say."""
+    return [
+        (at, f"a variable outside of functions must be `constant`: `{statement.strip()}`")
+        for at, statement in outer_statements(text)
+        if has_value(statement) and not re.search(r"^\s*(?:using|typedef)\b|\bconstant\b", statement)
+    ]
+
+
+def has_value(statement: str) -> bool:
+    """Whether a statement gives a value to a variable; defaults of parameters are none."""
+    while (shorter := re.sub(r"<[^<>]*>|\([^()]*\)", "", statement)) != statement:
+        statement = shorter
+    return bool(re.search(r"(?<!operator)(?<![=!<>+*/-])=(?!=)", statement))
+
+
+def outer_statements(text: str) -> list[tuple[int, str]]:
+    """Statements outside of all braces but those of namespaces: where each starts, and its text outside of braces."""
+    statements: list[tuple[int, str]] = []
+    depth, start, current = 0, 0, ""
+    for at, character in enumerate(text):
+        if character == "{":
+            namespace = depth == 0 and re.search(r"\bnamespace\b[^;={}]*$", current)
+            current = "" if namespace else current
+            depth += not namespace
+        elif character == "}":
+            depth = max(depth - 1, 0)
+            if depth == 0 and not has_value(
+                current
+            ):  # the end of a function or type, not of a list of values
+                current = ""
+        elif character == ";" and depth == 0:
+            statements.append((start, current))
+            current = ""
+        elif depth == 0 and (current or not character.isspace()):
+            start = start if current else at
+            current += character
+    return statements
