@@ -89,7 +89,6 @@ def test_without_mechanisms_it_is_mlx_lms_lora(build):
     def distance(one, other):
         return relative_norm({name: moved[name] + one[name] - other[name] for name in moved}, moved)
 
-    assert distance(got, want) < 3e-5
     assert distance(got, exact) < 1.3 * distance(want, exact) < 2e-4
 
 
