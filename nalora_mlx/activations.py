@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from nalora_mlx.elementary import sigmoid
+
 Elementwise = Callable[[mx.array], mx.array]
 
 _SQRT_2 = math.sqrt(2.0)
@@ -103,25 +105,25 @@ def float32(function: Elementwise) -> Elementwise:
 
 @float32
 def _silu(z):
-    return z * mx.sigmoid(z)
+    return z * sigmoid(z)
 
 
 @float32
 def _silu_homogeneity(z):
     # sigmoid(-z), not 1 - sigmoid(z): the difference has no digits left where z is large.
-    return 1 + z * mx.sigmoid(-z)
+    return 1 + z * sigmoid(-z)
 
 
 @float32
 def _silu_derivative(z):
     # One exponential, the same as in phi; what 1 - s loses where z is large is below float32 beside 1.
-    s = mx.sigmoid(z)
+    s = sigmoid(z)
     return s * (1 + z * (1 - s))
 
 
 @float32
 def _sigmoid(z):
-    return mx.sigmoid(z)
+    return sigmoid(z)
 
 
 # --- GELU, exact: rho = Phi, the Gaussian distribution function --------------------------------------------
@@ -178,18 +180,22 @@ def _tanh_argument(z):
 
 @float32
 def _gelu_tanh(z):
-    return 0.5 * z * (1 + mx.tanh(_tanh_argument(z)))
+    return z * sigmoid(2 * _tanh_argument(z))
+
+
+# As models write it, whose rounding a half type shows.
+_gelu_tanh.native = lambda z: 0.5 * z * (1 + mx.tanh(_tanh_argument(z)))  # type: ignore[attr-defined]
 
 
 @float32
 def _gelu_tanh_selection(z):
-    return mx.sigmoid(2 * _tanh_argument(z))
+    return sigmoid(2 * _tanh_argument(z))
 
 
 @float32
 def _gelu_tanh_homogeneity(z):
     slope = _SQRT_2_OVER_PI * (1 + 3 * _TANH_CUBIC * z * z)
-    return 1 + 2 * z * slope * mx.sigmoid(-2 * _tanh_argument(z))
+    return 1 + 2 * z * slope * sigmoid(-2 * _tanh_argument(z))
 
 
 @float32
@@ -227,12 +233,12 @@ def _relu_squared_homogeneity(z):
 
 @float32
 def _sigmoid_derivative(z):
-    return mx.sigmoid(z) * mx.sigmoid(-z)
+    return sigmoid(z) * sigmoid(-z)
 
 
 @float32
 def _sigmoid_homogeneity(z):
-    return z * mx.sigmoid(-z)
+    return z * sigmoid(-z)
 
 
 _THREE_REGIONS = ("suppressed", "transition", "homogeneous")

@@ -9,6 +9,7 @@ import math
 import mlx.core as mx
 
 from nalora_mlx.activations import ACTIVATIONS, Activation, float32
+from nalora_mlx.elementary import sigmoid
 
 _silu, _gelu_tanh = ACTIVATIONS["silu"], ACTIVATIONS["gelu_tanh"]
 
@@ -18,11 +19,11 @@ def swiglu_oai(alpha: float, limit: float) -> Activation:
 
     def phi(z):
         m = mx.minimum(z, limit)
-        return m * mx.sigmoid(alpha * m)
+        return m * sigmoid(alpha * m)
 
     def derivative(z):
         a = alpha * mx.minimum(z, limit)
-        return mx.where(z < limit, mx.sigmoid(a) * (1 + a * mx.sigmoid(-a)), 0)
+        return mx.where(z < limit, sigmoid(a) * (1 + a * sigmoid(-a)), 0)
 
     return Activation(
         "swiglu_oai",
@@ -82,11 +83,11 @@ def situ(beta: float, linear_beta: float | None) -> Activation:
     """The saturating SiLU of Kimi K3: phi(z) = b tanh(z / b) sigmoid(z), times l tanh(u / l) (or u without l)."""
 
     def phi(z):
-        return beta * mx.tanh(z / beta) * mx.sigmoid(z)
+        return beta * mx.tanh(z / beta) * sigmoid(z)
 
     def derivative(z):
         t = mx.tanh(z / beta)
-        return mx.sigmoid(z) * ((1 - t * t) + beta * t * mx.sigmoid(-z))
+        return sigmoid(z) * ((1 - t * t) + beta * t * sigmoid(-z))
 
     up = None if linear_beta is None else lambda u: linear_beta * mx.tanh(u / linear_beta)
     constants = (beta, linear_beta or 0.0)

@@ -126,7 +126,9 @@ def by_reference(
 
     @operation.vjp
     def _(ys, cotangents, _):
-        ys, (dh, *_) = _tuple(ys), _tuple(cotangents)
+        dh, *_ = _tuple(cotangents)
+        # After dh, or mx.compile would find the forward's phi to be the same and keep it instead of computing it again.
+        ys = mx.depends(list(_tuple(ys)), [dh])
 
         def backward(some: slice) -> tuple[mx.array, ...]:
             return reference.gradients(product, tuple(y[some] for y in ys), dh[some])

@@ -16,6 +16,7 @@ from .build import MSLError, build, clean_environment, fixed_addresses, guarded_
 
 ORDERS = ("forward", "reverse", "shuffled")
 GUARDS = ("end", "start")
+WAYS = (("forward", "end"), ("reverse", "start"), ("shuffled", "end"))
 SECONDS = 300  # that a kernel may run
 # What is kept of a sanitizer's report: its verdict, and the frames that lie in the kernel.
 FAULT = re.compile(r"^msl:|(?:ERROR|WARNING): \w+Sanitizer|runtime error:|#\d+ .*kernel\.metal:\d+")
@@ -90,8 +91,7 @@ class Kernel:
         Raises:
             MSLError: as `run`; or an output depends on the order of threads, or has elements that were never written.
         """
-        ways = (("forward", "end"), ("reverse", "start"), ("shuffled", "end"))
-        first, *others = (self.run(arrays, order=order, guard=guard, rough=rough) for order, guard in ways)
+        first, *others = (self.run(arrays, order=order, guard=guard, rough=rough) for order, guard in WAYS)
         for i, operand in enumerate(self.outputs):
             missing = np.argwhere(poisoned(first[i])) if mx.issubdtype(operand.dtype, mx.floating) else ()
             if len(missing):

@@ -33,6 +33,7 @@ from .kernel import Kernel, Operand, poisoned
 __all__ = [
     "Kernel",
     "MSLError",
+    "Operand",
     "build_all",
     "check_address_spaces",
     "elementwise",

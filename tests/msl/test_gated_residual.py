@@ -400,3 +400,34 @@ def test_self_check_passes_right_kernels_and_refuses_wrong_ones(monkeypatch):
     faults.clear()
     with pytest.warns(UserWarning, match=r"does not run \(\[metal::Device\] Unable to build metal library\)"):
         selfcheck.prepare(variant, mx.float32, mx.float32, 4)
+
+
+def test_doctor_tries_every_kernel(monkeypatch, capsys):
+    """The page of a right machine, and of one whose kernels are wrong in one activation."""
+    from rich.console import Console
+
+    from nalora_mlx import doctor
+    from nalora_mlx.kernels import survey
+
+    monkeypatch.setattr(backend, "backend", lambda: "metal")
+    monkeypatch.setattr(survey, "DTYPES", (mx.bfloat16,))
+    monkeypatch.setattr(survey, "RANKS", (8,))
+    monkeypatch.setattr(survey, "ROWS", 16)
+    monkeypatch.setattr(survey, "FEATURES", 16)
+    console = Console(highlight=False, width=400)
+    doctor._kernels(console)
+    page = capsys.readouterr().out
+    assert "gated residual: 12 of 12 metal kernels agree with MLX" in page
+    assert "of a copy" in page
+    right = fused.backward
+    monkeypatch.setattr(
+        fused,
+        "backward",
+        lambda b, variant, *a: (
+            (mx.zeros((1,)),) * 2 if variant.activation.name == "relu" else right(b, variant, *a)
+        ),
+    )
+    doctor._kernels(console)
+    page = capsys.readouterr().out
+    assert "gated residual: 11 of 12 metal kernels agree with MLX" in page
+    assert "finding: the metal kernel of relu, mlx.core.bfloat16, rank 8 is not used, since " in page

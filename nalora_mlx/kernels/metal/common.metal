@@ -27,30 +27,29 @@ FUNCTION float clamped(float x, float limit) {
   return x < -limit ? -limit : at_most(x, limit);
 }
 
-// The up branch as it is, for activations that do not touch it.
-struct PlainUp {
-  FUNCTION static float up(float u, thread const float* c, thread float& slope) {
-    slope = 1.0f;
-    return u;
+// Members that several activations share. Macros, since Metal has no derived classes.
+
+// The up branch as it is.
+#define PLAIN_UP                                                                    \
+  FUNCTION static float up(float u, thread const float* c, thread float& slope) {   \
+    slope = 1.0f;                                                                   \
+    return u;                                                                       \
   }
-};
 
 // The up branch between -c[LIMIT] and c[LIMIT], with an offset.
-template <int LIMIT, int OFFSET>
-struct ClampedUp {
-  FUNCTION static float up(float u, thread const float* c, thread float& slope) {
-    slope = u > -c[LIMIT] && u < c[LIMIT] ? 1.0f : 0.0f;
-    return clamped(u, c[LIMIT]) + float(OFFSET);
+#define CLAMPED_UP(LIMIT, OFFSET)                                                   \
+  FUNCTION static float up(float u, thread const float* c, thread float& slope) {   \
+    slope = u > -c[LIMIT] && u < c[LIMIT] ? 1.0f : 0.0f;                            \
+    return clamped(u, c[LIMIT]) + OFFSET;                                           \
   }
-};
 
-struct NoSelection {
-  FUNCTION static float selection(float z) {
-    return 0.0f;
+#define NO_SELECTION                            \
+  FUNCTION static float selection(float z) {    \
+    return 0.0f;                                \
   }
-};
 
-struct silu : PlainUp {
+struct silu {
+  PLAIN_UP
   FUNCTION static float selection(float z) {
     return sigmoid(z);
   }
@@ -83,7 +82,8 @@ FUNCTION float mills(float x) {
   return t * p;
 }
 
-struct gelu : PlainUp {
+struct gelu {
+  PLAIN_UP
   FUNCTION static float selection(float z) {
     const float tail = gaussian_density(z) * mills(metal::abs(z));
     return z < 0.0f ? tail : 1.0f - tail;
@@ -101,7 +101,8 @@ FUNCTION float gelu_tanh_argument(float z) {
   return 1.5957691216057308f * (z + 0.044715f * z * z * z);
 }
 
-struct gelu_tanh : PlainUp {
+struct gelu_tanh {
+  PLAIN_UP
   FUNCTION static float selection(float z) {
     return sigmoid(gelu_tanh_argument(z));
   }
@@ -113,7 +114,8 @@ struct gelu_tanh : PlainUp {
   }
 };
 
-struct relu : PlainUp {
+struct relu {
+  PLAIN_UP
   FUNCTION static float selection(float z) {
     return z > 0.0f ? 1.0f : 0.0f;
   }
@@ -123,7 +125,8 @@ struct relu : PlainUp {
   }
 };
 
-struct relu2 : PlainUp {
+struct relu2 {
+  PLAIN_UP
   FUNCTION static float selection(float z) {
     return z <= 0.0f ? 0.0f : z;
   }
@@ -134,7 +137,9 @@ struct relu2 : PlainUp {
   }
 };
 
-struct logistic : PlainUp, NoSelection {
+struct logistic {
+  PLAIN_UP
+  NO_SELECTION
   FUNCTION static float phi(float z, thread const float* c, thread float& slope) {
     const float s = sigmoid(z);
     slope = s * sigmoid(-z);
@@ -143,7 +148,9 @@ struct logistic : PlainUp, NoSelection {
 };
 
 // c = alpha, limit
-struct swiglu_oai : ClampedUp<1, 1>, NoSelection {
+struct swiglu_oai {
+  CLAMPED_UP(1, 1.0f)
+  NO_SELECTION
   FUNCTION static float phi(float z, thread const float* c, thread float& slope) {
     const float m = at_most(z, c[1]);
     const float s = sigmoid(c[0] * m);
@@ -153,7 +160,9 @@ struct swiglu_oai : ClampedUp<1, 1>, NoSelection {
 };
 
 // c = limit
-struct swiglu_input_clamped : ClampedUp<0, 0>, NoSelection {
+struct swiglu_input_clamped {
+  CLAMPED_UP(0, 0.0f)
+  NO_SELECTION
   FUNCTION static float phi(float z, thread const float* c, thread float& slope) {
     const float value = silu::phi(at_most(z, c[0]), c, slope);
     slope = z < c[0] ? slope : 0.0f;
@@ -162,7 +171,9 @@ struct swiglu_input_clamped : ClampedUp<0, 0>, NoSelection {
 };
 
 // c = limit
-struct swiglu_output_clamped : ClampedUp<0, 0>, NoSelection {
+struct swiglu_output_clamped {
+  CLAMPED_UP(0, 0.0f)
+  NO_SELECTION
   FUNCTION static float phi(float z, thread const float* c, thread float& slope) {
     const float value = silu::phi(z, c, slope);
     slope = value < c[0] ? slope : 0.0f;
@@ -171,7 +182,8 @@ struct swiglu_output_clamped : ClampedUp<0, 0>, NoSelection {
 };
 
 // c = beta, linear_beta (0 for none)
-struct situ : NoSelection {
+struct situ {
+  NO_SELECTION
   FUNCTION static float phi(float z, thread const float* c, thread float& slope) {
     const float s = sigmoid(z);
     const float t = metal::precise::tanh(z / c[0]);
@@ -179,7 +191,10 @@ struct situ : NoSelection {
     return c[0] * t * s;
   }
   FUNCTION static float up(float u, thread const float* c, thread float& slope) {
-    if (c[1] == 0.0f) return PlainUp::up(u, c, slope);
+    if (c[1] == 0.0f) {
+      slope = 1.0f;
+      return u;
+    }
     const float t = metal::precise::tanh(u / c[1]);
     slope = 1.0f - t * t;
     return c[1] * t;
@@ -200,7 +215,9 @@ FUNCTION float exp_beyond_linear(float x) {
 }
 
 // c = a, n, beta, eps: a z^2 + beta z above 0, n (exp(min(z, eps)) - 1 - z) + beta z below.
-struct xielu : PlainUp, NoSelection {
+struct xielu {
+  PLAIN_UP
+  NO_SELECTION
   FUNCTION static float phi(float z, thread const float* c, thread float& slope) {
     const float x = at_most(z, c[3]);
     const float low = c[1] * (exp_beyond_linear(x) + (x - z));

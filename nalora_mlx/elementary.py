@@ -1,0 +1,58 @@
+"""exp, sigmoid and log-sum-exp, which take most of a training step's elementwise time on a CPU.
+
+There MLX calls the C library for each element. What is here is made of operations of which a C++ compiler makes vector
+instructions, ten times as fast and no less accurate. Elsewhere, and in half types, MLX's own are used.
+"""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+
+_LOG2_E = math.log2(math.e)
+_LN_2 = (0.693359375, -2.12194440e-4)  # in two parts, of which small multiples of the first are exact
+_TAYLOR = tuple(1 / math.factorial(n) for n in range(7, -1, -1))
+
+
+def _vectorize(x: mx.array) -> bool:
+    return x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+
+
+def _exp(x: mx.array) -> mx.array:
+    """exp(x) for float32 x in [-87, 89], relative error 1e-7; no gradient passes it.
+
+    exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, exp(r) by Taylor; 2^n is made of its bits.
+    """
+    n = (x * _LOG2_E + 128.5).astype(mx.int32) - 128
+    k = n.astype(mx.float32)
+    r = (x - k * _LN_2[0]) - k * _LN_2[1]
+    p = mx.full(r.shape, _TAYLOR[0], dtype=mx.float32)
+    for coefficient in _TAYLOR[1:]:
+        p = p * r + coefficient
+    return p * mx.view((n + 127) << 23, mx.float32)  # n = 128 gives infinity
+
+
+def exp_of_negative(x: mx.array) -> mx.array:
+    """exp(x) for x <= 0, of any shape; below -87 it may be 1e-38 instead of less. No gradient passes it."""
+    return _exp(mx.maximum(x, -87)) if _vectorize(x) else mx.exp(x)
+
+
+def logsumexp(x: mx.array) -> mx.array:
+    """log sum exp(x) over the last axis, which stays with size 1. No gradient passes it."""
+    if not _vectorize(x):
+        return mx.logsumexp(x, axis=-1, keepdims=True)
+    largest = mx.max(x, axis=-1, keepdims=True)
+    return largest + mx.log(mx.sum(exp_of_negative(x - largest), axis=-1, keepdims=True))
+
+
+_logistic: Any = mx.custom_function(lambda z: 1 / (1 + _exp(mx.clip(-z, -87, 89))))
+
+
+@_logistic.vjp
+def _(_z, ds, s):
+    return ds * (s * (1 - s))
+
+
+def sigmoid(z: mx.array) -> mx.array:
+    """1 / (1 + exp(-z)), in the dtype of z."""
+    return _logistic(z) if _vectorize(z) else mx.sigmoid(z)

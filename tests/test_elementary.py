@@ -1,0 +1,72 @@
+"""exp, sigmoid and log-sum-exp on the CPU against float64, and their gradients."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from scipy.special import expit, logsumexp
+
+from nalora_mlx import elementary
+from nalora_mlx.losses import cross_entropy_sum
+
+
+def test_exp_is_right_to_a_unit_in_the_last_place():
+    x = np.linspace(-87, 0, 1_000_001).astype(np.float32)
+    got = np.array(elementary.exp_of_negative(mx.array(x))).astype(np.float64)
+    assert np.abs(got / np.exp(x.astype(np.float64)) - 1).max() < 1.3e-7
+
+
+def test_sigmoid_has_its_digits_in_both_tails():
+    z = np.linspace(-87, 87, 1_000_001).astype(np.float32)
+    got = np.array(elementary.sigmoid(mx.array(z))).astype(np.float64)
+    assert np.abs(got / expit(z.astype(np.float64)) - 1).max() < 2e-7
+    assert np.diff(got).min() > -1.2e-7  # rounding apart, it never falls
+
+
+@pytest.mark.parametrize("z", [-np.inf, -1e4, -90.0, -88.5, -0.0, 0.0, 88.5, 1e4, np.inf, np.nan])
+def test_sigmoid_at_the_ends(z):
+    got = elementary.sigmoid(mx.array(z, dtype=mx.float32)).item()
+    np.testing.assert_allclose(got, expit(z), rtol=2e-7, atol=2e-38)
+
+
+def test_gradient_of_the_sigmoid():
+    z = mx.array(np.linspace(-20, 20, 1001).astype(np.float32))
+    for gradient in (
+        mx.grad(lambda z: elementary.sigmoid(z).sum()),
+        mx.compile(mx.grad(lambda z: elementary.sigmoid(z).sum())),
+    ):
+        exact = expit(np.array(z).astype(np.float64))
+        np.testing.assert_allclose(gradient(z), exact * (1 - exact), rtol=1e-5, atol=1e-7)
+
+
+def test_half_types_are_mlxs_own():
+    z = mx.random.normal((64,)).astype(mx.bfloat16)
+    assert mx.array_equal(elementary.sigmoid(z), mx.sigmoid(z))
+
+
+def test_logsumexp():
+    x = (20 * np.random.default_rng(0).standard_normal((7, 1000))).astype(np.float32)
+    x[0] += 300
+    x[1, :999] = -np.inf
+    got = np.array(elementary.logsumexp(mx.array(x)))
+    np.testing.assert_allclose(got, logsumexp(x.astype(np.float64), axis=-1, keepdims=True), rtol=3e-7)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cross_entropy_and_its_gradient(compiled):
+    """Against float64; a row that does not count may hold NaN."""
+    rng = np.random.default_rng(1)
+    logits = (8 * rng.standard_normal((6, 500))).astype(np.float32)
+    logits[4] = np.nan
+    targets, weights = rng.integers(0, 500, 6), np.array([1, 0.5, 0, 2, 0, 1], np.float32)
+    f = mx.value_and_grad(cross_entropy_sum)
+    value, gradient = (mx.compile(f) if compiled else f)(
+        mx.array(logits), mx.array(targets), mx.array(weights)
+    )
+    exact = logits.astype(np.float64)
+    size = logsumexp(exact, axis=-1, keepdims=True)
+    losses = size[:, 0] - exact[np.arange(6), targets]
+    counts = weights > 0
+    np.testing.assert_allclose(value, (losses * weights)[counts].sum(), rtol=1e-6)
+    want = (np.exp(exact - size) - np.eye(500)[targets]) * weights[:, None]
+    want[~counts] = 0
+    np.testing.assert_allclose(gradient, want, rtol=2e-6, atol=1e-7)
