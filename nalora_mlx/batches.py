@@ -1,19 +1,32 @@
-"""Length-sorted batches: every row once an epoch, little padding, the same rows at every validation."""
+"""Length-sorted or packed batches: every row once an epoch, little padding, the same rows at every validation."""
 
+import bisect
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nalora_mlx.data import Example
 
-PAD_TO = 8  # lengths are padded to multiples of this, which keeps shapes few and little of a batch wasted
+PAD_TO = 8  # lengths are padded to multiples of this
+# Sizes are rounded up to so many between a power of two and the next one. Every new shape is compiled, and its graph
+# kept: some ten MB, and a good part of a step's time.
+LENGTHS_PER_DOUBLING = 8
+SCORED_PER_DOUBLING = 2
+
+
+def rounded(size: int, per_doubling: int) -> int:
+    """The next of the few sizes that occur; a multiple of PAD_TO."""
+    step = max(PAD_TO, (1 << (size - 1).bit_length()) // (2 * per_doubling))
+    return step * math.ceil(size / step)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded to one length; NumPy arrays [B, L].
+    """Sequences padded to one length; NumPy arrays [B, L]. A sequence is one row, or several that are packed.
+
+    With several workers the arrays hold one worker's share of the batch, rows and tokens are those of the whole.
 
     Attributes:
         inputs: token ids that the model reads.
@@ -21,6 +34,8 @@ class Batch:
         supervised: float32, 1 where the target is scored.
         real: float32, 1 where the input is a token of a row and not padding.
         rows: indices into the split's examples.
+        segments: int32, which row of its sequence an input belongs to, from 1; 0 for padding. None if not packed.
+        elsewhere: supervised tokens of the batch that other workers have.
     """
 
     inputs: np.ndarray
@@ -28,20 +43,21 @@ class Batch:
     supervised: np.ndarray
     real: np.ndarray
     rows: tuple[int, ...]
+    segments: np.ndarray | None = None
+    elsewhere: int = 0
 
     @property
     def tokens(self) -> int:
-        """Supervised tokens in the batch."""
-        return int(self.supervised.sum())
+        """Supervised tokens in the whole batch."""
+        return int(self.supervised.sum()) + self.elsewhere
 
     def scored(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where the loss is: positions in the flattened [B L], their targets, and weights, 1 or 0; [S] each.
 
-        S is the count of supervised tokens rounded up by at most an eighth, so that few sizes occur; weight 0 fills.
+        S is the count of supervised tokens rounded up, so that few sizes occur; weight 0 fills.
         """
         positions = np.flatnonzero(self.supervised).astype(np.int32)
-        step = max(8, 1 << max(0, int(positions.size).bit_length() - 3))
-        size = step * max(1, math.ceil(positions.size / step))
+        size = rounded(max(1, positions.size), SCORED_PER_DOUBLING)
         rows = np.zeros(size, np.int32)
         rows[: positions.size] = positions
         weights = np.zeros(size, np.float32)
@@ -49,21 +65,53 @@ class Batch:
         return rows, self.targets.reshape(-1)[rows], weights
 
 
-def collate(examples: Sequence[Example], rows: Sequence[int], pad_to: int = PAD_TO) -> Batch:
-    """Pad rows to the longest one's inputs, rounded up to a multiple of pad_to."""
-    length = pad_to * math.ceil(max(examples[row].inputs for row in rows) / pad_to)
-    inputs = np.zeros((len(rows), length), np.int32)
-    targets = np.zeros((len(rows), length), np.int32)
-    supervised = np.zeros((len(rows), length), np.float32)
-    real = np.zeros((len(rows), length), np.float32)
-    for i, row in enumerate(rows):
-        example = examples[row]
-        n = example.inputs
-        inputs[i, :n] = example.tokens[:-1]
-        targets[i, :n] = example.tokens[1:]
-        supervised[i, :n] = example.supervised[1:]
-        real[i, :n] = 1
-    return Batch(inputs, targets, supervised, real, tuple(int(row) for row in rows))
+# A sequence of a batch: the rows that stand in it one after the other. All sequences, unless a worker has a share.
+Sequences = Sequence[Sequence[int]]
+ALL = slice(None)
+
+
+def collate(examples: Sequence[Example], rows: Sequence[int], share: slice = ALL) -> Batch:
+    """One row a sequence, padded to the longest one's inputs, rounded up.
+
+    `share` picks one worker's sequences; a worker without any has one of padding alone.
+    """
+    return _collate(examples, [[row] for row in rows], padded_length(examples[row] for row in rows), share)
+
+
+def collate_packs(examples: Sequence[Example], packs: Sequences, length: int, share: slice = ALL) -> Batch:
+    """Several rows a sequence, each sequence padded to `length`; see `collate`."""
+    batch = _collate(examples, packs, length, share)
+    segments = np.zeros_like(batch.inputs)
+    for i, pack in enumerate(packs[share]):
+        ends = np.cumsum([examples[row].inputs for row in pack])
+        segments[i, : ends[-1]] = 1 + np.searchsorted(ends, np.arange(ends[-1]), side="right")
+    return replace(batch, segments=segments)
+
+
+def _collate(examples: Sequence[Example], sequences: Sequences, length: int, share: slice) -> Batch:
+    mine = sequences[share] or [[]]
+    inputs = np.zeros((len(mine), length), np.int32)
+    targets = np.zeros((len(mine), length), np.int32)
+    supervised = np.zeros((len(mine), length), np.float32)
+    real = np.zeros((len(mine), length), np.float32)
+    for i, rows in enumerate(mine):
+        start = 0
+        for row in rows:
+            example = examples[row]
+            here = slice(start, start + example.inputs)
+            inputs[i, here] = example.tokens[:-1]
+            targets[i, here] = example.tokens[1:]
+            supervised[i, here] = example.supervised[1:]
+            real[i, here] = 1
+            start += example.inputs
+    rows = tuple(int(row) for rows in sequences for row in rows)
+    tokens = sum(int(examples[row].supervised[1:].sum()) for row in rows)
+    return Batch(inputs, targets, supervised, real, rows, elsewhere=tokens - int(supervised.sum()))
+
+
+def padded_length(examples: Iterable[Example]) -> int:
+    """Length of the longest row's inputs, rounded up."""
+    return rounded(max(example.inputs for example in examples), LENGTHS_PER_DOUBLING)
 
 
 def sorted_batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
@@ -80,22 +128,68 @@ def epoch_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch
     rng = np.random.default_rng([seed, epoch])
     # Rows that pad to the same length are interchangeable: shuffle them, then sort by that length alone.
     shuffled = rng.permutation(len(examples))
-    order = sorted(shuffled, key=lambda row: math.ceil(examples[row].inputs / PAD_TO))
+    order = sorted(shuffled, key=lambda row: rounded(examples[row].inputs, LENGTHS_PER_DOUBLING))
     batches = [[int(r) for r in order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def training_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches without end, epoch after epoch; each epoch holds every row once."""
-    epoch = 0
+def epoch_packs(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[list[int]]]:
+    """The batches of one epoch in their order, each of packs that are filled up to the longest row's length.
+
+    Rows are taken from the longest to the shortest, those of one length drawn anew for each epoch, and each goes
+    where the least room is left. A pure function of its arguments, as `epoch_batches` is; the number of packs is the
+    same in every epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = sorted(rng.permutation(len(examples)), key=lambda row: -examples[row].inputs)
+    length = padded_length(examples)
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # left in each pack, with its number, in rising order
+    for row in order:
+        needed = examples[row].inputs
+        at = bisect.bisect_left(room, (needed, -1))
+        left, pack = room.pop(at) if at < len(room) else (length, len(packs))
+        if pack == len(packs):
+            packs.append([])
+        packs[pack].append(int(row))
+        if left > needed:
+            bisect.insort(room, (left - needed, pack))
+    shuffled = [packs[i] for i in rng.permutation(len(packs))]
+    return [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
+
+
+def training_batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    seed: int,
+    packing: bool = False,
+    share: slice = ALL,
+    start: int = 0,
+) -> Iterator[Batch]:
+    """Batches without end, epoch after epoch; each epoch holds every row once.
+
+    Args:
+        examples: tokenized rows.
+        batch_size: sequences in a batch.
+        seed: of the drawing.
+        packing: several rows a sequence.
+        share: one worker's sequences of each batch.
+        start: batches to leave out at the beginning.
+    """
+    epoch, start = divmod(start, batches_per_epoch(examples, batch_size, packing))
+    length = padded_length(examples)
     while True:
-        for rows in epoch_batches(examples, batch_size, seed, epoch):
-            yield collate(examples, rows)
-        epoch += 1
+        if packing:
+            for packs in epoch_packs(examples, batch_size, seed, epoch)[start:]:
+                yield collate_packs(examples, packs, length, share)
+        else:
+            for rows in epoch_batches(examples, batch_size, seed, epoch)[start:]:
+                yield collate(examples, rows, share)
+        epoch, start = epoch + 1, 0
 
 
 def evaluation_batches(
-    examples: Sequence[Example], batch_size: int, num_batches: int, seed: int
+    examples: Sequence[Example], batch_size: int, num_batches: int, seed: int, share: slice = ALL
 ) -> list[Batch]:
     """A fixed set of batches, the same at every call; -1 takes all rows.
 
@@ -105,9 +199,11 @@ def evaluation_batches(
     if 0 <= num_batches * batch_size < len(examples):
         rows = np.sort(np.random.default_rng(seed).permutation(len(examples))[: num_batches * batch_size])
         chosen = [examples[row] for row in rows]
-    return [collate(chosen, rows) for rows in sorted_batches(chosen, batch_size)]
+    return [collate(chosen, rows, share) for rows in sorted_batches(chosen, batch_size)]
 
 
-def batches_per_epoch(examples: Sequence[Example], batch_size: int) -> int:
+def batches_per_epoch(examples: Sequence[Example], batch_size: int, packing: bool = False) -> int:
     """How many batches one epoch has."""
+    if packing:
+        return len(epoch_packs(examples, batch_size, 0, 0))
     return math.ceil(len(examples) / batch_size)

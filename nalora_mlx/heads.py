@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-Forward = Callable[[mx.array], mx.array]
+Forward = Callable[..., mx.array]
 
 
 class Head:
@@ -29,8 +29,11 @@ class Head:
         self.forward = forward
         self.vocabulary = vocabulary
 
-    def hidden(self, tokens: mx.array) -> mx.array:
-        """Hidden states [B, L, D] of token ids [B, L]; the logits beyond stay uncomputed."""
+    def hidden(self, tokens: mx.array, **arguments: Any) -> mx.array:
+        """Hidden states [B, L, D] of token ids [B, L]; the logits beyond stay uncomputed.
+
+        `arguments` are the model's own, such as a cache.
+        """
         heard: list[mx.array] = []
 
         def listen(call: Callable[[], mx.array]) -> mx.array:
@@ -38,7 +41,7 @@ class Head:
             return heard[-1]
 
         with _answering(self.backbone, listen):
-            self.forward(tokens)
+            self.forward(tokens, **arguments)
         return heard[-1]
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -73,6 +76,15 @@ def find_head(model: nn.Module, forward: Forward | None = None) -> Head | None:
         forward: token ids -> logits; the model itself if None.
     """
     forward = forward or model
+    training = model.training
+    model.eval()  # dropout would make every cut look wrong
+    try:
+        return _first_exact(model, forward)
+    finally:
+        model.train(training)
+
+
+def _first_exact(model: nn.Module, forward: Forward) -> Head | None:
     tokens = mx.array([[1, 2, 3, 4]])
     try:
         want = forward(tokens)

@@ -1,11 +1,14 @@
 """Cross entropy over supervised positions only, in chunks of tokens, with its gradient made in the forward."""
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+
+from nalora_mlx.elementary import exp_of_negative, logsumexp
 
 CHUNK_BYTES = 1 << 26  # of float32 logits that exist at one time
+Head = Callable[[mx.array], mx.array]
 
 
 def cross_entropy_sum(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -19,12 +22,37 @@ def cross_entropy_sum(logits: mx.array, targets: mx.array, weights: mx.array) ->
         targets: [S] token ids.
         weights: [S], 0 where the target does not count.
     """
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)  # [S]
+    losses = _cross_entropies(logits.astype(mx.float32), targets[:, None])  # [S]
     return mx.sum(mx.where(weights > 0, losses * weights, 0))
 
 
+def _cross_entropies(logits: mx.array, targets: mx.array) -> mx.array:
+    """Log sum exp(logits) - logits[target] of each row, [S]; targets [S, 1]."""
+    function: Any = mx.custom_function(_losses_and_sizes)
+
+    @function.vjp
+    def _(arrays, cotangents, outputs):
+        logits, targets = arrays
+        d, (_, size) = cotangents[0], outputs
+        hit = mx.arange(logits.shape[-1])[None, :] == targets
+        # where, not a product: what stands beside an unscored position may be NaN
+        return mx.where(d == 0, 0, d * (exp_of_negative(logits - size) - hit)), mx.zeros_like(targets)
+
+    return function(logits, targets)[0][:, 0]
+
+
+def _losses_and_sizes(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    size = logsumexp(logits)  # [S, 1]
+    return size - mx.take_along_axis(logits, targets, axis=-1), size
+
+
 def chunked_cross_entropy_sum(
-    head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array, weights: mx.array, chunk: int
+    head: Head,
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    chunk: int,
+    with_gradient: bool = True,
 ) -> mx.array:
     """`cross_entropy_sum` of head(hidden), of which only `chunk` rows of logits exist at a time.
 
@@ -32,34 +60,55 @@ def chunked_cross_entropy_sum(
     reaches `hidden` alone: what `head` holds must be frozen.
 
     Args:
-        head: hidden states [s, D] -> logits [s, V].
+        head: hidden states [s, D] -> logits [s, V], row by row.
         hidden: [S, D].
         targets: [S] token ids.
         weights: [S], 0 where the target does not count.
         chunk: rows of logits at a time.
+        with_gradient: False where none will be asked for.
     """
     total = mx.array(0.0)
+    done: list[mx.array] = []
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
-        total = total + _with_gradient(head, targets[part], weights[part])(hidden[part])[0]
+        # Only after the chunk before: MLX would otherwise begin with all of them, and hold the logits of all.
+        rows = mx.depends([hidden[part]], done)[0] if done else hidden[part]
+        if with_gradient:
+            done = _with_gradient(head, targets[part], weights[part])(rows)
+        else:
+            done = [cross_entropy_sum(head(rows), targets[part], weights[part])]
+        total = total + done[0]
     return total
 
 
-def _with_gradient(
-    head: Callable[[mx.array], mx.array], targets: mx.array, weights: mx.array
-) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+def _with_gradient(head: Head, targets: mx.array, weights: mx.array) -> Callable[[mx.array], list[mx.array]]:
     """h -> (loss, gradient of the loss in h), differentiable in h through the gradient that it returns."""
 
-    def loss(h: mx.array) -> mx.array:
-        return cross_entropy_sum(head(h), targets, weights)
-
     @mx.custom_function
-    def both(h: mx.array) -> tuple[mx.array, mx.array]:
-        value, gradient = mx.value_and_grad(loss)(h)
-        return value, gradient.astype(h.dtype)
+    def both(h: mx.array) -> list[mx.array]:
+        logits = head(h)  # [s, V]
+        losses, slopes = _losses_and_slopes(logits.astype(mx.float32), targets)
+        _, (gradient,) = mx.vjp(head, [h], [slopes.astype(logits.dtype)])  # [s, D]
+        # Weighed here and not in the slopes: a [s, V] less, and in a half type slopes over many tokens underflow.
+        value = mx.sum(mx.where(weights > 0, losses * weights, 0))
+        weighed = mx.where(weights[:, None] > 0, gradient.astype(mx.float32) * weights[:, None], 0)
+        return [value, weighed.astype(h.dtype)]
 
     @both.vjp
     def _(primals, cotangents, outputs):
         return (cotangents[0] * outputs[1]).astype(primals.dtype)
 
     return both  # type: ignore[return-value]
+
+
+def _losses_and_slopes(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """-log p[target] [s], and its gradient p - 1[target] in the logits [s, V], with p = softmax(logits) made once.
+
+    log p[target] = logits[target] - max(logits) + log max(p), in which nothing underflows.
+    """
+    targets = targets[:, None]
+    behind = mx.max(logits, axis=-1, keepdims=True) - mx.take_along_axis(logits, targets, axis=-1)  # [s, 1]
+    p = mx.softmax(logits, axis=-1)
+    losses = behind - mx.log(mx.max(p, axis=-1, keepdims=True))
+    slopes = mx.put_along_axis(p, targets, mx.take_along_axis(p, targets, axis=-1) - 1, axis=-1)
+    return losses[:, 0], slopes

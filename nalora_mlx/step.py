@@ -1,5 +1,6 @@
 """The compiled training step: forward, backward, and the scaled update at the end of an accumulation window."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,16 +9,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from nalora_mlx import importance
 from nalora_mlx.adapters import dropout_count, gated_mlps
 from nalora_mlx.batches import Batch
 from nalora_mlx.config import PLAIN_LORA, NAParameters
+from nalora_mlx.distributed import ALONE, Workers
 from nalora_mlx.forward import ForwardPass, forward_pass
 from nalora_mlx.heads import find_head
 from nalora_mlx.losses import CHUNK_BYTES, chunked_cross_entropy_sum, cross_entropy_sum
 from nalora_mlx.optim import apply_scaled
+from nalora_mlx.packing import packed_caches
+
+MAX_GRAPHS = 64  # compiled graphs that are kept, of as many shapes of a batch; each takes some ten MB
 
 
 class ScoredLoss:
@@ -29,8 +34,10 @@ class ScoredLoss:
     """
 
     def __init__(self, model: nn.Module, forward: Callable[[mx.array], mx.array] | None = None):
+        self.model = model
         self.forward = forward or model
         self.head = find_head(model, forward)
+        self.chunk = max(64, CHUNK_BYTES // (4 * self.head.vocabulary)) if self.head else 0
         inside = {id(m) for layer in model.layers for _, m in layer.named_modules()}
         self.head_is_frozen = not any(
             isinstance(leaf, mx.array) and name not in module._no_grad and not name.startswith("_")
@@ -39,17 +46,28 @@ class ScoredLoss:
             for name, leaf in module.items()
         )
 
-    def __call__(self, inputs: mx.array, rows: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        """Sum w * cross entropy; inputs [B, L], and per scored position [S]: its row in [B L], target, weight."""
+    def __call__(
+        self,
+        inputs: mx.array,
+        rows: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        segments: mx.array | None = None,
+    ) -> mx.array:
+        """Sum w * cross entropy; inputs [B, L], and per scored position [S]: its row in [B L], target, weight.
+
+        `segments` [B, L] says which of the rows packed into a sequence an input belongs to.
+        """
+        arguments = {} if segments is None else {"cache": packed_caches(self.model, segments)}
         if self.head is None:
-            logits = self.forward(inputs)  # [B, L, V]
+            logits = self.forward(inputs, **arguments)  # [B, L, V]
             return cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[rows], targets, weights)
-        hidden = self.head.hidden(inputs)  # [B, L, D]
+        hidden = self.head.hidden(inputs, **arguments)  # [B, L, D]
         hidden = hidden.reshape(-1, hidden.shape[-1])[rows]  # [S, D]
         if not self.head_is_frozen:
             return cross_entropy_sum(self.head.logits(hidden), targets, weights)
-        chunk = max(64, CHUNK_BYTES // (4 * self.head.vocabulary))
-        return chunked_cross_entropy_sum(self.head.logits, hidden, targets, weights, chunk)
+        head, training = self.head.logits, self.model.training
+        return chunked_cross_entropy_sum(head, hidden, targets, weights, self.chunk, training)
 
 
 class TrainingStep:
@@ -63,6 +81,12 @@ class TrainingStep:
         parameters: the NA settings; with both mechanisms off the update is the optimizer's own.
         compiled: False runs the same step eagerly: for models that look at values on the way, and for debugging.
         forward: token ids [B, L] -> logits [B, L, V]; the model itself if None.
+        grad_clip: largest global norm of an update's gradient; None clips nothing.
+        workers: over whom losses, gradients and statistics are summed before anything is made of them.
+
+    An update is not applied if a loss, the gradient or a new parameter is not finite: parameters, optimizer and
+    importance stay as they were. `health` says of the window so far whether it is "finite", whether its "losses" are,
+    and the global "norm" of its gradient.
     """
 
     def __init__(
@@ -72,11 +96,15 @@ class TrainingStep:
         parameters: NAParameters = PLAIN_LORA,
         compiled: bool = True,
         forward: Callable[[mx.array], mx.array] | None = None,
+        grad_clip: float | None = None,
+        workers: Workers = ALONE,
     ):
         self.model = model
         self.loss = ScoredLoss(model, forward)
         self.optimizer = optimizer
         self.parameters = parameters
+        self.grad_clip = grad_clip
+        self.workers = workers
         self.gated = {mlp.path: mlp for mlp in gated_mlps(model)} if parameters.active else {}
         self.dropouts = dropout_count(model)
         self.importance: dict[str, Any] = {
@@ -91,10 +119,11 @@ class TrainingStep:
             },
         }
         optimizer.init(model.trainable_parameters())
-        self.state = [model.state, optimizer.state, self.importance, mx.random.state]
+        self.health = {"finite": mx.array(True), "losses": mx.array(True), "norm": mx.array(0.0)}
+        self.state = [model.state, optimizer.state, self.importance, mx.random.state, self.health]
         self._loss_and_gradients = nn.value_and_grad(model, self._loss)
-        run = partial(mx.compile, inputs=self.state, outputs=self.state)(self._run) if compiled else self._run
-        self._step = run
+        self.compiled = compiled
+        self.graphs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()  # by shape, the last used ones last
 
     def __call__(
         self,
@@ -108,7 +137,7 @@ class TrainingStep:
         """Run one iteration.
 
         Args:
-            batch: rows.
+            batch: rows, of which this worker has its share.
             window_tokens: supervised tokens in the whole accumulation window; every token weighs 1 / this.
             carry: what the previous iteration of the window returned, None at its start.
             update: whether this iteration ends the window.
@@ -116,18 +145,35 @@ class TrainingStep:
             diagnose: whether to measure selection misalignment, in all iterations of a window or in none.
 
         Returns:
-            The summed loss of the batch, lazy, and the carry for the next iteration of the window.
+            The summed loss of the batch, of all workers, lazy, and the carry for the next iteration of the window.
         """
-        word = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        arrays = [mx.array(a) for a in (batch.inputs, *batch.scored(), batch.real)]
-        return self._step(
-            arrays, mx.array(1 / max(window_tokens, 1)), mx.random.key(word), carry, update, diagnose
-        )
+        # Each worker draws its own dropout.
+        entropy = (*seed, self.workers.rank) if self.workers.rank else seed
+        word = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        segments = None if batch.segments is None else mx.array(batch.segments)
+        scored = [mx.array(a) for a in batch.scored()]
+        arrays = [mx.array(batch.inputs), *scored, segments, mx.array(batch.real)]
+        shape = (batch.inputs.shape, scored[0].shape, segments is None, carry is None, update, diagnose)
+        run = self._graph(shape) if self.compiled else self._run
+        return run(arrays, mx.array(1 / max(window_tokens, 1)), mx.random.key(word), carry, update, diagnose)
 
-    def _loss(self, arrays: list[mx.array], weight: mx.array, this: ForwardPass) -> tuple[mx.array, Any]:
-        inputs, rows, targets, weights, real = arrays
+    def _graph(self, shape: Any) -> Callable[..., Any]:
+        """The step compiled for a shape; the one that was used longest ago is dropped when there are too many."""
+        if shape not in self.graphs:
+            # A function of its own for each: mx.compile forgets what it has made when the function is gone.
+            def run(*arguments: Any) -> tuple[mx.array, Any]:
+                return self._run(*arguments)
+
+            self.graphs[shape] = partial(mx.compile, inputs=self.state, outputs=self.state)(run)
+            if len(self.graphs) > MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(shape)
+        return self.graphs[shape]
+
+    def _loss(self, arrays: list[Any], weight: mx.array, this: ForwardPass) -> tuple[mx.array, Any]:
+        inputs, rows, targets, weights, segments, real = arrays
         # Weighed before the gradient, which in a half type might otherwise leave its range.
-        total = self.loss(inputs, rows, targets, weights * weight)
+        total = self.loss(inputs, rows, targets, weights * weight, segments)
         # A copy, because a checkpointed layer writes again while the backward recomputes it. The token count is one
         # for all layers: the same sum once per layer would be outputs that are equal, on which mx.compile fails.
         return total, (total / weight, {"layers": dict(this.seen), "tokens": mx.sum(real)})
@@ -148,12 +194,30 @@ class TrainingStep:
         if carry is not None:
             gradients = tree_map(mx.add, gradients, carry[0])
             seen = _add_seen(seen, carry[1])
+        if update:
+            total, gradients, seen = self.workers.sum((total, gradients, seen))
+        else:
+            total = self.workers.sum(total)
+        losses = mx.isfinite(total)
+        health = self.health
+        health["losses"] = losses if carry is None else losses & health["losses"]
+        health["norm"] = _global_norm(gradients)
+        health["finite"] = health["losses"] & mx.isfinite(health["norm"])
         if not update:
             return total, (gradients, seen)
+        changing = [self.model.trainable_parameters(), self.optimizer.state, self.importance]
+        before = tree_map(lambda array: array, changing)  # new containers, the same arrays
         self._update(gradients, seen)
+        changing[0] = self.model.trainable_parameters()
+        health["finite"] = health["finite"] & mx.isfinite(_global_norm(changing[0]))
+        _undo_unless(health["finite"], changing, before)
+        self.model.update(changing[0])
         return total, None
 
     def _update(self, gradients: Any, seen: dict[str, Any]) -> None:
+        if self.grad_clip is not None:
+            factor = self.grad_clip / mx.maximum(self.health["norm"], self.grad_clip)
+            gradients = tree_map(lambda g: (g * factor).astype(g.dtype), gradients)
         scales = {}
         if self.gated:
             self.importance["step"] = self.importance["step"] + 1
@@ -187,6 +251,22 @@ class TrainingStep:
                 row["misalignment"] = importance.misalignment(state).item()
             described[path] = row
         return described
+
+
+def _global_norm(tree: Any) -> mx.array:
+    """Euclidean norm of all entries of a tree, in float32."""
+    squares = (mx.sum(mx.square(array.astype(mx.float32))) for _, array in tree_flatten(tree))
+    return mx.sqrt(sum(squares, mx.array(0.0)))
+
+
+def _undo_unless(good: mx.array, tree: Any, before: Any) -> None:
+    """Put each array of a tree of dicts and lists back to what it was, unless `good`; in place."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        new, old = tree[key], before[key]
+        if isinstance(new, dict | list):
+            _undo_unless(good, new, old)
+        elif new is not old:
+            tree[key] = mx.where(good, new, old)
 
 
 def _add_seen(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:

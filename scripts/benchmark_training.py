@@ -163,8 +163,9 @@ def _mlx_lm(args, model, tokenizer, total, steps, padding) -> None:
 def _ours(args, model, tokenizer, total, steps, padding) -> None:
     import mlx.optimizers as optim
 
-    from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, trainer
-    from nalora_mlx.data import Features, load_local, tokenize_split
+    from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, run, train
+    from nalora_mlx.data import Features, tokenize_split
+    from nalora_mlx.rows import load_local
 
     rows = load_local(Path(args.data), ["train"])["train"]
     examples = tokenize_split(rows, tokenizer, Features(mask_prompt=args.mask_prompt), 2048).examples
@@ -181,19 +182,19 @@ def _ours(args, model, tokenizer, total, steps, padding) -> None:
             steps.append((now - last[0], queued.pop(0)))
             last[0] = now
 
-    original = trainer.training_batches
+    original = run.training_batches
 
-    def batches(*settings):
-        for batch in original(*settings):
+    def batches(*settings, **more):
+        for batch in original(*settings, **more):
             padding[0] += int(batch.real.size - batch.real.sum())
             padding[1] += batch.real.size
             queued.append(batch.tokens)
             yield batch
 
-    trainer.training_batches = batches
+    run.training_batches = batches
     # The last iteration reports, and measures more for it than the others do: one beyond those that count.
     config = TrainingConfig(batch_size=args.batch_size, iters=total + 1, steps_per_report=total + 1)
-    trainer.train(model, examples, config=config, optimizer=optim.Adam(1e-5), listeners=[listen])
+    train(model, examples, config=config, optimizer=optim.Adam(1e-5), listeners=[listen])
     steps.pop()
 
 

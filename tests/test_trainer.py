@@ -15,9 +15,10 @@ from nalora_mlx import batches as batching
 from nalora_mlx.adapters import adapt, adapter_weights, fuse_model
 from nalora_mlx.config import PLAIN_LORA, NALoRAConfig, TrainingConfig
 from nalora_mlx.errors import InputError
+from nalora_mlx.evaluation import evaluate
 from nalora_mlx.forward import recomputed
 from nalora_mlx.step import TrainingStep
-from nalora_mlx.trainer import evaluate, train
+from nalora_mlx.trainer import train
 from tests.conftest import build_examples, build_model, random_adapters
 from tests.test_importance import reference as importance_reference
 
@@ -512,8 +513,17 @@ def test_a_run_learns_saves_and_says_so(tmp_path):
         "adapters.safetensors",
         "best/adapter_config.json",
         "best/adapters.safetensors",
-        "checkpoints/step-0000020/adapter_config.json",
-        "checkpoints/step-0000020/adapters.safetensors",
+        *(
+            f"checkpoints/step-00000{step}/{name}"
+            for step in (20, 30)
+            for name in (
+                "adapter_config.json",
+                "adapters.safetensors",
+                "best.safetensors",
+                "training_state.json",
+                "training_state.safetensors",
+            )
+        ),
     ]
     saved = mx.load(str(tmp_path / "run" / "adapters.safetensors"))
     for name, array in weights(model).items():
