@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser
-from nalora_mlx.errors import InputError
+from nalora_mlx.errors import InputError, RunError, first_line
 from nalora_mlx.models import check_paths
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def build_parser(prog: str) -> Parser:
         "update at 4 bits (default: 8)",
     )
     add("--dequantize", action="store_true", help="write a model without quantized layers")
+    add("--force", action="store_true", help="write a model that loses most of what the adapter does")
     add("--export-gguf", action="store_true", help="write the fused model as GGUF (f16) as well")
     add("--gguf-path", default="ggml-model-f16.gguf", help="its name (default: ggml-model-f16.gguf)")
     add("--overwrite", action="store_true", help="replace what is at --save-path")
@@ -38,21 +39,23 @@ def build_parser(prog: str) -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, merge, write."""
-    if args.bits not in ("same", "2", "3", "4", "5", "6", "8"):
-        raise InputError(f"--bits {args.bits}: choose 2, 3, 4, 5, 6, 8 or same")
+    """Load, merge, measure, write."""
     target = Path(args.save_path).expanduser().resolve()
-    _check_target(target, args)
-    check_paths(args.model, args.adapter_path)
-    from mlx_lm.utils import dequantize_model, save, upload_to_hub
+    _check(args, target)
+    from mlx_lm.utils import dequantize_model, save
 
     from nalora_mlx.adapters import fuse_model, load_any_adapter
     from nalora_mlx.checkpoint import new_directory
-    from nalora_mlx.models import load_model
+    from nalora_mlx.fidelity import take_reference
+    from nalora_mlx.models import load_model, local_directory
 
     model, tokenizer, config = load_model(args.model, args.trust_remote_code)
+    if args.export_gguf:
+        _check_gguf(target, args.gguf_path, config)
     load_any_adapter(model, Path(args.adapter_path).expanduser())
     model.eval()
+    adapted = any("lora_a" in module for _, module in model.named_modules())
+    reference = take_reference(model, tokenizer) if adapted else None
     merged = fuse_model(model, None if args.bits == "same" else int(args.bits), args.dequantize)
     if args.dequantize:
         model = dequantize_model(model)
@@ -60,19 +63,43 @@ def run(args: argparse.Namespace) -> None:
         config.pop("quantization_config", None)
     else:
         _describe_bits(config, merged)
+    kept = reference.compare(model) if reference else None
+    if kept:
+        print(f"kept: {kept}")
+        if kept.mostly_lost and not args.force:
+            better = "--dequantize" if args.bits == "8" else "--bits 8 or --dequantize"
+            raise InputError(
+                f"--bits {args.bits}: the merged model loses most of what the adapter does ({kept}); "
+                f"give {better}, or --force to write it all the same"
+            )
+    source = local_directory(args.model)
     with new_directory(target) as temporary:
-        save(temporary, args.model, model, tokenizer, config, donate_model=False)
+        save(temporary, source, model, tokenizer, config, donate_model=False)
+        _write_card(args, temporary, source, str(kept) if kept else None)
     what = f"merged {len(merged)} layers into" if merged else "wrote the fully trained weights to"
     print(f"{what} {args.save_path}")
     if args.export_gguf:
-        from nalora_mlx.export.gguf_model import export_gguf
-
-        report = export_gguf(target, target / args.gguf_path, "f16")
-        for note in report.notes:
-            print(f"note: {note}")
-        print(f"wrote {report.path}")
+        _export_gguf(target, args.gguf_path, tokenizer)
     if args.upload_repo:
-        upload_to_hub(str(target), args.upload_repo)
+        _upload(target, args.upload_repo)
+
+
+def _check(args: argparse.Namespace, target: Path) -> None:
+    """Refuse what can be refused before anything slow."""
+    if args.bits not in ("same", "2", "3", "4", "5", "6", "8"):
+        raise InputError(f"--bits {args.bits}: choose 2, 3, 4, 5, 6, 8 or same")
+    _check_target(target, args)
+    check_paths(args.model, args.adapter_path)
+    if args.upload_repo:
+        from huggingface_hub import get_token
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+        try:
+            validate_repo_id(args.upload_repo)
+        except HFValidationError as error:
+            raise InputError(f"--upload-repo {args.upload_repo}: {error}") from None
+        if get_token() is None:
+            raise InputError("--upload-repo: you are not logged in to Hugging Face; run hf auth login first")
 
 
 def _check_target(target: Path, args: argparse.Namespace) -> None:
@@ -95,6 +122,60 @@ def _describe_bits(config: dict[str, Any], merged: "dict[str, nn.Module]") -> No
     for path, layer in merged.items():
         if "scales" in layer:
             quantization[path] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+
+
+def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: str | None) -> None:
+    """Put our model card in the place of mlx-lm's."""
+    from nalora_mlx.adapters import read_description
+    from nalora_mlx.model_card import write_card
+    from nalora_mlx.models import card_metadata, is_hub_name, original_name
+
+    adapter = Path(args.adapter_path).expanduser()
+    name = args.model if is_hub_name(args.model) else original_name(args.model, source, {})
+    write_card(
+        directory,
+        title=args.upload_repo or Path(args.save_path).expanduser().resolve().name,
+        base=name,
+        inherited=card_metadata(source),
+        adapter=adapter,
+        description=read_description(adapter),
+        kept=kept,
+    )
+
+
+def _check_gguf(target: Path, name: str, config: dict[str, Any]) -> None:
+    """Refuse here, not after the model is written."""
+    from nalora_mlx.export.gguf_model import architecture_of, check_output
+
+    architecture_of(config)
+    if not (target / name).is_relative_to(target):  # what is in the directory goes with it
+        check_output(target / name, overwrite=False)
+
+
+def _export_gguf(model: Path, name: str, tokenizer: Any) -> None:
+    from nalora_mlx.export.gguf_model import export_gguf
+    from nalora_mlx.export.modelfile import write_modelfile
+
+    report = export_gguf(model, model / name, "f16")
+    modelfile, notes = write_modelfile(report.path, tokenizer)
+    for note in report.notes + notes:
+        print(f"note: {note}")
+    print(f"wrote {report.path} and {modelfile.name}")
+
+
+def _upload(directory: Path, repo: str) -> None:
+    """Put a directory on the Hub; what is written here stays, whatever becomes of it."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repo_id=repo, exist_ok=True)
+        api.upload_folder(folder_path=directory, repo_id=repo, commit_message="Upload with nalora fuse")
+    except Exception as error:
+        raise RunError(
+            f"uploading to {repo} failed, the model is in {directory}: {first_line(error)}"
+        ) from error
+    print(f"uploaded to https://huggingface.co/{repo}")
 
 
 if __name__ == "__main__":

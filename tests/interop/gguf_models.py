@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that can become GGUF, as mlx-lm directories with a tokenizer."""
+"""Tiny random models of every architecture that can become GGUF or PEFT, as mlx-lm directories with a tokenizer."""
 
 import importlib
 import json
@@ -11,6 +11,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import MODEL_REMAPPING
+
+from tests.zoo.first import MINIATURES as FIRST
+from tests.zoo.second import MINIATURES as SECOND
+
+ZOO = FIRST | SECOND
 
 VOCABULARY = 320
 SIZES: dict[str, Any] = {
@@ -130,12 +135,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2 pattern": ("cohere2", {"sliding_window_pattern": 3}),
     "starcoder2 untied": ("starcoder2", UNTIED),
 }
+# Model types that llama.cpp has no place for here, and transformers has.
+OTHERS = {
+    name: ZOO[name].config | {"vocab_size": VOCABULARY}
+    for name in ("ernie4_5", "helium", "hunyuan_v1_dense", "nemotron", "stablelm")
+}
 PROMPT = [int(token) for token in np.random.default_rng(1).integers(3, VOCABULARY, 24)]
 
 
 def build(model_type: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
     """Return a random float32 model, every weight of which moves the logits, and its config."""
-    config = CONFIGS[model_type] | {"model_type": model_type} | changes
+    config = (CONFIGS | OTHERS)[model_type] | {"model_type": model_type} | changes
     module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}")
     model = module.Model(module.ModelArgs.from_dict(config))
     if model_type == "gemma3_text" and config["tie_word_embeddings"]:

@@ -73,6 +73,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {  # name: (result, arguments ...)
     "llama_memory_clear": (None, c_void_p, c_bool),
     "llama_decode": (c_int32, c_void_p, Batch),
     "llama_get_logits": (POINTER(c_float), c_void_p),
+    "llama_adapter_lora_init": (c_void_p, c_void_p, c_char_p),
+    "llama_set_adapters_lora": (c_int32, c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)),
 }
 
 
@@ -107,7 +109,9 @@ class LoadError(RuntimeError):
 class Llama:
     """A GGUF file in llama.cpp on the CPU: float32 KV cache, no flash attention, the tight comparison."""
 
-    def __init__(self, path: Path, *, context: int = 256, vocab_only: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, lora: Path | None = None, context: int = 256, vocab_only: bool = False
+    ) -> None:
         self.llama = library()
         params = self.llama.llama_model_default_params()
         params.n_gpu_layers, params.vocab_only = 0, vocab_only
@@ -124,6 +128,16 @@ class Llama:
         params.n_threads = params.n_threads_batch = 1  # more would wait for one another on a busy machine
         self.context = self.llama.llama_init_from_model(self.model, params)
         assert self.context, f"llama.cpp makes no context for {path.name}"
+        if lora is not None:  # it lives as long as the model
+            adapter = self.llama.llama_adapter_lora_init(self.model, str(lora).encode())
+            if not adapter:
+                raise LoadError(f"llama.cpp does not load {lora.name}")
+            assert (
+                self.llama.llama_set_adapters_lora(
+                    self.context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0)
+                )
+                == 0
+            )
 
     def __enter__(self) -> "Llama":
         return self
