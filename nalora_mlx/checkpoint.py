@@ -1,21 +1,50 @@
-"""Write files so that each is there whole or not at all: temporary name, flush, rename."""
+"""Files and directories that are there whole or not at all: temporary name, flush, rename, flush what holds them.
 
+A directory of checkpoints holds step-NNNNNNN/ of arrays (safetensors) and JSON; what is in them is other rooms' matter.
+"""
+
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from nalora_mlx.errors import InputError
+
+ADAPTER_FILE = "adapters.safetensors"  # the two files of an adapter that mlx-lm reads
+ADAPTER_CONFIG = "adapter_config.json"
 Writer = Callable[[Path], None]
+LARGEST_JSON = 64 * 2**20  # bytes that a JSON file may have; ours have some thousand
+_STEP = re.compile(r"step-([0-9]{7,})")
+# .NAME.PID.new and .NAME.PID.old of directories, .STEM.PID.SUFFIX of files: what a killed process leaves behind
+_LEFT = re.compile(
+    r"\.(?P<name>adapters|adapter_config|metrics|run|best|step-[0-9]+)\.[0-9]+\.(?P<kind>new|old|safetensors|jsonl?)"
+)
+
+
+# --- write --------------------------------------------------------------------------------------------------
 
 
 def arrays_writer(arrays: Mapping[str, mx.array]) -> Writer:
     """A writer of arrays as safetensors."""
-    return lambda path: mx.save_safetensors(str(path), dict(arrays), metadata={"format": "mlx"})
+
+    def write(path: Path) -> None:
+        try:
+            mx.save_safetensors(str(path), dict(arrays), metadata={"format": "mlx"})
+        except RuntimeError as error:  # mlx does not say which of the system's errors it was
+            if shutil.disk_usage(path.parent).free < _size(arrays):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+            raise OSError(errno.EIO, f"{os.strerror(errno.EIO)}: {error}", str(path)) from None
+
+    return write
 
 
 def json_writer(content: Any) -> Writer:
@@ -28,20 +57,39 @@ def json_writer(content: Any) -> Writer:
     return write
 
 
+def copy_writer(source: Path) -> Writer:
+    """A writer of what a file holds when it is written."""
+
+    def write(path: Path) -> None:
+        # Never a second name of the same file: mlx-lm writes adapters in place.
+        shutil.copyfile(source, path)
+
+    return write
+
+
+def bytes_writer(content: bytes) -> Writer:
+    """A writer of bytes."""
+
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return write
+
+
 def write_file(path: Path, write: Writer) -> None:
     """Write one file beside its target, flush it, and move it into place.
 
     Raises:
         OSError: the disk is full or the target cannot be written; the old file stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     # The suffix stays last: mlx appends one of its own otherwise.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,19 +108,19 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or the target cannot be written; an old directory stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     retired = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
+            flush(file)
+        flush(temporary)
         if path.exists():
             path.rename(retired)
         temporary.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         if retired.exists() and not path.exists():
             retired.rename(path)
@@ -80,27 +128,186 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
 
 
-def set_aside(directory: Path, names: Sequence[str]) -> Path | None:
-    """Move an earlier run's files to directory/previous/N, so that a new run overwrites nothing.
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, and flush the names of the new ones."""
+    for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
+        missing.mkdir(exist_ok=True)
+        flush(missing.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS fsync leaves it in the disk's own cache
+            with suppress(OSError):  # not every file system has it
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    finally:
+        os.close(descriptor)
+
+
+# --- read ---------------------------------------------------------------------------------------------------
+
+
+def read_arrays(path: Path) -> dict[str, mx.array]:
+    """Read the arrays of a safetensors file whose header agrees with its size, without trusting either.
+
+    Raises:
+        InputError: it is missing, or not such a file.
+    """
+    check_arrays(path)
+    try:
+        return dict(mx.load(str(path)))  # type: ignore[arg-type]
+    except Exception as error:
+        raise InputError(f"{path} is no readable safetensors file ({error})") from None
+
+
+def check_arrays(path: Path) -> int:
+    """Check the header of a safetensors file against its size before anything is allocated; count its arrays.
+
+    Raises:
+        InputError: it is missing, or not such a file.
+    """
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return len(file.keys())
+    except Exception as error:
+        raise InputError(f"{path} is no readable safetensors file ({error})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file is missing, too large, or holds something else.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    if path.stat().st_size > LARGEST_JSON:
+        raise InputError(f"{path} has more than {LARGEST_JSON >> 20} MB; it is not what its name says")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return content
+
+
+# --- a directory of checkpoints -----------------------------------------------------------------------------
+
+
+def step_directory(parent: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return parent / f"step-{step:07d}"
+
+
+def steps(parent: Path) -> dict[int, Path]:
+    """The complete checkpoints in a directory by step, lowest first; a directory of that name is complete."""
+    found = {}
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if (match := _STEP.fullmatch(path.name)) and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def prune(parent: Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints, each at once."""
+    for path in list(steps(parent).values())[:-keep]:
+        retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+        path.rename(retired)
+        flush(parent)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def clean(directory: Path) -> None:
+    """Remove what a process that was killed while writing into a directory left; nobody else may be writing."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if not (match := _LEFT.fullmatch(path.name)):
+            continue
+        if match["kind"] == "old" and path.is_dir() and not _STEP.fullmatch(match["name"]):
+            target = path.with_name(match["name"])
+            if not target.exists():  # stopped between the two renames of a replacement
+                path.rename(target)
+                continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def set_aside(directory: Path, paths: Sequence[str | Path]) -> Path | None:
+    """Move files of an earlier run, named relative to its directory, to directory/previous/N.
 
     Returns:
         Where they are now, or None if there were none.
     """
-    present = [directory / name for name in names if (directory / name).exists()]
+    present = [path for path in paths if (directory / path).exists()]
     if not present:
         return None
     number = 1
     while (target := directory / "previous" / str(number)).exists():
         number += 1
-    target.mkdir(parents=True)
     for path in present:
-        path.rename(target / path.name)
+        make_directory((target / path).parent)
+        (directory / path).rename(target / path)
+    flush(directory)
     return target
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+# --- the target of a run ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def claim(directory: Path) -> Iterator[None]:
+    """Keep a directory for one process at a time; the system ends the claim with the process, however it dies.
+
+    Raises:
+        InputError: another process has it.
+    """
+    make_directory(directory)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{directory}: another run is writing there; choose another directory") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
     finally:
         os.close(descriptor)
+
+
+def check_writable(directory: Path) -> None:
+    """Try whether files can be made in a directory, or where it would be made; leaves nothing behind.
+
+    Raises:
+        InputError: it is a file, or cannot be written.
+    """
+    place = directory
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{directory}: {place} is a file; give a directory")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written ({error.strerror}); choose another") from None
+
+
+def free_space(directory: Path) -> int:
+    """Bytes free where a directory is, or would be."""
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
+
+
+def _size(arrays: Mapping[str, mx.array]) -> int:
+    return sum(array.nbytes for array in arrays.values())

