@@ -1,0 +1,228 @@
+"use strict";
+// Draws the charts of a report from the data beside it, in the colours of the page's theme.
+(() => {
+  const started = performance.now();
+  const { runs, scalars, statistics, markers, heat, regions, last, refresh, key } = JSON.parse(document.getElementById("data").textContent);
+  const root = document.documentElement;
+  const element = (id) => document.getElementById(id);
+  const colour = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
+  const stored = (store, name, value) => {
+    try { // a browser may keep nothing for pages of files
+      if (value === undefined) return store.getItem(key + name);
+      store.setItem(key + name, value);
+    } catch { /* then the choice lasts as long as the page */ }
+    return null;
+  };
+  const several = runs.length > 1;
+  const DASHES = ["solid", "dash", "dot", "dashdot"];
+  const overTime = new Set(); // charts whose x axis is the iteration
+  let range = [0, last];
+
+  const axis = (title, more = {}) => ({
+    title: { text: title, standoff: 8, font: { size: 12 } }, automargin: true, gridcolor: colour("line"), linecolor: colour("axis"),
+    tickcolor: colour("axis"), zeroline: false, showline: true, ticks: "outside", ticklen: 4, ...more,
+  });
+  const layout = (x, y, more = {}) => ({
+    autosize: true, margin: { l: 56, r: 16, t: 8, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") }, hovermode: "x unified",
+    hoverlabel: { bgcolor: colour("card"), bordercolor: colour("axis"), font: { color: colour("ink") } },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" }, showlegend: false, xaxis: x, yaxis: y, ...more,
+  });
+  const steps = (more = {}) => axis("iteration", { range: range[0] < range[1] ? range : undefined, rangemode: "tozero", ...more });
+  const rgba = (hex, alpha) => `rgba(${[1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)).join(",")},${alpha})`;
+
+  function draw(id, traces, shape, linked = true) {
+    const place = element(id);
+    if (!place) return;
+    Plotly.react(place, traces, shape, { displayModeBar: false, responsive: true, doubleClick: "reset" });
+    if (!linked || overTime.has(id)) return;
+    overTime.add(id);
+    place.on("plotly_relayout", (event) => {
+      if ("xaxis.range[0]" in event) show([event["xaxis.range[0]"], event["xaxis.range[1]"]]);
+      else if (event["xaxis.autorange"]) show([0, last]);
+    });
+  }
+
+  function show(wanted) {
+    const next = [Math.max(0, Math.round(wanted[0])), Math.round(wanted[1])];
+    if (!(next[0] < next[1]) || (next[0] === range[0] && next[1] === range[1])) return;
+    range = next;
+    [element("from").value, element("to").value] = range;
+    for (const id of overTime) Plotly.relayout(id, { "xaxis.range": [...range] });
+  }
+
+  function lossChart() {
+    const traces = [], labels = [], log = element("log").checked;
+    runs.forEach((run, i) => {
+      const training = colour(`run-${i}`), validation = several ? training : colour("run-1");
+      const name = several ? `${run.name}: ` : "";
+      if (run.train.loss) {
+        const smooth = run.smooth.loss;
+        if (smooth) traces.push({ x: run.train.loss[0], y: run.train.loss[1], mode: "lines", line: { color: rgba(training, 0.28), width: 1 }, name: name + "training, as reported", showlegend: false, hoverinfo: "skip" });
+        const [x, y] = smooth || run.train.loss;
+        traces.push({ x, y, mode: "lines", line: { color: training, width: several ? 1.5 : 2 }, name: name + "training", hovertemplate: "%{y:.4f}" });
+      }
+      if (run.valid[0].length) {
+        traces.push({ x: run.valid[0], y: run.valid[1], mode: "lines+markers", line: { color: validation, width: 2.5, dash: several ? "dot" : "solid" }, marker: { symbol: markers[i], size: run.valid[0].length > 60 ? 4 : 7 }, name: name + "validation", hovertemplate: "%{y:.4f}" });
+      }
+      if (run.best) {
+        traces.push({ x: [run.best[0]], y: [run.best[1]], mode: "markers", cliponaxis: false, marker: { symbol: "star", size: 16, color: validation, line: { color: colour("card"), width: 1.5 } }, name: name + "best", hoverinfo: "skip", showlegend: !several });
+        labels.push({ x: run.best[0], y: log ? Math.log10(run.best[1]) : run.best[1], text: `best ${run.best[1].toPrecision(4)}`, ax: run.best[0] > 0.8 * last ? -36 : 36, ay: -34 - 25 * (i % 3),
+          bgcolor: colour("card"), bordercolor: validation, borderpad: 3, arrowcolor: validation, arrowwidth: 1.2, arrowhead: 0, standoff: 9 });
+      }
+    });
+    draw("chart-loss", traces, layout(steps(), axis("loss (nats per token)", { type: log ? "log" : "linear" }), { showlegend: true, annotations: labels }));
+  }
+
+  function scalarCharts() {
+    for (const { key: name, unit, format } of scalars) {
+      const traces = runs.flatMap((run, i) => {
+        const found = run.train[name];
+        if (!found) return [];
+        const line = { color: colour(`run-${i}`), width: 1.8, dash: DASHES[i % 4] }, smooth = run.smooth[name];
+        const shown = (smooth || found), main = { x: shown[0], y: shown[1], mode: "lines", line, name: run.name, hovertemplate: `%{y:${format}}` };
+        return smooth && !several ? [{ x: found[0], y: found[1], mode: "lines", line: { color: rgba(colour(`run-${i}`), 0.28), width: 1 }, hoverinfo: "skip" }, main] : [main];
+      });
+      draw("chart-" + name, traces, layout(steps(), axis(unit, { rangemode: "tozero", exponentformat: name === "learning_rate" ? "e" : "SI" }), { showlegend: several }));
+    }
+  }
+
+  const heatTrace = (x, y, z, low, high, unit) => ({
+    type: "heatmap", x, y, z, zmin: low, zmax: high, colorscale: heat, hoverongaps: false, hovertemplate: "iteration %{x}<br>%{y}<br>%{z:.4f}<extra></extra>",
+    colorbar: { title: { text: unit, side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0, len: 1 },
+  });
+
+  // Without spread, so that a grid of many thousand values cannot overflow the stack.
+  const extent = (grids) => {
+    let low = Infinity, high = -Infinity;
+    for (const grid of grids) for (const row of grid) for (const value of row) if (value !== null) { if (value < low) low = value; if (value > high) high = value; }
+    return [low, high];
+  };
+
+  function heatCharts() {
+    const choice = element("statistic");
+    if (!choice) return;
+    const { label, unit } = statistics[choice.value];
+    const shown = runs.map((run) => run.grids[choice.value]);
+    const [low, high] = extent(shown.filter(Boolean).map((grid) => grid.z));
+    for (const place of document.querySelectorAll(".statistic-name")) place.textContent = label;
+    runs.forEach((run, i) => {
+      if (!run.layers.length) return;
+      const grid = shown[i] || { x: [], z: [] }, names = run.layers.map((layer) => "layer " + layer);
+      const ticks = Math.ceil(names.length / 16);
+      draw(`heat-${i}`, [heatTrace(grid.x, names, grid.z, low, high, unit)],
+        layout(steps({ showgrid: false }), axis("layer", { type: "category", showgrid: false, tickvals: names.filter((_, n) => n % ticks === 0), ticktext: run.layers.filter((_, n) => n % ticks === 0) }), { hovermode: "closest" }));
+      element(`heat-caption-${i}`).textContent = caption(run, grid, label);
+    });
+  }
+
+  function caption(run, grid, label) {
+    if (!grid.z.length) return "This run did not measure it.";
+    const final = grid.z.map((row) => row[row.length - 1]);
+    const known = final.map((value, n) => [value, run.layers[n]]).filter(([value]) => value !== null).sort((a, b) => a[0] - b[0]);
+    if (!known.length) return "";
+    const [least, most] = [known[0], known[known.length - 1]];
+    return `${label}, at the end: lowest ${least[0].toPrecision(3)} in layer ${least[1]}, highest ${most[0].toPrecision(3)} in layer ${most[1]}.`;
+  }
+
+  // A statistic of the chosen layer, or its mean over the layers that have it.
+  function row(run, name) {
+    const grid = run.grids[name], chosen = element("layer-choice").value;
+    if (!grid) return null;
+    if (chosen) {
+      const n = run.layers.indexOf(chosen);
+      return n < 0 ? null : { x: grid.x, y: grid.z[n] };
+    }
+    const y = grid.x.map((_, t) => {
+      const known = grid.z.map((layer) => layer[t]).filter((value) => value !== null);
+      return known.length ? known.reduce((a, b) => a + b) / known.length : null;
+    });
+    return { x: grid.x, y };
+  }
+
+  function layerCharts() {
+    if (!element("layer-choice")) return;
+    for (const [name, unit] of [["importance", "importance |φ'|"], ["multiplier", "step multiplier q"], ["mask", "mask m"]]) {
+      const traces = [];
+      runs.forEach((run, i) => {
+        const [low, middle, high] = ["p10", "p50", "p90"].map((part) => row(run, `${name}.${part}`));
+        if (!low || !high || !middle) return;
+        const line = { color: colour(`run-${i}`) };
+        traces.push({ ...low, mode: "lines", line: { ...line, width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: i });
+        traces.push({ ...high, mode: "lines", line: { ...line, width: 0 }, fill: "tonexty", fillcolor: rgba(colour(`run-${i}`), 0.2), hoverinfo: "skip", name: several ? run.name : "80 % of channels", showlegend: !several, legendgroup: i });
+        traces.push({ ...middle, mode: "lines", line: { ...line, width: 2, dash: DASHES[i % 4] }, name: several ? run.name : "median", legendgroup: i, hovertemplate: "%{y:.4f}" });
+      });
+      draw(`band-${name}`, traces, layout(steps(), axis(unit, { rangemode: "tozero" }), { showlegend: true }));
+    }
+    draw("band-misalignment", runs.flatMap((run, i) => {
+      const found = row(run, "misalignment");
+      return found ? [{ ...found, mode: "lines", line: { color: colour(`run-${i}`), width: 2, dash: DASHES[i % 4] }, name: run.name, hovertemplate: "%{y:.4f}" }] : [];
+    }), layout(steps(), axis("selection misalignment", { rangemode: "tozero" }), { showlegend: several }));
+    runs.forEach((run, i) => {
+      const traces = regions.flatMap((region, n) => {
+        const found = row(run, `occupancy.${region}`);
+        const tint = colour(`run-${[1, 5, 2, 6][n % 4]}`);
+        return found ? [{ ...found, mode: "lines", stackgroup: "all", line: { color: colour("card"), width: 1 }, fillcolor: rgba(tint, 0.75), name: region, hovertemplate: "%{y:.1%}" }] : [];
+      });
+      draw(`occupancy-${i}`, traces, layout(steps(), axis("share of tokens", { range: [0, 1], tickformat: ".0%" }), { showlegend: true }));
+      channelChart(run, i);
+    });
+  }
+
+  function channelChart(run, i) {
+    const place = element(`channels-${i}`);
+    if (!place) return;
+    const chosen = element("layer-choice").value, layer = chosen in run.channels ? chosen : Object.keys(run.channels)[0];
+    const { x, z } = run.channels[layer], groups = z.map((_, n) => n + 1);
+    element(`channels-note-${i}`).textContent = `Shown: layer ${layer}.`;
+    draw(`channels-${i}`, [heatTrace(x.map((step) => "" + step), groups, z, 0, extent([z])[1], "importance |φ'|")],
+      layout(axis("checkpoint at iteration", { type: "category", showgrid: false }), axis("group of channels", { autorange: "reversed", showgrid: false }), { hovermode: "closest" }), false);
+  }
+
+  // One kind after the other, so that the page answers in between.
+  function drawAll(done = () => {}) {
+    const parts = [lossChart, scalarCharts, heatCharts, layerCharts];
+    const next = () => {
+      const part = parts.shift();
+      if (!part) return done();
+      part();
+      setTimeout(next);
+    };
+    next();
+  }
+
+  function dark(on) {
+    root.dataset.theme = on ? "dark" : "light";
+    element("theme").setAttribute("aria-pressed", on);
+  }
+
+  const prefers = matchMedia("(prefers-color-scheme: dark)");
+  dark((stored(localStorage, "theme") || (prefers.matches ? "dark" : "light")) === "dark");
+  prefers.addEventListener("change", (event) => { if (!stored(localStorage, "theme")) { dark(event.matches); drawAll(); } });
+  element("theme").addEventListener("click", () => {
+    dark(root.dataset.theme !== "dark");
+    stored(localStorage, "theme", root.dataset.theme);
+    drawAll();
+  });
+  const choices = ["statistic", "layer-choice"].map(element).filter(Boolean);
+  for (const choice of choices) {
+    const before = stored(sessionStorage, choice.id);
+    if (before !== null && [...choice.options].some((option) => option.value === before)) choice.value = before;
+    choice.addEventListener("change", () => {
+      stored(sessionStorage, choice.id, choice.value);
+      (choice.id === "statistic" ? heatCharts : layerCharts)();
+    });
+  }
+  for (const id of ["from", "to"]) element(id).addEventListener("change", () => show([+element("from").value, +element("to").value]));
+  element("all").addEventListener("click", () => show([0, last]));
+  element("log").addEventListener("change", lossChart);
+  drawAll(() => { root.dataset.drawn = Math.round(performance.now() - started); });
+
+  const pause = element("pause");
+  if (pause) {
+    const paused = (on) => { pause.setAttribute("aria-pressed", on); stored(sessionStorage, "paused", on); };
+    paused(stored(sessionStorage, "paused") === "true");
+    pause.addEventListener("click", () => paused(pause.getAttribute("aria-pressed") !== "true"));
+    setInterval(() => { if (pause.getAttribute("aria-pressed") !== "true" && !document.hidden) location.reload(); }, refresh * 1000);
+  }
+})();
