@@ -10,9 +10,11 @@ from nalora_mlx.strict import nearest
 COMMANDS = {
     "lora": "fine-tune a model, evaluate it",
     "fuse": "merge adapters into the weights",
-    "export": "write what other tools read: GGUF",
+    "export": "write what other tools read: GGUF, PEFT, mlx-lm",
     "generate": "answer one prompt",
-    "chat": "talk to a model",
+    "chat": "talk to a model, or to two side by side",
+    "serve": "answer over HTTP, as OpenAI's interface does",
+    "report": "show a run, or compare several: an HTML page and pictures",
     "doctor": "check the machine, and what NA-LoRA would do with a model",
 }
 
@@ -32,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"nalora: error: no command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
-    module = importlib.import_module(f"nalora_mlx.{name}" + (".__main__" if name == "export" else ""))
+    module = importlib.import_module(
+        f"nalora_mlx.{name}" + (".__main__" if name in ("export", "report") else "")
+    )
     return execute(f"nalora {name}", module.build_parser, module.run, argv[1:])
 
 

@@ -1,6 +1,6 @@
 """How adapters come into a model (`adapt`), are saved and loaded, and are merged into its weights (`fuse_model`)."""
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding
 
-from nalora_mlx import layouts
+from nalora_mlx import checkpoint, layouts
+from nalora_mlx.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 from nalora_mlx.config import NALoRAConfig
-from nalora_mlx.errors import InputError
+from nalora_mlx.errors import InputError, listed
 from nalora_mlx.layouts import Match
 from nalora_mlx.modules import Dropout, GatedExperts, GatedMLP, LoRALinear, LoRASwitchLinear, fuse_module
 from nalora_mlx.strict import coerce, reject_unknown
 from nalora_mlx.targets import EMBEDDING, select
 
-ADAPTER_FILE = "adapters.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 NA_KEY = "na_lora"  # the one key of adapter_config.json that is ours; mlx-lm ignores it
 
 
@@ -288,10 +287,7 @@ def read_weights(path: Path) -> dict[str, mx.array]:
     """
     if not path.exists():
         raise InputError(f"no adapter weights at {path}")
-    try:
-        return dict(mx.load(str(path)))  # type: ignore[arg-type]
-    except Exception as error:
-        raise InputError(f"{path} is no readable safetensors file ({error})") from None
+    return checkpoint.read_arrays(path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -300,18 +296,23 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         InputError: the file is missing or unreadable, or lists every array that does not fit, with both shapes.
     """
+    _load(model, path, adapter_weights(model), whole=True)
+
+
+def _load(model: nn.Module, path: Path, wanted: dict[str, mx.array], whole: bool) -> None:
+    """Load arrays of a file that are among those wanted, or exactly those; names and shapes must agree."""
     loaded = read_weights(path)
-    wanted = adapter_weights(model)
-    problems = [f"{name} is missing" for name in wanted if name not in loaded]
+    problems = [f"{name} is missing" for name in wanted if name not in loaded and whole]
     for name, array in loaded.items():
         if name not in wanted:
             problems.append(f"{name} is no trainable array of the model")
         elif array.shape != wanted[name].shape:
             problems.append(f"{name} is {array.shape}, the model has {wanted[name].shape}")
+        elif not mx.issubdtype(array.dtype, mx.floating):
+            problems.append(f"{name} holds {array.dtype}, which no adapter is made of")
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(
-            f"{path} does not fit the model (same --rank, --keys and --num-layers?): {'; '.join(problems[:3])}{more}"
+            f"{path} does not fit the model (same --rank, --keys and --num-layers?): {listed(problems)}"
         )
     model.load_weights([(name, a.astype(wanted[name].dtype)) for name, a in loaded.items()], strict=False)
 
@@ -326,21 +327,40 @@ def load_adapter(model: nn.Module, directory: str | Path) -> AdaptReport:
     Raises:
         InputError: something is missing, of another kind than LoRA, or does not fit the model.
     """
-    content = read_description(Path(directory))
-    path = Path(directory) / ADAPTER_CONFIG
-    if content.get("fine_tune_type", "lora") != "lora":
-        raise InputError(f"{path}: holds {content['fine_tune_type']!r}; load_adapter takes LoRA adapters")
-    weights = Path(directory) / ADAPTER_FILE
-    try:
-        lora = {key: content["lora_parameters"][key] for key in ("rank", "scale", "dropout")}
-        keys = content["lora_parameters"].get("keys") or _keys_of(model, read_weights(weights))
-        settings = {**lora, "keys": keys, "num_layers": content["num_layers"]}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: {error} is missing; mlx-lm could not load this adapter either") from None
-    settings.update(content.get(NA_KEY, {}))
+    return _attach(model, Path(directory), {"lora": adapt})
+
+
+def _attach(
+    model: nn.Module, directory: Path, kinds: dict[str, Callable[[nn.Module, NALoRAConfig], AdaptReport]]
+) -> AdaptReport:
+    """Adapt a model as adapter_config.json says, and load the weights, which are looked at first."""
+    content = read_description(directory)
+    kind = content.get("fine_tune_type", "lora")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InputError(f"{directory / ADAPTER_CONFIG}: holds {kind!r}, not {' or '.join(kinds)}")
+    path = directory / ADAPTER_CONFIG
+    lora, own = content.get("lora_parameters"), content.get(NA_KEY, {})
+    if not isinstance(lora, dict) or not isinstance(own, dict):
+        raise InputError(f"{path}: lora_parameters is missing or no object, or {NA_KEY} is none")
+    given = {**lora, "num_layers": content.get("num_layers")}
+    needed = ("rank", "scale", "dropout", "num_layers")
+    if missing := [key for key in needed if given.get(key) is None]:
+        raise InputError(
+            f"{path}: {', '.join(missing)} is missing; mlx-lm could not load this adapter either"
+        )
+    settings = {key: given[key] for key in needed} | {"keys": lora.get("keys") or None} | own
     reject_unknown(settings, NALoRAConfig.__dataclass_fields__, str(path))
-    report = adapt(model, NALoRAConfig(**coerce(settings, NALoRAConfig, str(path))))
-    load_weights(model, weights)
+    config = NALoRAConfig(**coerce(settings, NALoRAConfig, str(path)))
+    weights = read_weights(directory / ADAPTER_FILE)
+    config = replace(config, keys=config.keys or tuple(_keys_of(model, weights)))
+    # Arrays of the rank are made on the way: a false one must not decide how large.
+    ranks = {
+        a.shape[-1 if a.ndim == 2 else 1] for n, a in weights.items() if n.endswith("lora_a") and a.ndim > 1
+    }
+    if ranks and ranks != {config.rank}:
+        raise InputError(f"{path}: rank is {config.rank}, but the weights have {sorted(ranks)}")
+    report = kinds[kind](model, config)
+    load_weights(model, directory / ADAPTER_FILE)
     return report
 
 
@@ -356,20 +376,15 @@ def _keys_of(model: nn.Module, weights: dict[str, mx.array]) -> list[str]:
 
 
 def load_any_adapter(model: nn.Module, directory: Path) -> None:
-    """Load a LoRA adapter as `load_adapter` does; DoRA and full weights as mlx-lm does.
+    """Load what a run of any kind has left: LoRA, DoRA, or full weights.
 
     Raises:
         InputError: something is missing or does not fit the model.
     """
-    from mlx_lm.tuner.utils import load_adapters
-
-    if read_description(directory).get("fine_tune_type", "lora") == "lora":
-        load_adapter(model, directory)
-        return
-    try:
-        load_adapters(model, str(directory))
-    except Exception as error:
-        raise InputError(f"--adapter-path {directory}: {error}") from None
+    if read_description(directory).get("fine_tune_type") == "full":
+        _load(model, directory / ADAPTER_FILE, dict(tree_flatten(model.parameters())), whole=False)
+    else:
+        _attach(model, directory, {"lora": adapt, "dora": adapt_dora})
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -379,14 +394,6 @@ def read_description(directory: Path) -> dict[str, Any]:
         InputError: there is none, or it is no JSON object.
     """
     path = directory / ADAPTER_CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"no adapter in {directory}: {ADAPTER_CONFIG} is missing; check --adapter-path"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return content
+    if not path.exists():
+        raise InputError(f"no adapter in {directory}: {ADAPTER_CONFIG} is missing; check --adapter-path")
+    return checkpoint.read_json(path)

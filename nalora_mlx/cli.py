@@ -4,12 +4,14 @@ import argparse
 import dataclasses
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from nalora_mlx.errors import InputError
+from nalora_mlx import __version__
+from nalora_mlx.errors import InputError, RunError
+from nalora_mlx.signals import SIGNALS, Stopped
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,10 +25,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
 def execute(
     prog: str, build_parser: Callable[[str], Parser], run: Callable[..., None], argv: list[str]
 ) -> int:
@@ -36,7 +34,7 @@ def execute(
     traceback through.
     """
     parser = build_parser(prog)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_common(parser)
     args = parser.parse_args(argv)
     debug = vars(args).pop("debug")
     signal.signal(signal.SIGTERM, _terminate)
@@ -48,23 +46,30 @@ def execute(
             raise
         return _fail(prog, "error", str(error), EXIT_USAGE)
     except KeyboardInterrupt:
-        return _fail(prog, "interrupted", "stopped by Ctrl-C", EXIT_INTERRUPTED)
-    except _Terminated:
-        return _fail(prog, "terminated", "stopped by SIGTERM", EXIT_TERMINATED)
+        return _fail(prog, SIGNALS[signal.SIGINT], "stopped by Ctrl-C", EXIT_INTERRUPTED)
+    except Stopped as stopped:
+        return _fail(prog, SIGNALS[stopped.number], str(stopped), 128 + stopped.number)
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_FAILED
     except Exception as error:
         if debug:
             raise
-        kind = (
-            "" if isinstance(error, FloatingPointError) else f" ({type(error).__name__}; --debug shows where)"
-        )
+        known = isinstance(error, FloatingPointError | RunError)
+        kind = "" if known else f" ({type(error).__name__}; --debug shows where)"
         return _fail(prog, "failed", f"{error}{kind}", EXIT_FAILED)
 
 
+def add_common(parser: Parser) -> None:
+    """Add the flags that every command has."""
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument(
+        "--version", action="version", version=f"nalora {__version__}", help="show the version and exit"
+    )
+
+
 def _terminate(_signal: int, _frame: Any) -> NoReturn:
-    raise _Terminated
+    raise Stopped(signal.SIGTERM, "stopped by SIGTERM")
 
 
 def _fail(prog: str, what: str, message: str, status: int) -> int:
@@ -98,8 +103,40 @@ def add_settings(parser: argparse._ActionsContainer, settings: type, skip: tuple
         if metadata.get("nargs"):
             options["nargs"] = metadata["nargs"]
             declared = declared.removeprefix("tuple[").split(",")[0]
+        if "const" in metadata:  # the value of a flag that is given without one
+            options["const"] = metadata["const"]
+            options["metavar"] = "PATH"
         if not metadata.get("size"):
             options["type"] = {"int": int, "float": float}.get(declared, str)
         if metadata.get("size") or declared in ("int", "float"):
             options["metavar"] = "SIZE" if metadata.get("size") else "N"
         parser.add_argument(flag, **options)
+
+
+def add_passed_on(
+    parser: Parser,
+    values: Sequence[tuple[tuple[str, ...], str, type]],
+    lists: Sequence[tuple[tuple[str, ...], str]],
+    switches: Sequence[tuple[tuple[str, ...], str]],
+) -> None:
+    """Add flags that another program parses again; one that is not given leaves no trace."""
+    for names, text, kind in values:
+        parser.add_argument(*names, help=text, type=kind, metavar="X", default=argparse.SUPPRESS)
+    for names, text in lists:
+        parser.add_argument(*names, help=text, metavar="X", nargs="+", default=argparse.SUPPRESS)
+    for names, text in switches:
+        parser.add_argument(*names, help=text, action="store_true", default=argparse.SUPPRESS)
+
+
+def passed_on(given: Mapping[str, Any]) -> list[str]:
+    """The command line that says the same to that program."""
+    argv = []
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            argv.append(flag)
+        elif isinstance(value, list):
+            argv += [flag, *value]
+        else:
+            argv.append(f"{flag}={value}")  # with =, a value may begin with a dash
+    return argv

@@ -136,31 +136,59 @@ class NALoRAConfig(NAParameters):
 
 @dataclass
 class TrainingConfig:
-    """How `train` runs: the settings of mlx-lm's trainer, with its meanings and defaults."""
+    """How `train` runs: the settings of mlx-lm's trainer, with its meanings and defaults.
+
+    A setting marked `may_change` can be another one when a run is resumed; all others decide what it computes.
+    """
 
     batch_size: int = _setting(4, "rows in a batch")
-    iters: int = _setting(1000, "batches to train on")
-    epochs: float | None = _setting(None, "passes over the training set, instead of iters")
+    iters: int = _setting(1000, "batches to train on", may_change=True)
+    epochs: float | None = _setting(None, "passes over the training set, instead of iters", may_change=True)
     val_batches: int = _setting(25, "validation batches, the same ones each time; -1 for all")
-    steps_per_report: int = _setting(10, "iterations between two reports of the training loss")
-    steps_per_eval: int = _setting(200, "iterations between two validations")
-    save_every: int = _setting(100, "iterations between two checkpoints")
-    max_seq_length: int = _setting(2048, "longest row in tokens; longer ones are cut")
+    steps_per_report: int = _setting(
+        10, "iterations between two reports of the training loss", may_change=True
+    )
+    steps_per_eval: int = _setting(200, "iterations between two validations", may_change=True)
+    save_every: int = _setting(100, "iterations between two checkpoints", may_change=True)
+    keep_last: int | None = _setting(None, "checkpoints to keep (default: all)", may_change=True)
+    early_stopping: int | None = _setting(
+        None, "stop after so many validations without a better loss (default: never)", may_change=True
+    )
+    max_bad_steps: int = _setting(
+        3, "stop after so many updates in a row whose loss or gradient is not finite", may_change=True
+    )
+    max_seq_length: int = _setting(2048, "longest row in tokens; longer ones are cut", may_change=True)
     grad_checkpoint: bool = _setting(False, "recompute activations in the backward pass to save memory")
+    grad_checkpoint_every: int = _setting(1, "with grad_checkpoint: recompute every k-th layer only")
     grad_accumulation_steps: int = _setting(1, "batches per optimizer update")
+    grad_clip: float | None = _setting(None, "largest norm of an update's gradient (default: no clipping)")
     clear_cache_threshold: int = _setting(
-        0, "free the allocator's cache between steps once it exceeds this (bytes, or 500MB, 2GB)", size=True
+        0,
+        "free the allocator's cache between steps once it exceeds this (bytes, or 500MB, 2GB)",
+        size=True,
+        may_change=True,
+    )
+    packing: bool = _setting(
+        False, "put several rows into one sequence, up to the length of the longest, isolated from each other"
     )
     seed: int = _setting(0, "seed of all random numbers")
 
     def problems(self) -> list[str]:
         """List what is wrong with the values, one sentence each."""
         found = []
-        for name in ("batch_size", "iters", "steps_per_report", "steps_per_eval", "save_every"):
-            if getattr(self, name) < 1:
-                found.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        at_least_1 = ("batch_size", "iters", "steps_per_report", "steps_per_eval", "save_every")
+        for name in (*at_least_1, "keep_last", "early_stopping", "max_bad_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"{name} is {value}; it must be at least 1")
+        if self.grad_clip is not None and not (math.isfinite(self.grad_clip) and self.grad_clip > 0):
+            found.append(f"grad_clip is {self.grad_clip}; it must be a number above 0")
         if self.grad_accumulation_steps < 1:
             found.append(f"grad_accumulation_steps is {self.grad_accumulation_steps}; it must be at least 1")
+        if self.grad_checkpoint_every < 1:
+            found.append(f"grad_checkpoint_every is {self.grad_checkpoint_every}; it must be at least 1")
+        elif self.grad_checkpoint_every > 1 and not self.grad_checkpoint:
+            found.append(f"grad_checkpoint_every is {self.grad_checkpoint_every}; it needs grad_checkpoint")
         if self.val_batches < -1 or self.val_batches == 0:
             found.append(f"val_batches is {self.val_batches}; it must be at least 1, or -1 for all")
         if self.max_seq_length < 2:
@@ -197,9 +225,23 @@ class RunConfig(TrainingConfig):
     na_parameters: dict[str, Any] = _setting({}, "settings of NA-LoRA", yaml_only=True)
     mask_prompt: bool = _setting(False, "compute the loss on the assistant's turns only")
     resume_adapter_file: str | None = _setting(None, "adapter weights to start from")
+    resume: str | None = _setting(
+        None,
+        "go on from the run's last checkpoint, or the one at PATH, with the run's own flags",
+        nargs="?",
+        const="latest",
+    )
+    resume_anyway: bool = _setting(False, "resume even if something differs that decides the result")
     adapter_path: str = _setting("adapters", "where the adapter is saved, or loaded from")
+    plan: bool = _setting(False, "say how much memory the run will need, and what would fit; train nothing")
+    memory_budget: int | None = _setting(
+        None,
+        "memory to stay within (bytes, or 8GB; default: the device's recommended working set, or 80% of RAM)",
+        size=True,
+    )
+    show_masks: int = _setting(0, "training rows to print with what is trained on marked")
     quantize: int | None = _setting(None, "quantize the base model to this many bits on load")
-    report_to: str | None = _setting(None, "services that get the metrics: wandb, swanlab")
+    report_to: str | None = _setting(None, "services that get the metrics: wandb, swanlab, tensorboard")
     project_name: str | None = _setting(None, "project name for those services")
     trust_remote_code: bool = _setting(False, "run code that a model or tokenizer brings along")
     hf_dataset: dict[str, Any] | list[Any] | None = _setting(
@@ -213,10 +255,16 @@ class RunConfig(TrainingConfig):
     def problems(self) -> list[str]:
         """List what is wrong with the values, one sentence each."""
         found = super().problems() + _wrong_choices(self)
-        if not (self.train or self.test):
-            found.append("nothing to do; give --train, --test or both")
+        if not (self.train or self.test or self.plan):
+            found.append("nothing to do; give --train, --test or both, or --plan")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            found.append(f"memory_budget is {self.memory_budget}; it must be at least 1")
         if self.test_batches < -1 or self.test_batches == 0:
             found.append(f"test_batches is {self.test_batches}; it must be at least 1, or -1 for all")
+        if self.resume is not None and not self.train:
+            found.append("resume needs --train")
+        if self.show_masks < 0:
+            found.append(f"show_masks is {self.show_masks}; it must not be negative")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             found.append(f"learning_rate is {self.learning_rate}; it must be above 0")
         for name in self.optimizer_config:

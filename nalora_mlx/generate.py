@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from nalora_mlx.cli import Parser
+from nalora_mlx.cli import Parser, add_passed_on, passed_on
 from nalora_mlx.errors import InputError
 from nalora_mlx.models import check_paths, expanded
 
@@ -54,12 +54,7 @@ SWITCHES = (
 def build_parser(prog: str) -> Parser:
     """Take the flags of mlx_lm.generate, which parses them again."""
     parser = Parser(prog=prog, description="Answer one prompt with a model, with or without an adapter.")
-    for names, text, kind in VALUES:
-        parser.add_argument(*names, help=text, type=kind, metavar="X", default=argparse.SUPPRESS)
-    for names, text in LISTS:
-        parser.add_argument(*names, help=text, metavar="X", nargs="+", default=argparse.SUPPRESS)
-    for names, text in SWITCHES:
-        parser.add_argument(*names, help=text, action="store_true", default=argparse.SUPPRESS)
+    add_passed_on(parser, VALUES, LISTS, SWITCHES)
     return parser
 
 
@@ -74,20 +69,12 @@ def run(args: argparse.Namespace) -> None:
         json.loads(given.get("chat_template_config", "{}"))
     except ValueError as error:
         raise InputError(f"--chat-template-config is no JSON ({error})") from None
-    argv = ["nalora generate"]
-    for name, value in given.items():
-        if name in ("model", "adapter_path", "draft_model"):
-            value = str(expanded(value))
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            argv.append(flag)
-        elif isinstance(value, list):
-            argv += [flag, *value]
-        else:
-            argv.append(f"{flag}={value}")  # with =, a value may begin with a dash
+    for name in ("model", "adapter_path", "draft_model"):
+        if name in given:
+            given[name] = str(expanded(given[name]))
     # By module path: mlx_lm's own attribute of this name is a function.
     peer = importlib.import_module("mlx_lm.generate")
-    with mock.patch.object(sys, "argv", argv):
+    with mock.patch.object(sys, "argv", ["nalora generate", *passed_on(given)]):
         peer.main()
 
 

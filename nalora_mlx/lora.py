@@ -3,24 +3,30 @@
 import argparse
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser, add_settings
 from nalora_mlx.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
-from nalora_mlx.errors import InputError
+from nalora_mlx.errors import InputError, RunError, first_line, listed
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
     from nalora_mlx.data import Split
     from nalora_mlx.display import Display
+    from nalora_mlx.validate import Rows
 
-RUN_FILES = ("adapters.safetensors", "adapter_config.json", "metrics.jsonl", "best", "checkpoints")
+AGAIN = "the same command with --resume goes on from there"
+# What mlx says when it gets no memory: on Metal, on CUDA, and on a CPU.
+OUT_OF_MEMORY = re.compile(
+    r"malloc|unable to allocate|insufficient memory|out of memory|bad_alloc", re.IGNORECASE
+)
 
 
 def build_parser(prog: str) -> Parser:
@@ -43,15 +49,16 @@ def run(args: argparse.Namespace) -> None:
     flags = vars(args)
     config = load_run_config(flags.pop("config"), flags)
     config.check()
-    from nalora_mlx.data import SPLITS
+    if config.plan:
+        config.train, config.test = True, False  # all that comes before training, and no test
+    from nalora_mlx.rows import SPLITS
 
     names = [n for n in SPLITS if (n == "test" and config.test) or (n != "test" and config.train)]
-    rows = _read(config, names)
-    resume = _resume_file(config)
-    from nalora_mlx.display import Display
-    from nalora_mlx.models import load_model
+    with _display() as display, _awake():
+        rows = _read(config, names, display)
+        start = _start(config)
+        from nalora_mlx.models import load_model
 
-    with Display() as display, _awake():
         display.note(f"loading {config.model}")
         model, tokenizer, _ = load_model(config.model, config.trust_remote_code, config.quantize)
         if _slow_on_cpu(model):
@@ -60,14 +67,25 @@ def run(args: argparse.Namespace) -> None:
                 "mlx_lm.convert --dtype float32 makes a float32 copy"
             )
         splits = _tokenize(config, rows, tokenizer, display)
-        if config.train:
-            _train(config, model, splits, display, resume)
-        elif config.adapter_path:
-            from nalora_mlx.adapters import load_any_adapter
+        with _memory_advice(config):
+            if config.train:
+                _train(config, model, splits, display, start)
+            elif config.adapter_path:
+                from nalora_mlx.adapters import load_any_adapter
 
-            load_any_adapter(model, Path(config.adapter_path).expanduser())
-        if config.test:
-            _test(config, model, splits["test"], display)
+                load_any_adapter(model, Path(config.adapter_path).expanduser())
+            if config.test:
+                _test(config, model, splits["test"], display)
+
+
+def _display() -> "Display":
+    """What shows the run: only on the first of several workers."""
+    from rich.console import Console
+
+    from nalora_mlx.display import Display
+    from nalora_mlx.distributed import workers
+
+    return Display(Console(quiet=True)) if workers().rank else Display()
 
 
 def _slow_on_cpu(model: "nn.Module") -> bool:
@@ -83,78 +101,66 @@ def _slow_on_cpu(model: "nn.Module") -> bool:
 # --- data ---------------------------------------------------------------------------------------------------
 
 
-def _read(config: RunConfig, names: list[str]) -> list[tuple[Any, dict[str, Any]]]:
-    """Rows of each source with the features that they go by, before anything slow is loaded."""
-    from nalora_mlx import data
+def _read(config: RunConfig, names: list[str], display: "Display") -> "Rows":
+    """The rows of the splits that are needed, before anything slow is loaded; notices of what is odd in them.
 
-    def features(entry: Any) -> data.Features:
-        return data.Features(
-            prompt=entry("prompt_feature"),
-            completion=entry("completion_feature"),
-            chat=entry("chat_feature"),
-            text=entry("text_feature"),
-            mask_prompt=config.mask_prompt,
-        )
+    Raises:
+        InputError: lists the rows that cannot be used.
+    """
+    from nalora_mlx.validate import read_rows
 
-    sources: list[tuple[Any, dict[str, Any]]]
-    if config.hf_dataset:
-        entries = config.hf_dataset if isinstance(config.hf_dataset, list) else [config.hf_dataset]
-        sources = [
-            (
-                features(lambda key, e=entry: e.get(key, getattr(config, key))),
-                data.load_hub_entry(entry, names),
-            )
-            for entry in entries
-        ]
-    else:
-        directory = Path(config.data).expanduser()
-        if directory.is_dir():
-            rows = data.load_local(directory, names)
-        elif directory.exists() or config.data.startswith((".", "/", "~")) or config.data.count("/") > 1:
-            raise InputError(
-                f"--data {config.data}: no such directory; give one with train.jsonl (and valid, test)"
-            )
-        else:
-            rows = data.load_hub(config.data, names)
-        sources = [(features(lambda key: getattr(config, key)), rows)]
-    for name in names:
-        if name != "valid" and not any(rows[name] for _, rows in sources):
-            raise InputError(
-                f"--data {config.data}: no rows for {name}; add a {name}.jsonl that is not empty"
-            )
-    return sources
+    rows = read_rows(config, names)
+    if rows.problems:
+        raise InputError(listed(rows.problems))
+    for notice in rows.notices:
+        display.note(f"note: {notice}")
+    return rows
 
 
-def _tokenize(
-    config: RunConfig, sources: list[tuple[Any, dict[str, Any]]], tokenizer: Any, display: "Display"
-) -> "dict[str, Split]":
-    from nalora_mlx.data import Split, tokenize_split
+def _tokenize(config: RunConfig, rows: "Rows", tokenizer: Any, display: "Display") -> "dict[str, Split]":
+    from nalora_mlx.validate import marked, summary, tokenize
 
-    splits: dict[str, Split] = {}
-    for features, rows in sources:
-        for name, part in rows.items():
-            split = splits.setdefault(name, Split([]))
-            done = tokenize_split(part, tokenizer, features, config.max_seq_length, name)
-            split.examples.extend(done.examples)
-            split.notices.extend(done.notices)
+    splits = tokenize(rows, tokenizer, config.max_seq_length)
+    if errors := [error for split in splits.values() for error in split.errors]:
+        raise InputError(listed(errors))
     for name, split in splits.items():
-        supervised = sum(int(e.supervised.sum()) for e in split.examples)
-        total = sum(len(e.tokens) for e in split.examples)
-        if total:
-            share = supervised / total
-            display.note(f"{name}: {len(split)} rows, {total} tokens, {share:.0%} of them supervised")
+        if split.examples:
+            display.note(summary(name, split))
         for notice in split.notices:
             display.note(f"note: {notice}")
     if config.train and not splits["valid"].examples:
         display.note("note: no validation set (valid.jsonl), so there is no validation and no best adapter")
+    for example in next(iter(splits.values())).examples[: config.show_masks]:
+        display.masks(example.source, marked(example, tokenizer))
     return splits
 
 
 # --- train and test -----------------------------------------------------------------------------------------
 
 
-def _resume_file(config: RunConfig) -> Path | None:
-    """The adapter weights to start from, of a file or of an adapter's directory."""
+def _output(config: RunConfig) -> Path:
+    return Path(config.adapter_path or ".").expanduser()
+
+
+def _start(config: RunConfig) -> Path | None:
+    """What training starts from: a checkpoint, or adapter weights of a file or of an adapter's directory.
+
+    Raises:
+        InputError: it is not there, or the adapter's directory cannot take a run.
+    """
+    if not config.train:
+        return None
+    from nalora_mlx.checkpoint import check_writable
+    from nalora_mlx.resume import find, read_state
+    from nalora_mlx.run_directory import holds_run
+
+    output = _output(config)
+    check_writable(output)
+    holds_run(output)
+    if config.resume is not None:
+        checkpoint = find(config.resume, output)
+        read_state(checkpoint)
+        return checkpoint
     if config.resume_adapter_file is None:
         return None
     path = Path(config.resume_adapter_file).expanduser()
@@ -166,52 +172,103 @@ def _resume_file(config: RunConfig) -> Path | None:
 
 
 def _train(
-    config: RunConfig, model: "nn.Module", splits: "dict[str, Split]", display: "Display", resume: Path | None
+    config: RunConfig, model: "nn.Module", splits: "dict[str, Split]", display: "Display", start: Path | None
 ) -> None:
     import mlx.core as mx
 
+    from nalora_mlx import checkpoint, distributed
     from nalora_mlx.adapters import adapter_weights, load_weights
-    from nalora_mlx.checkpoint import json_writer, set_aside
-    from nalora_mlx.metrics import MetricsFile
+    from nalora_mlx.metrics import METRICS_FILE, MetricsFile
     from nalora_mlx.optim import build_optimizer
-    from nalora_mlx.trainer import check, train
+    from nalora_mlx.planner import advice, default_budget
+    from nalora_mlx.record import RECORD_FILE, RecordFile
+    from nalora_mlx.reporters import reporters
+    from nalora_mlx.run_directory import RUN_FILES, holds_run, tidy
+    from nalora_mlx.signals import SIGNALS, Stopped, stoppable
+    from nalora_mlx.trainer import train
 
-    output = Path(config.adapter_path or ".").expanduser()
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--adapter-path {output}: is a file; give a directory")
+    output = _output(config)
     mx.random.seed(config.seed)
     settings = config.optimizer_config.get(config.optimizer) or {}
-    optimizer = build_optimizer(config.optimizer, config.learning_rate, config.lr_schedule, settings)
+
+    def new_optimizer() -> Any:
+        return build_optimizer(config.optimizer, config.learning_rate, config.lr_schedule, settings)
+
+    optimizer = new_optimizer()
     description = _prepare(config, model, display)
-    if resume is not None:
-        load_weights(model, resume)
+    if start is not None and config.resume is None:
+        load_weights(model, start)
         mx.eval(model.parameters())  # read now: the file may be set aside next
-        display.note(f"starting from {resume}")
-    check(model, splits["train"].examples, config)
-    reporters = _reporters(config)
-    json_writer(description)  # fails here, not after an hour, if it holds what JSON cannot
+        display.note(f"starting from {start}")
+    services = reporters(config)
+    display.status.memory_limit = default_budget()
+    checkpoint.json_writer(description)  # fails here, not after an hour, if it holds what JSON cannot
     trainable = sum(array.size for array in adapter_weights(model).values())
     display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
-    # Nothing can be refused from here on: only now is an earlier run moved out of the way.
-    # A run that was stopped early may have left a best adapter and metrics only.
-    is_run = any((output / name).exists() for name in (*RUN_FILES[:3], "best/adapters.safetensors"))
-    if is_run and (aside := set_aside(output, RUN_FILES)):
-        display.note(f"note: moved the run that was in {output} to {aside}")
-    listeners = [display, MetricsFile(output / "metrics.jsonl"), *reporters]
-    result = train(
-        model,
-        splits["train"].examples,
-        splits["valid"].examples,
-        config,
-        optimizer,
-        output,
-        listeners,
-        description,
-    )
+    for line in advice(model, splits["train"].examples, config, new_optimizer, distributed.workers()):
+        display.note(line)
+    if config.plan:
+        return
+    if config.memory_budget is not None:
+        mx.set_memory_limit(config.memory_budget)  # near it MLX waits for what is under way and frees it
+
+    def ready() -> None:
+        """Take the directory; only now, as nothing can be refused any more, is an earlier run moved out of the way."""
+        if distributed.workers().rank > 0:
+            return
+        taken.enter_context(checkpoint.claim(output))
+        tidy(output)
+        if config.resume is None and holds_run(output):
+            display.note(
+                f"note: moved the run that was in {output} to {checkpoint.set_aside(output, RUN_FILES)}"
+            )
+        elif config.resume is not None:
+            display.note(f"resuming from {start}")
+
+    def first(number: int) -> None:
+        display.note(f"{SIGNALS[number]}: finishing this update and saving; once more ends the run at once")
+
+    def second(number: int) -> None:
+        found = list(checkpoint.steps(output / "checkpoints"))
+        kept = f"the checkpoint of iteration {found[-1]} is whole; {AGAIN}" if found else "nothing was saved"
+        print(f"nalora lora: {SIGNALS[number]}: ended at once; {kept}", file=sys.stderr)
+
+    with ExitStack() as taken:
+        stop = taken.enter_context(stoppable(first, second))
+        result = train(
+            model,
+            splits["train"].examples,
+            splits["valid"].examples,
+            config,
+            optimizer,
+            output,
+            [
+                display,
+                RecordFile(output / RECORD_FILE, config, splits, display.note),
+                MetricsFile(output / METRICS_FILE, display.note),
+                *services,
+            ],
+            description,
+            start if config.resume is not None else None,
+            config.resume_anyway,
+            stop,
+            ready,
+        )
+    if stop.number is not None and result.stopped:
+        done = f"at iteration {result.iterations}, saved in {output}; {AGAIN}"
+        raise Stopped(stop.number, f"stopped {done if result.iterations else 'before the first update'}")
+    if result.stopped:
+        display.note(f"stopped at iteration {result.iterations}: {result.stopped}")
+    if result.skipped:
+        display.note(f"note: {result.skipped} updates were not applied, see above")
     if result.best_valid_loss is not None:
+        before, after = (
+            "no number" if loss is None else f"{loss:.4f}"
+            for loss in (result.first_valid_loss, result.valid_loss)
+        )
         display.note(
-            f"validation loss {result.first_valid_loss:.4f} before, {result.valid_loss:.4f} after, "
-            f"best {result.best_valid_loss:.4f} at iteration {result.best_iteration} ({output / 'best'})"
+            f"validation loss {before} before, {after} after, best {result.best_valid_loss:.4f} at iteration "
+            f"{result.best_iteration} ({output / 'best'})"
         )
     display.note(f"done in {result.seconds:.0f} s: adapter in {output}")
 
@@ -247,55 +304,42 @@ def _prepare(config: RunConfig, model: "nn.Module", display: "Display") -> dict[
     return adapter_description(model)
 
 
-def _reporters(config: RunConfig) -> list[Any]:
-    """Listeners for the services named in report_to, through mlx-lm's callbacks."""
-    if not config.report_to:
-        return []
-    from mlx_lm.tuner.callbacks import get_reporting_callbacks
-
-    try:
-        callback = get_reporting_callbacks(
-            config.report_to,
-            project_name=config.project_name,
-            log_dir=config.adapter_path,
-            config={k: v for k, v in vars(config).items() if not isinstance(v, Path)},
-        )
-    except (ImportError, ValueError) as error:
-        raise InputError(f"--report-to {config.report_to}: {error}") from None
-
-    def listen(event: dict[str, Any]) -> None:
-        if event.get("split") == "train":
-            callback.on_train_loss_report(
-                {
-                    "iteration": event["step"],
-                    "train_loss": event["loss"],
-                    "learning_rate": event["learning_rate"],
-                    "iterations_per_second": event["iterations_per_second"],
-                    "tokens_per_second": event["tokens_per_second"],
-                    "trained_tokens": event["tokens"],
-                    "peak_memory": event["peak_memory_gb"],
-                }
-            )
-        elif event.get("split") == "valid":
-            callback.on_val_loss_report(
-                {"iteration": event["step"], "val_loss": event["loss"], "val_time": event["seconds"]}
-            )
-
-    return [listen]
-
-
 def _test(config: RunConfig, model: "nn.Module", split: "Split", display: "Display") -> None:
+    from nalora_mlx import distributed
     from nalora_mlx.batches import evaluation_batches
+    from nalora_mlx.evaluation import evaluate
     from nalora_mlx.metrics import MetricsFile
-    from nalora_mlx.trainer import evaluate
 
-    batches = evaluation_batches(split.examples, config.batch_size, config.test_batches, config.seed)
-    loss, tokens = evaluate(model, batches)
+    workers = distributed.workers()
+    batches = evaluation_batches(
+        split.examples, config.batch_size, config.test_batches, config.seed, workers.share
+    )
+    loss, tokens = evaluate(model, batches, workers=workers)
     display.note(f"test loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}, over {tokens} tokens")
     output = Path(config.adapter_path).expanduser()
-    if config.adapter_path and output.is_dir():
+    if config.adapter_path and output.is_dir() and workers.rank == 0:
         record = {"event": "metrics", "split": "test", "loss": loss, "tokens": tokens}
         MetricsFile(output / "metrics.jsonl")(record)
+
+
+@contextmanager
+def _memory_advice(config: RunConfig) -> Iterator[None]:
+    """Say which flags save memory when there is none left."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        flags = [
+            f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "",
+            "" if config.grad_checkpoint else "--grad-checkpoint",
+            f"--max-seq-length {config.max_seq_length // 2}" if config.max_seq_length > 256 else "",
+            "" if config.quantize or config.fine_tune_type == "full" else "--quantize 4",
+            "--num-layers 8" if config.num_layers < 0 or config.num_layers > 8 else "",
+        ]
+        raise RunError(
+            f"out of memory ({first_line(error)}); what helps: {', '.join(filter(None, flags))}"
+        ) from error
 
 
 @contextmanager

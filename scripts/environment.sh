@@ -148,6 +148,12 @@ find_compiler() {
   say "note: no C++ compiler (g++), so that mlx cannot fuse operations: training is somewhat slower"
 }
 
+# For the tests of the Metal kernels alone: they take any clang++, under any number.
+find_clang() {
+  if [ -n "$(compgen -c clang++)" ] || apt_install clang; then return; fi
+  say "note: no clang++, so that the tests do not check the address spaces of the Metal kernels"
+}
+
 find_blas() {
   local library
   choose_threads

@@ -9,7 +9,27 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
 . scripts/environment.sh
-prepare dev,export,interop,vlm
+prepare dev,export,kquants,interop,vlm,report,tensorboard,browser
+find_clang
+
+# The tests of PEFT run PyTorch. On Linux the wheel of PyPI brings several GB of CUDA, so that the CPU build is taken:
+# from an index that pip knows already, or from PyTorch's own. Without it these tests are skipped.
+TORCH=2.13.0
+install_torch() {
+  if "$VENV/bin/python" -c 'import torch' >/dev/null 2>&1; then return; fi
+  say "installing PyTorch $TORCH for the tests of PEFT (some 200 MB)"
+  if [ "$(uname -s)" = Darwin ]; then
+    pip_install "torch==$TORCH"
+  else
+    pip_install "torch==$TORCH+cpu" 2>/dev/null ||
+      pip_install --extra-index-url https://download.pytorch.org/whl/cpu "torch==$TORCH+cpu"
+  fi
+}
+if install_torch; then
+  install_packages peft
+else
+  say "note: no PyTorch could be installed, so that the tests of PEFT are skipped"
+fi
 
 failed=
 check() { # NAME COMMAND...

@@ -10,7 +10,7 @@ import pytest
 
 from nalora_mlx.__main__ import COMMANDS
 from nalora_mlx.config import load_run_config
-from nalora_mlx.data import SPLITS
+from nalora_mlx.rows import SPLITS
 
 ROOT = Path(__file__).parent.parent
 BAKERY = ROOT / "examples" / "bakery"
