@@ -9,17 +9,23 @@ import numpy as np
 
 from nalora_mlx.data import Example
 
+# Every new shape is compiled, and its graph kept: some ten MB, and a good part of a step's time. So few shapes occur.
 PAD_TO = 8  # lengths are padded to multiples of this
-# Sizes are rounded up to so many between a power of two and the next one. Every new shape is compiled, and its graph
-# kept: some ten MB, and a good part of a step's time.
-LENGTHS_PER_DOUBLING = 8
-SCORED_PER_DOUBLING = 2
+SHORT = 256  # up to here there are eight lengths between a power of two and the next one, beyond it four
 
 
-def rounded(size: int, per_doubling: int) -> int:
-    """The next of the few sizes that occur; a multiple of PAD_TO."""
-    step = max(PAD_TO, (1 << (size - 1).bit_length()) // (2 * per_doubling))
-    return step * math.ceil(size / step)
+def rounded_length(length: int) -> int:
+    """The next of the few lengths that occur; a multiple of PAD_TO."""
+    step = max(PAD_TO, (1 << (length - 1).bit_length()) // (16 if length <= SHORT else 8))
+    return step * math.ceil(length / step)
+
+
+def rounded_scored(scored: int, positions: int) -> int:
+    """All positions of a batch, or half of them, a quarter, ...: the least that has room for the scored ones."""
+    size = positions
+    while (half := math.ceil(size / 2)) >= max(scored, 1) and half < size:
+        size = half
+    return size
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Batch:
         S is the count of supervised tokens rounded up, so that few sizes occur; weight 0 fills.
         """
         positions = np.flatnonzero(self.supervised).astype(np.int32)
-        size = rounded(max(1, positions.size), SCORED_PER_DOUBLING)
+        size = rounded_scored(positions.size, self.inputs.size)
         rows = np.zeros(size, np.int32)
         rows[: positions.size] = positions
         weights = np.zeros(size, np.float32)
@@ -111,7 +117,7 @@ def _collate(examples: Sequence[Example], sequences: Sequences, length: int, sha
 
 def padded_length(examples: Iterable[Example]) -> int:
     """Length of the longest row's inputs, rounded up."""
-    return rounded(max(example.inputs for example in examples), LENGTHS_PER_DOUBLING)
+    return rounded_length(max(example.inputs for example in examples))
 
 
 def sorted_batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
@@ -128,7 +134,7 @@ def epoch_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch
     rng = np.random.default_rng([seed, epoch])
     # Rows that pad to the same length are interchangeable: shuffle them, then sort by that length alone.
     shuffled = rng.permutation(len(examples))
-    order = sorted(shuffled, key=lambda row: rounded(examples[row].inputs, LENGTHS_PER_DOUBLING))
+    order = sorted(shuffled, key=lambda row: rounded_length(examples[row].inputs))
     batches = [[int(r) for r in order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 

@@ -1,13 +1,13 @@
 """The loss of a model over a fixed set of batches."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from nalora_mlx.batches import Batch
 from nalora_mlx.distributed import ALONE, Workers
+from nalora_mlx.elementary import vectorized
 from nalora_mlx.step import ScoredLoss
 
 
@@ -29,11 +29,13 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    batch_loss = partial(mx.compile, inputs=model.state)(loss or ScoredLoss(model))
+    loss = loss or ScoredLoss(model)
     total, tokens = 0.0, 0
     try:
         for done, batch in enumerate(batches, 1):
-            total += float(batch_loss(*map(mx.array, (batch.inputs, *batch.scored()))))
+            with vectorized():
+                value = loss.compiled(*map(mx.array, (batch.inputs, *batch.scored())))
+            total += float(value)
             tokens += batch.tokens
             mx.clear_cache()
             if on_batch is not None:

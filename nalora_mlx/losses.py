@@ -7,7 +7,9 @@ import mlx.core as mx
 
 from nalora_mlx.elementary import exp_of_negative, logsumexp
 
-CHUNK_BYTES = 1 << 26  # of float32 logits that exist at one time
+CHUNK_BYTES = (
+    1 << 24
+)  # of float32 logits in a chunk; MLX begins some operations before the ones before have ended
 Head = Callable[[mx.array], mx.array]
 
 
@@ -67,38 +69,50 @@ def chunked_cross_entropy_sum(
         chunk: rows of logits at a time.
         with_gradient: False where none will be asked for.
     """
-    total = mx.array(0.0)
-    done: list[mx.array] = []
-    for start in range(0, hidden.shape[0], chunk):
-        part = slice(start, start + chunk)
-        # Only after the chunk before: MLX would otherwise begin with all of them, and hold the logits of all.
-        rows = mx.depends([hidden[part]], done)[0] if done else hidden[part]
-        if with_gradient:
-            done = _with_gradient(head, targets[part], weights[part])(rows)
-        else:
-            done = [cross_entropy_sum(head(rows), targets[part], weights[part])]
-        total = total + done[0]
-    return total
+    parts = [slice(start, start + chunk) for start in range(0, hidden.shape[0], chunk)]
 
+    def total(
+        h: mx.array, of: Callable[[mx.array, slice], list[mx.array]]
+    ) -> tuple[mx.array, list[mx.array]]:
+        loss, done, others = mx.array(0.0), list[mx.array](), list[mx.array]()
+        for part in parts:
+            # Only after the chunk before: MLX would otherwise begin with all of them, and hold the logits of all.
+            rows = mx.depends([h[part]], done)[0] if done else h[part]
+            done = of(rows, part)
+            loss = loss + done[0]
+            others += done[1:]
+        return loss, others
 
-def _with_gradient(head: Head, targets: mx.array, weights: mx.array) -> Callable[[mx.array], list[mx.array]]:
-    """h -> (loss, gradient of the loss in h), differentiable in h through the gradient that it returns."""
+    if not with_gradient:
+        return total(
+            hidden, lambda rows, part: [cross_entropy_sum(head(rows), targets[part], weights[part])]
+        )[0]
+    custom: Any = mx.custom_function
 
-    @mx.custom_function
+    # Around all chunks and not one by one: the gradient of a slice is an array of the whole size, zeros around it.
+    @custom
     def both(h: mx.array) -> list[mx.array]:
-        logits = head(h)  # [s, V]
-        losses, slopes = _losses_and_slopes(logits.astype(mx.float32), targets)
-        _, (gradient,) = mx.vjp(head, [h], [slopes.astype(logits.dtype)])  # [s, D]
-        # Weighed here and not in the slopes: a [s, V] less, and in a half type slopes over many tokens underflow.
-        value = mx.sum(mx.where(weights > 0, losses * weights, 0))
-        weighed = mx.where(weights[:, None] > 0, gradient.astype(mx.float32) * weights[:, None], 0)
-        return [value, weighed.astype(h.dtype)]
+        loss, gradients = total(
+            h, lambda rows, part: _with_gradient(head, rows, targets[part], weights[part])
+        )
+        return [loss, mx.concatenate(gradients)]
 
     @both.vjp
     def _(primals, cotangents, outputs):
         return (cotangents[0] * outputs[1]).astype(primals.dtype)
 
-    return both  # type: ignore[return-value]
+    return both(hidden)[0]
+
+
+def _with_gradient(head: Head, h: mx.array, targets: mx.array, weights: mx.array) -> list[mx.array]:
+    """The summed loss of a chunk and its gradient in h, [s, D]."""
+    logits = head(h)  # [s, V]
+    losses, slopes = _losses_and_slopes(logits.astype(mx.float32), targets)
+    _, (gradient,) = mx.vjp(head, [h], [slopes.astype(logits.dtype)])
+    # Weighed here and not in the slopes: a [s, V] less, and in a half type slopes over many tokens underflow.
+    value = mx.sum(mx.where(weights > 0, losses * weights, 0))
+    weighed = mx.where(weights[:, None] > 0, gradient.astype(mx.float32) * weights[:, None], 0)
+    return [value, weighed.astype(h.dtype)]
 
 
 def _losses_and_slopes(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

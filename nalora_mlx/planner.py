@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -29,12 +30,11 @@ from mlx.utils import tree_flatten, tree_map
 from nalora_mlx.adapters import report_of
 from nalora_mlx.batches import (
     PAD_TO,
-    SCORED_PER_DOUBLING,
     Batch,
     epoch_batches,
     epoch_packs,
     padded_length,
-    rounded,
+    rounded_scored,
 )
 from nalora_mlx.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.data import Example
@@ -49,6 +49,7 @@ LEAST = 8  # times the trainable parameters that a trial must need beside what i
 FAR = 4  # times the length that was measured: beyond it nothing is said
 MOST = 2**20  # rows, or tokens: as good as without limit
 RAM_SHARE = 0.8  # of a machine without a recommended working set
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def heaviest(examples: Sequence[Example], config: TrainingConfig, workers: Worke
         for rows in epoch_batches(examples, config.batch_size, config.seed, 0):
             length = padded_length(examples[row] for row in rows)
             scored = sum(supervised[row] for row in rows)
-            sizes.append(Size(len(rows), length, rounded(scored, SCORED_PER_DOUBLING)))
+            sizes.append(Size(len(rows), length, rounded_scored(scored, len(rows) * length)))
     most = max(sizes, key=lambda size: (size.tokens, size.length, size.scored))
     return most.with_shape(math.ceil(most.rows / workers.size), most.length)
 
@@ -189,9 +190,10 @@ class Planner:
 
 
 def _trials(size: Size) -> list[Size]:
-    """Three shapes that tell tokens from squares, the largest last, of at most three quarters of the tokens."""
+    """Three shapes that tell tokens from squares, the largest last, of half the tokens if there are enough."""
     if size.rows == 1:
-        return [size.with_shape(1, max(PAD_TO, size.length * part // 4)) for part in (1, 2, 3)]
+        parts = (0.125, 0.25, 0.5) if size.length >= 2 * ENOUGH else (0.25, 0.5, 0.75)
+        return [size.with_shape(1, max(PAD_TO, int(size.length * part))) for part in parts]
     half = max(PAD_TO, size.length // 2)
     rows = min(max(1, ENOUGH // half), size.rows // 2)
     return [size.with_shape(rows, half), size.with_shape(2 * rows, half), size.with_shape(rows, 2 * half)]
@@ -254,11 +256,12 @@ def at_most(model: nn.Module, size: Size) -> float:
     Every layer is taken to keep eight times what its projections and norms put out, and its attention scores, and the
     head to make far more than a chunk of logits: several times the truth, but enough to know that a small run fits.
     """
-    heads = getattr(getattr(model, "args", None), "num_attention_heads", None)
+    args = getattr(model, "args", None)
+    heads, chosen = (getattr(args, name, None) for name in ("num_attention_heads", "num_experts_per_tok"))
     if not isinstance(heads, int):
         return math.inf
     outputs = sum(
-        module.weight.shape[-2] if module.weight.ndim > 1 else module.weight.shape[-1]
+        _outputs(module.weight, chosen)
         for layer in model.layers
         for _, module in layer.named_modules()
         if isinstance(module.get("weight"), mx.array)
@@ -266,6 +269,15 @@ def at_most(model: nn.Module, size: Size) -> float:
     scores = len(model.layers) * heads * size.length
     weights, trained = _nbytes(model.parameters()), _nbytes(model.trainable_parameters())
     return weights + 8 * trained + 32 * size.tokens * (outputs + scores) + 16 * CHUNK_BYTES
+
+
+def _outputs(weight: mx.array, experts_per_token: Any) -> int:
+    """How many numbers a module makes of a token, from the shape of its weight."""
+    if weight.ndim == 1:
+        return weight.size
+    if weight.ndim == 2:
+        return weight.shape[0]
+    return weight.shape[-2] * (experts_per_token if isinstance(experts_per_token, int) else weight.shape[0])
 
 
 @dataclass(frozen=True)
@@ -384,4 +396,14 @@ def default_budget() -> int:
     recommended = mx.device_info().get("max_recommended_working_set_size")
     if mx.default_device() != mx.Device(mx.cpu) and isinstance(recommended, int):
         return recommended
-    return int(RAM_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return int(RAM_SHARE * min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _container_limit()))
+
+
+def _container_limit() -> float:
+    """What the container that this process runs in may use; infinite without one."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups 2 and 1
+        try:
+            return int((CGROUPS / name).read_text())
+        except (OSError, ValueError):  # not there, or the word max
+            continue
+    return math.inf

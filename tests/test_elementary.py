@@ -9,6 +9,12 @@ from nalora_mlx import elementary
 from nalora_mlx.losses import cross_entropy_sum
 
 
+@pytest.fixture(autouse=True)
+def vectorized():
+    with elementary.vectorized():
+        yield
+
+
 def test_exp_is_right_to_a_unit_in_the_last_place():
     x = np.linspace(-87, 0, 1_000_001).astype(np.float32)
     got = np.array(elementary.exp_of_negative(mx.array(x))).astype(np.float64)
@@ -38,9 +44,26 @@ def test_gradient_of_the_sigmoid():
         np.testing.assert_allclose(gradient(z), exact * (1 - exact), rtol=1e-5, atol=1e-7)
 
 
-def test_half_types_are_mlxs_own():
-    z = mx.random.normal((64,)).astype(mx.bfloat16)
-    assert mx.array_equal(elementary.sigmoid(z), mx.sigmoid(z))
+def test_tanh():
+    z = np.linspace(-50, 50, 100_001).astype(np.float32)
+    np.testing.assert_allclose(elementary.tanh(mx.array(z)), np.tanh(z.astype(np.float64)), atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("sigmoid", mx.bfloat16), ("tanh", mx.float16), ("tanh", mx.bfloat16)]
+)
+def test_half_types_are_mlxs_own(name, dtype):
+    z = mx.random.normal((64,)).astype(dtype)
+    assert mx.array_equal(getattr(elementary, name)(z), getattr(mx, name)(z))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_outside_of_training_the_bits_are_mlxs_own(name):
+    z, ours, theirs = mx.random.normal((4096,)), getattr(elementary, name), getattr(mx, name)
+    assert not mx.array_equal(ours(z), theirs(z))
+    token = elementary._on.set(False)
+    assert mx.array_equal(ours(z), theirs(z))
+    elementary._on.reset(token)
 
 
 def test_logsumexp():

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from mlx_lm.models import mixtral
 
+from nalora_mlx import planner
 from nalora_mlx.adapters import adapt
-from nalora_mlx.batches import PAD_TO, epoch_batches, rounded, training_batches
+from nalora_mlx.batches import PAD_TO, epoch_batches, rounded_scored, training_batches
 from nalora_mlx.config import NALoRAConfig, RunConfig, TrainingConfig
 from nalora_mlx.data import Example
 from nalora_mlx.distributed import Workers
@@ -247,8 +249,6 @@ def test_what_is_advised_fits():
 
 
 def test_a_run_that_fits_by_far_is_not_looked_at(monkeypatch):
-    from nalora_mlx import planner
-
     built, examples = model(), rows(8, 64)
     monkeypatch.setattr(planner, "plan", lambda *a: pytest.fail("measured although nothing can go wrong"))
     assert advice(built, examples, RunConfig(memory_budget=2**40), lambda: None) == []
@@ -268,7 +268,26 @@ def test_the_heaviest_batch():
     found = heaviest(examples, config)
     # The longest row is in a batch of its own, the last one: fewer tokens than two shorter rows.
     assert [len(rows) for rows in epoch_batches(examples, 2, 0, 0) if 2 in rows] == [1]
-    assert found == Size(2, 56, rounded(40 + 5, 2))
+    assert found == Size(2, 56, rounded_scored(40 + 5, 2 * 56))
     assert heaviest(examples, config, Workers(0, 2)) == replace(found, rows=1, scored=round(found.scored / 2))
     packed = heaviest(examples, replace(config, packing=True))
     assert (packed.rows, packed.length, packed.packed) == (2, 64, True)
+
+
+def test_the_budget_is_that_of_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(planner, "CGROUPS", tmp_path)
+    machine = planner.default_budget()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert planner.default_budget() == machine
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert planner.default_budget() == 800000
+
+
+def test_no_bound_by_shapes_is_below_the_peak_of_experts():
+    """Each token runs through several experts."""
+    args = llama_args(model_type="mixtral", num_local_experts=8, num_experts_per_tok=8, intermediate_size=256)
+    built = build_model(module=mixtral, args=args)
+    adapt(built, NALoRAConfig(num_layers=-1))
+    size = Size(8, 256, 64)
+    found = plan(built, size, TrainingConfig(), optim.Adam(1e-3), 2**40)
+    assert found.needed < planner.at_most(built, size) - 16 * planner.CHUNK_BYTES
