@@ -50,9 +50,14 @@ def run(args: argparse.Namespace) -> None:
     from nalora_mlx.models import load_model, local_directory
 
     model, tokenizer, config = load_model(args.model, args.trust_remote_code)
+    source = local_directory(args.model)
     if args.export_gguf:
-        _check_gguf(target, args.gguf_path, config)
+        _check_gguf(target, args.gguf_path, source)
+    if args.dequantize:
+        _dequantize_scaled_experts(model)
     load_any_adapter(model, Path(args.adapter_path).expanduser())
+    if not args.dequantize:
+        _check_layers(model, args.bits)
     model.eval()
     adapted = any("lora_a" in module for _, module in model.named_modules())
     reference = take_reference(model, tokenizer) if adapted else None
@@ -67,12 +72,7 @@ def run(args: argparse.Namespace) -> None:
     if kept:
         print(f"kept: {kept}")
         if kept.mostly_lost and not args.force:
-            better = "--dequantize" if args.bits == "8" else "--bits 8 or --dequantize"
-            raise InputError(
-                f"--bits {args.bits}: the merged model loses most of what the adapter does ({kept}); "
-                f"give {better}, or --force to write it all the same"
-            )
-    source = local_directory(args.model)
+            raise InputError(_refusal(args, str(kept), "quantization" in config))
     with new_directory(target) as temporary:
         save(temporary, source, model, tokenizer, config, donate_model=False)
         _write_card(args, temporary, source, str(kept) if kept else None)
@@ -114,6 +114,54 @@ def _check_target(target: Path, args: argparse.Namespace) -> None:
         )
 
 
+def _dequantize_scaled_experts(model: "nn.Module") -> None:
+    """Make experts dense that have a scale for each expert, which mlx-lm's dequantize_model leaves out."""
+    import mlx.core as mx
+    from mlx.utils import tree_unflatten
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    made = []
+    for path, old in model.named_modules():
+        if isinstance(old, QuantizedSwitchLinear) and old.global_scale is not None:
+            new = SwitchLinear(1, 1, 1, bias=False)
+            how = {"group_size": old.group_size, "bits": old.bits, "mode": old.mode}
+            parts = zip(old.weight, old.scales, old.global_scale, strict=True)
+            new.weight = mx.stack([mx.dequantize(w, s, **how, global_scale=whole) for w, s, whole in parts])
+            if "bias" in old:
+                new.bias = old.bias
+            made.append((path, new))
+    model.update_modules(tree_unflatten(made))
+
+
+def _check_layers(model: "nn.Module", bits: str) -> None:
+    """Refuse to merge into a quantized layer that has no such bits."""
+    for path, module in model.named_modules():
+        base = module.get("linear", module.get("embedding")) if "lora_a" in module else None
+        if base is None or "scales" not in base:
+            continue
+        columns = base.scales.shape[-1] * base.group_size
+        if base.get("global_scale") is not None:
+            raise InputError(f"--bits {bits}: {path} has a scale for each expert; give --dequantize")
+        if bits != "same" and base.mode != "affine" and columns % 32:
+            raise InputError(
+                f"--bits {bits}: {path} has rows of {columns}, no multiple of the 32 that share a scale at these "
+                "bits; give --bits same or --dequantize"
+            )
+
+
+def _refusal(args: argparse.Namespace, kept: str, quantized: bool) -> str:
+    """Why a merge that loses the effect is not written, and what could help."""
+    lost = f"the merged model loses most of what the adapter does ({kept})"
+    if quantized:
+        better = "--dequantize" if args.bits == "8" else "--bits 8 or --dequantize"
+        return f"--bits {args.bits}: {lost}; give {better}, or --force to write it all the same"
+    flag = "--dequantize" if args.dequantize else f"--model {args.model}"
+    return (
+        f"{flag}: {lost}, for the update is finer than weights of 16 bits; use the adapter unmerged, or give "
+        "--force to write it all the same"
+    )
+
+
 def _describe_bits(config: dict[str, Any], merged: "dict[str, nn.Module]") -> None:
     """Tell the config about layers whose bits differ from the model's, so that mlx-lm loads them."""
     quantization = config.get("quantization")
@@ -127,11 +175,13 @@ def _describe_bits(config: dict[str, Any], merged: "dict[str, nn.Module]") -> No
 def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: str | None) -> None:
     """Put our model card in the place of mlx-lm's."""
     from nalora_mlx.adapters import read_description
+    from nalora_mlx.checkpoint import read_json
     from nalora_mlx.model_card import write_card
     from nalora_mlx.models import card_metadata, is_hub_name, original_name
 
     adapter = Path(args.adapter_path).expanduser()
-    name = args.model if is_hub_name(args.model) else original_name(args.model, source, {})
+    config = read_json(source / "config.json")
+    name = args.model if is_hub_name(args.model) else original_name(args.model, source, config)
     write_card(
         directory,
         title=args.upload_repo or Path(args.save_path).expanduser().resolve().name,
@@ -143,13 +193,13 @@ def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: s
     )
 
 
-def _check_gguf(target: Path, name: str, config: dict[str, Any]) -> None:
-    """Refuse here, not after the model is written."""
-    from nalora_mlx.export.gguf_model import architecture_of, check_output
+def _check_gguf(target: Path, name: str, base: Path) -> None:
+    """Refuse here, not after the model is written: the merged model will have the base's form and tokens."""
+    from nalora_mlx.export.gguf_model import check_output, plan_gguf
 
-    architecture_of(config)
     if not (target / name).is_relative_to(target):  # what is in the directory goes with it
         check_output(target / name, overwrite=False)
+    plan_gguf(base, "f16")
 
 
 def _export_gguf(model: Path, name: str, tokenizer: Any) -> None:

@@ -1,12 +1,12 @@
 """The model card (README.md) of a merged model: where it comes from, how it was trained, what was measured."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx import __version__
 from nalora_mlx.metrics import METRICS_FILE
+from nalora_mlx.models import OUR_TAG, is_hub_name
 from nalora_mlx.record import RECORD_FILE
 
 NAMES = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}
@@ -50,7 +50,7 @@ def write_card(
 
     kind = NAMES.get(description.get("fine_tune_type", "lora"), "LoRA")
     method = f"NA-{kind}" if kind == "LoRA" and "na_lora" in description else kind
-    tags = ["mlx", "nalora-mlx", *(["lora"] if kind == "LoRA" else [])]
+    tags = ["mlx", OUR_TAG, *(["lora"] if kind == "LoRA" else [])]
     data = ModelCardData(
         library_name="mlx",
         pipeline_tag="text-generation",
@@ -104,13 +104,14 @@ def _settings(description: dict[str, Any], run: dict[str, Any]) -> dict[str, Any
 
 
 def public(value: Any) -> Any:
-    """A setting as others may read it: of a path only its last part."""
+    """A setting as others may read it: of a path only its last part; OWNER/NAME of the Hub as it is."""
     if isinstance(value, list | tuple):
         return ", ".join(str(public(item)) for item in value)
-    is_path = isinstance(value, str) and (
-        value[:1] in ("/", "~", ".") or "\\" in value or os.path.exists(value)
-    )
-    return Path(value.replace("\\", "/")).name if is_path else value
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {public(item)}" for key, item in value.items())
+    if not isinstance(value, str) or is_hub_name(value):
+        return value
+    return value.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def _results(path: Path) -> dict[str, Any]:

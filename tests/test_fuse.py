@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from typing import ClassVar
 
 import mlx.core as mx
@@ -10,17 +12,41 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load
+from mlx_lm import generate
+from mlx_lm.models import llama, qwen3_moe
+from mlx_lm.utils import dequantize_model, load
 
 from nalora_mlx import checkpoint, fidelity
 from nalora_mlx.__main__ import main
-from nalora_mlx.adapters import adapt, adapt_dora, adapter_description, adapter_weights, fuse_model
+from nalora_mlx.adapters import (
+    adapt,
+    adapt_dora,
+    adapter_description,
+    adapter_weights,
+    fuse_model,
+    load_adapter,
+)
 from nalora_mlx.config import NALoRAConfig
+from nalora_mlx.model_card import public
 from tests.conftest import build_model, llama_args, random_adapters
+from tests.effect import close
 
 WIDE = llama_args(
     hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, eos_token_id=2
 )
+QUANTIZED = {"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}
+MOE = WIDE | {
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
 
 
 def quantized_model(seed=0):
@@ -34,13 +60,17 @@ def set_relative_size(model, size):
     """Give every update a norm of `size` times that of the weight that it changes."""
     for path, module in model.named_modules():
         if "lora_b" in module:
-            linear = module.linear
-            weight = mx.dequantize(
-                linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits
-            )
             module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(len(path)))
-            update = mx.linalg.norm(module.lora_a @ module.lora_b) * module.scale
-            module.lora_b = module.lora_b * (size * mx.linalg.norm(weight) / update)
+            update = mx.linalg.norm(module.delta())
+            module.lora_b = module.lora_b * (size * mx.linalg.norm(plain(module.linear)) / update)
+
+
+def plain(layer):
+    """The weight of a layer, dequantized if it is quantized."""
+    if "scales" not in layer:
+        return layer.weight.astype(mx.float32)
+    how = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **how)
 
 
 @pytest.fixture
@@ -49,9 +79,8 @@ def quantized(tokenizer_directory, tmp_path):
     return save_both(tokenizer_directory, tmp_path, quantized_model(), 0.1)
 
 
-def save_both(tokenizer_directory, tmp_path, model, size):
+def save_both(tokenizer_directory, tmp_path, model, size, config=WIDE | QUANTIZED):
     base = shutil.copytree(tokenizer_directory, tmp_path / "base")
-    config = WIDE | {"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}
     (base / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(base / "model.safetensors"), dict(tree_flatten(model.parameters())))
     adapt(model, NALoRAConfig(num_layers=-1, rank=4, scale=2.0))
@@ -103,11 +132,7 @@ def test_error_of_the_effect_at_a_relative_update_of_a_tenth(bits, most):
 
 
 def plain_weights(model):
-    return {
-        path: mx.dequantize(m.weight, m.scales, m.biases, m.group_size, m.bits)
-        for path, m in model.named_modules()
-        if "scales" in m
-    }
+    return {path: plain(m) for path, m in model.named_modules() if "scales" in m}
 
 
 def test_fusing_a_quantized_base_keeps_the_effect_and_reloads_in_unmodified_mlx_lm(
@@ -121,8 +146,6 @@ def test_fusing_a_quantized_base_keeps_the_effect_and_reloads_in_unmodified_mlx_
     effect = mx.linalg.norm(tuned(X) - plain(X))
     assert (mx.linalg.norm(fused(X) - tuned(X)) / effect).item() < 0.1
     ours, _ = load(str(base))
-    from nalora_mlx.adapters import load_adapter
-
     load_adapter(ours, adapter)
     fuse_model(ours)
     np.testing.assert_array_equal(np.array(ours(X)), np.array(fused(X)))
@@ -132,6 +155,59 @@ def test_fusing_a_quantized_base_keeps_the_effect_and_reloads_in_unmodified_mlx_
     assert before[name].dtype == mx.uint32
     assert mx.array_equal(before[name], after[name])
     assert "kept: KL divergence" in capsys.readouterr().out
+
+
+BASES = {  # (module, args, group size, bits, mode)
+    "affine": (llama, WIDE, 64, 4, "affine"),
+    "mxfp4": (llama, WIDE, 32, 4, "mxfp4"),
+    "experts": (qwen3_moe, MOE, 64, 4, "affine"),
+}
+# Flags -> the largest error of the effect; at 4 bits it is mostly lost.
+MODES = {(): 0.1, ("--dequantize",): 0.05, ("--bits", "same", "--force"): 2.0}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_every_mode_reloads_in_unmodified_mlx_lm(tokenizer_directory, tmp_path, kind):
+    module, args, group_size, bits, mode = BASES[kind]
+    model = build_model(module=module, args=args, gain=1.0)
+
+    def predicate(path, layer):
+        return hasattr(layer, "to_quantized") and not path.endswith("mlp.gate")
+
+    nn.quantize(model, group_size, bits, mode=mode, class_predicate=predicate)
+    config = args | {"quantization": {"group_size": group_size, "bits": bits, "mode": mode}}
+    base, adapter = save_both(tokenizer_directory, tmp_path, model, 0.1, config)
+    alone, tuned = (load(str(base), adapter_path=a)[0](X) for a in (None, str(adapter)))
+    for flags, most in MODES.items():
+        output = tmp_path / "-".join(["fused", *flags])
+        assert fuse(base, adapter, output, *flags) == 0
+        theirs = load(str(output))[0]
+        error = mx.linalg.norm(theirs(X) - tuned) / mx.linalg.norm(tuned - alone)
+        assert error.item() < most, flags
+        ours, _ = load(str(base))
+        load_adapter(ours, adapter)
+        dequantize = "--dequantize" in flags
+        fuse_model(ours, None if "same" in flags else 8, dequantize)
+        ours = dequantize_model(ours) if dequantize else ours
+        np.testing.assert_array_equal(np.array(theirs(X)), np.array(ours(X)))
+        assert any("scales" in m for _, m in theirs.named_modules()) != dequantize
+
+
+def test_the_command_of_mlx_lm_answers_as_base_and_adapter_do(quantized, tmp_path):
+    base, adapter = quantized
+    assert fuse(base, adapter, tmp_path / "fused") == 0
+    prompt, count = "what colour is the cat ?", 8
+    answers = []
+    for path in (None, str(adapter)):
+        model, tokenizer = load(str(base), adapter_path=path)
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        answers.append(generate(model, tokenizer, text, max_tokens=count))
+    assert answers[0] != answers[1]
+    flags = ["--prompt", prompt, "--max-tokens", str(count), "--temp", "0", "--verbose", "False"]
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(tmp_path / "fused"), *flags]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == answers[1].strip()
 
 
 def test_a_merge_that_loses_the_effect_is_refused_before_anything_is_written(
@@ -146,6 +222,56 @@ def test_a_merge_that_loses_the_effect_is_refused_before_anything_is_written(
     assert fuse(base, adapter, tmp_path / "fused", "--bits", "same", "--force") == 0
     assert fuse(base, adapter, tmp_path / "dense", "--dequantize") == 0
     assert "quantization" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_full_precision_is_not_told_of_bits(tokenizer_directory, tmp_path, capsys):
+    """An update that is finer than bfloat16: neither --bits nor --dequantize would help."""
+    model = build_model(args=WIDE, dtype=mx.bfloat16, gain=1.0)
+    base, adapter = save_both(tokenizer_directory, tmp_path, model, 3e-4, WIDE)
+    assert fuse(base, adapter, tmp_path / "fused") == 2
+    error = capsys.readouterr().err
+    assert f"--model {base}: the merged model loses most of what the adapter does" in error
+    assert "use the adapter unmerged, or give --force" in error
+    assert "--bits" not in error
+    assert fuse(base, adapter, tmp_path / "fused", "--dequantize") == 2
+    assert "--dequantize: the merged model loses" in capsys.readouterr().err
+
+
+def test_rows_that_fill_no_group_of_the_new_bits_are_refused(tokenizer_directory, tmp_path, capsys):
+    args = WIDE | {"hidden_size": 48, "intermediate_size": 48}
+    model = build_model(args=args, gain=1.0)
+    # mlx cannot look such rows up.
+    nn.quantize(model, 16, 4, mode="nvfp4", class_predicate=lambda _, layer: isinstance(layer, nn.Linear))
+    config = args | {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4"}}
+    base, adapter = save_both(tokenizer_directory, tmp_path, model, 0.1, config)
+    assert fuse(base, adapter, tmp_path / "fused") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "has rows of 48, no multiple of the 32" in error
+    assert "give --bits same or --dequantize" in error
+    assert fuse(base, adapter, tmp_path / "fused", "--dequantize") == 0
+
+
+def test_experts_with_a_scale_of_their_own(tokenizer_directory, tmp_path, capsys):
+    """What mlx-lm's dequantize_model leaves out."""
+    model = build_model(module=qwen3_moe, args=MOE, gain=1.0)
+    special = {"group_size": 16, "bits": 4, "mode": "nvfp4", "global_scale": True}
+    path = "model.layers.1.mlp.switch_mlp.up_proj"
+    layer = model.model.layers[1].mlp.switch_mlp
+    exact = layer.up_proj.weight = layer.up_proj.weight * mx.array([1.0, 3.0, 0.3, 10.0])[:, None, None]
+    layer.up_proj = layer.up_proj.to_quantized(**special)
+    config = MOE | {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4", path: special}}
+    base, adapter = save_both(tokenizer_directory, tmp_path, model, 0.1, config)
+    assert fuse(base, adapter, tmp_path / "fused") == 2
+    assert f"{path} has a scale for each expert; give --dequantize" in capsys.readouterr().err
+    assert fuse(base, adapter, tmp_path / "fused", "--dequantize") == 0
+    arrays = dict(mx.load(str(adapter / "adapters.safetensors")))
+    update = 2.0 * (
+        arrays[f"{path}.lora_b"] @ arrays[f"{path}.lora_a"]
+    )  # mlx runs such a layer on a GPU alone
+    fused = dict(mx.load(str(tmp_path / "fused" / "model.safetensors")))[f"{path}.weight"]
+    for given, wanted in zip(fused, exact + update, strict=True):
+        assert (mx.linalg.norm(given - wanted) / mx.linalg.norm(wanted)).item() < 0.15
 
 
 def test_an_adapter_without_effect_is_no_reason_to_refuse(model_directory, tmp_path, capsys):
@@ -199,7 +325,7 @@ def test_the_reference_is_the_adapted_model_and_the_base_alone(attach, tokenizer
 # --- what stands beside the weights ------------------------------------------------------------------
 
 GENERATION = {"temperature": 0.3, "eos_token_id": [2]}
-HEAD = "---\nlicense: apache-2.0\nbase_model: [somebody/original]\nlanguage: [en]\n---\n# A card\n"
+HEAD = "---\nlicense: apache-2.0\nlibrary_name: mlx\nbase_model: [somebody/original]\nlanguage: [en]\n---\n# A card\n"
 
 
 @pytest.fixture
@@ -249,7 +375,8 @@ def test_everything_that_a_model_needs_is_written(whole, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "fused" / "generation_config.json").read_text()) == GENERATION
     theirs, tokenizer = load(str(tmp_path / "fused"))
     tuned, original = load(str(base), adapter_path=str(adapter))
-    np.testing.assert_allclose(np.array(theirs(X)), np.array(tuned(X)), rtol=0, atol=2e-5)
+    plain, _ = load(str(base))
+    close(np.array(theirs(X)), np.array(tuned(X)), np.array(plain(X)), 1e-5)
     message = [{"role": "user", "content": "what is the cat ?"}]
     assert tokenizer.apply_chat_template(message, tokenize=False) == original.apply_chat_template(
         message, tokenize=False
@@ -276,6 +403,25 @@ def test_the_card_says_what_it_is_and_nothing_of_this_machine(whole, tmp_path):
     card = ModelCard.load(tmp_path / "my-tune" / "README.md").data
     assert (card.base_model, card.license, card.library_name) == ("somebody/original", "apache-2.0", "mlx")
     assert {"mlx", "lora"} <= set(card.tags)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/me/no/such/place", "place"),
+        ("~/data", "data"),
+        ("../secret/data/", "data"),
+        ("home/me/secret/data", "data"),
+        ("C:\\Users\\me\\data", "data"),
+        ("C:/Users/me/data", "data"),
+        (["/home/me/a", "mlp.up_proj"], "a, mlp.up_proj"),
+        ({"path": "/home/me/data", "rows": 3}, "path: data, rows: 3"),
+        ("owner/data", "owner/data"),
+        (0.5, 0.5),
+    ],
+)
+def test_of_a_path_the_card_has_the_last_part(value, shown):
+    assert public(value) == shown
 
 
 # --- the Hub -----------------------------------------------------------------------------------------
@@ -348,4 +494,14 @@ def test_gguf_of_an_unknown_architecture_is_refused_before_the_model_is_written(
     flags = ["--export-gguf", "--gguf-path", str(tmp_path / "mine.gguf")]
     assert fuse(base, adapter, tmp_path / "fused", *flags) == 2
     assert "mine.gguf: exists" in capsys.readouterr().err
+    assert not (tmp_path / "fused").exists()
+
+
+def test_gguf_of_an_unknown_tokenizer_is_refused_before_the_model_is_written(whole, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    base, adapter = whole
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    assert fuse(base, adapter, tmp_path / "fused", "--export-gguf") == 2
+    assert "tokenizer.json: is a WordLevel tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "fused").exists()

@@ -62,9 +62,9 @@ def build_parser(prog: str) -> Parser:
 def run(args: argparse.Namespace) -> None:
     """Check the flags, then write."""
     _check(args)
-    from nalora_mlx.models import local_directory
+    from nalora_mlx.models import check_files
 
-    directory = local_directory(args.model)
+    directory = check_files(args.model)
     if args.format in ("mlx", "peft"):
         _adapter_directory(args, directory)
     else:

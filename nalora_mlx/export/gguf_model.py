@@ -1,5 +1,6 @@
 """A whole model as one GGUF file: read tensor by tensor, dequantized, merged, converted and written one at a time."""
 
+import glob
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from nalora_mlx.checkpoint import flush
 from nalora_mlx.errors import InputError
 from nalora_mlx.export.gguf_architectures import (
     ARCHITECTURES,
@@ -22,7 +24,7 @@ from nalora_mlx.export.gguf_architectures import (
     tensor_rows,
     write_metadata,
 )
-from nalora_mlx.export.gguf_tokenizer import Vocabulary, read_vocabulary
+from nalora_mlx.export.gguf_tokenizer import Vocabulary, compare_with_mlx_lm, read_vocabulary
 from nalora_mlx.export.gguf_types import (
     FILE_TYPES,
     byte_size,
@@ -120,18 +122,13 @@ def export_gguf(
     Raises InputError, before anything is written, for what llama.cpp could not run as mlx-lm does.
     """
     model_dir, output = Path(model_dir), Path(output)
-    check_type(type)
     check_output(output, overwrite)
-    arch = architecture_of(read_config(model_dir))
-    opened = open_model(model_dir)
-    args, config, sources = opened.args, opened.config, opened.sources
-    plan, unmapped = _plan(arch, args, sources, type)
-    if found := opened.problems + problems(arch, args, config) + unmapped:
-        raise InputError(f"{model_dir}: cannot become GGUF: {'; '.join(found)}")
-    vocabulary = read_vocabulary(model_dir, config, args.vocab_size)
+    plan = plan_gguf(model_dir, type)
+    arch, args, vocabulary, sources = plan.arch, plan.opened.args, plan.vocabulary, plan.opened.sources
+    config, tensors = plan.opened.config, plan.tensors
     if updates is not None:
-        sources = merged(sources, updates(opened))
-    del opened  # which holds the weights too
+        sources = merged(sources, updates(plan.opened))
+    del plan  # which holds the weights too
 
     writer = gguf.GGUFWriter(None, arch.gguf)
     writer.add_type("model")
@@ -143,13 +140,40 @@ def export_gguf(
     factors = rope_factors(arch, args)
     for factor_name, factor in factors.items():
         writer.add_tensor_info(factor_name, factor.shape, factor.dtype, factor.nbytes)
-    for tensor in plan:
+    for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, tensor.type)
-    size = sum(tensor.bytes for tensor in plan) + sum(factor.nbytes for factor in factors.values())
-    write_file(writer, output, _data(factors, plan, sources), size, progress)
-    chosen = [(tensor.shape, tensor.type) for tensor in plan]
+    size = sum(tensor.bytes for tensor in tensors) + sum(factor.nbytes for factor in factors.values())
+    write_file(writer, output, _data(factors, tensors, sources), size, progress)
+    chosen = [(tensor.shape, tensor.type) for tensor in tensors]
     said = notes(arch, args) + vocabulary.notes + fallback_notes(chosen, type)
-    return GgufReport(output, output.stat().st_size, len(plan) + len(factors), arch.gguf, type, said)
+    return GgufReport(output, output.stat().st_size, len(tensors) + len(factors), arch.gguf, type, said)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export would write of a model: its weights, the tensors they become, and its tokens."""
+
+    arch: Architecture
+    opened: Opened
+    tensors: list[Planned]
+    vocabulary: Vocabulary
+
+
+def plan_gguf(model_dir: Path, type: str) -> Plan:
+    """Look at all that an export needs, and write nothing.
+
+    Raises:
+        InputError: what llama.cpp could not run as mlx-lm does, or has no place for.
+    """
+    check_type(type)
+    arch = architecture_of(read_config(model_dir))
+    opened = open_model(model_dir)
+    tensors, unmapped = _plan_tensors(arch, opened.args, opened.sources, type)
+    if found := opened.problems + problems(arch, opened.args, opened.config) + unmapped:
+        raise InputError(f"{model_dir}: cannot become GGUF: {'; '.join(found)}")
+    vocabulary = read_vocabulary(model_dir, opened.config, opened.args.vocab_size)
+    vocabulary.notes += compare_with_mlx_lm(model_dir, vocabulary)
+    return Plan(arch, opened, tensors, vocabulary)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -184,7 +208,7 @@ def is_tied(sources: Mapping[str, Source]) -> bool:
     return not any(path in sources for path in ("lm_head.weight", "output.weight"))
 
 
-def _plan(
+def _plan_tensors(
     arch: Architecture, args: Any, sources: Mapping[str, Source], type: str
 ) -> tuple[list[Planned], list[str]]:
     """Name every tensor of the file and choose its type: (the plan, the paths that have no place in it)."""
@@ -261,6 +285,7 @@ def write_file(
     free = shutil.disk_usage(output.parent).free
     if free < size:
         raise InputError(f"{output}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")
+    _remove_left(output)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         writer.write_header_to_file(temporary)
@@ -274,11 +299,29 @@ def write_file(
             if progress:
                 progress(done, size)
         writer.flush()
-        for file in writer.fout:
-            os.fsync(file.fileno())
         writer.close()
+        flush(temporary)
         os.replace(temporary, output)
+        flush(output.parent)
     except BaseException:
         writer.close()
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _remove_left(output: Path) -> None:
+    """Remove what a killed export to the same name left; that of a process which still runs stays."""
+    for left in output.parent.glob(f".{glob.escape(output.name)}.*.part"):
+        number = left.name.split(".")[-2]
+        if number.isdigit() and not _runs(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -24,6 +24,14 @@ from nalora_mlx.export.gguf_sentencepiece import (
     pieces_from_proto,
 )
 
+# Texts on which tokenizers disagree: spaces, digits, case, marks of code, letters that are one or two characters.
+PROBES = (
+    *("a", " a", "a  b\t\tc\n\n  d \r\n e ", "2024 10.5 1,000", "I'LL don't WE'RE", "f(x)=[1]; //!?... a_b"),
+    "Stra\u00dfe \u00c5 e\u0301",
+    "\u65e5\u672c\u8a9e\u3002 \ud55c \u0e44\u0e17\u0e22",
+    "\U0001f642\u200d\u00a0",
+)
+
 
 @dataclass
 class Vocabulary:
@@ -88,6 +96,42 @@ def read_vocabulary(model_dir: Path, config: dict[str, Any], size: int) -> Vocab
     if count > 1:
         raise InputError(f"{path}: token {token!r} is there {count} times; llama.cpp does not load that")
     return vocabulary
+
+
+def compare_with_mlx_lm(model_dir: Path, vocabulary: Vocabulary) -> list[str]:
+    """Say where mlx-lm gives a text other tokens than the file that was read here does; empty if nowhere.
+
+    mlx-lm's tokenizer is made by the class that tokenizer_config.json names, and some of these take only vocabulary
+    and merges from tokenizer.json.
+    """
+    from mlx_lm.tokenizer_utils import load
+
+    path = model_dir / "tokenizer.json"
+    special = [t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL]
+    try:
+        theirs = load(model_dir)
+        if path.exists():
+            from tokenizers import Tokenizer
+
+            texts = [*PROBES, *(f"{token}a {token} a" for token in special[:8])]
+            wanted = [encoding.ids for encoding in Tokenizer.from_file(str(path)).encode_batch(texts)]
+            given = [list(theirs.encode(text)) for text in texts]
+        else:
+            from sentencepiece import SentencePieceProcessor
+
+            path, texts = model_dir / "tokenizer.model", list(PROBES)
+            wanted = SentencePieceProcessor(str(path)).encode(texts)
+            given = [list(theirs.encode(text, add_special_tokens=False)) for text in texts]
+    except (
+        Exception
+    ):  # code that the model brings along, or a package that is missing: nothing to compare with
+        return []
+    return [
+        f"mlx-lm's {type(theirs._tokenizer).__name__} gives some texts other tokens than {path.name}, {text!r} for "
+        f"one; the GGUF follows {path.name}"
+        for text, a, b in zip(texts, given, wanted, strict=True)
+        if a != b
+    ][:1]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -37,6 +37,11 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    # The other ways to start (pissa, olora, corda, loftq, ...) change the base model's weights when PEFT loads it.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 
 

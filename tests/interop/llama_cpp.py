@@ -110,7 +110,12 @@ class Llama:
     """A GGUF file in llama.cpp on the CPU: float32 KV cache, no flash attention, the tight comparison."""
 
     def __init__(
-        self, path: Path, *, lora: Path | None = None, context: int = 256, vocab_only: bool = False
+        self,
+        path: Path,
+        *,
+        loras: dict[Path, float] | None = None,
+        context: int = 256,
+        vocab_only: bool = False,
     ) -> None:
         self.llama = library()
         params = self.llama.llama_model_default_params()
@@ -128,16 +133,17 @@ class Llama:
         params.n_threads = params.n_threads_batch = 1  # more would wait for one another on a busy machine
         self.context = self.llama.llama_init_from_model(self.model, params)
         assert self.context, f"llama.cpp makes no context for {path.name}"
-        if lora is not None:  # it lives as long as the model
-            adapter = self.llama.llama_adapter_lora_init(self.model, str(lora).encode())
-            if not adapter:
-                raise LoadError(f"llama.cpp does not load {lora.name}")
-            assert (
-                self.llama.llama_set_adapters_lora(
-                    self.context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0)
-                )
-                == 0
-            )
+        if loras:
+            self._add(loras)
+
+    def _add(self, loras: dict[Path, float]) -> None:
+        """Add adapters with factors; they live as long as the model."""
+        adapters = [self.llama.llama_adapter_lora_init(self.model, str(path).encode()) for path in loras]
+        if not all(adapters):
+            raise LoadError(f"llama.cpp does not load one of {', '.join(path.name for path in loras)}")
+        count = len(adapters)
+        given = (c_void_p * count)(*adapters), count, (c_float * count)(*loras.values())
+        assert self.llama.llama_set_adapters_lora(self.context, *given) == 0
 
     def __enter__(self) -> "Llama":
         return self
@@ -168,8 +174,3 @@ class Llama:
         logits = np.ctypeslib.as_array(self.llama.llama_get_logits(self.context), shape).copy()
         self.llama.llama_batch_free(batch)
         return logits
-
-
-def relative_error(given: np.ndarray, expected: np.ndarray) -> float:
-    """Return the norm of the difference over the norm of what is expected."""
-    return float(np.linalg.norm(given - expected) / np.linalg.norm(expected))

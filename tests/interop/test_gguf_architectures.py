@@ -6,6 +6,7 @@ import pytest
 
 from nalora_mlx.export import gguf_architectures
 from nalora_mlx.export.gguf_architectures import ARCHITECTURES
+from tests.effect import relative_error
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import CONFIGS, PROMPT, VARIANTS, build, logits, save
 
@@ -24,7 +25,7 @@ def error_in_llama_cpp(tmp_path, model_type, changes):
     expected = logits(model)
     report = export_gguf(save(tmp_path / "model", model, config), tmp_path / "model.gguf", "f32")
     with llama_cpp.Llama(report.path) as llama:
-        return llama_cpp.relative_error(llama.logits(PROMPT), expected)
+        return relative_error(llama.logits(PROMPT), expected)
 
 
 @pytest.mark.parametrize("case", CASES)

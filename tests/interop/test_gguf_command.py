@@ -1,6 +1,5 @@
 """`nalora export gguf` and `nalora fuse --export-gguf`: what llama.cpp computes is base + adapter."""
 
-import numpy as np
 import pytest
 from mlx_lm.utils import load
 
@@ -9,6 +8,7 @@ from nalora_mlx.__main__ import main
 from nalora_mlx.adapters import adapt, adapter_description, adapter_weights, load_adapter
 from nalora_mlx.config import NALoRAConfig
 from tests.conftest import random_adapters
+from tests.effect import close
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import PROMPT, build, logits, save
 
@@ -22,7 +22,7 @@ def _llama_cpp():
 
 @pytest.fixture
 def base(tmp_path):
-    model, config = build("llama")
+    model, config = build("llama", num_hidden_layers=2)  # random layers amplify every rounding to f16
     return save(tmp_path / "base", model, config)
 
 
@@ -30,7 +30,7 @@ def base(tmp_path):
 def adapter(base, tmp_path):
     model, _ = load(str(base))
     adapt(model, NALoRAConfig(num_layers=-1, rank=4, scale=4.0))
-    random_adapters(model, size=0.02)
+    random_adapters(model, size=0.1)
     files = {
         "adapters.safetensors": checkpoint.arrays_writer(adapter_weights(model)),
         "adapter_config.json": checkpoint.json_writer(adapter_description(model)),
@@ -44,17 +44,16 @@ def test_llama_cpp_computes_base_plus_adapter(command, base, adapter, tmp_path):
     tuned, _ = load(str(base))
     load_adapter(tuned, adapter)
     want = logits(tuned)
-    plain, _ = load(str(base))
-    assert np.abs(want - logits(plain)).max() > 0.1 * np.abs(want).max()
+    plain = logits(load(str(base))[0])
     where = ["--model", str(base), "--adapter-path", str(adapter)]
     if command == "export":
         path, tolerance = tmp_path / "out.gguf", 1e-5
         assert main(["export", "gguf", *where, "--output", str(path), "--type", "f32"]) == 0
     else:
-        path, tolerance = tmp_path / "fused" / "out.gguf", 5e-3
+        path, tolerance = tmp_path / "fused" / "out.gguf", 2e-3
         flags = ["--save-path", str(tmp_path / "fused"), "--export-gguf", "--gguf-path", "out.gguf"]
         assert main(["fuse", *where, *flags]) == 0
     with llama_cpp.Llama(path) as model:
-        assert llama_cpp.relative_error(model.logits(PROMPT), want) < tolerance
+        close(model.logits(PROMPT), want, plain, tolerance)
     name = gguf.GGUFReader(path).fields["general.name"].contents()
     assert name == ("base" if command == "export" else "fused")

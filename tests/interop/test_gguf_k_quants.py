@@ -14,6 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from nalora_mlx.errors import InputError
+from tests.effect import relative_error
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import PROMPT, build, logits, save
 
@@ -80,7 +81,7 @@ def test_values_come_back(name):
     data = gguf_types.quantize(values, wanted, by_llama_cpp=True)
     assert data.size == gguf_types.byte_size(values.shape, wanted)
     back = gguf.quants.dequantize(data.reshape(37, -1), wanted)
-    error = llama_cpp.relative_error(back, values)
+    error = relative_error(back, values)
     assert 0 < error < ERRORS[name]
     # Rows are alone: the threads that share them change nothing.
     one = gguf_types.quantize(values[5:6], wanted, by_llama_cpp=True)
@@ -107,7 +108,7 @@ def test_llama_cpp_computes_with_k_quants(tmp_path, type):
     before = logits(model)
     model.load_weights(rounded)
     with llama_cpp.Llama(report.path) as llama:
-        assert llama_cpp.relative_error(llama.logits(PROMPT), logits(model)) < 0.08
+        assert relative_error(llama.logits(PROMPT), logits(model)) < 0.08
     assert not np.array_equal(before, logits(model))
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from mlx_lm.utils import load
 
 from nalora_mlx import checkpoint
 from nalora_mlx.__main__ import main
@@ -10,6 +11,7 @@ from nalora_mlx.config import NALoRAConfig
 from nalora_mlx.export import gguf_adapter
 from nalora_mlx.export.gguf_architectures import ARCHITECTURES
 from tests.conftest import random_adapters
+from tests.effect import close, effect_of, relative_error
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import PROMPT, build, logits, save
 
@@ -29,13 +31,13 @@ CASES |= {
 }
 
 
-def prepare(tmp_path, model_type, changes, keys, attach=adapt):
+def prepare(tmp_path, model_type, changes, keys, attach=adapt, seed=7):
     """(base directory, adapter directory, logits of the base, of base + adapter)."""
     model, config = build(model_type, **changes)
     base = save(tmp_path / "base", model, config)
     plain = logits(model)
     attach(model, NALoRAConfig(num_layers=-1, rank=4, scale=3.0, keys=keys))
-    random_adapters(model, size=0.1)
+    random_adapters(model, seed=seed, size=0.1)
     model.eval()
     files = {
         "adapters.safetensors": checkpoint.arrays_writer(adapter_weights(model)),
@@ -49,43 +51,52 @@ def export(format, base, output, *flags):
     return main(["export", format, "--model", str(base), "--output", str(output), *map(str, flags)])
 
 
-def errors(tmp_path, model_type, changes, keys):
-    """Errors of llama.cpp for the base and for base + adapter; the adapter's effect, all relative."""
-    base, adapter, plain, tuned = prepare(tmp_path, model_type, changes, keys)
+def with_adapter(tmp_path, base, adapter):
+    """llama.cpp's logits for the base and for base + adapter."""
     assert export("gguf", base, tmp_path / "base.gguf", "--type", "f32") == 0
     assert export("gguf-lora", base, tmp_path / "lora.gguf", "--adapter-path", adapter) == 0
     with llama_cpp.Llama(tmp_path / "base.gguf") as llama:
-        alone = llama_cpp.relative_error(llama.logits(PROMPT), plain)
-    with llama_cpp.Llama(tmp_path / "base.gguf", lora=tmp_path / "lora.gguf") as llama:
-        both = llama_cpp.relative_error(llama.logits(PROMPT), tuned)
-    return alone, both, llama_cpp.relative_error(plain, tuned)
+        alone = llama.logits(PROMPT)
+    with llama_cpp.Llama(tmp_path / "base.gguf", loras={tmp_path / "lora.gguf": 1.0}) as llama:
+        return alone, llama.logits(PROMPT)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_computes_base_plus_adapter(tmp_path, case):
     model_type, changes, keys = CASES[case]
-    alone, both, effect = errors(tmp_path, model_type, changes, keys)
+    base, adapter, plain, tuned = prepare(tmp_path, model_type, changes, keys)
+    alone, both = with_adapter(tmp_path, base, adapter)
     tolerance = 1e-3 if model_type in GELU else 1e-5
-    assert effect > 100 * tolerance
-    assert alone < tolerance
-    assert both < tolerance
+    assert relative_error(alone, plain) < tolerance
+    close(both, tuned, plain, tolerance)
 
 
 def test_the_comparison_notices_rows_that_are_not_moved(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_adapter, "tensor_rows", lambda arch, args, path: [(path, None)])
-    _, both, _ = errors(tmp_path, "llama", {}, ("self_attn.q_proj", "self_attn.k_proj"))
-    assert both > 2e-3
+    base, adapter, _, tuned = prepare(tmp_path, "llama", {}, ("self_attn.q_proj", "self_attn.k_proj"))
+    assert relative_error(with_adapter(tmp_path, base, adapter)[1], tuned) > 2e-3
 
 
 def test_two_adapters_in_one_file(tmp_path):
-    base, first, _, _ = prepare(tmp_path, "llama", {}, ("self_attn.q_proj",))
+    """With factors: what llama.cpp makes of both files, and mlx-lm of the sum that `export mlx` writes."""
+    base, first, plain, _ = prepare(tmp_path, "llama", {}, ("self_attn.q_proj",))
     (tmp_path / "two").mkdir()
-    _, second, _, tuned = prepare(tmp_path / "two", "llama", {}, ("self_attn.q_proj", "mlp.up_proj"))
-    flags = ["--adapter-path", first, "--weight", "0", "--adapter-path", second, "--weight", "1"]
-    assert export("gguf-lora", base, tmp_path / "lora.gguf", *flags) == 0
+    _, second, _, _ = prepare(tmp_path / "two", "llama", {}, ("self_attn.q_proj", "mlp.up_proj"), seed=8)
+    flags = ["--adapter-path", first, "--weight", "1", "--adapter-path", second, "--weight", "0.5"]
+    assert export("mlx", base, tmp_path / "sum", *flags) == 0
+    tuned = logits(load(str(base), adapter_path=str(tmp_path / "sum"))[0])
     assert export("gguf", base, tmp_path / "base.gguf", "--type", "f32") == 0
-    with llama_cpp.Llama(tmp_path / "base.gguf", lora=tmp_path / "lora.gguf") as llama:
-        assert llama_cpp.relative_error(llama.logits(PROMPT), tuned) < 1e-5
+    assert export("gguf-lora", base, tmp_path / "sum.gguf", *flags) == 0
+    files = {tmp_path / "first.gguf": (first, 1.0), tmp_path / "second.gguf": (second, 0.5)}
+    for file, (adapter, _) in files.items():
+        assert export("gguf-lora", base, file, "--adapter-path", adapter) == 0
+    apart = {file: factor for file, (_, factor) in files.items()}
+    for loras in ({tmp_path / "sum.gguf": 1.0}, apart):
+        with llama_cpp.Llama(tmp_path / "base.gguf", loras=loras) as llama:
+            close(llama.logits(PROMPT), tuned, plain, 1e-5)
+    one = {tmp_path / "first.gguf": 1.0}  # that the second matters too
+    with llama_cpp.Llama(tmp_path / "base.gguf", loras=one) as llama:
+        effect_of(tuned, llama.logits(PROMPT), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -112,22 +123,22 @@ def test_a_merge_on_the_way_to_gguf_is_exact(tmp_path, attach):
     """LoRA and DoRA, experts and fused projections apart, weight by weight in float32."""
     base, adapter, plain, tuned = prepare(tmp_path, "llama", UNTIED, (*HEAD, "self_attn.k_proj"), attach)
     assert export("gguf", base, tmp_path / "whole.gguf", "--type", "f32", "--adapter-path", adapter) == 0
-    assert llama_cpp.relative_error(plain, tuned) > 1e-3
     with llama_cpp.Llama(tmp_path / "whole.gguf") as llama:
-        assert llama_cpp.relative_error(llama.logits(PROMPT), tuned) < 1e-5
+        close(llama.logits(PROMPT), tuned, plain, 1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "internlm2", "phi3"])
 def test_a_merge_of_experts_and_shared_projections_is_exact(tmp_path, model_type):
-    base, adapter, _, tuned = prepare(tmp_path, model_type, {}, None)
+    base, adapter, plain, tuned = prepare(tmp_path, model_type, {}, None)
     assert export("gguf", base, tmp_path / "whole.gguf", "--type", "f32", "--adapter-path", adapter) == 0
     with llama_cpp.Llama(tmp_path / "whole.gguf") as llama:
-        assert llama_cpp.relative_error(llama.logits(PROMPT), tuned) < 1e-5
+        close(llama.logits(PROMPT), tuned, plain, 1e-5)
 
 
 def test_fully_trained_weights_go_into_gguf(tmp_path):
     model, config = build("llama")
     base = save(tmp_path / "base", model, config)
+    plain = logits(model)
     name = "model.layers.5.mlp.up_proj.weight"
     weight = -model.model.layers[5].mlp.up_proj.weight
     files = {
@@ -141,7 +152,7 @@ def test_fully_trained_weights_go_into_gguf(tmp_path):
         == 0
     )
     with llama_cpp.Llama(tmp_path / "whole.gguf") as llama:
-        assert llama_cpp.relative_error(llama.logits(PROMPT), logits(model)) < 1e-5
+        close(llama.logits(PROMPT), logits(model), plain, 1e-5)
 
 
 def test_the_file_says_what_it_is_and_not_where_it_was_made(tmp_path):

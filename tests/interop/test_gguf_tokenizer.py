@@ -1,9 +1,11 @@
 """Tokenizers in GGUF: llama.cpp gives the tokens that tokenizers and sentencepiece give."""
 
+import ast
 import io
 import json
 
 import pytest
+from mlx_lm.tokenizer_utils import load
 from tokenizers import (
     AddedToken,
     Regex,
@@ -18,7 +20,7 @@ from tokenizers import (
 
 from nalora_mlx.errors import InputError
 from nalora_mlx.export.gguf_pretokenizer import BYTE_LEVEL, DIGITS, PRE_TOKENIZERS
-from nalora_mlx.export.gguf_tokenizer import read_vocabulary
+from nalora_mlx.export.gguf_tokenizer import compare_with_mlx_lm, read_vocabulary
 from tests.interop import llama_cpp
 from tests.interop.nasty import ASCII, TEXT, TRAINING, UNCASED
 
@@ -47,8 +49,13 @@ def write(tmp_path, vocabulary):
 
 
 def same_tokens(tmp_path, tokenizer, text, *, affixes=False):
-    """Assert that llama.cpp gives `text` the tokens that `tokenizer` (of the tokenizers package) gives it."""
+    """Assert that llama.cpp gives `text` the tokens that `tokenizer` (of the tokenizers package) gives it.
+
+    So does mlx-lm, unless a note says that it does not.
+    """
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    if not (tmp_path / "tokenizer_config.json").exists():
+        (tmp_path / "tokenizer_config.json").write_text("{}")
     vocabulary, path = vocabulary_file(tmp_path, tokenizer.get_vocab_size())
     expected = tokenizer.encode(text, add_special_tokens=affixes)
     with llama_cpp.Llama(path, vocab_only=True) as llama:
@@ -57,6 +64,9 @@ def same_tokens(tmp_path, tokenizer, text, *, affixes=False):
         differing = next(i for i, (a, b) in enumerate(zip(given, expected.ids, strict=False)) if a != b)
         near = expected.offsets[differing][0]
         pytest.fail(f"differ at {text[max(0, near - 10) : near + 10]!r}")
+    notes = compare_with_mlx_lm(tmp_path, vocabulary)
+    assert notes or load(tmp_path).encode(text, add_special_tokens=affixes) == expected.ids
+    vocabulary.notes += notes
     return vocabulary
 
 
@@ -115,7 +125,8 @@ def test_bos_and_eos_are_added_as_in_the_template(tmp_path):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
     )
-    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
+    bos = {"__type": "AddedToken", "content": "<|im_start|>"}
+    settings = {"bos_token": bos, "eos_token": "<|im_end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     vocabulary = same_tokens(tmp_path, tokenizer, "Hello world", affixes=True)
     assert vocabulary.special == {"bos": 1, "eos": 2}
@@ -184,6 +195,54 @@ def test_the_regex_counts_before_a_name_from_gguf(tmp_path):
     vocabulary = same_tokens(tmp_path, byte_level([BYTE_LEVEL]), CHAT)
     assert vocabulary.pre == "gpt-2"
     assert any("smollm" in note for note in vocabulary.notes)
+
+
+# --- the classes of mlx-lm's tokenizers -----------------------------------------------------------------
+
+ROWS = {row.name: row.cuts for row in PRE_TOKENIZERS}
+# What makes a tokenizer.json, the class that tokenizer_config.json names, and whether mlx-lm reads the file as it is.
+CLASSES = [
+    ("smollm", "PreTrainedTokenizerFast", True),
+    ("smollm", "LlamaTokenizerFast", True),
+    ("smollm", "GPT2Tokenizer", False),
+    ("gpt-2", "GPT2Tokenizer", True),
+    ("gpt-2", "CodeGenTokenizer", True),
+    ("llama-bpe", "PreTrainedTokenizerFast", True),
+    ("qwen2", "Qwen2Tokenizer", True),
+    ("llama-bpe", "Qwen2Tokenizer", False),
+    ("gemma", "GemmaTokenizer", True),
+    ("gemma", "LlamaTokenizer", False),
+    ("llama", "LlamaTokenizer", False),
+    ("llama", "PreTrainedTokenizerFast", True),
+]
+
+
+@pytest.mark.parametrize(("made", "name", "same"), CLASSES)
+def test_a_note_says_where_mlx_lm_reads_the_file_otherwise(tmp_path, made, name, same):
+    if made in ROWS:
+        tokenizer = byte_level(ROWS[made], ignore_merges=made == "llama-bpe")
+        if made == "qwen2":
+            tokenizer.normalizer = normalizers.NFC()  # as the real one has
+    else:
+        tokenizer = converted(sentencepiece_model(user_defined_symbols=["<tool>"])[1], made)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    vocabulary = same_tokens(tmp_path, tokenizer, ASCII + UNCASED)
+    said = [note for note in vocabulary.notes if "gives some texts other tokens than tokenizer.json" in note]
+    assert [note.split()[1] for note in said] == ([] if same else [name])
+    theirs = load(tmp_path)
+    if not same:  # and the text that it names is one
+        text = ast.literal_eval(said[0].partition("tokenizer.json, ")[2].rpartition(" for one")[0])
+        assert theirs.encode(text) != tokenizer.encode(text).ids
+
+
+def test_a_sentencepiece_file_is_compared_too(tmp_path):
+    data, processor = sentencepiece_model(prefix=False)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    for more, same in (({}, False), ({"tokenizer_class": "PreTrainedTokenizerFast"}, True)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | more))
+        vocabulary, _ = vocabulary_file(tmp_path, processor.get_piece_size())
+        assert bool(compare_with_mlx_lm(tmp_path, vocabulary)) != same
 
 
 # --- SentencePiece -----------------------------------------------------------------------------------
