@@ -1,22 +1,10 @@
 """`nalora COMMAND` and `python -m nalora_mlx COMMAND`."""
 
-import importlib
 import sys
 
 from nalora_mlx import __version__
-from nalora_mlx.cli import EXIT_USAGE, execute
+from nalora_mlx.cli import COMMANDS, EXIT_USAGE, command, execute
 from nalora_mlx.strict import nearest
-
-COMMANDS = {
-    "lora": "fine-tune a model, evaluate it",
-    "fuse": "merge adapters into the weights",
-    "export": "write what other tools read: GGUF, PEFT, mlx-lm",
-    "generate": "answer one prompt",
-    "chat": "talk to a model, or to two side by side",
-    "serve": "answer over HTTP, as OpenAI's interface does",
-    "report": "show a run, or compare several: an HTML page and pictures",
-    "doctor": "check the machine, and what NA-LoRA would do with a model",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,9 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"nalora: error: no command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
-    module = importlib.import_module(
-        f"nalora_mlx.{name}" + (".__main__" if name in ("export", "report") else "")
-    )
+    module = command(name)
     return execute(f"nalora {name}", module.build_parser, module.run, argv[1:])
 
 

@@ -1,23 +1,39 @@
-"""`nalora chat`: talk to a model, with or without an adapter."""
+"""`nalora chat`: talk to a model, with or without an adapter, or to base and tuned model side by side."""
 
 import argparse
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Generator
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser
 from nalora_mlx.errors import InputError
 
-HELP = "/reset starts anew, /quit ends (q and r as in mlx_lm.chat work too)"
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from rich.console import Console, RenderableType
+
+COMMANDS = {
+    "/system TEXT": "set the system message, without TEXT remove it; the turns stay",
+    "/compare": "let base and tuned model answer side by side; once more: the tuned one alone",
+    "/reset": "forget all turns",
+    "/help": "list these",
+    "/quit": "end, as Ctrl-D does",
+}
+LETTERS = {"q": "/quit", "r": "/reset", "h": "/help"}  # mlx_lm.chat's commands
+NARROW = 80  # columns; below, two answers are shown one after the other
 
 
 def build_parser(prog: str) -> Parser:
-    """Take the flags of mlx_lm.chat for one machine."""
-    parser = Parser(prog=prog, description=f"Talk to a model. {HELP}.")
+    """Take the flags of mlx_lm.chat for one machine, and --compare."""
+    listed = "; ".join(f"{name}: {text}" for name, text in COMMANDS.items())
+    parser = Parser(prog=prog, description=f"Talk to a model. In the chat: {listed}. Ctrl-C stops an answer.")
     add = parser.add_argument
     add("--model", required=True, help="local model directory or Hugging Face repo")
     add("--adapter-path", help="directory of a trained adapter")
+    add("--compare", action="store_true", help="answer with and without the adapter, side by side")
     add("--system-prompt", help="system message")
     add("--max-tokens", "-m", type=int, default=256, help="longest answer in tokens (default: 256)")
     add("--temp", type=float, default=0.0, help="sampling temperature (default: 0, greedy)")
@@ -32,44 +48,86 @@ def build_parser(prog: str) -> Parser:
 
 
 class Conversation:
-    """A chat whose whole history is rendered each turn, and whose cache is kept as far as the text agrees."""
+    """A chat whose whole history is rendered each turn, and whose cache is kept as far as the text agrees.
+
+    Attributes:
+        messages: the system message if there is one, then the turns; a list that is replaced, never changed.
+        cut: whether the last answer ended at the limit of tokens.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, system_prompt: str | None, max_kv_size: int | None = None):
-        self.model, self.tokenizer, self.system_prompt = model, tokenizer, system_prompt
-        self.max_kv_size = max_kv_size
-        self.reset()
+        self.model, self.tokenizer, self.max_kv_size = model, tokenizer, max_kv_size
+        self.messages: list[dict[str, str]] = []
+        self.cached: list[int] = []
+        self.cut = False
+        self._drop_cache()
+        if system_prompt:
+            self.set_system(system_prompt)
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """The messages but the system message."""
+        return [message for message in self.messages if message["role"] != "system"]
+
+    def set_system(self, text: str) -> None:
+        """Set the system message, or remove it if the text is empty.
+
+        Raises:
+            InputError: the chat template refuses it, or leaves it out.
+        """
+        from jinja2 import TemplateError
+
+        system = [{"role": "system", "content": text}] if text else []
+        turn = [{"role": "user", "content": "x"}]
+        try:
+            taken = not text or self._render(system + turn) != self._render(turn)
+        except TemplateError:
+            taken = False
+        if not taken:
+            raise InputError("the model's chat template takes no system message")
+        self.messages = system + self.turns
 
     def reset(self) -> None:
         """Forget all turns."""
-        from mlx_lm.models.cache import make_prompt_cache
+        self.messages = [message for message in self.messages if message["role"] == "system"]
 
-        self.messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        self.cache = make_prompt_cache(self.model, self.max_kv_size)
-        self.cached: list[int] = []
-
-    def answer(self, text: str, **settings: Any) -> Iterator[str]:
-        """Yield the answer to a message piece by piece; it joins the history when it is whole."""
+    def answer(self, text: str, **settings: Any) -> Generator[str, None, None]:
+        """Yield the answer to a message piece by piece; both join the history when it is whole."""
         from mlx_lm import stream_generate
 
-        self.messages.append({"role": "user", "content": text})
-        prompt = list(
-            self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=False)
-        )
-        rest = self._agree(prompt)
-        answer, tokens = "", []
-        for response in stream_generate(
-            self.model, self.tokenizer, rest, prompt_cache=self.cache, **settings
-        ):
-            answer += response.text
-            tokens.append(response.token)
-            yield response.text
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._render(asked)
+        answer, tokens, response = "", [], None
+        try:
+            rest = self._agree(prompt)
+            for response in stream_generate(
+                self.model, self.tokenizer, rest, prompt_cache=self.cache, **settings
+            ):
+                answer += response.text
+                tokens.append(response.token)
+                yield response.text
+        except BaseException:  # Ctrl-C too, and a reader that goes away: what the cache holds is not known
+            self._drop_cache()
+            raise
         # mlx-lm feeds every token that it yields, the last one too, to be one step ahead.
         self.cached = prompt + tokens
-        self.messages.append({"role": "assistant", "content": answer})
+        self.cut = response is not None and response.finish_reason == "length"
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+        return list(
+            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        )
+
+    def _drop_cache(self) -> None:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self.cache = make_prompt_cache(self.model, self.max_kv_size)
+        self.cached = []
 
     def _agree(self, prompt: list[int]) -> list[int]:
         """Trim the cache to the longest common beginning; returns the tokens still to be read, at least one."""
-        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
         common = 0
         for old, new in zip(self.cached, prompt[:-1], strict=False):
@@ -80,8 +138,156 @@ class Conversation:
         if surplus and can_trim_prompt_cache(self.cache):
             trim_prompt_cache(self.cache, surplus)
         elif surplus:
-            self.cache, common = make_prompt_cache(self.model, self.max_kv_size), 0
+            self._drop_cache()
+            common = 0
         return prompt[common:]
+
+
+class Chat:
+    """What a person types, and what is shown of the answers.
+
+    Args:
+        console: where answers go; notes go to standard error unless a person types at a terminal.
+        tuned: the conversation with the model.
+        base: that with the model without its adapter, None if there is none.
+        settings: of mlx-lm's generator.
+    """
+
+    def __init__(
+        self, console: "Console", tuned: Conversation, base: Conversation | None, settings: dict[str, Any]
+    ):
+        self.console, self.tuned, self.base, self.settings = console, tuned, base, settings
+        self.comparing = False
+        self.typed = sys.stdin.isatty()
+
+    def loop(self) -> None:
+        """Take lines until the input ends, or a line ends the chat."""
+        if self.typed:
+            with suppress(ImportError):  # the arrow keys edit the line and bring back earlier ones
+                import readline  # noqa: F401
+        while True:
+            try:
+                line = input("> " if self.typed else "").rstrip()
+            except EOFError:
+                return
+            line = LETTERS.get(line, line)
+            if line == "/quit":
+                return
+            try:
+                if line.startswith("/"):
+                    self.command(*line.split(maxsplit=1))
+                elif line.strip():
+                    self.turn(line.strip())
+            except InputError as error:
+                self.note(str(error))
+
+    def command(self, name: str, text: str = "") -> None:
+        """Do what a line with a slash says.
+
+        Raises:
+            InputError: there is no such command, or it cannot be done.
+        """
+        everyone = [self.tuned] if self.base is None else [self.tuned, self.base]
+        if name == "/system":
+            for conversation in everyone:
+                conversation.set_system(text)
+        elif name == "/reset":
+            for conversation in everyone:
+                conversation.reset()
+        elif name == "/help":
+            for command, meaning in COMMANDS.items():
+                self.note(f"{command:<14}{meaning}")
+        elif name == "/compare":
+            self.compare(not self.comparing)
+            self.note("base and tuned answer" if self.comparing else "the tuned model answers")
+        else:
+            known = ", ".join(command.split()[0] for command in COMMANDS)
+            raise InputError(
+                f"no command {name}; there are {known} (a message may begin with a space and a slash)"
+            )
+
+    def compare(self, on: bool) -> None:
+        """Let the base answer too, from the history that there is, or no more.
+
+        Raises:
+            InputError: there is no base.
+        """
+        if self.base is None:
+            raise InputError("comparing takes --model BASE with --adapter-path ADAPTER")
+        self.comparing = on
+        self.base.messages = self.tuned.messages
+
+    def turn(self, text: str) -> None:
+        """Answer a message; Ctrl-C at a terminal stops the answer and takes the message back."""
+        speaking = {"base": self.base, "tuned": self.tuned} if self.comparing else {"": self.tuned}
+        conversations = {name: one for name, one in speaking.items() if one is not None}
+        before = [one.messages for one in conversations.values()]
+        wide = self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= NARROW
+        try:
+            if self.comparing and wide:
+                self._in_columns(conversations, text)
+            else:
+                self._one_by_one(conversations, text)
+        except KeyboardInterrupt:
+            if not self.typed:
+                raise
+            for one, messages in zip(conversations.values(), before, strict=True):
+                one.messages = messages
+            print()
+            self.note("stopped; this turn is forgotten")
+
+    def note(self, text: str) -> None:
+        """Say something that is no answer."""
+        if self.typed:
+            self.console.print(text, style="dim", markup=False)
+        else:
+            print(text, file=sys.stderr)
+
+    def _one_by_one(self, conversations: dict[str, Conversation], text: str) -> None:
+        for name, conversation in conversations.items():
+            if name:
+                self.console.print(f"{name}:", style="bold")
+            with closing(conversation.answer(text, **self.settings)) as pieces:
+                for piece in pieces:
+                    print(self._shown(piece), end="", flush=True)
+            print()
+            if conversation.cut:
+                self.note(self._limit())
+
+    def _in_columns(self, conversations: dict[str, Conversation], text: str) -> None:
+        from rich.live import Live
+
+        answers = dict.fromkeys(conversations, "")
+        with Live(
+            get_renderable=lambda: self._columns(answers), console=self.console, refresh_per_second=8
+        ) as live:
+            for name, conversation in conversations.items():
+                with closing(conversation.answer(text, **self.settings)) as pieces:
+                    for piece in pieces:
+                        answers[name] += self._shown(piece)
+                if conversation.cut:
+                    answers[name] += f"\n({self._limit()})"
+            live.refresh()
+
+    def _columns(self, answers: dict[str, str]) -> "RenderableType":
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=SIMPLE_HEAD, expand=True, pad_edge=False)
+        for name in answers:
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(*map(Text, answers.values()))
+        return table
+
+    def _shown(self, piece: str) -> str:
+        """A piece of an answer as it is, or without what would steer the terminal."""
+        if not self.console.is_terminal:
+            return piece
+        return "".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+    def _limit(self) -> str:
+        return f"cut at {self.settings['max_tokens']} tokens; --max-tokens is the limit"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -89,21 +295,25 @@ def run(args: argparse.Namespace) -> None:
     from nalora_mlx.models import check_paths, load_model
 
     check_paths(args.model, args.adapter_path)
+    if args.compare and args.adapter_path is None:
+        raise InputError("--compare takes --adapter-path, the adapter to answer with and without")
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
     from rich.console import Console
 
     from nalora_mlx.adapters import load_any_adapter
 
-    console = Console(highlight=False)
     model, tokenizer, _ = load_model(args.model, args.trust_remote_code)
-    if args.adapter_path:
-        load_any_adapter(model, Path(args.adapter_path).expanduser())
-    model.eval()
     if not tokenizer.has_chat_template:
         raise InputError(
             f"--model {args.model}: has no chat template; use nalora generate, or an instruct model"
         )
+    base = None
+    if args.adapter_path:
+        base, model = model, _twin(model, args.model, args.trust_remote_code)
+        load_any_adapter(model, Path(args.adapter_path).expanduser())
+        base.eval()
+    model.eval()
     mx.random.seed(args.seed)
     sampler = make_sampler(
         args.temp,
@@ -112,27 +322,34 @@ def run(args: argparse.Namespace) -> None:
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    conversation = Conversation(model, tokenizer, args.system_prompt, args.max_kv_size)
-    interactive = sys.stdin.isatty()
-    if interactive:
-        console.print(f"[bold]{args.model}[/bold]. {HELP}.")
-    while True:
-        try:
-            text = (console.input("[bold]> [/bold]") if interactive else input()).strip()
-        except EOFError:
-            return
-        if text in ("/quit", "q"):
-            return
-        if text in ("/reset", "r"):
-            conversation.reset()
-            continue
-        if not text:
-            continue
-        for piece in conversation.answer(
-            text, max_tokens=args.max_tokens, sampler=sampler, prefill_step_size=args.prefill_step_size
-        ):
-            print(piece, end="", flush=True)
-        print()
+    settings = {
+        "max_tokens": args.max_tokens,
+        "sampler": sampler,
+        "prefill_step_size": args.prefill_step_size,
+    }
+    tuned = Conversation(model, tokenizer, args.system_prompt, args.max_kv_size)
+    untuned = (
+        Conversation(base, tokenizer, args.system_prompt, args.max_kv_size) if base is not None else None
+    )
+    chat = Chat(Console(highlight=False), tuned, untuned, settings)
+    if args.compare:
+        chat.compare(True)
+    if chat.typed:
+        adapter = f" with {args.adapter_path}" if args.adapter_path else ""
+        chat.note(f"{args.model}{adapter}. Type a message; /help lists the commands.")
+    chat.loop()
+
+
+def _twin(model: "nn.Module", name: str, trust_remote_code: bool) -> "nn.Module":
+    """The same model once more, of the same arrays: an adapter on one of them leaves the other as it is."""
+    from mlx_lm import utils
+
+    from nalora_mlx.models import local_directory
+
+    # Lazy: its own arrays are never read.
+    twin, _ = utils.load_model(local_directory(name), lazy=True, trust_remote_code=trust_remote_code)
+    twin.update(model.parameters())
+    return twin
 
 
 if __name__ == "__main__":

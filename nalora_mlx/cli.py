@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
+import importlib
+import io
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 from nalora_mlx import __version__
@@ -12,6 +15,24 @@ from nalora_mlx.errors import InputError, RunError
 from nalora_mlx.signals import SIGNALS, Stopped
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+COMMANDS = {
+    "lora": "fine-tune a model, evaluate it",
+    "fuse": "merge adapters into the weights",
+    "export": "write what other tools read: GGUF, PEFT, mlx-lm",
+    "generate": "answer one prompt",
+    "chat": "talk to a model, or to base and tuned side by side",
+    "serve": "answer over HTTP, as OpenAI's interface does",
+    "report": "show a run, or compare several: an HTML page and pictures",
+    "doctor": "check the machine, and what NA-LoRA would do with a model",
+    "completion": "print what lets a shell complete these commands and their flags",
+}
+PACKAGES = ("export", "report")  # the commands that are more than one file
+
+
+def command(name: str) -> ModuleType:
+    """The module of a command: build_parser(prog) makes its parser, run(args) does it."""
+    return importlib.import_module(f"nalora_mlx.{name}" + (".__main__" if name in PACKAGES else ""))
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +59,8 @@ def execute(
     args = parser.parse_args(argv)
     debug = vars(args).pop("debug")
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a row may hold what the terminal's encoding has not
     try:
         run(args)
         return 0

@@ -1,8 +1,9 @@
-"""What the terminal shows of a run: a bar and a line per report; plain lines where output is no terminal."""
+"""What the terminal shows: a run, with a bar over its last report, or in plain lines; and a page of checks."""
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, Group
@@ -15,12 +16,16 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
+
+from nalora_mlx.errors import InputError
 
 RECENT = 24  # losses in the little chart
 TREND = 5  # reports whose mean is compared with that of as many before
 LEVEL = 0.01  # a smaller share of change is none
 FULL = 0.9  # of the memory: from here it is marked
+MEMORY_OF_SPEED = 3600.0  # seconds of steps that the time left is told from; a step may take minutes
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -32,6 +37,20 @@ class LastingConsole(Console):
         self.quiet = True
 
 
+def colours(console: Console) -> bool:
+    """Whether it shows colours; NO_COLOR leaves only bold and the like."""
+    return console.color_system is not None and not console.no_color
+
+
+def drawable(text: str, otherwise: str) -> str:
+    """A text, or another one if the encoding of standard output has no such characters."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return otherwise
+    return text
+
+
 def marked_text(source: str, pieces: Iterable[tuple[str, bool]], colours: bool) -> Text:
     """A row's text with what is trained on in green, or between brackets where there are no colours."""
     text = Text(f"{source}\n")
@@ -39,7 +58,7 @@ def marked_text(source: str, pieces: Iterable[tuple[str, bool]], colours: bool) 
         # What a row holds must not steer the terminal.
         safe = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in piece)
         if supervised and not colours:
-            safe = f"⟦{safe}⟧"
+            safe = f"{drawable('⟦', '[[')}{safe}{drawable('⟧', ']]')}"
         text.append(safe, "bold green" if supervised else "dim")
     return text
 
@@ -86,37 +105,64 @@ class Status:
         self.report = event
         self.losses = [*self.losses, event["loss"]][-max(RECENT, 2 * TREND) :]
 
-    def __rich__(self) -> Text:
-        """Make the lines: loss and validation, then speed and memory."""
-        text = Text()
+    def __rich__(self) -> Table:
+        """Make the lines, a name and its value on each."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column()
         if self.report:
-            text.append(f"loss {self.report['loss']:.4f} ", "bold")
-            text.append(chart(self.losses[-RECENT:]), "cyan")
-            text.append(f" {trend(self.losses)}".rstrip())
+            loss = Text(f"{self.report['loss']:.4f}  ", "bold")
+            loss.append(chart(self.losses[-RECENT:]), "cyan")
+            tends = trend(self.losses)
+            loss.append(f"  {tends}", {"rising": "yellow", "falling": "green"}.get(tends, ""))
+            table.add_row("loss", loss)
         if self.valid:
-            text.append("   " if text else "")
-            text.append(f"validation {self.valid['loss']:.4f}", "bold")
-            if self.valid["best_loss"] is not None:
-                place = "" if self.best_step is None else f" at {self.best_step}"
-                style = "green" if self.best_step == self.valid["step"] else ""
-                text.append(f", best {self.valid['best_loss']:.4f}{place}", style)
+            table.add_row("validation", self._validation())
         if self.report:
             rate = self.report["learning_rate"]
-            text.append(f"\n{self.report['tokens_per_second']:,.0f} tokens/s   ")
-            text.append_text(self._memory(self.report["peak_memory_gb"]))
-            text.append("" if rate is None else f"   learning rate {rate:.2e}")
+            table.add_row("learning rate", "none" if rate is None else f"{rate:.2e}")
             found = mean_misalignment(self.report)
-            text.append("" if found is None else f"   misalignment {found:.3f}")
+            if found is not None:
+                table.add_row("misalignment", f"{found:.3f}, mean over the layers")
+            table.add_row(
+                "speed",
+                f"{self.report['tokens_per_second']:,.0f} tokens/s, "
+                f"{self.report['iterations_per_second']:.2f} iterations/s",
+            )
+            table.add_row("memory", self._memory(self.report["peak_memory_gb"]))
+        return table
+
+    def _validation(self) -> Text:
+        text = Text(f"{self.valid['loss']:.4f}", "bold")
+        best, now = self.valid["best_loss"], self.best_step == self.valid["step"]
+        if best is not None and now:
+            text.append("  the best so far", "green")
+        elif best is not None:
+            place = "" if self.best_step is None else f" at iteration {self.best_step}"
+            text.append(f"  best {best:.4f}{place}")
         return text
 
     def _memory(self, peak: float) -> Text:
         if self.memory_limit is None:
-            return Text(f"memory {peak:.2f} GB")
-        limit = self.memory_limit / 1e9
-        share = peak / limit
+            return Text(f"{peak:.2f} GB")
+        share = peak / (self.memory_limit / 1e9)
+        full = share >= FULL
         return Text(
-            f"memory {peak:.2f} of {limit:.1f} GB ({share:.0%})", "bold yellow" if share >= FULL else ""
+            f"{used(peak, self.memory_limit)} ({share:.0%}{', nearly full' if full else ''})",
+            "bold yellow" if full else "",
         )
+
+
+def used(peak: float, limit: int | None) -> str:
+    """Peak memory in GB, and of how much if there is a limit in bytes."""
+    return f"{peak:.2f} GB" if limit is None else f"{peak:.2f} of {limit / 1e9:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """A time in hours, minutes and seconds, such as 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def mean_misalignment(event: dict[str, Any]) -> float | None:
@@ -135,6 +181,7 @@ class Display:
         self.console = console or LastingConsole(highlight=False)
         self.progress: Progress | None = None
         self.live: Live | None = None
+        self.draws = self.console.is_terminal and not self.console.is_dumb_terminal  # else plain lines
         self.status = Status()
         self.iterations = 0
         self.last_valid: float | None = None
@@ -151,12 +198,12 @@ class Display:
         """Print one line above the bar."""
         # Not wrapped where output is piped: a line there is a record.
         with suppress(OSError):  # the terminal is gone; the run goes on
-            self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
+            self.console.print(text, markup=False, soft_wrap=not self.draws)
 
     def masks(self, source: str, pieces: Iterable[tuple[str, bool]]) -> None:
         """Print a row with what is trained on marked."""
-        text = marked_text(source, pieces, self.console.color_system is not None)
-        self.console.print(text, soft_wrap=not self.console.is_terminal)
+        text = marked_text(source, pieces, colours(self.console))
+        self.console.print(text, soft_wrap=not self.draws)
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
@@ -179,7 +226,7 @@ class Display:
 
     def _start(self, iterations: int, done: int) -> None:
         self.iterations = iterations
-        if not self.console.is_terminal:
+        if not self.draws:
             return
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -189,6 +236,7 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("left"),
             console=self.console,
+            speed_estimate_period=MEMORY_OF_SPEED,
         )
         self.training = self.progress.add_task("training", total=iterations, completed=done)
         self.validation = self.progress.add_task("validating", total=1, visible=False)
@@ -207,10 +255,84 @@ class Display:
         if self.live is not None:
             return  # it is under the bar
         rate = "-" if event["learning_rate"] is None else f"{event['learning_rate']:.2e}"
-        line = (
-            f"{step}: loss {event['loss']:.4f}, lr {rate}, {event['iterations_per_second']:.2f} it/s, "
-            f"{event['tokens_per_second']:.0f} tokens/s, {event['tokens']} tokens, "
-            f"peak {event['peak_memory_gb']:.2f} GB"
-        )
         found = mean_misalignment(event)
-        self.note(line if found is None else f"{line}, misalignment {found:.3f}")
+        left = (self.iterations - event["step"]) / event["iterations_per_second"]
+        self.note(
+            f"{step}: loss {event['loss']:.4f}, lr {rate}, "
+            f"{event['iterations_per_second']:.2f} it/s, {event['tokens_per_second']:.0f} tokens/s, "
+            f"{event['tokens']} tokens, peak {used(event['peak_memory_gb'], self.status.memory_limit)}"
+            + ("" if found is None else f", misalignment {found:.3f}")
+            + f", {event['step'] / self.iterations:.0%} done, {duration(left)} left"
+        )
+
+
+class Page:
+    """A page of checks: headings, and lines with a mark before each; counts what was found.
+
+    Attributes:
+        findings: what should be better.
+        problems: what keeps a run from starting.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.findings = self.problems = 0
+
+    @contextmanager
+    def section(self, title: str) -> Iterator[None]:
+        """Print a heading; input that is refused below it is a problem, and the page goes on."""
+        self.console.print(f"\n{title}", style="bold", markup=False)
+        try:
+            yield
+        except InputError as error:
+            self.problem(str(error))
+
+    def good(self, text: str) -> None:
+        """Something that was checked, and is right."""
+        self._line("✓", "green", text)
+
+    def fact(self, text: str) -> None:
+        """Something to know."""
+        self._line("·", "dim", text)
+
+    def finding(self, text: str) -> None:
+        """Something that should be better, and how."""
+        self.findings += 1
+        self._line("!", "bold yellow", f"finding: {text}")
+
+    def problem(self, text: str) -> None:
+        """Something that keeps a run from starting, and what to do."""
+        self.problems += 1
+        self._line("✗", "bold red", f"finding: {text}")
+
+    def verdict(self) -> None:
+        """Say what all came to.
+
+        Raises:
+            InputError: there are problems.
+        """
+        self.console.print()
+        if self.problems:
+            kept = f"{_count(self.problems)} that keep{'s' if self.problems == 1 else ''} a run from starting"
+            others = f"{self.findings or 'no'} other{'' if self.findings == 1 else 's'}"
+            self._line("✗", "bold red", f"{kept}, {others}")
+            raise InputError(f"{kept}; see above")
+        if self.findings:
+            self._line("!", "bold yellow", f"{_count(self.findings)}, none that keeps a run from starting")
+        else:
+            self._line("✓", "green", "no findings")
+
+    def _line(self, mark: str, style: str, text: str) -> None:
+        line = Text(f"  {mark} ", style)
+        if not self.console.is_terminal:
+            self.console.print(line.append(text), soft_wrap=True)
+            return
+        table = Table.grid()  # what is wrapped hangs under its line
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row(line, Text(text))
+        self.console.print(table)
+
+
+def _count(findings: int) -> str:
+    return f"{findings} finding{'' if findings == 1 else 's'}"

@@ -9,7 +9,7 @@ from unittest import mock
 
 from nalora_mlx.cli import Parser, add_passed_on, passed_on
 from nalora_mlx.errors import InputError
-from nalora_mlx.models import check_paths, expanded
+from nalora_mlx.models import check_content, check_paths, expanded
 
 # The flags of mlx_lm.generate: (names, what they do, type). All are handed on as they are; a test holds the two equal.
 # They are repeated here because importing mlx-lm takes longer than a --help may take.
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
         json.loads(given.get("chat_template_config", "{}"))
     except ValueError as error:
         raise InputError(f"--chat-template-config is no JSON ({error})") from None
+    check_content(given.get("model"), given.get("adapter_path"))
+    check_content(given.get("draft_model"))
     for name in ("model", "adapter_path", "draft_model"):
         if name in given:
             given[name] = str(expanded(given[name]))

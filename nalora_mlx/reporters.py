@@ -5,24 +5,49 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.config import RunConfig
-from nalora_mlx.errors import InputError
+from nalora_mlx.errors import InputError, first_line
+from nalora_mlx.record import record
 
 TENSORBOARD = "tensorboard"  # the service, and its directory in that of a run
 Reporter = Callable[[dict[str, Any]], None]
 
 
-def reporters(config: RunConfig) -> list[Reporter]:
-    """Listeners of `train` for the services that report_to names.
+def reporters(config: RunConfig, complain: Callable[[str], None] = print) -> list[Reporter]:
+    """Listeners of `train` for the services that report_to names; each of them starts with the run, not before.
+
+    Args:
+        config: the run's settings.
+        complain: told, in a sentence, when a service fails for the first time; the run goes on.
 
     Raises:
         InputError: no service is called that, or its package is not installed.
     """
-    names = [name.strip().lower() for name in (config.report_to or "").split(",") if name.strip()]
-    found: list[Reporter] = []
+    names = list(dict.fromkeys(n.strip().lower() for n in (config.report_to or "").split(",") if n.strip()))
+    found: dict[str, Reporter] = {}
     if TENSORBOARD in names:
-        found.append(TensorBoard(Path(config.adapter_path or ".").expanduser() / TENSORBOARD))
-    others = [name for name in names if name != TENSORBOARD]
-    return [*found, _peer(config, ",".join(others))] if others else found
+        found[TENSORBOARD] = TensorBoard(Path(config.adapter_path or ".").expanduser() / TENSORBOARD)
+    for name in names:
+        if name != TENSORBOARD:
+            found[name] = Peer(name, config)
+    return [_guarded(name, reporter, complain) for name, reporter in found.items()]
+
+
+def _guarded(name: str, reporter: Reporter, complain: Callable[[str], None]) -> Reporter:
+    """A reporter whose failures, such as a lost network or a full disk, do not end the run."""
+    failed = False
+
+    def listen(event: dict[str, Any]) -> None:
+        nonlocal failed
+        try:
+            reporter(event)
+        except Exception as error:
+            if not failed:
+                failed = True
+                complain(
+                    f"note: --report-to {name} fails ({first_line(error)}); the run goes on, and metrics.jsonl has all"
+                )
+
+    return listen
 
 
 class TensorBoard:
@@ -51,6 +76,8 @@ class TensorBoard:
             # What a resumed run had written after its checkpoint is told anew.
             purge = event["done"] + 1 if event["done"] else None
             self.writer = self.new_writer(str(self.directory), purge_step=purge)
+        elif self.writer is None:
+            return  # it did not start
         elif event["event"] == "end":
             self.writer.close()
         elif "split" in event:
@@ -69,23 +96,43 @@ def _scalars(event: dict[str, Any]) -> dict[str, float]:
     return {tag: value for tag, value in values.items() if value is not None}
 
 
-def _peer(config: RunConfig, names: str) -> Reporter:
-    """mlx-lm's callback of the services, as a listener."""
-    from mlx_lm.tuner.callbacks import get_reporting_callbacks
+class Peer:
+    """Hands a run's reports to one of mlx-lm's own callbacks; usable as a listener of `train`.
 
-    try:
-        callback = get_reporting_callbacks(
-            names,
-            project_name=config.project_name,
-            log_dir=config.adapter_path,
-            config={k: v for k, v in vars(config).items() if not isinstance(v, Path)},
-        )
-    except (ImportError, ValueError) as error:
-        raise InputError(f"--report-to {config.report_to}: {error}") from None
+    Args:
+        name: of the service.
+        config: the run's settings, which the service shows.
 
-    def listen(event: dict[str, Any]) -> None:
-        if event.get("split") == "train":
-            callback.on_train_loss_report(
+    Raises:
+        InputError: mlx-lm has no such service, or its package is not installed.
+    """
+
+    def __init__(self, name: str, config: RunConfig):
+        from mlx_lm.tuner import callbacks
+
+        known = sorted(callbacks.SUPPORT_CALLBACK)
+        if name not in known:
+            raise InputError(f"--report-to {name}: choose from {', '.join([*known, TENSORBOARD])}")
+        if getattr(callbacks, name) is None:
+            raise InputError(f"--report-to {name}: needs {name}; pip install {name}")
+        self.name, self.config = name, config
+        self.callback: Any = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Report an event of training or validation."""
+        if event["event"] == "start":
+            from mlx_lm.tuner.callbacks import get_reporting_callbacks
+
+            self.callback = get_reporting_callbacks(
+                self.name,
+                project_name=self.config.project_name,
+                log_dir=self.config.adapter_path,
+                config=record(self.config, {})["settings"],
+            )
+        elif self.callback is None:
+            return  # it did not start
+        elif event.get("split") == "train":
+            self.callback.on_train_loss_report(
                 {
                     "iteration": event["step"],
                     "train_loss": event["loss"],
@@ -97,8 +144,6 @@ def _peer(config: RunConfig, names: str) -> Reporter:
                 }
             )
         elif event.get("split") == "valid":
-            callback.on_val_loss_report(
+            self.callback.on_val_loss_report(
                 {"iteration": event["step"], "val_loss": event["loss"], "val_time": event["seconds"]}
             )
-
-    return listen

@@ -1,6 +1,7 @@
 """`nalora serve`: mlx-lm's OpenAI-compatible server on one model, with or without an adapter."""
 
 import argparse
+import errno
 import importlib
 import json
 import signal
@@ -11,7 +12,7 @@ from unittest import mock
 
 from nalora_mlx.cli import Parser, add_passed_on, passed_on
 from nalora_mlx.errors import InputError, first_line
-from nalora_mlx.models import check_paths, expanded
+from nalora_mlx.models import check_content, check_paths, expanded
 from nalora_mlx.signals import Stopped
 
 HOST, PORT = "127.0.0.1", 8080  # those of mlx_lm.server: this machine alone
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> None:
     check_paths(given.get("draft_model"), flag="--draft-model")
     _check_json(given.get("chat_template_args", "{}"))
     _check_address(host, port)
+    check_content(given["model"], given.get("adapter_path"))
+    check_content(given.get("draft_model"))
     for name in ("model", "adapter_path", "draft_model"):
         if name in given:
             given[name] = str(expanded(given[name]))
@@ -99,12 +102,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _one_model(provider: type, given: dict[str, Any], address: str) -> type:
     """mlx-lm's provider of models for one model, which is loaded before the port is opened."""
+    import mlx.core as mx
 
     class OneModel(provider):
         def __init__(self, args: argparse.Namespace):
             super().__init__(args)
             try:
                 self.load_default()
+                # Another thread generates, and what is not computed yet belongs to this one.
+                mx.eval([model.state for model in (self.model, self.draft_model) if model is not None])
             except Exception as error:
                 raise InputError(
                     f"--model {given['model']}: cannot be served: {first_line(error)}"
@@ -141,9 +147,12 @@ def _check_address(host: str, port: int) -> None:
         try:
             trial.bind(address)
         except OSError as error:
-            raise InputError(
-                f"--host {host} --port {port}: {error.strerror}; choose another --port"
-            ) from None
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise InputError(
+                    f"--host {host}: not an address of this machine; {HOST} is this machine alone, 0.0.0.0 everyone "
+                    "who reaches it"
+                ) from None
+            raise InputError(f"--port {port}: {error.strerror}; choose another --port") from None
 
 
 if __name__ == "__main__":

@@ -44,11 +44,10 @@ FLOORS = [
         "metrics",
         "models",
         "record",
-        "reporters",
         "saver",
         "validate",
     ],
-    ["layouts", "model_card"],
+    ["layouts", "memory_advice", "model_card", "reporters", "windows"],
     ["modules", "targets"],
     ["adapters"],
     ["step", "export", "identity"],
@@ -57,7 +56,7 @@ FLOORS = [
     ["run"],
     ["planner", "trainer"],
     ["generate"],
-    ["lora", "fuse", "chat", "serve", "report", "doctor"],
+    ["lora", "fuse", "chat", "serve", "report", "doctor", "completion"],
     ["__main__"],
 ]
 

@@ -296,16 +296,6 @@ def test_yaml_config_and_epochs(model_directory, data_directory, tmp_path, capsy
     assert description["lora_parameters"]["rank"] == 4
 
 
-def test_doctor_prints_the_machine_and_the_gated_mlps(model_directory, capsys):
-    assert main(["doctor", "--model", str(model_directory)]) == 0
-    out = capsys.readouterr().out
-    assert "GFLOP/s" in out
-    for layer in range(3):
-        assert re.search(rf"model\.layers\.{layer}\.mlp.*silu.*yes", out)
-    assert main(["doctor", "--model", str(model_directory), "--keys", "self_attn.q_proj"]) == 0
-    assert "acts nowhere" in capsys.readouterr().out
-
-
 # --- what is refused ----------------------------------------------------------------------------------------
 
 

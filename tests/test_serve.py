@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -92,6 +93,25 @@ def test_a_port_in_use_is_one_line(server, model_directory):
     )
 
 
+def listening(port):
+    """The addresses at which a port is listened on: IPv4 as four numbers, IPv6 as the kernel writes it."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        if not Path(table).exists():
+            continue
+        for line in Path(table).read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            address, number = local.split(":")
+            if state == "0A" and int(number, 16) == port:  # listening
+                found.add(socket.inet_ntoa(bytes.fromhex(address)[::-1]) if len(address) == 8 else address)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the sockets from /proc")
+def test_it_listens_on_this_machine_alone(server):
+    assert listening(server[0]) == {"127.0.0.1"}
+
+
 def test_sigterm_ends_the_server(model_directory):
     port = free_port()
     flags = ["--model", str(model_directory), "--port", str(port)]
@@ -117,7 +137,7 @@ def test_what_cannot_be_served_is_one_line(model_directory, tmp_path):
     refused([serve, "--model", "./nowhere"], "--model ./nowhere: no such directory")
     refused([serve, *model, "--adapter-path", tmp_path], "--adapter-path .* has no adapter_config.json")
     refused([serve, *model, "--port", "0"], "--port 0: choose one from 1 to 65535")
-    refused([serve, *model, "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8080: ")
+    refused([serve, *model, "--host", "192.0.2.1"], "--host 192.0.2.1: not an address of this machine")
     refused([serve, *model, "--chat-template-args", "{x"], "--chat-template-args is no JSON")
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     refused(
