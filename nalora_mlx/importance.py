@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 #   responsiveness  sum w |phi'(z)|, or sum w |phi'(z) u|        [..., F]
 #   beyond          sum w [z above boundary i], R - 1 rows       [R-1, ..., F]   (absent without a partition)
 #   misalignment    sums of the diagnostic, see `misalignment`   [2]             (absent if not measured)
+WEAK = 0.1  # a mask below this leaves a channel hardly any step
 Observation = dict[str, mx.array]
 LayerState = dict[str, mx.array]
 
@@ -129,6 +130,19 @@ def step_scale(state: LayerState, parameters: NAParameters) -> mx.array | None:
     p = occupancy(state, parameters.beta)  # [R, ..., F]
     gamma = parameters.gamma if p.shape[0] == 3 else (parameters.gamma[0], parameters.gamma[-1])
     return sum((p[i] * g for i, g in enumerate(gamma)), mx.zeros(p.shape[1:]))
+
+
+def sparsity(mask: mx.array) -> mx.array:
+    """Share of channels that hardly move: m below 0.1 (of a hard mask, those at 0); a scalar."""
+    return mx.mean((mask < WEAK).astype(mx.float32))
+
+
+def effective_share(mask: mx.array) -> mx.array:
+    """Share of channels over which a mask spreads: (sum m)^2 / (F sum m^2), the mean of the experts; a scalar.
+
+    1 if all channels have the same m, k if a share k of them has it and the others 0.
+    """
+    return mx.mean(mx.square(mx.mean(mask, axis=-1)) / mx.mean(mx.square(mask), axis=-1))
 
 
 def multiplier(state: LayerState, parameters: NAParameters) -> mx.array:

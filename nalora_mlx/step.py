@@ -16,13 +16,15 @@ from nalora_mlx.adapters import dropout_count, gated_mlps
 from nalora_mlx.batches import Batch
 from nalora_mlx.config import PLAIN_LORA, NAParameters
 from nalora_mlx.distributed import ALONE, Workers
+from nalora_mlx.elementary import vectorized
 from nalora_mlx.forward import ForwardPass, forward_pass
 from nalora_mlx.heads import find_head
 from nalora_mlx.losses import CHUNK_BYTES, chunked_cross_entropy_sum, cross_entropy_sum
 from nalora_mlx.optim import apply_scaled
 from nalora_mlx.packing import packed_caches
 
-MAX_GRAPHS = 64  # compiled graphs that are kept, of as many shapes of a batch; each takes some ten MB
+MAX_GRAPHS = 96  # compiled graphs that are kept, of as many shapes of a batch; each takes some ten MB
+SHOWN_CHANNELS = 32  # of a layer, whose importance a report tells one by one
 
 
 class ScoredLoss:
@@ -45,6 +47,7 @@ class ScoredLoss:
             if id(module) not in inside
             for name, leaf in module.items()
         )
+        self.compiled: Callable[..., mx.array] = partial(mx.compile, inputs=model.state)(self.__call__)
 
     def __call__(
         self,
@@ -189,7 +192,7 @@ class TrainingStep:
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
             diagnose=diagnose,
         )
-        with forward_pass(this):
+        with forward_pass(this), vectorized():
             (_, (total, seen)), gradients = self._loss_and_gradients(arrays, weight, this)
         if carry is not None:
             gradients = tree_map(mx.add, gradients, carry[0])
@@ -234,15 +237,25 @@ class TrainingStep:
         self.model.update(new)
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Per layer: selection misalignment when last measured, mask and multiplier statistics, region occupancy."""
+        """Per layer: what its channels' importance, mask, step scales and multipliers are; occupancy; misalignment.
+
+        Of a quantity of the channels its mean and percentiles; of `channels` the importance of some, evenly spaced.
+        """
         described = {}
         for path, state in self.importance["layers"].items():
-            q = np.array(importance.multiplier(state, self.parameters))
+            s = np.array(importance.importance(state, self.parameters.beta)).reshape(-1)
+            some = np.arange(min(SHOWN_CHANNELS, s.size)) * s.size // min(SHOWN_CHANNELS, s.size)
             row: dict[str, Any] = {
                 "mask": _spread(np.array(state["mask"])),
-                "multiplier": _spread(q),
-                "importance": _spread(np.array(importance.importance(state, self.parameters.beta))),
+                "sparsity": importance.sparsity(state["mask"]).item(),
+                "effective": importance.effective_share(state["mask"]).item(),
+                "multiplier": _spread(np.array(importance.multiplier(state, self.parameters))),
+                "importance": _spread(s),
+                "channels": [float(f"{value:.4g}") for value in s[some].tolist()],
             }
+            scale = importance.step_scale(state, self.parameters)
+            if scale is not None:
+                row["step_scale"] = _spread(np.array(scale))
             if "beyond" in state:
                 occupancy = np.array(importance.occupancy(state, self.parameters.beta))
                 names = self.gated[path].activation.regions

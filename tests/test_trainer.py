@@ -534,7 +534,7 @@ def test_a_run_learns_saves_and_says_so(tmp_path):
     steps = [e["step"] for e in events if e.get("split") == "valid"]
     assert steps == [0, 10, 20, 30]
     layer = next(e for e in events if e.get("split") == "train")["layers"]["model.layers.0.mlp"]
-    assert set(layer) == {"mask", "multiplier", "importance", "occupancy", "misalignment"}
+    assert {"mask", "multiplier", "importance", "occupancy", "misalignment"} <= set(layer)
     assert sum(layer["occupancy"].values()) == pytest.approx(1, abs=1e-5)
 
 

@@ -1,14 +1,18 @@
 """`nalora report`: one page and pictures of a run, or of several compared."""
 
 import argparse
+import fcntl
 import importlib.util
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx.cli import Parser
 from nalora_mlx.errors import InputError
 from nalora_mlx.report.palette import MOST_RUNS
+from nalora_mlx.signals import Stopped
 
 PAGE = "report.html"
 NEEDED = ("matplotlib", "plotly", "jinja2")
@@ -35,7 +39,7 @@ def build_parser(prog: str) -> Parser:
         action="append",
         default=[],
         metavar="TEXT",
-        help="with --model: a message to answer; repeatable",
+        help="with --model: a message to answer; repeatable (default: the first prompts of the validation rows)",
     )
     add("--max-tokens", type=int, default=128, metavar="N", help="longest answer in tokens (default: 128)")
     return parser
@@ -44,20 +48,20 @@ def build_parser(prog: str) -> Parser:
 def run(args: argparse.Namespace) -> None:
     """Read, draw, write; with --watch until the runs are over."""
     _check(args)
+    from nalora_mlx.models import check_paths
     from nalora_mlx.report.data import read_runs
     from nalora_mlx.run_directory import REPORT
 
     paths = [path.expanduser() for path in args.runs]
     output = (args.output or (paths[0] if len(paths) == 1 else Path()) / REPORT).expanduser()
     _check_output(output)
+    check_paths(args.model)
+    if args.watch:
+        _watch(paths, output, args.every)
     runs = read_runs(paths)
-    answers = _answers(args, paths, [run.name for run in runs]) if args.model else None
-    while args.watch and _running(paths):
-        write(runs, output, answers, args.every)
-        print(f"iteration {max(run.last_step for run in runs)}: {output / PAGE}", flush=True)
-        time.sleep(args.every)
-        runs = read_runs(paths)
-    written = write(runs, output, answers)
+    written = write(runs, output)
+    if args.model:
+        written = write(runs, output, _answers(args, runs))
     print(f"{output / PAGE} ({(output / PAGE).stat().st_size / 1e6:.1f} MB), {', '.join(written)}")
 
 
@@ -84,8 +88,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(
             f"{len(args.runs)} runs; at most {MOST_RUNS} can be told apart in a chart, leave some out"
         )
-    if bool(args.model) != bool(args.prompt):
-        raise InputError("--model and --prompt go together: who is asked, and what")
+    if args.prompt and not args.model:
+        raise InputError("--prompt needs --model: who is asked")
     if not 1 <= args.every <= 3600:
         raise InputError(f"--every {args.every:g}: must be from 1 to 3600 seconds")
     if args.max_tokens < 1:
@@ -105,26 +109,62 @@ def _check_output(output: Path) -> None:
                 raise InputError(f"{page} is not a report of ours; choose another --output")
 
 
+def _watch(paths: list[Path], output: Path, every: float) -> None:
+    """Write anew until the runs are over; once the watch is stopped, the page loads itself no more."""
+    from nalora_mlx.report.data import NoReportYet, read_runs
+
+    said = None
+    try:
+        while True:
+            over = not _running(paths)
+            try:
+                runs = read_runs(paths)
+                write(runs, output, refresh=every)
+                news = f"iteration {max(run.last_step for run in runs)}: {output / PAGE}"
+            except NoReportYet:
+                over, news = False, f"waiting for the first report in {', '.join(map(str, paths))}"
+            except (InputError, OSError) as error:  # a file that was replaced meanwhile: it is read again
+                news = f"note: {error}"
+            if over:
+                return
+            if news != said:
+                print(news, flush=True)
+            said = news
+            time.sleep(every)
+    except (KeyboardInterrupt, Stopped):
+        with suppress(InputError, OSError):
+            write(read_runs(paths), output)
+        raise
+
+
 def _running(paths: list[Path]) -> bool:
     """Whether a training process still has one of the directories."""
-    from nalora_mlx.checkpoint import claim
-
     for path in paths:
-        try:
-            with claim(path):
-                pass
-        except InputError:
+        if not path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:  # shared, so that two who look do not see each other
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
+        except OSError:
+            pass  # a file system without locks
+        finally:
+            os.close(descriptor)
     return False
 
 
-def _answers(args: argparse.Namespace, paths: list[Path], names: list[str]) -> list[dict[str, Any]]:
+def _answers(args: argparse.Namespace, runs: list[Any]) -> list[dict[str, Any]]:
     from nalora_mlx.models import check_paths
     from nalora_mlx.report.answers import answers
 
-    for path in paths:
-        check_paths(args.model, str(path))
-    return answers(args.model, list(zip(names, paths, strict=True)), args.prompt, args.max_tokens)
+    for run in runs:
+        check_paths(args.model, str(run.path))
+    prompts = [{"messages": [{"role": "user", "content": prompt}]} for prompt in args.prompt]
+    prompts = prompts or next((run.samples for run in runs if run.samples), [])
+    if not prompts:
+        raise InputError("the run has kept no prompts of its data; give --prompt TEXT")
+    return answers(args.model, [(run.name, run.path) for run in runs], prompts, args.max_tokens)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ from typing import Any
 
 
 def answers(
-    model_name: str, runs: list[tuple[str, Path]], prompts: list[str], max_tokens: int
+    model_name: str, runs: list[tuple[str, Path]], prompts: list[dict[str, Any]], max_tokens: int
 ) -> list[dict[str, Any]]:
     """Ask the base model and each run's adapter.
 
     Args:
         model_name: base model: directory or Hugging Face repo.
         runs: name and adapter directory of each run.
-        prompts: messages of a user, or plain text for a model without a chat template.
+        prompts: each with "messages" and perhaps "tools", or with a "text" to go on with.
         max_tokens: longest answer.
 
     Returns:
@@ -34,9 +34,23 @@ def answers(
             name = "after" if len(runs) == 1 else name
         model.eval()
         for prompt, found in zip(prompts, texts, strict=True):
-            tokens: Any = prompt
-            if tokenizer.has_chat_template:
-                message = [{"role": "user", "content": prompt}]
-                tokens = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+            tokens: Any = _shown(prompt)
+            if "messages" in prompt and tokenizer.has_chat_template:
+                tokens = tokenizer.apply_chat_template(
+                    prompt["messages"],
+                    tools=prompt.get("tools"),
+                    add_generation_prompt=True,
+                    return_dict=False,
+                )
             found.append((name, generate(model, tokenizer, tokens, max_tokens=max_tokens).strip()))
-    return [{"prompt": prompt, "texts": found} for prompt, found in zip(prompts, texts, strict=True)]
+    return [{"prompt": _shown(prompt), "texts": found} for prompt, found in zip(prompts, texts, strict=True)]
+
+
+def _shown(prompt: dict[str, Any]) -> str:
+    """A prompt as a person reads it: who says what, if it is more than one message."""
+    if "text" in prompt:
+        return str(prompt["text"])
+    messages = prompt["messages"]
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -16,9 +16,13 @@ from nalora_mlx.saver import CHECKPOINTS
 
 SCALARS = ("loss", "learning_rate", "tokens_per_second", "peak_memory_gb", "gradient_norm")
 MOST_READ = 5 * MOST_COLUMNS  # reports of the layers, of which a heat map averages five to a column
-GROUPS = 64  # of channels, as rows of a heat map
-MOST_CHECKPOINTS = 100  # that are read for it
+KINDS = {"na-lora": "NA-LoRA", "lora": "LoRA", "dora": "DoRA", "full": "all weights trained"}
+GROUPS = ("lora_parameters", "na_parameters", "na_lora")  # of settings
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.*)")
+
+
+class NoReportYet(InputError):
+    """A run that may have started, but has not told anything."""
 
 
 @dataclass
@@ -34,7 +38,8 @@ class RunData:
     """One run, as its files tell it.
 
     `train` holds "step" and the scalars of the reports, each [N]; `valid` holds "step" and "loss". `grids` holds a
-    `Table` per statistic over `layers`, `channels` one per layer over groups of channels.
+    `Table` per statistic over `layers`, `channels` one per layer over some of its channels. `samples` are prompts of
+    its data.
     """
 
     name: str
@@ -50,6 +55,12 @@ class RunData:
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str | None:
+        """How the model was fine-tuned, in words; None if no file says so."""
+        return KINDS.get(str(self.settings.get("fine_tune_type")))
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -72,12 +83,14 @@ def read_runs(paths: list[Path]) -> list[RunData]:
     """Read runs; their names are as short as tells them apart.
 
     Raises:
-        InputError: one of them is no run's directory, or its metrics cannot be read.
+        NoReportYet: one of them is no run's directory, or one of a run that has only begun.
+        InputError: a file of a run cannot be read.
     """
     for path in paths:
         if not (path / METRICS_FILE).is_file():
             what = f"holds no {METRICS_FILE}" if path.is_dir() else "is no directory"
-            raise InputError(f"{path} {what}; give what --adapter-path of nalora lora was")
+            kind = NoReportYet if path.is_dir() or not path.exists() else InputError
+            raise kind(f"{path} {what}; give what --adapter-path of nalora lora was")
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError("the same run is given twice; give each once")
     return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
@@ -88,7 +101,7 @@ def read_run(path: Path, name: str) -> RunData:
     rows = read_metrics(path / METRICS_FILE)
     train, valid = ([row for row in rows if row["split"] == split] for split in ("train", "valid"))
     if not train and not valid:
-        raise InputError(f"{path / METRICS_FILE} holds no report yet; train for a while first")
+        raise NoReportYet(f"{path / METRICS_FILE} holds no report yet; train for a while first")
     run = RunData(
         name,
         path,
@@ -98,23 +111,25 @@ def read_run(path: Path, name: str) -> RunData:
         tokens=max((row.get("tokens") or 0 for row in train), default=0),
         skipped=max((row.get("skipped") or 0 for row in train), default=0),
     )
-    run.layers, run.grids = _grids(train)
-    found = checkpoint.steps(path / CHECKPOINTS)
-    _describe(run, list(found.values()))
-    run.channels = _channels(run, found)
-    if run.settings.get("mask") == "hard" and "mask.mean" in run.grids:
-        kept = run.grids["mask.mean"]
-        run.grids["sparsity"] = Table(kept.steps, 1 - kept.values)
+    layered = [row for row in train if row.get("layers")]
+    run.layers, run.grids = _grids(layered)
+    run.channels = _channels(layered)
+    _describe(run)
     return run
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; of two of the same step and split the later one counts.
 
+    Of a long run some records only keep what they say of the layers, which is most of the file.
+
     Raises:
         InputError: a line that is whole holds something else. Half a line at the end is still being written.
     """
     records: dict[tuple[str, int], dict[str, Any]] = {}
+    with path.open("rb") as file:
+        reports = sum(b'"layers"' in line for line in file)
+    every, report = max(1, reports // MOST_READ), 0
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -126,6 +141,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 raise InputError(
                     f"{path}:{number} is no record of a run; remove the line, or give another run"
                 ) from None
+            if "layers" in record:
+                report += 1
+                if report % every and report < reports:
+                    del record["layers"]
             records[split, step] = record
     return sorted(records.values(), key=lambda record: record.get("step") or 0)
 
@@ -168,8 +187,6 @@ def _flat(layer: dict[str, Any]) -> dict[str, float | None]:
 
 def _grids(rows: list[dict[str, Any]]) -> tuple[list[str], dict[str, Table]]:
     """All statistics of all layers over the reports, binned to what a heat map can show."""
-    rows = [row for row in rows if row.get("layers")]
-    rows = rows[:: max(1, len(rows) // MOST_READ)]
     paths = list(dict.fromkeys(path for row in rows for path in row["layers"]))
     if not rows:
         return [], {}
@@ -186,30 +203,49 @@ def _grids(rows: list[dict[str, Any]]) -> tuple[list[str], dict[str, Table]]:
     return paths, {name: Table(*binned(steps, grid)) for name, grid in values.items()}
 
 
-def _describe(run: RunData, checkpoints: list[Path]) -> None:
-    """Settings, data and environment: of run.json, and what it lacks of the last checkpoint and the adapter."""
+def _channels(rows: list[dict[str, Any]]) -> dict[str, Table]:
+    """Per layer: importance of its channels that were told, the most important at the end first."""
+    found: dict[str, list[tuple[float, list[float | None]]]] = {}
+    for row in rows:
+        for path, layer in row["layers"].items():
+            if "channels" in layer:
+                found.setdefault(path, []).append((row["step"], layer["channels"]))
+    tables = {}
+    for path, told in found.items():
+        values = np.array([channels for _, channels in told], dtype=float).T  # [C, T]
+        order = np.argsort(-values[:, -1], kind="stable")
+        tables[path] = Table(*binned(np.array([step for step, _ in told], dtype=float), values[order]))
+    return tables
+
+
+def _describe(run: RunData) -> None:
+    """Settings, data, samples and environment: of run.json, and what it lacks of the adapter and a checkpoint."""
     from nalora_mlx.record import RECORD_FILE
     from nalora_mlx.resume import STATE_FILE
 
+    checkpoints = list(checkpoint.steps(run.path / CHECKPOINTS).values())
     adapter = _object(run.path / checkpoint.ADAPTER_CONFIG)
     state = _object(checkpoints[-1] / STATE_FILE) if checkpoints else {}
     record = _object(run.path / RECORD_FILE)
-    lora = adapter.get("lora_parameters") or {}
-    run.settings = {
-        **{key: value for key, value in adapter.items() if not isinstance(value, dict)},
-        **lora,
-        **(adapter.get("na_lora") or {}),
-        **(state.get("config") or {}),
-        **{
-            key: value for key, value in (record.get("settings") or {}).items() if not isinstance(value, dict)
-        },
-    }
+    for part in (adapter, state.get("config") or {}, record.get("settings") or {}):
+        run.settings |= _known(part)
+    if "na_lora" in adapter and "settings" not in record:  # the adapter says what it is for mlx-lm: a LoRA
+        run.settings["fine_tune_type"] = "na-lora"
     rows = {"train": "training_data", "valid": "validation_data"}
     known = state.get("identity") or {}
     run.data = record.get("data") or {
         split: {"rows": known[key]["rows"]} for split, key in rows.items() if "rows" in (known.get(key) or {})
     }
     run.environment = record.get("environment") or state.get("versions") or {}
+    run.samples = record.get("samples") or []
+
+
+def _known(part: dict[str, Any]) -> dict[str, Any]:
+    """Settings that say something; those of the adapter, which are a level deeper, beside the others."""
+    flat = {name: value for name, value in part.items() if name not in GROUPS}
+    for name in GROUPS:
+        flat |= part.get(name) or {}
+    return {name: value for name, value in flat.items() if value is not None and value != {}}
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -219,38 +255,3 @@ def _object(path: Path) -> dict[str, Any]:
         InputError: there is one, and it cannot be read.
     """
     return checkpoint.read_json(path) if path.exists() else {}
-
-
-def _channels(run: RunData, found: dict[int, Path]) -> dict[str, Table]:
-    """Per layer: importance over the checkpoints of channels in groups, the most important at the end first."""
-    from nalora_mlx.resume import STATE_ARRAYS
-
-    chosen = list(found.items())
-    chosen = chosen[:: -(-len(chosen) // MOST_CHECKPOINTS) or 1]
-    beta = run.settings.get("beta")
-    if len(chosen) < 2 or beta is None:
-        return {}
-    columns: dict[str, list[np.ndarray]] = {path: [] for path in run.layers}
-    steps = []
-    for step, directory in chosen:
-        if not (directory / STATE_ARRAYS).exists():
-            continue
-        arrays = checkpoint.read_arrays(directory / STATE_ARRAYS)
-        steps.append(step)
-        for path, column in columns.items():
-            prefix = f"importance.layers.{path}."
-            if prefix + "importance" in arrays:
-                raw, updates = (np.array(arrays[prefix + name]) for name in ("importance", "updates"))
-                share = np.where(updates > 0, 1 - np.power(beta, updates), 1)[..., None]
-                column.append((raw / share).reshape(-1))
-    return {
-        path: Table(np.array(steps, dtype=float), _grouped(np.stack(column, axis=1)))
-        for path, column in columns.items()
-        if len(column) == len(steps) > 1
-    }
-
-
-def _grouped(values: np.ndarray) -> np.ndarray:
-    """Channels [C, T] in at most GROUPS groups of equal size, ordered by their last value; their means [G, T]."""
-    order = np.argsort(-values[:, -1], kind="stable")
-    return np.stack([values[part].mean(axis=0) for part in np.array_split(order, min(GROUPS, len(order)))])

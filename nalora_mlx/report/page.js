@@ -1,8 +1,7 @@
 "use strict";
 // Draws the charts of a report from the data beside it, in the colours of the page's theme.
 (() => {
-  const started = performance.now();
-  const { runs, scalars, statistics, markers, heat, regions, last, refresh, key } = JSON.parse(document.getElementById("data").textContent);
+  const { runs, scalars, statistics, markers, dashes, heat, tints, regions, last, refresh, key } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const element = (id) => document.getElementById(id);
   const colour = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
@@ -13,29 +12,31 @@
     } catch { /* then the choice lasts as long as the page */ }
     return null;
   };
+  // What was chosen on this very page, for when it loads itself anew.
+  const chosen = (name, value) => stored(sessionStorage, `${location.pathname} ${name}`, value);
   const several = runs.length > 1;
-  const DASHES = ["solid", "dash", "dot", "dashdot"];
   const overTime = new Set(); // charts whose x axis is the iteration
-  let range = [0, last];
+  const kept = JSON.parse(chosen("range") || "[0,null]"); // null is the end, which moves while a run goes on
+  let range = kept[0] < (kept[1] ?? last) ? [kept[0], kept[1] ?? last] : [0, last];
 
   const axis = (title, more = {}) => ({
-    title: { text: title, standoff: 8, font: { size: 12 } }, automargin: true, gridcolor: colour("line"), linecolor: colour("axis"),
+    title: { text: title, standoff: 8, font: { size: 12 } }, gridcolor: colour("line"), linecolor: colour("axis"),
     tickcolor: colour("axis"), zeroline: false, showline: true, ticks: "outside", ticklen: 4, ...more,
   });
   const layout = (x, y, more = {}) => ({
     autosize: true, margin: { l: 56, r: 16, t: 8, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") }, hovermode: "x unified",
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("axis"), font: { color: colour("ink") } },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" }, showlegend: false, xaxis: x, yaxis: y, ...more,
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" }, showlegend: false, xaxis: x, yaxis: { automargin: true, ...y }, ...more,
   });
   const steps = (more = {}) => axis("iteration", { range: range[0] < range[1] ? range : undefined, rangemode: "tozero", ...more });
   const rgba = (hex, alpha) => `rgba(${[1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)).join(",")},${alpha})`;
 
-  function draw(id, traces, shape, linked = true) {
+  function draw(id, traces, shape) {
     const place = element(id);
     if (!place) return;
     Plotly.react(place, traces, shape, { displayModeBar: false, responsive: true, doubleClick: "reset" });
-    if (!linked || overTime.has(id)) return;
+    if (overTime.has(id)) return;
     overTime.add(id);
     place.on("plotly_relayout", (event) => {
       if ("xaxis.range[0]" in event) show([event["xaxis.range[0]"], event["xaxis.range[1]"]]);
@@ -48,6 +49,7 @@
     if (!(next[0] < next[1]) || (next[0] === range[0] && next[1] === range[1])) return;
     range = next;
     [element("from").value, element("to").value] = range;
+    chosen("range", JSON.stringify([range[0], range[1] === last ? null : range[1]]));
     for (const id of overTime) Plotly.relayout(id, { "xaxis.range": [...range] });
   }
 
@@ -58,20 +60,21 @@
       const name = several ? `${run.name}: ` : "";
       if (run.train.loss) {
         const smooth = run.smooth.loss;
-        if (smooth) traces.push({ x: run.train.loss[0], y: run.train.loss[1], mode: "lines", line: { color: rgba(training, 0.28), width: 1 }, name: name + "training, as reported", showlegend: false, hoverinfo: "skip" });
+        if (smooth && !several) traces.push({ x: run.train.loss[0], y: run.train.loss[1], mode: "lines", line: { color: rgba(training, 0.28), width: 1 }, name: name + "training, as reported", showlegend: false, hoverinfo: "skip" });
         const [x, y] = smooth || run.train.loss;
-        traces.push({ x, y, mode: "lines", line: { color: training, width: several ? 1.5 : 2 }, name: name + "training", hovertemplate: "%{y:.4f}" });
+        traces.push({ x, y, mode: "lines", line: { color: training, width: several ? 1.5 : 2, dash: dashes[i] }, name: name + "training", hovertemplate: "%{y:.4f}" });
       }
       if (run.valid[0].length) {
-        traces.push({ x: run.valid[0], y: run.valid[1], mode: "lines+markers", line: { color: validation, width: 2.5, dash: several ? "dot" : "solid" }, marker: { symbol: markers[i], size: run.valid[0].length > 60 ? 4 : 7 }, name: name + "validation", hovertemplate: "%{y:.4f}" });
+        traces.push({ x: run.valid[0], y: run.valid[1], mode: "lines+markers", line: { color: validation, width: 2.5 }, marker: { symbol: markers[i], size: run.valid[0].length > 60 ? 4 : 7 }, name: name + "validation", hovertemplate: "%{y:.4f}" });
       }
       if (run.best) {
         traces.push({ x: [run.best[0]], y: [run.best[1]], mode: "markers", cliponaxis: false, marker: { symbol: "star", size: 16, color: validation, line: { color: colour("card"), width: 1.5 } }, name: name + "best", hoverinfo: "skip", showlegend: !several });
-        labels.push({ x: run.best[0], y: log ? Math.log10(run.best[1]) : run.best[1], text: `best ${run.best[1].toPrecision(4)}`, ax: run.best[0] > 0.8 * last ? -36 : 36, ay: -34 - 25 * (i % 3),
+        // Of several runs the labels would cover each other: the summary and the caption have these numbers too.
+        if (!several) labels.push({ x: run.best[0], y: log ? Math.log10(run.best[1]) : run.best[1], text: `best ${run.best[1].toPrecision(4)}`, ax: run.best[0] > 0.8 * last ? -36 : 36, ay: -34,
           bgcolor: colour("card"), bordercolor: validation, borderpad: 3, arrowcolor: validation, arrowwidth: 1.2, arrowhead: 0, standoff: 9 });
       }
     });
-    draw("chart-loss", traces, layout(steps(), axis("loss (nats per token)", { type: log ? "log" : "linear" }), { showlegend: true, annotations: labels }));
+    draw("chart-loss", traces, layout(steps(), axis("loss (nats per token)", log ? { type: "log", dtick: "D2", tickformat: "~g" } : {}), { showlegend: true, annotations: labels }));
   }
 
   function scalarCharts() {
@@ -79,7 +82,7 @@
       const traces = runs.flatMap((run, i) => {
         const found = run.train[name];
         if (!found) return [];
-        const line = { color: colour(`run-${i}`), width: 1.8, dash: DASHES[i % 4] }, smooth = run.smooth[name];
+        const line = { color: colour(`run-${i}`), width: 1.8, dash: dashes[i] }, smooth = run.smooth[name];
         const shown = (smooth || found), main = { x: shown[0], y: shown[1], mode: "lines", line, name: run.name, hovertemplate: `%{y:${format}}` };
         return smooth && !several ? [{ x: found[0], y: found[1], mode: "lines", line: { color: rgba(colour(`run-${i}`), 0.28), width: 1 }, hoverinfo: "skip" }, main] : [main];
       });
@@ -89,7 +92,7 @@
 
   const heatTrace = (x, y, z, low, high, unit) => ({
     type: "heatmap", x, y, z, zmin: low, zmax: high, colorscale: heat, hoverongaps: false, hovertemplate: "iteration %{x}<br>%{y}<br>%{z:.4f}<extra></extra>",
-    colorbar: { title: { text: unit, side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0, len: 1 },
+    colorbar: { title: { text: unit, side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0, len: 1, exponentformat: "e" },
   });
 
   // Without spread, so that a grid of many thousand values cannot overflow the stack.
@@ -127,10 +130,10 @@
 
   // A statistic of the chosen layer, or its mean over the layers that have it.
   function row(run, name) {
-    const grid = run.grids[name], chosen = element("layer-choice").value;
+    const grid = run.grids[name], layer = element("layer-choice").value;
     if (!grid) return null;
-    if (chosen) {
-      const n = run.layers.indexOf(chosen);
+    if (layer) {
+      const n = run.layers.indexOf(layer);
       return n < 0 ? null : { x: grid.x, y: grid.z[n] };
     }
     const y = grid.x.map((_, t) => {
@@ -142,7 +145,7 @@
 
   function layerCharts() {
     if (!element("layer-choice")) return;
-    for (const [name, unit] of [["importance", "importance |φ'|"], ["multiplier", "step multiplier q"], ["mask", "mask m"]]) {
+    for (const [name, unit] of [["importance", "importance |φ'|"], ["mask", "mask m"], ["step_scale", "step scale g"], ["multiplier", "step multiplier q"]]) {
       const traces = [];
       runs.forEach((run, i) => {
         const [low, middle, high] = ["p10", "p50", "p90"].map((part) => row(run, `${name}.${part}`));
@@ -150,19 +153,22 @@
         const line = { color: colour(`run-${i}`) };
         traces.push({ ...low, mode: "lines", line: { ...line, width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: i });
         traces.push({ ...high, mode: "lines", line: { ...line, width: 0 }, fill: "tonexty", fillcolor: rgba(colour(`run-${i}`), 0.2), hoverinfo: "skip", name: several ? run.name : "80 % of channels", showlegend: !several, legendgroup: i });
-        traces.push({ ...middle, mode: "lines", line: { ...line, width: 2, dash: DASHES[i % 4] }, name: several ? run.name : "median", legendgroup: i, hovertemplate: "%{y:.4f}" });
+        traces.push({ ...middle, mode: "lines", line: { ...line, width: 2, dash: dashes[i] }, name: several ? run.name : "median", legendgroup: i, hovertemplate: "%{y:.4f}" });
       });
       draw(`band-${name}`, traces, layout(steps(), axis(unit, { rangemode: "tozero" }), { showlegend: true }));
     }
-    draw("band-misalignment", runs.flatMap((run, i) => {
-      const found = row(run, "misalignment");
-      return found ? [{ ...found, mode: "lines", line: { color: colour(`run-${i}`), width: 2, dash: DASHES[i % 4] }, name: run.name, hovertemplate: "%{y:.4f}" }] : [];
-    }), layout(steps(), axis("selection misalignment", { rangemode: "tozero" }), { showlegend: several }));
+    const share = { range: [0, 1.02], tickformat: ".0%" };
+    for (const [name, unit, scale] of [["sparsity", "share of channels", share], ["effective", "share of channels", share], ["misalignment", "selection misalignment", { rangemode: "tozero" }]]) {
+      draw(`band-${name}`, runs.flatMap((run, i) => {
+        const found = row(run, name);
+        return found ? [{ ...found, mode: "lines", line: { color: colour(`run-${i}`), width: 2, dash: dashes[i] }, name: run.name, hovertemplate: "%{y:.4f}" }] : [];
+      }), layout(steps(), axis(unit, scale), { showlegend: several }));
+    }
     runs.forEach((run, i) => {
       const traces = regions.flatMap((region, n) => {
         const found = row(run, `occupancy.${region}`);
-        const tint = colour(`run-${[1, 5, 2, 6][n % 4]}`);
-        return found ? [{ ...found, mode: "lines", stackgroup: "all", line: { color: colour("card"), width: 1 }, fillcolor: rgba(tint, 0.75), name: region, hovertemplate: "%{y:.1%}" }] : [];
+        const tint = tints[regions.length === 2 ? 2 * n : n];
+        return found ? [{ ...found, mode: "lines", stackgroup: "all", line: { color: colour("card"), width: 1 }, fillcolor: tint, name: region, hovertemplate: "%{y:.1%}" }] : [];
       });
       draw(`occupancy-${i}`, traces, layout(steps(), axis("share of tokens", { range: [0, 1], tickformat: ".0%" }), { showlegend: true }));
       channelChart(run, i);
@@ -172,11 +178,11 @@
   function channelChart(run, i) {
     const place = element(`channels-${i}`);
     if (!place) return;
-    const chosen = element("layer-choice").value, layer = chosen in run.channels ? chosen : Object.keys(run.channels)[0];
-    const { x, z } = run.channels[layer], groups = z.map((_, n) => n + 1);
-    element(`channels-note-${i}`).textContent = `Shown: layer ${layer}.`;
-    draw(`channels-${i}`, [heatTrace(x.map((step) => "" + step), groups, z, 0, extent([z])[1], "importance |φ'|")],
-      layout(axis("checkpoint at iteration", { type: "category", showgrid: false }), axis("group of channels", { autorange: "reversed", showgrid: false }), { hovermode: "closest" }), false);
+    const wanted = element("layer-choice").value, layer = wanted in run.channels ? wanted : Object.keys(run.channels)[0];
+    const { x, z } = run.channels[layer];
+    element(`channels-note-${i}`).textContent = `Layer ${layer}: ${z.length} of its channels, evenly spaced.`;
+    draw(`channels-${i}`, [heatTrace(x, z.map((_, n) => n + 1), z, ...extent([z]), "importance |φ'|")],
+      layout(steps({ showgrid: false }), axis("channel, by importance at the end", { autorange: "reversed", showgrid: false }), { hovermode: "closest" }));
   }
 
   // One kind after the other, so that the page answers in between.
@@ -206,22 +212,32 @@
   });
   const choices = ["statistic", "layer-choice"].map(element).filter(Boolean);
   for (const choice of choices) {
-    const before = stored(sessionStorage, choice.id);
+    const before = chosen(choice.id);
     if (before !== null && [...choice.options].some((option) => option.value === before)) choice.value = before;
     choice.addEventListener("change", () => {
-      stored(sessionStorage, choice.id, choice.value);
+      chosen(choice.id, choice.value);
       (choice.id === "statistic" ? heatCharts : layerCharts)();
     });
   }
+  const log = element("log");
+  log.checked = chosen("log") === "true";
+  log.addEventListener("change", () => { chosen("log", log.checked); lossChart(); });
+  const details = [...document.querySelectorAll("details")];
+  const open = JSON.parse(chosen("open") || "[]");
+  for (const each of details) {
+    each.open = open.includes(each.querySelector("summary").textContent);
+    each.addEventListener("toggle", () => chosen("open", JSON.stringify(details.filter((one) => one.open).map((one) => one.querySelector("summary").textContent))));
+  }
+  [element("from").value, element("to").value] = range;
   for (const id of ["from", "to"]) element(id).addEventListener("change", () => show([+element("from").value, +element("to").value]));
   element("all").addEventListener("click", () => show([0, last]));
-  element("log").addEventListener("change", lossChart);
-  drawAll(() => { root.dataset.drawn = Math.round(performance.now() - started); });
+  // Counted from the navigation, to the first picture that shows all.
+  drawAll(() => requestAnimationFrame(() => setTimeout(() => { root.dataset.drawn = Math.round(performance.now()); })));
 
   const pause = element("pause");
   if (pause) {
-    const paused = (on) => { pause.setAttribute("aria-pressed", on); stored(sessionStorage, "paused", on); };
-    paused(stored(sessionStorage, "paused") === "true");
+    const paused = (on) => { pause.setAttribute("aria-pressed", on); chosen("paused", on); };
+    paused(chosen("paused") === "true");
     pause.addEventListener("click", () => paused(pause.getAttribute("aria-pressed") !== "true"));
     setInterval(() => { if (pause.getAttribute("aria-pressed") !== "true" && !document.hidden) location.reload(); }, refresh * 1000);
   }

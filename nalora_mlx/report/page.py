@@ -10,7 +10,7 @@ import numpy as np
 from nalora_mlx import __version__
 from nalora_mlx.report import tables
 from nalora_mlx.report.data import RunData, Table, short_layers
-from nalora_mlx.report.palette import HEAT, MARKERS, RUNS_DARK, RUNS_LIGHT
+from nalora_mlx.report.palette import DASHES, HEAT, MARKERS, REGIONS, RUNS_DARK, RUNS_LIGHT
 from nalora_mlx.report.series import MOST_POINTS, running_mean, thinned
 
 GENERATOR = "nalora report"
@@ -24,6 +24,13 @@ SCALARS = {
 BANDS = (
     ("importance", "Importance", "Mean |φ'| of a gate channel over steps: how much it still responds."),
     ("mask", "Mask", "What mechanism 1 makes of the importance, 1 in the warm-up."),
+    ("sparsity", "Mask sparsity", "Share of channels whose mask is below 0.1, so that they hardly move."),
+    ("effective", "Channels in effect", "Over what share of the channels the mask spreads, (Σm)² / FΣm²."),
+    (
+        "step_scale",
+        "Step scale",
+        "What mechanism 2 makes of the partition: each region's share times its gamma.",
+    ),
     ("multiplier", "Step multiplier", "Mask times step scale, normalised: the factor on a channel's step."),
     ("misalignment", "Selection misalignment", "Share of the residual's effect that changes the selection."),
 )
@@ -67,7 +74,9 @@ def page(
         },
         "regions": list(dict.fromkeys(n.partition(".")[2] for n in statistics if n.startswith("occupancy."))),
         "markers": MARKERS,
+        "dashes": DASHES,
         "heat": _heat_scale(),
+        "tints": [_heat(place) for place in REGIONS],
         "last": max(run.last_step for run in runs),
         "refresh": refresh,
         "key": "nalora-report-",
@@ -104,7 +113,6 @@ def page(
                 "has_layers": bool(run.layers),
                 "has_occupancy": any(name.startswith("occupancy.") for name in run.grids),
                 "has_channels": bool(run.channels),
-                "groups": len(next(iter(run.channels.values())).values) if run.channels else 0,
             }
             for i, run in enumerate(runs)
         ],
@@ -131,8 +139,10 @@ def page(
 def _subtitle(runs: list[RunData]) -> str:
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     model = {str(run.settings["model"]) for run in runs if "model" in run.settings}
-    of = f"Model {', '.join(sorted(model))}. " if model else ""
-    return f"{of}Fine-tuned with NA-LoRA on MLX. Report of {now}."
+    of = f"Base model: {', '.join(sorted(model))}. " if model else ""
+    kinds = dict.fromkeys(run.kind for run in runs if run.kind)
+    how = f" ({', '.join(kinds)})" if kinds else ""
+    return f"{of}Fine-tuned on MLX{how}. Report of {now}."
 
 
 def _payload(run: RunData) -> dict[str, Any]:
@@ -195,10 +205,14 @@ def _grouped(names: list[str]) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _heat_scale() -> list[list[Any]]:
     """The colour scale of the pictures, at 17 places: plotly's own of this name has fewer."""
+    return [[i / 16, _heat(i / 16)] for i in range(17)]
+
+
+def _heat(place: float) -> str:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    return [[i / 16, to_hex(colormaps[HEAT](i / 16))] for i in range(17)]
+    return to_hex(colormaps[HEAT](place))
 
 
 def _colours() -> str:

@@ -1,11 +1,16 @@
 """Colours of runs, regions and heat maps, for the page and the pictures.
 
-Okabe and Ito's set, which colour-blind readers tell apart, darkened for a light ground and lightened for a dark one
-until a line of it stands out from the ground by 3:1; shapes of markers say the same again.
+Okabe and Ito's set, moved until a line stands out from its ground by 3:1 and any two are far apart for readers with
+protanopia, deuteranopia or tritanopia too; dashes and shapes of markers say the same again.
 """
 
-RUNS_LIGHT = ("#0072b2", "#d55e00", "#008a64", "#b8558c", "#8a6800", "#3d3d8f", "#7a3b10", "#555555")
-RUNS_DARK = ("#56b4e9", "#f5a742", "#34c99b", "#e59ac4", "#f0e442", "#a9a9f5", "#e08a58", "#c8c8c8")
-MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon", "hexagon")
-HEAT = "cividis"  # light and dark alone say what it says, and it has no red or green
+RUNS_LIGHT = ("#1e5b9c", "#da6b11", "#05925e", "#b3568a", "#3a2a5c", "#765305")
+RUNS_DARK = ("#28aced", "#f9a35f", "#4ee6a9", "#dfa3ca", "#f0e442", "#5167c0")
 MOST_RUNS = len(RUNS_LIGHT)
+# The same for plotly and for matplotlib.
+MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+POINTS = ("o", "s", "D", "^", "P", "X")
+LINES = ("-", (0, (5, 3)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (9, 3)), (0, (9, 2, 1, 2)))
+HEAT = "cividis"  # light and dark alone say what it says, and it has no red or green
+REGIONS = (0.1, 0.5, 0.9)  # where on that scale the regions of a partition are, from low z to high z

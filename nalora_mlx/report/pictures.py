@@ -7,17 +7,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nalora_mlx.report import tables
-from nalora_mlx.report.data import RunData, short_layers
+from nalora_mlx.report.data import RunData, Table, short_layers
 from nalora_mlx.report.page import NOISY, SCALARS, SMOOTHED_FROM, window
-from nalora_mlx.report.palette import HEAT, RUNS_LIGHT
+from nalora_mlx.report.palette import HEAT, LINES, POINTS, RUNS_LIGHT
 from nalora_mlx.report.series import running_mean, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARKERS = ("o", "s", "D", "^", "P", "X", "p", "h")  # as those of the page
-DASHES = ("-", "--", ":", "-.")
-HEATS = ("importance.mean", "multiplier.p90", "misalignment", "occupancy.transition")
+HEATS = (
+    "importance.mean",
+    "misalignment",
+    "mask.p90",
+    "sparsity",
+    "effective",
+    "step_scale.mean",
+    "multiplier.p90",
+)
+COLUMNS = 4  # heat maps side by side
 STYLE: Any = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -43,16 +50,17 @@ def pictures(runs: list[RunData]) -> dict[str, bytes]:
     if keys:
         drawn["speed.png"] = _png(lambda axes, runs: _scalars(axes, runs, keys), runs, (10, 5.6), 2, 2)
     with_layers = [run for run in runs if run.layers]
-    heats = [name for name in HEATS if any(name in run.grids for run in with_layers)]
-    if heats:
-        rows, columns = len(with_layers), len(heats)
-        drawn["layers.png"] = _png(
-            lambda axes, runs: _heats(axes, runs, heats),
-            with_layers,
-            (3.7 * columns, 3.4 * rows),
-            rows,
-            columns,
-        )
+    names = list(dict.fromkeys(name for run in with_layers for name in run.grids))
+    regions = [name for name in names if name.startswith("occupancy.")]
+    for file, wanted in (
+        ("layers.png", [name for name in HEATS if name in names]),
+        ("occupancy.png", regions),
+    ):
+        if wanted:
+            drawn[file] = _heats([(run, name) for name in wanted for run in with_layers], len(runs) > 1)
+    with_channels = [run for run in runs if run.channels]
+    if with_channels:
+        drawn["channels.png"] = _channels(with_channels, len(runs) > 1)
     return drawn
 
 
@@ -85,17 +93,23 @@ def _loss(axes: Any, runs: list[RunData]) -> None:
         name = f"{run.name}: " if several else ""
         steps, losses = run.train["step"], run.train["loss"]
         if len(losses) >= SMOOTHED_FROM:
-            ax.plot(*thinned(steps, losses), color=training, alpha=0.25, linewidth=0.8)
+            if not several:
+                ax.plot(*thinned(steps, losses), color=training, alpha=0.25, linewidth=0.8)
             losses = running_mean(losses, window(len(losses)))
         if len(losses):
-            ax.plot(*thinned(steps, losses), color=training, linewidth=1.5, label=f"{name}training")
+            ax.plot(
+                *thinned(steps, losses),
+                color=training,
+                linestyle=LINES[i],
+                linewidth=1.5,
+                label=f"{name}training",
+            )
         if len(run.valid["step"]):
             ax.plot(
                 run.valid["step"],
                 run.valid["loss"],
                 color=validation,
-                linestyle=":" if several else "-",
-                marker=MARKERS[i],
+                marker=POINTS[i],
                 markersize=4,
                 linewidth=2,
                 label=f"{name}validation",
@@ -105,13 +119,14 @@ def _loss(axes: Any, runs: list[RunData]) -> None:
                 *run.best, marker="*", markersize=15, color=validation, markeredgecolor="white", linestyle=""
             )
             right = run.best[0] > 0.85 * run.last_step
-            ax.annotate(
-                f"best {tables.number(run.best[1])}",
-                run.best,
-                xytext=(-6 if right else 6, 10),
-                textcoords="offset points",
-                ha="right" if right else "left",
-            )
+            if not several:  # labels of several would cover each other
+                ax.annotate(
+                    f"best {tables.number(run.best[1])}",
+                    run.best,
+                    xytext=(-6 if right else 6, 10),
+                    textcoords="offset points",
+                    ha="right" if right else "left",
+                )
     ax.set(xlabel="iteration", ylabel="loss (nats per token)")
     ax.margins(x=0.02)
     ax.legend(ncols=2 if several else 1)
@@ -130,7 +145,7 @@ def _scalars(axes: Any, runs: list[RunData], keys: list[str]) -> None:
             ax.plot(
                 *thinned(steps, values),
                 color=RUNS_LIGHT[i],
-                linestyle=DASHES[i % 4],
+                linestyle=LINES[i],
                 linewidth=1.5,
                 label=run.name,
             )
@@ -140,29 +155,70 @@ def _scalars(axes: Any, runs: list[RunData], keys: list[str]) -> None:
             ax.legend()
 
 
-def _heats(axes: Any, runs: list[RunData], names: list[str]) -> None:
-    for column, name in enumerate(names):
-        _, full, unit = tables.label(name)
-        shown = [run.grids[name].values for run in runs if name in run.grids]
-        low, high = min(map(np.nanmin, shown)), max(map(np.nanmax, shown))
-        for ax, run in zip(axes[:, column], runs, strict=True):
-            ax.grid(False)
-            ax.set(title=f"{run.name}\n{full}" if len(runs) > 1 else full, xlabel="iteration", ylabel="layer")
+def _heats(maps: list[tuple[RunData, str]], several: bool) -> bytes:
+    """Heat maps of statistics over layers: of several runs side by side, on one scale."""
+    runs = len({id(run) for run, _ in maps})
+    columns = min(runs * max(1, COLUMNS // runs), len(maps))
+    grids = {
+        name: [run.grids[name].values for run, n in maps if n == name and n in run.grids] for _, name in maps
+    }
+
+    def draw(axes: Any, _drawn: list[RunData]) -> None:
+        for ax in axes.flat[len(maps) :]:
+            ax.set_axis_off()
+        for ax, (run, name) in zip(axes.flat, maps, strict=False):
+            _, full, unit = tables.label(name)
+            ax.set(title=f"{run.name}\n{_title(full)}" if several else _title(full), ylabel="layer")
             if name not in run.grids:
                 ax.set_axis_off()
                 continue
-            table = run.grids[name]
-            count = len(table.values)
-            edges = np.concatenate([[0], table.steps])  # a report tells of the steps since the one before
-            mesh = ax.pcolormesh(
-                edges,
-                np.arange(count + 1) - 0.5,
-                table.values,
-                cmap=HEAT,
-                vmin=low,
-                vmax=high,
-                rasterized=True,
-            )
-            every = -(-count // 12)
-            ax.set_yticks(range(0, count, every), short_layers(run.layers)[::every])
-            ax.figure.colorbar(mesh, ax=ax, label=unit)
+            ends = (0, 1) if name.startswith("occupancy.") else _ends(grids[name])
+            _mesh(ax, run.grids[name], ends, unit)
+            every = -(-len(run.layers) // 12)
+            ax.set_yticks(range(0, len(run.layers), every), short_layers(run.layers)[::every])
+
+    rows = -(-len(maps) // columns)
+    return _png(draw, [], (3.7 * columns, 3.2 * rows), rows, columns)
+
+
+def _channels(runs: list[RunData], several: bool) -> bytes:
+    """Importance of channels in layers from the first to the last, a row for each run."""
+    columns = min(COLUMNS, max(len(run.channels) for run in runs))
+
+    def draw(axes: Any, runs: list[RunData]) -> None:
+        for row, run in zip(axes, runs, strict=True):
+            names = dict(zip(run.layers, short_layers(run.layers), strict=True))
+            chosen = [
+                list(run.channels)[i] for i in np.linspace(0, len(run.channels) - 1, columns).astype(int)
+            ]
+            for ax, path in zip(row, chosen, strict=True):
+                table = run.channels[path]
+                title = f"Importance, layer {names[path]}"
+                ax.set(
+                    title=f"{run.name}\n{title}" if several else title,
+                    ylabel="channel, by importance at the end",
+                )
+                _mesh(ax, table, _ends([table.values]), "importance |φ'|")
+                ax.invert_yaxis()
+                ax.set_yticks([])
+
+    return _png(draw, runs, (3.7 * columns, 3.2 * len(runs)), len(runs), columns)
+
+
+def _mesh(ax: Any, table: Table, ends: tuple[float, float], unit: str) -> None:
+    ax.grid(False)
+    ax.set_xlabel("iteration")
+    edges = np.concatenate([[0], table.steps])  # a report tells of the steps since the one before
+    rows = np.arange(len(table.values) + 1) - 0.5
+    low, high = ends
+    mesh = ax.pcolormesh(edges, rows, table.values, cmap=HEAT, vmin=low, vmax=high, rasterized=True)
+    ax.figure.colorbar(mesh, ax=ax, label=unit)
+
+
+def _ends(grids: list[np.ndarray]) -> tuple[float, float]:
+    return min(map(np.nanmin, grids)), max(map(np.nanmax, grids))
+
+
+def _title(full: str) -> str:
+    """What is measured, and below it of which channels."""
+    return full.replace(", ", "\n", 1)

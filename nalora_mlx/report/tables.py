@@ -14,6 +14,7 @@ PARTS = {"mean": "mean over channels", "p10": "10th percentile", "p50": "median"
 QUANTITIES = {
     "importance": ("Importance", "importance |φ'|"),
     "mask": ("Mask", "mask m"),
+    "step_scale": ("Step scale", "step scale g"),
     "multiplier": ("Step multiplier", "step multiplier q"),
 }
 
@@ -154,7 +155,9 @@ def label(statistic: str) -> tuple[str, str, str]:
     if name == "misalignment":
         return "Selection", "Selection misalignment", "SM"
     if name == "sparsity":
-        return "Mask", "Mask sparsity, share of channels at 0", "share of channels"
+        return "Mask", "Mask sparsity, share of channels below 0.1", "share of channels"
+    if name == "effective":
+        return "Mask", "Channels in effect, share of all", "share of channels"
     return "Other", statistic, statistic
 
 
@@ -208,9 +211,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
+        return ", ".join(map(_shown, value))
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {_shown(item)}" for name, item in value.items())
+        inner = {n: f"({_shown(v)})" if isinstance(v, list | dict) else _shown(v) for n, v in value.items()}
+        return ", ".join(f"{name}: {item}" for name, item in inner.items())
     return str(value)
 
 
