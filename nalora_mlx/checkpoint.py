@@ -24,9 +24,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 Writer = Callable[[Path], None]
 LARGEST_JSON = 64 * 2**20  # bytes that a JSON file may have; ours have some thousand
 _STEP = re.compile(r"step-([0-9]{7,})")
-# .NAME.PID.new and .NAME.PID.old of directories, .STEM.PID.SUFFIX of files: what a killed process leaves behind
+# What a killed process leaves behind: .STEM.PID.SUFFIX of files, and of directories .NAME.PID.new (half written),
+# .NAME.PID.old (moved out of the way of a new one, and whole) and .NAME.PID.gone (half removed).
 _LEFT = re.compile(
-    r"\.(?P<name>adapters|adapter_config|metrics|run|best|step-[0-9]+)\.[0-9]+\.(?P<kind>new|old|safetensors|jsonl?)"
+    r"\.(?P<name>adapters|adapter_config|metrics|run|best|step-[0-9]+)\.[0-9]+"
+    r"\.(?P<kind>new|old|gone|safetensors|jsonl?)"
 )
 
 
@@ -109,8 +111,9 @@ def new_directory(path: Path) -> Iterator[Path]:
         OSError: the disk is full or the target cannot be written; an old directory stays as it was.
     """
     make_directory(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary, retired = _beside(path, "new"), _beside(path, "old")
+    _restore_or_remove(retired, path)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that died, and had the same number
     try:
         temporary.mkdir()
         yield temporary
@@ -126,6 +129,19 @@ def new_directory(path: Path) -> Iterator[Path]:
             retired.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """Where a directory stands while it is none of its name; see `_LEFT`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _restore_or_remove(retired: Path, path: Path) -> None:
+    """Bring a directory back if its process died between the two renames of a replacement; else remove it."""
+    if retired.exists() and not path.exists():
+        retired.rename(path)
+        flush(path.parent)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def make_directory(path: Path) -> None:
@@ -169,13 +185,22 @@ def check_arrays(path: Path) -> int:
     Raises:
         InputError: it is missing, or not such a file.
     """
+    return len(array_shapes(path))
+
+
+def array_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's arrays by name, from a header that agrees with the file's size.
+
+    Raises:
+        InputError: it is missing, or not such a file.
+    """
     from safetensors import safe_open
 
     if not path.is_file():
         raise InputError(f"no file {path}")
     try:
         with safe_open(path, framework="numpy") as file:
-            return len(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise InputError(f"{path} is no readable safetensors file ({error})") from None
 
@@ -219,10 +244,11 @@ def steps(parent: Path) -> dict[int, Path]:
 def prune(parent: Path, keep: int) -> None:
     """Remove all but the last `keep` checkpoints, each at once."""
     for path in list(steps(parent).values())[:-keep]:
-        retired = path.with_name(f".{path.name}.{os.getpid()}.old")
-        path.rename(retired)
+        gone = _beside(path, "gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
         flush(parent)
-        shutil.rmtree(retired, ignore_errors=True)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def clean(directory: Path) -> None:
@@ -230,12 +256,9 @@ def clean(directory: Path) -> None:
     for path in directory.iterdir() if directory.is_dir() else ():
         if not (match := _LEFT.fullmatch(path.name)):
             continue
-        if match["kind"] == "old" and path.is_dir() and not _STEP.fullmatch(match["name"]):
-            target = path.with_name(match["name"])
-            if not target.exists():  # stopped between the two renames of a replacement
-                path.rename(target)
-                continue
-        if path.is_dir():
+        if match["kind"] == "old" and path.is_dir():
+            _restore_or_remove(path, path.with_name(match["name"]))
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -256,7 +279,10 @@ def set_aside(directory: Path, paths: Sequence[str | Path]) -> Path | None:
     for path in present:
         make_directory((target / path).parent)
         (directory / path).rename(target / path)
-    flush(directory)
+    for place in {
+        parent for path in present for parent in ((directory / path).parent, (target / path).parent)
+    }:
+        flush(place)
     return target
 
 

@@ -1,7 +1,12 @@
 """The exceptions that become one line for a person; every room may use them, and they use none."""
 
+import re
 from collections.abc import Sequence
 
+# What mlx says when it gets no memory: on Metal, on CUDA, and on a CPU.
+_NO_MEMORY = re.compile(
+    r"malloc|unable to allocate|insufficient memory|out of memory|bad_alloc", re.IGNORECASE
+)
 SHOWN = 10  # of a list of problems; the rest is counted
 
 
@@ -26,15 +31,22 @@ def listed(problems: Sequence[str], separator: str = "; ") -> str:
     return separator.join(problems[:SHOWN]) + more
 
 
-def places(sources: Sequence[str]) -> str:
+def places(sources: Sequence[str], most: int = SHOWN) -> str:
     """The first of some places in files and how many more there are: a.jsonl:1, :7, b.jsonl:2 and 12 more."""
     shown: list[str] = []
     file = ""
-    for source in sources[:SHOWN]:
+    for source in sources[:most]:
         before, file = file, source.rpartition(":")[0]
         shown.append(source.removeprefix(file) if file == before else source)
-    rest = len(sources) - SHOWN
+    rest = len(sources) - most
     return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that there was no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    )
 
 
 def first_line(error: Exception) -> str:

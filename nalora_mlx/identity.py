@@ -40,8 +40,9 @@ def identity(
     config: TrainingConfig,
     train_set: Sequence[Example],
     valid_set: Sequence[Example],
+    workers: int,
 ) -> dict[str, Any]:
-    """All that decides what a run computes: base model, data, method, optimizer, and the settings of the training."""
+    """All that decides what a run computes: base model, data, method, optimizer, settings, and how many workers."""
     trainable = adapter_weights(model)
     frozen = {name: a for name, a in tree_flatten(model.parameters()) if name not in trainable}
     known = {
@@ -55,6 +56,7 @@ def identity(
             for f in fields(TrainingConfig)
             if not f.metadata.get("may_change")
         },
+        "workers": workers,
     }
     return json.loads(json.dumps(known))
 

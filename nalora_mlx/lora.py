@@ -3,17 +3,18 @@
 import argparse
 import math
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nalora_mlx.cli import Parser, add_settings
 from nalora_mlx.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
-from nalora_mlx.errors import InputError, RunError, first_line, listed
+from nalora_mlx.errors import InputError, first_line, listed
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -22,11 +23,8 @@ if TYPE_CHECKING:
     from nalora_mlx.display import Display
     from nalora_mlx.validate import Rows
 
+T = TypeVar("T")
 AGAIN = "the same command with --resume goes on from there"
-# What mlx says when it gets no memory: on Metal, on CUDA, and on a CPU.
-OUT_OF_MEMORY = re.compile(
-    r"malloc|unable to allocate|insufficient memory|out of memory|bad_alloc", re.IGNORECASE
-)
 
 
 def build_parser(prog: str) -> Parser:
@@ -57,25 +55,44 @@ def run(args: argparse.Namespace) -> None:
     with _display() as display, _awake():
         rows = _read(config, names, display)
         start = _start(config)
-        from nalora_mlx.models import load_model
+        from nalora_mlx.memory_advice import memory_advice
+        from nalora_mlx.models import is_quantized, load_module, load_tokenizer
+        from nalora_mlx.validate import tokenize
 
         display.note(f"loading {config.model}")
-        model, tokenizer, _ = load_model(config.model, config.trust_remote_code, config.quantize)
+        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        tokenized = _in_background(lambda: tokenize(rows, tokenizer, config.max_seq_length))
+        model, description = load_module(config.model, config.trust_remote_code, config.quantize)
         if _slow_on_cpu(model):
             display.note(
                 "note: half-precision weights are some fifty times slower than float32 on a CPU; "
                 "mlx_lm.convert --dtype float32 makes a float32 copy"
             )
-        splits = _tokenize(config, rows, tokenizer, display)
-        with _memory_advice(config):
+        splits = _checked(config, tokenized(), tokenizer, display)
+        begun = threading.Event()
+        with memory_advice(config, _output(config), is_quantized(description), start, begun):
             if config.train:
-                _train(config, model, splits, display, start)
+                _train(config, model, splits, display, start, begun)
             elif config.adapter_path:
                 from nalora_mlx.adapters import load_any_adapter
 
                 load_any_adapter(model, Path(config.adapter_path).expanduser())
             if config.test:
                 _test(config, model, splits["test"], display)
+
+
+def _in_background(work: Callable[[], T]) -> Callable[[], T]:
+    """Start work in a thread, for which a process that ends does not wait; its result or exception when asked."""
+    future: Future[T] = Future()
+
+    def thread() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=thread, daemon=True).start()
+    return future.result
 
 
 def _display() -> "Display":
@@ -109,7 +126,7 @@ def _read(config: RunConfig, names: list[str], display: "Display") -> "Rows":
     """
     from nalora_mlx.validate import read_rows
 
-    rows = read_rows(config, names)
+    rows = read_rows(config, names, compare_with_test=config.train)
     if rows.problems:
         raise InputError(listed(rows.problems))
     for notice in rows.notices:
@@ -117,15 +134,23 @@ def _read(config: RunConfig, names: list[str], display: "Display") -> "Rows":
     return rows
 
 
-def _tokenize(config: RunConfig, rows: "Rows", tokenizer: Any, display: "Display") -> "dict[str, Split]":
-    from nalora_mlx.validate import marked, summary, tokenize
+def _checked(
+    config: RunConfig, splits: "dict[str, Split]", tokenizer: Any, display: "Display"
+) -> "dict[str, Split]":
+    """The tokenized splits, when a person was told of them.
 
-    splits = tokenize(rows, tokenizer, config.max_seq_length)
+    Raises:
+        InputError: lists the rows that cannot be used.
+    """
+    from nalora_mlx.validate import histogram, marked, summary
+
     if errors := [error for split in splits.values() for error in split.errors]:
         raise InputError(listed(errors))
     for name, split in splits.items():
         if split.examples:
             display.note(summary(name, split))
+            if name == "train":
+                display.note("\n".join(histogram(split.examples)))
         for notice in split.notices:
             display.note(f"note: {notice}")
     if config.train and not splits["valid"].examples:
@@ -172,8 +197,14 @@ def _start(config: RunConfig) -> Path | None:
 
 
 def _train(
-    config: RunConfig, model: "nn.Module", splits: "dict[str, Split]", display: "Display", start: Path | None
+    config: RunConfig,
+    model: "nn.Module",
+    splits: "dict[str, Split]",
+    display: "Display",
+    start: Path | None,
+    begun: threading.Event,
 ) -> None:
+    """Plan and train; sets `begun` when the output directory is this run's."""
     import mlx.core as mx
 
     from nalora_mlx import checkpoint, distributed
@@ -183,7 +214,7 @@ def _train(
     from nalora_mlx.planner import advice, default_budget
     from nalora_mlx.record import RECORD_FILE, RecordFile
     from nalora_mlx.reporters import reporters
-    from nalora_mlx.run_directory import RUN_FILES, holds_run, tidy
+    from nalora_mlx.run import Listener
     from nalora_mlx.signals import SIGNALS, Stopped, stoppable
     from nalora_mlx.trainer import train
 
@@ -194,13 +225,17 @@ def _train(
     def new_optimizer() -> Any:
         return build_optimizer(config.optimizer, config.learning_rate, config.lr_schedule, settings)
 
+    try:  # some settings fail in a step only
+        one = {"one": mx.ones((1, 1))}
+        mx.eval(new_optimizer().apply_gradients(one, one))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"optimizer_config.{config.optimizer}: {first_line(error)}") from None
     optimizer = new_optimizer()
     description = _prepare(config, model, display)
     if start is not None and config.resume is None:
         load_weights(model, start)
         mx.eval(model.parameters())  # read now: the file may be set aside next
         display.note(f"starting from {start}")
-    services = reporters(config)
     display.status.memory_limit = default_budget()
     checkpoint.json_writer(description)  # fails here, not after an hour, if it holds what JSON cannot
     trainable = sum(array.size for array in adapter_weights(model).values())
@@ -212,18 +247,13 @@ def _train(
     if config.memory_budget is not None:
         mx.set_memory_limit(config.memory_budget)  # near it MLX waits for what is under way and frees it
 
-    def ready() -> None:
-        """Take the directory; only now, as nothing can be refused any more, is an earlier run moved out of the way."""
-        if distributed.workers().rank > 0:
-            return
-        taken.enter_context(checkpoint.claim(output))
-        tidy(output)
-        if config.resume is None and holds_run(output):
-            display.note(
-                f"note: moved the run that was in {output} to {checkpoint.set_aside(output, RUN_FILES)}"
-            )
-        elif config.resume is not None:
-            display.note(f"resuming from {start}")
+    if config.resume is not None:
+        display.note(f"resuming from {start}")
+    listeners: list[Listener] = []
+    if distributed.workers().rank == 0:
+        record = RecordFile(output / RECORD_FILE, config, splits, display.note)
+        metrics = MetricsFile(output / METRICS_FILE, display.note)
+        listeners = [lambda _: begun.set(), display, record, metrics, *reporters(config, display.note)]
 
     def first(number: int) -> None:
         display.note(f"{SIGNALS[number]}: finishing this update and saving; once more ends the run at once")
@@ -233,8 +263,7 @@ def _train(
         kept = f"the checkpoint of iteration {found[-1]} is whole; {AGAIN}" if found else "nothing was saved"
         print(f"nalora lora: {SIGNALS[number]}: ended at once; {kept}", file=sys.stderr)
 
-    with ExitStack() as taken:
-        stop = taken.enter_context(stoppable(first, second))
+    with stoppable(first, second) as stop:
         result = train(
             model,
             splits["train"].examples,
@@ -242,17 +271,11 @@ def _train(
             config,
             optimizer,
             output,
-            [
-                display,
-                RecordFile(output / RECORD_FILE, config, splits, display.note),
-                MetricsFile(output / METRICS_FILE, display.note),
-                *services,
-            ],
+            listeners,
             description,
             start if config.resume is not None else None,
             config.resume_anyway,
             stop,
-            ready,
         )
     if stop.number is not None and result.stopped:
         done = f"at iteration {result.iterations}, saved in {output}; {AGAIN}"
@@ -320,26 +343,6 @@ def _test(config: RunConfig, model: "nn.Module", split: "Split", display: "Displ
     if config.adapter_path and output.is_dir() and workers.rank == 0:
         record = {"event": "metrics", "split": "test", "loss": loss, "tokens": tokens}
         MetricsFile(output / "metrics.jsonl")(record)
-
-
-@contextmanager
-def _memory_advice(config: RunConfig) -> Iterator[None]:
-    """Say which flags save memory when there is none left."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
-            raise
-        flags = [
-            f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "",
-            "" if config.grad_checkpoint else "--grad-checkpoint",
-            f"--max-seq-length {config.max_seq_length // 2}" if config.max_seq_length > 256 else "",
-            "" if config.quantize or config.fine_tune_type == "full" else "--quantize 4",
-            "--num-layers 8" if config.num_layers < 0 or config.num_layers > 8 else "",
-        ]
-        raise RunError(
-            f"out of memory ({first_line(error)}); what helps: {', '.join(filter(None, flags))}"
-        ) from error
 
 
 @contextmanager

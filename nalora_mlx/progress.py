@@ -12,6 +12,27 @@ SPIKE_WITHIN = 100
 
 
 @dataclass
+class TrainResult:
+    """What came of a run, over all its parts if it was resumed.
+
+    Losses are means over supervised tokens, None without a validation set; `skipped` counts updates that were not
+    applied; `stopped` says why the run ended early, None if it did not.
+    """
+
+    iterations: int
+    updates: int
+    tokens: int
+    seconds: float
+    train_loss: float
+    first_valid_loss: float | None = None
+    valid_loss: float | None = None
+    best_valid_loss: float | None = None
+    best_iteration: int | None = None
+    skipped: int = 0
+    stopped: str | None = None
+
+
+@dataclass
 class Progress:
     """What a run has done so far; losses are means over supervised tokens.
 
@@ -92,3 +113,19 @@ class Progress:
             return True
         self.stale_validations += 1
         return False
+
+    def result(self, stopped: str | None) -> TrainResult:
+        """What came of the run, which ended for this reason, or at its end."""
+        return TrainResult(
+            iterations=self.iteration,
+            updates=self.updates,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            train_loss=math.nan if self.train_loss is None else self.train_loss,
+            first_valid_loss=self.first_valid_loss,
+            valid_loss=self.valid_loss,
+            best_valid_loss=self.best_valid_loss,
+            best_iteration=self.best_iteration,
+            skipped=self.skipped,
+            stopped=stopped,
+        )

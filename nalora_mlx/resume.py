@@ -27,7 +27,7 @@ from nalora_mlx.strict import coerce, reject_unknown
 
 STATE_FILE = "training_state.json"
 STATE_ARRAYS = "training_state.safetensors"
-FORMAT = 1  # of the state; another number is another way to write it
+FORMAT = 2  # of the state; another number is another way to write it
 
 
 @dataclass
@@ -38,6 +38,7 @@ class State:
     identity: dict[str, Any]
     versions: dict[str, Any]
     arrays: dict[str, Any]
+    best: str | None
 
 
 def adapter_files(model: nn.Module, description: Mapping[str, Any] | None) -> dict[str, checkpoint.Writer]:
@@ -77,6 +78,7 @@ def checkpoint_files(
         "versions": versions(),
         "config": {f.name: getattr(config, f.name) for f in fields(TrainingConfig)},
         "arrays": {ADAPTER_FILE: fingerprint(weights), STATE_ARRAYS: fingerprint(arrays)},
+        "best": None if best is None else _digest(best),
     }
     content["seal"] = _seal(content)
     files = {
@@ -92,6 +94,12 @@ def checkpoint_files(
 def _seal(content: Mapping[str, Any]) -> str:
     """A hash by which a state that was changed is known; it is no proof of who wrote it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    """A hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find(resume: str, output: Path) -> Path:
@@ -126,7 +134,7 @@ def read_state(directory: Path) -> State:
             "resume with the version that wrote it"
         )
     if content.pop("seal", None) != _seal(content):
-        raise InputError(f"{path} is not what the run wrote; resume from an earlier checkpoint")
+        raise InputError(_changed(path))
     parts = {}
     for name in ("progress", "identity", "versions", "arrays"):
         if not isinstance(content.get(name), dict):
@@ -134,7 +142,7 @@ def read_state(directory: Path) -> State:
         parts[name] = content[name]
     given = parts.pop("progress")
     reject_unknown(given, Progress.__dataclass_fields__, f"{path}: progress")
-    return State(Progress(**coerce(given, Progress, f"{path}: progress")), **parts)
+    return State(Progress(**coerce(given, Progress, f"{path}: progress")), **parts, best=content.get("best"))
 
 
 def restore(
@@ -174,8 +182,22 @@ def restore(
     notices = [f"resuming although {phrase}" for phrase in wrong]
     if others := differences(known.versions, versions()):
         notices.append(f"the last digits may come out otherwise: {listed(others)}")
+    _check_copies(directory, known)
     _restore_arrays(directory, known, model, state)
     return known.progress, notices
+
+
+def _check_copies(directory: Path, known: State) -> None:
+    """Raise InputError for a file that goes back to the run's directory and is not what the run wrote."""
+    if checkpoint.read_json(directory / ADAPTER_CONFIG) != known.identity.get("adapter"):
+        raise InputError(_changed(directory / ADAPTER_CONFIG))
+    best = directory / BEST_FILE
+    if (_digest(best) if best.is_file() else None) != known.best:
+        raise InputError(_changed(best))
+
+
+def _changed(path: Path) -> str:
+    return f"{path} is not what the run wrote; resume from an earlier checkpoint"
 
 
 def _restore_arrays(directory: Path, known: State, model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -193,9 +215,7 @@ def _restore_arrays(directory: Path, known: State, model: nn.Module, state: Mapp
     load_weights(model, directory / ADAPTER_FILE)
     for name, arrays in ((ADAPTER_FILE, adapter_weights(model)), (STATE_ARRAYS, saved)):
         if fingerprint(arrays) != known.arrays.get(name):
-            raise InputError(
-                f"{directory / name} is not what the run wrote; resume from an earlier checkpoint"
-            )
+            raise InputError(_changed(directory / name))
     high, low = np.array(saved.pop("random")).tolist()
     mx.random.seed(high << 32 | low)
     # The rate is a setting: with --resume-anyway that of now counts, else it is the same, or a schedule sets it.

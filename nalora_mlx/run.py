@@ -1,11 +1,10 @@
 """One training run: the loop around the training step, and all that it reports, saves and survives."""
 
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +19,21 @@ from nalora_mlx.adapters import adapter_description, adapter_weights, report_of
 from nalora_mlx.batches import Batch, batches_per_epoch, evaluation_batches, training_batches
 from nalora_mlx.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.data import Example
-from nalora_mlx.errors import places
+from nalora_mlx.errors import first_line, places
 from nalora_mlx.evaluation import evaluate
 from nalora_mlx.forward import recomputed
 from nalora_mlx.identity import identity
-from nalora_mlx.progress import Progress
+from nalora_mlx.progress import Progress, TrainResult
 from nalora_mlx.resume import adapter_files, checkpoint_files, restore
-from nalora_mlx.run_directory import check_space, rewind
+from nalora_mlx.run_directory import check_space, holds_run, make_way, rewind, tidy
 from nalora_mlx.saver import CHECKPOINTS, Saver
 from nalora_mlx.step import TrainingStep
+from nalora_mlx.windows import ahead, windows
 
 # What a run tells those who watch it: {"event": one of these, ...}:
 # start, step, validating, metrics, notice, saving, saved, end
+# One that raises is told no more, and the run goes on.
 Listener = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class TrainResult:
-    """What came of a run, over all its parts if it was resumed.
-
-    Losses are means over supervised tokens, None without a validation set; `skipped` counts updates that were not
-    applied; `stopped` says why the run ended early, None if it did not.
-    """
-
-    iterations: int
-    updates: int
-    tokens: int
-    seconds: float
-    train_loss: float
-    first_valid_loss: float | None = None
-    valid_loss: float | None = None
-    best_valid_loss: float | None = None
-    best_iteration: int | None = None
-    skipped: int = 0
-    stopped: str | None = None
 
 
 class Run:
@@ -77,7 +57,7 @@ class Run:
         self.model, self.config, self.stop = model, config, stop
         self.workers = distributed.workers()
         speaks = self.workers.rank == 0
-        self.listeners = listeners if speaks else ()
+        self.listeners = list(listeners) if speaks else []
         self.train_set = train_set
         self.valid_batches = evaluation_batches(
             valid_set, config.batch_size, config.val_batches, config.seed, self.workers.share
@@ -94,13 +74,13 @@ class Run:
         if config.epochs is not None:
             per_epoch = batches_per_epoch(train_set, config.batch_size, config.packing)
             self.iterations = math.ceil(round(config.epochs * per_epoch, 6))
-        self.progress, self.notices = Progress(), list[str]()
+        self.progress, self.notices = Progress(), _head_notices(self.step)
         self.source = Path(resume) if resume is not None else None
         self.saver: Saver | None = None
         if output is None and resume is None:
             return
         description = description or (adapter_description(model) if report else None)
-        known = identity(model, self.optimizer, description, config, train_set, valid_set)
+        known = identity(model, self.optimizer, description, config, train_set, valid_set, self.workers.size)
         trees = {"optimizer": self.optimizer.state, "importance": self.step.importance}
         if self.source is not None:
             self.progress, notices = restore(
@@ -113,6 +93,8 @@ class Run:
                     "that had not ended there would have done"
                 )
         if output is not None and speaks:
+            checkpoint.check_writable(Path(output))
+            holds_run(Path(output))
             self.saver = Saver(
                 Path(output),
                 config.keep_last,
@@ -128,20 +110,51 @@ class Run:
                 self.notices.append(shortage)
 
     def tell(self, event: str, **content: Any) -> None:
-        """Tell all listeners."""
-        for listener in self.listeners:
-            listener({"event": event, **content})
+        """Tell all listeners; one that raises is left out from then on: no watcher ends a run."""
+        for listener in list(self.listeners):
+            try:
+                listener({"event": event, **content})
+            except Exception as error:
+                self.listeners.remove(listener)
+                name = getattr(listener, "name", None) or getattr(
+                    listener, "__name__", type(listener).__name__
+                )
+                # Not an event: it may be the display that fails.
+                print(
+                    f"note: {name} failed ({type(error).__name__}: {first_line(error)}); the run goes on without it",
+                    file=sys.stderr,
+                )
 
     def run(self) -> TrainResult:
-        """Train until the iterations are done, or something ends the run before."""
+        """Train until the iterations are done, or something ends the run before.
+
+        Raises:
+            InputError: another run is writing into the output directory.
+        """
+        with checkpoint.claim(self.saver.output) if self.saver is not None else nullcontext():
+            if self.saver is not None:
+                self.take(self.saver)
+            return self.train()
+
+    def take(self, saver: Saver) -> None:
+        """Make the output directory this run's; what was in it is moved aside, not lost."""
+        tidy(saver.output)
+        if self.source is None:
+            aside = make_way(saver.output)
+            if aside is not None:
+                self.notices.append(f"moved the run that was in {saver.output} to {aside}")
+            return
+        iteration = self.progress.iteration
+        aside = rewind(saver.output, self.source, iteration)
+        if iteration in checkpoint.steps(saver.output / CHECKPOINTS):
+            saver.saved = iteration
+        if aside is not None:
+            self.notices.append(f"moved what came after iteration {iteration} to {aside}")
+
+    def train(self) -> TrainResult:
+        """Train, report and save."""
         config, progress = self.config, self.progress
         maybe_set_recommended_wired_limit()
-        if self.source is not None and self.saver is not None:
-            aside = rewind(self.saver.output, self.source, progress.iteration)
-            if progress.iteration in checkpoint.steps(self.saver.output / CHECKPOINTS):
-                self.saver.saved = progress.iteration
-            if aside is not None:
-                self.notices.append(f"moved what came after iteration {progress.iteration} to {aside}")
         self.tell("start", iterations=self.iterations, done=progress.iteration)
         for text in self.notices:
             self.tell("notice", text=text)
@@ -160,40 +173,24 @@ class Run:
         )
         stopped = self.reason_to_stop()
         left = 0 if stopped else self.iterations - progress.iteration
-        for window in _windows(batches, left, config.grad_accumulation_steps):
-            first = progress.iteration + 1
-            self.update(window)
-            done, last = range(first, progress.iteration + 1), progress.iteration == self.iterations
-            if last or any(iteration % config.steps_per_eval == 0 for iteration in done):
-                self.validate()
-            stopped = self.reason_to_stop()
-            if last or stopped or any(iteration % config.save_every == 0 for iteration in done):
-                self.save()
-            if stopped:
-                break
+        with closing(ahead(windows(batches, left, config.grad_accumulation_steps))) as made:
+            for window in made:
+                first = progress.iteration + 1
+                self.update(window)
+                done, last = range(first, progress.iteration + 1), progress.iteration == self.iterations
+                if last or any(iteration % config.steps_per_eval == 0 for iteration in done):
+                    self.validate()
+                stopped = self.reason_to_stop()
+                if last or stopped or any(iteration % config.save_every == 0 for iteration in done):
+                    self.save()
+                if stopped:
+                    break
         progress.seconds = time.perf_counter() - self.began
-        result = self.result(stopped)
+        result = progress.result(stopped)
         self.tell("end", result=result)
         if self.saver is not None:
             self.saver.finish()
         return result
-
-    def result(self, stopped: str | None) -> TrainResult:
-        """What came of the run."""
-        p = self.progress
-        return TrainResult(
-            iterations=p.iteration,
-            updates=p.updates,
-            tokens=p.tokens,
-            seconds=p.seconds,
-            train_loss=math.nan if p.train_loss is None else p.train_loss,
-            first_valid_loss=p.first_valid_loss,
-            valid_loss=p.valid_loss,
-            best_valid_loss=p.best_valid_loss,
-            best_iteration=p.best_iteration,
-            skipped=p.skipped,
-            stopped=stopped,
-        )
 
     def reason_to_stop(self) -> str | None:
         """Why the run ends here, the same on all workers; None if it goes on."""
@@ -247,7 +244,7 @@ class Run:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         batch, loss = suspect
-        rows = places([self.train_set[row].source for row in batch.rows])
+        rows = self.rows_of(batch)
         what = (
             "the gradient or the new weights are not finite" if math.isfinite(loss) else f"the loss is {loss}"
         )
@@ -258,20 +255,30 @@ class Run:
             return
         count, progress.skipped_in_a_row = progress.skipped_in_a_row, 0
         self.save(prune=False)
-        kept = f", and the state before them is in {self.saver.output}" if self.saver is not None else ""
         raise FloatingPointError(
             f"{count} updates in a row were not applied, up to iteration {progress.iteration}: {what} (rows: {rows})"
-            f"{kept}; lower the learning rate, clip the gradient, or look for broken rows"
+            f"{self.whereabouts()}; lower the learning rate, clip the gradient, or look for broken rows"
         )
+
+    def whereabouts(self) -> str:
+        """Where the state before bad updates is, as the end of a sentence."""
+        if self.saver is None:
+            return ""
+        if self.saver.failure is None:
+            return f", and the state before them is in {self.saver.output}"
+        return f"; the state before them could not be saved ({self.saver.failure}), {self.saver.kept()}"
 
     def notice_spikes(self, batch: Batch) -> None:
         """Say that the loss jumped repeatedly, last at this batch."""
-        rows = places([self.train_set[row].source for row in batch.rows])
         self.tell(
             "notice",
             text=f"iteration {self.progress.iteration}: the loss jumps again and again; lower the learning rate, clip "
-            f"the gradient (--grad-clip 1), or look at these rows: {rows}",
+            f"the gradient (--grad-clip 1), or look at these rows: {self.rows_of(batch)}",
         )
+
+    def rows_of(self, batch: Batch) -> str:
+        """All rows of a batch, as places in files."""
+        return places([self.train_set[row].source for row in batch.rows], most=len(batch.rows))
 
     def reports(self, iteration: int) -> bool:
         """Whether there is a report after this iteration."""
@@ -340,18 +347,24 @@ class Run:
             self.saver.save(self.progress.iteration, prune)
 
 
+def _head_notices(step: TrainingStep) -> list[str]:
+    """What a person should know of the model's head, if it takes memory that it need not take."""
+    if step.loss.head is None:
+        return [
+            "the model's head cannot be told from its body, so that logits are made for every token of a batch; "
+            "they take memory: a small --batch-size helps"
+        ]
+    if not step.loss.head_is_frozen:
+        return [
+            "the model's head is trained, so that the logits of a batch are made all at once; they take memory: "
+            "a small --batch-size helps"
+        ]
+    return []
+
+
 def _size(tree: Any) -> int:
     """Bytes of all arrays of a tree."""
     return sum(array.nbytes for _, array in tree_flatten(tree))
-
-
-def _windows(batches: Iterator[Batch], iterations: int, size: int) -> Iterator[list[Batch]]:
-    """Cut the batches of a run into accumulation windows; the last one may be shorter."""
-    done = 0
-    while done < iterations:
-        window = list(islice(batches, min(size, iterations - done)))
-        done += len(window)
-        yield window
 
 
 def recomputed_layers(model: nn.Module, config: TrainingConfig) -> list[nn.Module]:

@@ -31,8 +31,8 @@ def holds_run(output: Path) -> bool:
     Raises:
         InputError: it holds something of that name which no run left.
     """
-    # A run that was stopped early may have left a best adapter and metrics only.
-    signs = (*RUN_FILES[:3], f"{BEST}/{ADAPTER_FILE}")
+    # A run that was stopped early may have left its record only, or a best adapter and metrics.
+    signs = (ADAPTER_FILE, ADAPTER_CONFIG, METRICS_FILE, RECORD_FILE, f"{BEST}/{ADAPTER_FILE}")
     if any((output / name).exists() for name in signs) or checkpoint.steps(output / CHECKPOINTS):
         return True
     for name in (BEST, CHECKPOINTS):
@@ -45,6 +45,11 @@ def tidy(output: Path) -> None:
     """Remove what a run that was killed while writing left half done; nobody else may be writing there."""
     for place in (output, output / CHECKPOINTS, output / BEST):
         checkpoint.clean(place)
+
+
+def make_way(output: Path) -> Path | None:
+    """Move the run that a directory holds to previous/N; where it is now, None if there was none."""
+    return checkpoint.set_aside(output, RUN_FILES) if holds_run(output) else None
 
 
 def rewind(output: Path, source: Path, iteration: int) -> Path | None:

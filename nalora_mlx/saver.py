@@ -62,18 +62,19 @@ class Saver:
         try:
             self.tell("saving")
             parent = self.output / CHECKPOINTS
-            target = checkpoint.step_directory(parent, iteration)
-            checkpoint.write_directory(target, self.whole(best if best.exists() else None))
-            self.saved, self.failure = iteration, None
+            if self.saved != iteration:  # one that is whole is never written again
+                target = checkpoint.step_directory(parent, iteration)
+                checkpoint.write_directory(target, self.whole(best if best.exists() else None))
+                self.saved = iteration
             for name, writer in self.adapter().items():
                 checkpoint.write_file(self.output / name, writer)
+            self.failure = None
             if self.keep_last is not None and prune:
                 checkpoint.prune(parent, self.keep_last)
         except OSError as error:
             self.failure = error.strerror or str(error)
-            self.tell(
-                "notice", text=f"iteration {iteration} could not be saved ({self.failure}); {self.kept()}"
-            )
+            what = f"{'the adapter of ' if self.saved == iteration else ''}iteration {iteration}"
+            self.tell("notice", text=f"{what} could not be saved ({self.failure}); {self.kept()}")
             return
         self.tell("saved", path=str(self.output), step=iteration)
 

@@ -17,7 +17,8 @@ from nalora_mlx.config import TrainingConfig
 from nalora_mlx.data import Example
 from nalora_mlx.errors import InputError
 from nalora_mlx.heads import find_head
-from nalora_mlx.run import Listener, Run, TrainResult
+from nalora_mlx.progress import TrainResult
+from nalora_mlx.run import Listener, Run
 
 
 def train(
@@ -32,7 +33,6 @@ def train(
     resume: str | Path | None = None,
     resume_anyway: bool = False,
     stop: Callable[[], bool] | None = None,
-    ready: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train a model's adapters (or whatever of it is not frozen).
 
@@ -45,18 +45,18 @@ def train(
         valid_set: rows for validation; none skips it.
         config: settings; the defaults if None.
         optimizer: any mlx optimizer; Adam with the default learning rate if None.
-        output: directory for adapters.safetensors, best/, checkpoints/; None saves nothing.
+        output: directory for adapters.safetensors, best/, checkpoints/; None saves nothing. A run that is there is
+            moved to previous/N when nothing can be refused any more.
         listeners: called with each event, see `Listener`.
         description: content of adapter_config.json; that of the adapted model if None.
         resume: a checkpoint to go on from, bit for bit, with the same model, data and settings; `output` is
             brought back to it.
         resume_anyway: go on even if something differs.
         stop: asked after each update; True ends the run there, saved.
-        ready: called when nothing can be refused any more and nothing is written yet.
 
     Raises:
-        InputError: bad settings, an empty training set, a model with nothing to train, no room on the disk, or a
-            checkpoint of another run.
+        InputError: bad settings, an empty training set, a model with nothing to train, no room on the disk, an
+            output directory in use, or a checkpoint of another run.
         FloatingPointError: too many updates in a row had a loss or gradient that is not finite.
         RunError: the end of the run could not be saved.
     """
@@ -66,7 +66,7 @@ def train(
         raise InputError(
             "the model was not adapted here; give the content of adapter_config.json as description"
         )
-    run = Run(
+    return Run(
         model,
         train_set,
         valid_set,
@@ -78,10 +78,7 @@ def train(
         resume,
         resume_anyway,
         stop,
-    )
-    if ready is not None:
-        ready()
-    return run.run()
+    ).run()
 
 
 def check(

@@ -16,6 +16,7 @@ import numpy as np
 
 from nalora_mlx.config import RunConfig
 from nalora_mlx.data import Example, Features, Split, row_problem, tokenize_rows
+from nalora_mlx.display import drawable
 from nalora_mlx.errors import InputError, listed, places
 from nalora_mlx.rows import Row, load_hub, load_hub_entry, read_lines
 from nalora_mlx.strict import nearest
@@ -36,10 +37,16 @@ class Rows:
 # --- before the model is loaded -----------------------------------------------------------------------------
 
 
-def read_rows(config: RunConfig, names: Sequence[str], all_needed: bool = True) -> Rows:
+def read_rows(
+    config: RunConfig, names: Sequence[str], all_needed: bool = True, compare_with_test: bool = False
+) -> Rows:
     """Read the splits that a run has, and check all that can be checked without a tokenizer.
 
-    A run needs all of them but the validation set; with `all_needed` False it needs the training set alone.
+    Args:
+        config: where the data is, and the keys that its rows go by.
+        names: of the splits.
+        all_needed: whether the run needs all of them but the validation set; False: the training set alone.
+        compare_with_test: look for rows that are in a test.jsonl too, even if that is not one of the splits.
 
     Raises:
         InputError: there is no such directory or dataset, or nothing in a split that is needed.
@@ -64,7 +71,11 @@ def read_rows(config: RunConfig, names: Sequence[str], all_needed: bool = True) 
             problems, notices = check_rows(part, features, name)
             found.problems += problems
             found.notices += notices
-    found.notices += repeated([rows for _, rows in found.sources])
+    others: dict[str, list[Row]] = {}
+    if compare_with_test and "test" not in names and not config.hf_dataset:
+        test = Path(config.data).expanduser() / "test.jsonl"
+        others = {"test": read_lines(test)[0] if test.is_file() else []}
+    found.notices += repeated([rows | others for _, rows in found.sources])
     return found
 
 
@@ -183,11 +194,12 @@ def histogram(examples: Sequence[Example], width: int = 40) -> list[str]:
     lengths = [len(example.tokens) for example in examples]
     step = max(1, -(-(max(lengths) - min(lengths) + 1) // BARS))
     counts = np.bincount([(length - min(lengths)) // step for length in lengths])
+    full, thin = drawable("█", "#"), drawable("▏", "|")
     lines = []
     for i, count in enumerate(counts):
         low = min(lengths) + i * step
-        bar = "█" * round(width * count / counts.max())
-        lines.append(f"{low:>7} to {low + step - 1:<7} {bar or ('▏' if count else '')} {count}")
+        bar = full * round(width * count / counts.max())
+        lines.append(f"{low:>7} to {low + step - 1:<7} {bar or (thin if count else '')} {count}")
     return lines
 
 

@@ -3,12 +3,14 @@
 python scripts/crash_test.py [--kills 50] [--jobs 2] [--seed 0]
 
 The model is a tiny random one that the script makes; the runs are those of `nalora lora`, in processes of their own.
-Every other kill waits for a save to begin and falls into it. After each kill, every checkpoint on the disk must be
-readable; after the resume, adapters, best adapters, optimizer state and losses must be those of the uninterrupted run,
-bit for bit. Exit status 0 only if all of them are.
+Every other kill waits for a save to begin and falls into it, and every other run is killed a second time, after its
+resume. After each kill, every checkpoint on the disk must be what it was written as, all of it; after the last resume,
+adapters, best adapters, optimizer state and losses must be those of the uninterrupted run, bit for bit. Exit status 0
+only if all of them are.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -136,27 +138,39 @@ def saving(output: Path) -> bool:
 
 
 def check_readable(output: Path) -> None:
-    """Every checkpoint that has its name must be whole, as must the adapters."""
-    from safetensors import safe_open
+    """Every file that has its name must be whole; a checkpoint's arrays must be those that its state tells of."""
+    from nalora_mlx.checkpoint import read_arrays, read_json
+    from nalora_mlx.identity import fingerprint
+    from nalora_mlx.resume import read_state
 
-    for directory in (output, output / "best", *(output / "checkpoints").glob("step-*")):
-        for path in directory.glob("*.safetensors"):
-            if not path.name.startswith("."):
-                with safe_open(path, framework="numpy") as file:
-                    assert len(file.keys()) > 0
-        for path in directory.glob("*.json"):
-            if not path.name.startswith("."):
-                json.loads(path.read_text())
+    steps = sorted((output / "checkpoints").glob("step-*"))
+    for directory in (output, output / "best", *steps):
+        for path in directory.glob("[!.]*.json"):
+            read_json(path)
+        arrays = {path.name: read_arrays(path) for path in directory.glob("[!.]*.safetensors")}
+        for name, content in arrays.items():
+            for array in content.values():
+                array.tolist()  # every byte of it
+            assert content, f"{directory / name} is empty"
+        if directory in steps:
+            state = read_state(directory)
+            assert {name: fingerprint(arrays[name]) for name in state.arrays} == state.arrays, directory
+            best = directory / "best.safetensors"
+            found = hashlib.sha256(best.read_bytes()).hexdigest() if best.exists() else None
+            assert found == state.best, best
 
 
-def kill(bench: Bench, output: Path, draw: random.Random, seconds: float, while_saving: bool) -> str:
-    """Start a run and kill it at a random moment; returns what it was doing."""
-    process = bench.start(output)
+def kill(
+    bench: Bench, output: Path, draw: random.Random, seconds: float, while_saving: bool, *flags: str
+) -> str:
+    """Start a run, or resume it, and kill it at a random moment; what it was doing, or "over" if it was done before."""
+    old = (output / "metrics.jsonl").stat().st_mtime_ns if flags else 0
+    process = bench.start(output, *flags)
     wait = draw.uniform(0, seconds)
     saves = draw.randint(1, ITERATIONS // 2 - 1)
     seen, in_save, began = 0, False, None
     while process.poll() is None:
-        if began is None and (output / "metrics.jsonl").exists():
+        if began is None and changed(output / "metrics.jsonl", old):
             began = time.monotonic()
         if while_saving:
             now = saving(output)
@@ -170,21 +184,37 @@ def kill(bench: Bench, output: Path, draw: random.Random, seconds: float, while_
         time.sleep(0.0002 if while_saving else 0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    if process.returncode != -signal.SIGKILL:  # it was done before: that is no kill
-        shutil.rmtree(output)
-        return kill(bench, output, draw, seconds, while_saving)
+    if process.returncode != -signal.SIGKILL:
+        return "over"
     return "saving" if saving(output) else "training"
 
 
+def changed(path: Path, since: int) -> bool:
+    """Whether a file is there and was written after a time in nanoseconds."""
+    try:
+        return path.stat().st_mtime_ns > since
+    except FileNotFoundError:
+        return False
+
+
+def resume(output: Path) -> list[str]:
+    """The flag with which a run goes on, if it has a checkpoint."""
+    return ["--resume"] if any((output / "checkpoints").glob("step-*")) else []
+
+
 def trial(bench: Bench, number: int, seed: int, seconds: float, wanted: dict[str, object]) -> tuple[str, str]:
-    """One kill and one resume; what the process was doing, and what differs from the uninterrupted run."""
+    """One or two kills and the resume; what the process was doing, and what differs from the uninterrupted run."""
     draw = random.Random(1000 * seed + number)
     output = bench.runs / f"run-{number:03d}"
-    doing = kill(bench, output, draw, seconds, while_saving=number % 2 == 1)
+    while (doing := kill(bench, output, draw, seconds, number % 2 == 1)) == "over":  # that is no kill
+        shutil.rmtree(output)
     try:
         check_readable(output)
-        found = any((output / "checkpoints").glob("step-*"))
-        bench.finish(output, *(["--resume"] if found else []))
+        if number % 4 >= 2 and (flags := resume(output)):
+            second = kill(bench, output, draw, seconds / 2, number % 2 == 1, *flags)
+            doing += f" and again, {second}"
+            check_readable(output)
+        bench.finish(output, *resume(output))
         got = result(output)
         wrong = [name for name in wanted if got.get(name) != wanted[name]]
     except Exception as error:
@@ -207,6 +237,7 @@ def main() -> int:
     whole = place / "whole"
     bench.finish(whole)
     wanted = result(whole)
+    check_readable(whole)
     records = wanted["metrics.jsonl"]
     assert isinstance(records, list)
     state = json.loads((whole / "checkpoints" / f"step-{ITERATIONS:07d}" / "training_state.json").read_text())

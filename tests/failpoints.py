@@ -50,14 +50,27 @@ def save(directory: Path, value: int) -> list[str]:
     return notices
 
 
+WRITES = ("save_safetensors", "write_text", "copyfile")
+
+
 class Operations:
-    """Counts what changes the disk, and does something else in the place of one operation."""
+    """Counts what changes the disk, and does something else in the place of one operation.
+
+    `events` are the operations in their order, each a name and the paths that it is of.
+    """
 
     def __init__(self, stop: int, instead: Callable[[], None]):
-        self.stop, self.instead, self.count, self.names = stop, instead, 0, list[str]()
+        self.stop, self.instead, self.count = stop, instead, 0
+        self.events: list[tuple[str, list[str]]] = []
+        self.opened: dict[int, str] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
 
     def __enter__(self) -> "Operations":
-        self.before = []
+        self.before = [(os, "open", os.open)]
+        os.open = self.remembered(os.open)
         for home, names in (
             (os, ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")),
             (mx, ("save_safetensors",)),
@@ -73,13 +86,28 @@ class Operations:
         for home, name, function in self.before:
             setattr(home, name, function)
 
+    def remembered(self, function: Callable) -> Callable:
+        def call(path, *args, **kwargs):
+            descriptor = function(path, *args, **kwargs)
+            self.opened[descriptor] = str(path)
+            return descriptor
+
+        return call
+
+    def paths(self, name: str, args: tuple) -> list[str]:
+        if name == "fsync":
+            return [self.opened.get(args[0], "")]
+        if name in ("rename", "replace"):
+            return [str(args[0]), str(args[1])]
+        return [str(args[1] if name == "copyfile" else args[0])]
+
     def counted(self, name: str, function: Callable) -> Callable:
         def call(*args, **kwargs):
             number, self.count = self.count, self.count + 1
-            self.names.append(name)
+            self.events.append((name, self.paths(name, args)))
             if number != self.stop:
                 return function(*args, **kwargs)
-            if name in ("save_safetensors", "write_text", "copyfile"):  # leave half of it there
+            if name in WRITES:  # leave half of it there
                 path = Path(args[1] if name == "copyfile" else args[0])
                 function(*args, **kwargs)
                 os.truncate(path, path.stat().st_size // 2)

@@ -1,6 +1,7 @@
 """Files are there whole or not at all."""
 
 import json
+import os
 
 import mlx.core as mx
 import pytest
@@ -58,3 +59,46 @@ def test_setting_aside_counts_up(tmp_path):
         assert checkpoint.set_aside(tmp_path, ("a", "b")) == tmp_path / "previous" / number
         assert (tmp_path / "previous" / number / "a").read_text() == number
     assert names(tmp_path) == ["previous"]
+
+
+def test_leftovers_of_a_process_of_the_same_number_are_in_nobodys_way(tmp_path):
+    """In a container the numbers of processes begin anew with every start."""
+    content = {"a.json": checkpoint.json_writer(2)}
+    for kind in ("new", "old", "gone"):
+        stale = tmp_path / f".step-0000004.{os.getpid()}.{kind}"
+        stale.mkdir()
+        (stale / "stale.json").write_text("1")
+    checkpoint.write_directory(tmp_path / "step-0000004", content)
+    assert names(tmp_path / "step-0000004") == ["a.json"]
+    checkpoint.write_directory(tmp_path / "step-0000005", content)
+    (tmp_path / f".step-0000004.{os.getpid()}.gone").mkdir(exist_ok=True)
+    (tmp_path / f".step-0000004.{os.getpid()}.gone" / "stale.json").write_text("1")
+    checkpoint.prune(tmp_path, 1)
+    assert names(tmp_path) == ["step-0000005"]
+
+
+def test_a_checkpoint_between_two_renames_comes_back(tmp_path):
+    """It was moved out of the way of a new one, which never came; a pruned one stays gone, a half one is none."""
+    for step, kind in ((4, "old"), (5, "old"), (6, "gone"), (7, "new")):
+        left = tmp_path / f".step-{step:07d}.12.{kind}"
+        left.mkdir()
+        (left / "a").write_text(str(step))
+    (tmp_path / "step-0000005").mkdir()
+    (tmp_path / "step-0000005" / "a").write_text("the new one")
+    checkpoint.clean(tmp_path)
+    assert names(tmp_path) == ["step-0000004", "step-0000005"]
+    assert (tmp_path / "step-0000004" / "a").read_text() == "4"
+    assert (tmp_path / "step-0000005" / "a").read_text() == "the new one"
+
+
+def test_setting_aside_flushes_every_directory_that_it_touches(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b").write_text("x")
+    flushed = []
+    flush = checkpoint.flush
+    monkeypatch.setattr(checkpoint, "flush", lambda path: (flushed.append(path), flush(path)))
+    target = checkpoint.set_aside(tmp_path, ("a", "deep/b"))
+    assert set(flushed) >= {tmp_path, tmp_path / "deep", target.parent, target, target / "deep"}
+    last = flushed[-4:]  # after the names were moved
+    assert set(last) == {tmp_path, tmp_path / "deep", target, target / "deep"}

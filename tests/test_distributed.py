@@ -37,8 +37,8 @@ CASES = {
 }
 
 
-def run_case(name, output):
-    """Train one case; what this worker has in the end."""
+def run_case(name, output, stop_at=None, resume=None):
+    """Train one case, up to an iteration or from a checkpoint; what this worker has in the end."""
     method, settings = CASES[name]
     model = build_model()
     mx.random.seed(11)
@@ -49,7 +49,18 @@ def run_case(name, output):
         iters=20, steps_per_report=5, steps_per_eval=10, save_every=10, val_batches=-1, **settings
     )
     events = []
-    run = Run(model, examples, examples[:5], settings, optim.Adam(1e-3), output, [events.append], None)
+    run = Run(
+        model,
+        examples,
+        examples[:5],
+        settings,
+        optim.Adam(1e-3),
+        output,
+        [events.append],
+        resume=resume,
+        # the first worker alone hears the events, and its wish stops both
+        stop=lambda: stop_at is not None and any(event.get("step") == stop_at for event in events),
+    )
     result = asdict(run.run())
     arrays = {f"adapter {k}": a for k, a in adapter_weights(model).items()}
     arrays |= {f"mask {k}": state["mask"] for k, state in run.step.importance["layers"].items()}
@@ -65,6 +76,13 @@ def main(directory: Path) -> None:
         arrays, told = run_case(name, directory / name / f"rank-{rank}")
         mx.save_safetensors(str(directory / f"{name}-{rank}.safetensors"), arrays)
         (directory / f"{name}-{rank}.json").write_text(json.dumps(told))
+    name, place = "hard mask", directory / "resumed"
+    run_case(name, place / f"rank-{rank}", stop_at=10)
+    mx.eval(mx.distributed.all_sum(mx.ones(1)))  # until the checkpoint is there
+    kept = place / "rank-0" / "checkpoints" / "step-0000010"
+    arrays, told = run_case(name, place / f"rank-{rank}", resume=kept)
+    mx.save_safetensors(str(directory / f"resumed-{rank}.safetensors"), arrays)
+    (directory / f"resumed-{rank}.json").write_text(json.dumps(told))
     examples = build_examples(ROWS, seed=5)
     try:
         model = build_model()
@@ -129,6 +147,25 @@ def test_two_workers_equal_one(name, two_workers, tmp_path):
     theirs = two_workers / name / "rank-0"
     assert {p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file()} == written
     assert not (two_workers / name / "rank-1").exists()
+
+
+def test_two_workers_that_are_resumed_are_those_that_were_not_stopped(two_workers, tmp_path):
+    """To the last bit; one process alone sums in another order, and is refused."""
+    for rank in (0, 1):
+        want = mx.load(str(two_workers / f"hard mask-{rank}.safetensors"))
+        found = mx.load(str(two_workers / f"resumed-{rank}.safetensors"))
+        assert found.keys() == want.keys()
+        for path in want:
+            np.testing.assert_array_equal(np.array(found[path]), np.array(want[path]), err_msg=path)
+        results = [
+            json.loads((two_workers / f"{kind}-{rank}.json").read_text())["result"]
+            for kind in ("hard mask", "resumed")
+        ]
+        assert results[0] == results[1]
+    kept = two_workers / "resumed" / "rank-0" / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["step-0000010", "step-0000020"]
+    with pytest.raises(InputError, match=r"not the same run: workers was 2, is 1; .*--resume-anyway"):
+        run_case("hard mask", tmp_path, resume=kept / "step-0000010")
 
 
 def test_workers_with_other_data_are_refused(two_workers):

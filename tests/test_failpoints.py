@@ -1,7 +1,9 @@
 """A save that is cut off anywhere leaves every checkpoint whole, and one more or one less of them."""
 
 import json
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 from nalora_mlx import checkpoint
 from nalora_mlx.errors import InputError
 from nalora_mlx.run_directory import tidy
-from tests.failpoints import Operations, files, full, save, whole
+from tests.failpoints import WRITES, Operations, files, full, save, whole
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,95 @@ def test_a_full_disk_at_any_operation_leaves_what_was_there(before, tmp_path):
     assert stop > 20
 
 
+def check_order(events):
+    """Data is flushed before it is renamed, a new name's directory after, before anything else; counts the renames.
+
+    `events` are writes, fsyncs and renames in their order, with their paths.
+    """
+    written, flushed, renamed, names = set(), set(), 0, set()
+    for name, paths in events:
+        assert name == "fsync" or not names, f"{name} before the directory of a new name was flushed"
+        if name == "write":
+            written.add(paths[0])
+            flushed.discard(paths[0])
+        elif name == "fsync":
+            flushed.add(paths[0])
+            names.discard(paths[0])
+        elif name == "rename":
+            source, target = paths
+            renamed += 1
+            for path in [p for p in written if p == source or p.startswith(f"{source}/")]:
+                assert path in flushed, f"{path} was renamed before it was flushed"
+                written.discard(path)
+            if source.endswith(".new"):
+                assert source in flushed, "a new directory's names were not flushed"
+            names.add(str(Path(target).parent))
+    assert written == set()
+    assert names == set()
+    return renamed
+
+
+RENAMES = 6  # two files of best, the checkpoint, two files of the adapter, and the old checkpoint
+
+
+def test_a_save_flushes_before_and_after_each_rename(before, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(before, directory)
+    with Operations(-1, full) as operations:
+        assert save(directory, 3) == []
+    kinds = dict.fromkeys(WRITES, "write") | {"replace": "rename", "rename": "rename", "fsync": "fsync"}
+    assert check_order([(kinds[n], paths) for n, paths in operations.events if n in kinds]) == RENAMES
+
+
+def test_a_limit_on_the_size_of_files_at_any_byte_leaves_what_was_there(before, tmp_path):
+    """Whatever writes, Python or mlx, meets the limit in the middle of a file; the next save succeeds."""
+    largest = max(p.stat().st_size for p in before.rglob("*") if p.is_file())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    failed = set()
+    for limit in range(0, largest + 60, 61):
+        directory = tmp_path / str(limit)
+        shutil.copytree(before, directory)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            notices = save(directory, 3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if 3 not in checkpoint.steps(directory / "checkpoints"):
+            assert "iteration 3 could not be saved" in notices[-1], limit
+        failed.add(bool(notices))
+        assert check(directory) >= {2}
+        assert not [p for p in directory.rglob(".*")]
+        assert save(directory, 3) == []
+        assert check(directory) == {2, 3}
+    assert failed == {True, False}
+
+
+def test_a_small_disk_that_is_full(tmp_path):
+    """A file system of its own, which saves fill; where none may be mounted there is nothing to see."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        directory = disk / "run"
+        assert save(directory, 1) == []
+        assert save(directory, 2) == []
+        free = shutil.disk_usage(disk).free
+        for left in range(0, 20480, 4096):
+            (disk / "ballast").write_bytes(b"x" * (free - left))
+            notices = save(directory, 3)
+            assert any("No space left" in notice for notice in notices), left
+            assert check(directory) >= {2}
+            (disk / "ballast").unlink()
+            if 3 in checkpoint.steps(directory / "checkpoints"):  # what did not fit was the adapter beside it
+                shutil.rmtree(directory / "checkpoints" / "step-0000003")
+        assert save(directory, 3) == []
+        assert check(directory) == {2, 3}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_mlx_that_cannot_write_is_an_error_of_the_disk(tmp_path):
     """A limit on the size of files, which mlx meets in the middle of an array; it does not say why it stopped."""
     code = (
@@ -172,33 +263,14 @@ def test_data_is_on_the_disk_before_its_name(strace, before, tmp_path):
     out = tmp_path / "out"
     done = child(directory, -1, strace, "-y", "-e", f"trace={','.join(CALLS)}", "-o", str(out))
     assert done.returncode == 0, done.stderr
-    calls = [(name, text) for name, _, text in traced(out) if str(directory) in text]
-    written, flushed, renamed, names = set(), set(), 0, set()
-    for name, text in calls:
+    events = []
+    for name, _, text in traced(out):
         paths = re.findall(rf"{re.escape(str(directory))}[^\">]*", text)
-        assert name == "fsync" or not names, f"{name} before the directory of a new name was flushed"
-        if name == "write":
-            written.add(paths[0])
-            flushed.discard(paths[0])
-        elif name in ("sendfile", "copy_file_range"):
-            target = paths[0] if name == "sendfile" else paths[1]
-            written.add(target)
-            flushed.discard(target)
-        elif name == "fsync":
-            flushed.add(paths[0])
-            names.discard(paths[0])
-        elif name == "rename":
-            source, target = paths
-            renamed += 1
-            for path in [p for p in written if p == source or p.startswith(f"{source}/")]:
-                assert path in flushed, f"{path} was renamed before it was flushed"
-                written.discard(path)
-            if source.endswith(".new"):
-                assert source in flushed, "a new directory's names were not flushed"
-            names.add(str(Path(target).parent))
-    assert written == set()
-    assert names == set()
-    assert renamed == 6  # two files of best, the checkpoint, two files of the adapter, and the old checkpoint
+        if name == "copy_file_range":
+            paths = paths[1:]
+        if paths:
+            events.append(("write" if name in ("sendfile", "copy_file_range") else name, paths))
+    assert check_order(events) == RENAMES
 
 
 def test_a_kill_at_any_system_call_leaves_whole_checkpoints(strace, before, tmp_path):
@@ -281,6 +353,14 @@ def test_places_that_cannot_be_written_are_found_before_training(tmp_path, monke
     checkpoint.check_writable(tmp_path / "new" / "deep")
     assert not (tmp_path / "new").exists()
 
+    if Path("/proc/self").exists():  # nobody makes files there, not even root
+        with pytest.raises(InputError, match=r"/proc/nalora: cannot be written \(.*\); choose another"):
+            checkpoint.check_writable(Path("/proc/nalora"))
+    if os.geteuid() != 0:
+        (tmp_path / "read-only").mkdir(mode=0o500)
+        with pytest.raises(InputError, match=r"cannot be written \(Permission denied\)"):
+            checkpoint.check_writable(tmp_path / "read-only" / "new")
+
     def refuse(**_):
         raise OSError(30, "Read-only file system")
 
@@ -318,3 +398,14 @@ def test_one_file_is_written_beside_its_place(tmp_path):
     assert set(files(1)) == {"adapters.safetensors", "adapter_config.json"}
     checkpoint.write_file(tmp_path / "a" / "b" / "x.json", checkpoint.json_writer({"a": 1}))
     assert json.loads((tmp_path / "a" / "b" / "x.json").read_text()) == {"a": 1}
+
+
+def test_killed_runs_go_on_bit_for_bit():
+    """A few kills of the fifty, two of them twice, and half of them in a save."""
+    script = Path(__file__).parent.parent / "scripts" / "crash_test.py"
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "4", "--jobs", "2"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 of 4 bit-identical" in done.stdout
+    assert done.stdout.count(" and again, ") >= 2

@@ -2,9 +2,12 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -13,14 +16,17 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from nalora_mlx import batches as batching
-from nalora_mlx import checkpoint, run_directory
+from nalora_mlx import checkpoint, models, run_directory, validate
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters import adapt, adapter_weights
-from nalora_mlx.config import NALoRAConfig, TrainingConfig
+from nalora_mlx.config import NALoRAConfig, RunConfig, TrainingConfig
 from nalora_mlx.data import Example
 from nalora_mlx.errors import InputError, RunError
+from nalora_mlx.memory_advice import remedy
 from nalora_mlx.metrics import MetricsFile
 from nalora_mlx.progress import SPIKE_HISTORY, Progress
+from nalora_mlx.record import record
+from nalora_mlx.reporters import reporters
 from nalora_mlx.step import TrainingStep
 from nalora_mlx.trainer import train
 from tests.conftest import VOCABULARY, build_examples, build_model, llama_args
@@ -174,6 +180,93 @@ def test_too_many_bad_updates_stop_the_run_with_what_was_good(tmp_path):
         watched(adapted(poisoned=True), examples, max_bad_steps=2, iters=40)
 
 
+def test_a_stop_says_where_the_good_state_is(tmp_path, monkeypatch):
+    """Not in a directory into which nothing could be written."""
+    examples = rows(poisoned=range(12))
+    with pytest.raises(
+        FloatingPointError, match=rf", and the state before them is in {tmp_path / 'a'}; lower"
+    ):
+        watched(adapted(poisoned=True), examples, tmp_path / "a")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_directory", fail)
+    with pytest.raises(FloatingPointError) as raised:
+        watched(adapted(poisoned=True), examples, tmp_path / "b")
+    assert (
+        "; the state before them could not be saved (No space left on device), there is no checkpoint yet; "
+        in str(raised.value)
+    )
+    assert "is in" not in str(raised.value)
+
+
+def test_all_rows_of_a_bad_update_are_named():
+    examples = rows(poisoned=range(12))
+    _, _, notices = watched(adapted(poisoned=True), examples, batch_size=12, iters=2)
+    assert len(notices) == 2
+    assert {int(n) for n in re.findall(r":(\d+)", notices[0].partition("rows: ")[2])} == set(range(1, 13))
+    assert "more" not in notices[0]
+
+
+# --- an earlier run -----------------------------------------------------------------------------------------
+
+
+def test_a_run_in_python_moves_an_earlier_one_aside(tmp_path):
+    """Pruning is of its own checkpoints, and nothing of the earlier run is lost."""
+    output = tmp_path / "a"
+    watched(adapted(), rows(), output, save_every=4)
+    (output / "best").mkdir()
+    (output / "best" / "adapters.safetensors").write_bytes((output / "adapters.safetensors").read_bytes())
+    before = {p.relative_to(output): p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    _, _, notices = watched(adapted(rank=2), rows(), output, save_every=2, keep_last=1, iters=6)
+    aside = output / "previous" / "1"
+    assert notices == [f"moved the run that was in {output} to {aside}"]
+    assert list(checkpoint.steps(output / "checkpoints")) == [6]
+    assert {p.relative_to(aside): p.read_bytes() for p in aside.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_in_python_is_refused_where_another_one_writes(tmp_path):
+    output = tmp_path / "a"
+    watched(adapted(), rows(), output, iters=2)
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    with checkpoint.claim(output), pytest.raises(InputError, match="another run is writing there"):
+        watched(adapted(), rows(), output, iters=2)
+    (tmp_path / "b" / "best").mkdir(parents=True)
+    (tmp_path / "b" / "best" / "theirs").write_text("x")
+    with pytest.raises(InputError, match="holds a 'best' that is not of a run"):
+        watched(adapted(), rows(), tmp_path / "b", iters=2)
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_json_of_somebody_else_is_not_overwritten(tmp_path, model_directory, data_directory):
+    output = tmp_path / "a"
+    output.mkdir()
+    (output / "run.json").write_text('{"mine": true}')
+    assert main(command(model_directory, data_directory, output)) == 0
+    assert json.loads((output / "previous" / "1" / "run.json").read_text()) == {"mine": True}
+    assert "settings" in json.loads((output / "run.json").read_text())
+
+
+def test_a_run_says_once_that_its_head_takes_memory():
+    assert watched(adapted(), rows(), iters=1)[2] == []
+    model = adapted()
+    model.lm_head.unfreeze()
+    assert [n[:32] for n in watched(model, rows(), iters=1)[2]] == ["the model's head is trained, so "]
+
+    class Whole(type(model)):
+        """A model whose logits come from more than its last hidden states."""
+
+        def __call__(self, inputs, cache=None):
+            return super().__call__(inputs, cache) + inputs[..., None]
+
+    model = adapted()
+    model.__class__ = Whole
+    assert TrainingStep(model, optim.Adam(1e-2)).loss.head is None
+    notices = watched(model, rows(), iters=1)[2]
+    assert [n[:44] for n in notices] == ["the model's head cannot be told from its bod"]
+
+
 def test_a_validation_loss_that_is_no_number_is_said_and_never_best(tmp_path):
     valid = rows(4, poisoned=[1])
     result, _, notices = watched(
@@ -219,6 +312,43 @@ def test_clipping_is_of_the_whole_gradient_of_an_update(accumulate):
     loose, _ = moved(accumulate, grad_clip=norm * 2)
     for name in step:
         np.testing.assert_array_equal(loose[name], step[name])
+
+
+@pytest.mark.parametrize(
+    ("error", "listener"),
+    [(ConnectionError("no network"), 0), (UnicodeEncodeError("latin-1", "█", 0, 1, "no"), 1)],
+    ids=["a service", "the display"],
+)
+def test_a_listener_that_fails_is_left_out_and_the_run_goes_on(error, listener, tmp_path, capsys):
+    heard = [[], []]
+
+    def watcher(number):
+        def listen(event):
+            heard[number].append(event["event"])
+            if number == listener and event.get("step") == 4:
+                raise error
+
+        return listen
+
+    config = TrainingConfig(iters=12, batch_size=2, steps_per_report=4, save_every=4)
+    result = train(adapted(), rows(), (), config, optim.Adam(1e-2), tmp_path / "a", [watcher(0), watcher(1)])
+    assert result.iterations == 12
+    assert list(checkpoint.steps(tmp_path / "a" / "checkpoints")) == [4, 8, 12]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: listen failed ({type(error).__name__}: ")
+    assert line.endswith("); the run goes on without it")
+    assert heard[listener].count("step") == 4
+    assert heard[1 - listener].count("step") == 12
+    assert heard[1 - listener][-1] == "end"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=["Ctrl-C", "exit"])
+def test_what_asks_to_end_the_process_still_does(error):
+    def listen(event):
+        raise error
+
+    with pytest.raises(type(error)):
+        train(adapted(), rows(), (), TrainingConfig(iters=2), listeners=[listen])
 
 
 def test_clipping_is_that_of_mlx():
@@ -403,7 +533,67 @@ def test_no_memory_is_one_line_with_the_flags_that_help(
     assert main(command(model_directory, data_directory, tmp_path / "a")) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nalora lora: failed: out of memory (")
-    assert "what helps: --batch-size 1, --grad-checkpoint, --max-seq-length 1024, --quantize 4" in line
+    assert "what helps: --batch-size 1 or --grad-checkpoint or --max-seq-length 1024 or --quantize 4" in line
+
+
+def test_no_memory_later_names_a_checkpoint_and_what_its_run_allows(
+    model_directory, data_directory, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "a"
+    step, calls = TrainingStep.__call__, []
+
+    def fail(*arguments, **more):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+        return step(*arguments, **more)
+
+    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    assert main(command(model_directory, data_directory, output, "--save-every", "1", "--iters", "6")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    kept = output / "checkpoints" / "step-0000003"
+    advice = "go on with --resume --resume-anyway and --batch-size 1 or --grad-checkpoint"
+    assert line.endswith(f"); {kept} is whole: {advice}")
+    # the advice works, and when nothing smaller is left it names the adapter
+    flags = ["--resume", "--resume-anyway", "--batch-size", "1", "--grad-checkpoint", "--iters", "6"]
+    assert main(command(model_directory, data_directory, output, *flags)) == 0
+    calls[:] = [1] * 3
+    assert main(command(model_directory, data_directory, output, *flags[2:])) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--resume" not in line  # the earlier run is set aside, and this one has no checkpoint
+    assert "what helps: --max-seq-length 1024 or --quantize 4" in line
+    calls[:] = [1] * 2
+    flags += ["--save-every", "1", "--max-seq-length", "200"]
+    assert main(command(model_directory, data_directory, output, *flags[2:])) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    kept = output / "checkpoints" / "step-0000001"
+    assert line.endswith(
+        f"{kept} is whole: start from its adapter with --resume-adapter-file {kept} and --quantize 4"
+    )
+    monkeypatch.undo()
+    assert main(command(model_directory, data_directory, tmp_path / "b", "--resume-adapter-file", kept)) == 0
+
+
+def test_memory_advice_is_never_empty_and_quantizes_once():
+    small = RunConfig(batch_size=1, grad_checkpoint=True, max_seq_length=200, num_layers=4)
+    assert remedy(small, True, None) == "what helps: a smaller --model"
+    assert remedy(small, False, None) == "what helps: --quantize 4"
+    assert remedy(small, True, Path("x")).endswith("--resume-adapter-file x and a smaller --model")
+
+
+def test_no_memory_for_the_model_is_said_as_such(
+    model_directory, data_directory, tmp_path, monkeypatch, capsys
+):
+    def fail(*_, **__):
+        raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+
+    monkeypatch.setattr("mlx_lm.utils.load_model", fail)
+    assert main(command(model_directory, data_directory, tmp_path / "a")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "out of memory while it is loaded ([malloc] Unable to allocate 123 bytes.); take a smaller model"
+        in line
+    )
 
 
 def test_other_errors_are_not_taken_for_no_memory(
@@ -477,3 +667,95 @@ def test_nothing_that_is_shared_knows_the_machine(model_directory, data_director
             content = path.read_bytes()
             for place in (str(tmp_path), str(model_directory), "secret-place"):
                 assert place.encode() not in content, path
+
+
+def test_what_a_run_was_given_is_told_without_tokens_and_paths(tmp_path):
+    """run.json and the services get the names of a dataset, not what load_dataset is given besides."""
+    secret = {"name": "en", "token": "hf_secret", "data_files": str(tmp_path / "private.jsonl")}
+    entry = {"path": "owner/set", "train_split": "train[:9]", "chat_feature": "turns", "config": secret}
+    for given in (entry, [entry]):
+        config = RunConfig(
+            train=True, hf_dataset=given, model=str(tmp_path), resume_adapter_file=str(tmp_path / "x")
+        )
+        told = record(config, {})
+        found = told["settings"]["hf_dataset"]
+        assert (found if given is entry else found[0]) == {k: v for k, v in entry.items() if k != "config"}
+        assert "hf_secret" not in json.dumps(told)
+        assert str(tmp_path) not in json.dumps(told)
+
+
+def test_a_service_gets_no_tokens_and_paths(tmp_path, monkeypatch):
+    from mlx_lm.tuner import callbacks
+
+    given = {}
+
+    class Service:
+        def __init__(self, **arguments):
+            given.update(arguments)
+
+    monkeypatch.setitem(callbacks.SUPPORT_CALLBACK, "wandb", lambda **arguments: Service(**arguments))
+    monkeypatch.setattr(callbacks, "get_reporting_callbacks", lambda *_, **arguments: Service(**arguments))
+    monkeypatch.setattr(callbacks, "wandb", object(), raising=False)
+    entry = {"path": "owner/set", "config": {"token": "hf_secret"}}
+    config = RunConfig(
+        train=True,
+        report_to="wandb",
+        hf_dataset=entry,
+        model=str(tmp_path),
+        data=str(tmp_path),
+        adapter_path=str(tmp_path / "a"),
+        resume_adapter_file=str(tmp_path / "x"),
+    )
+    for listener in reporters(config):
+        listener({"event": "start", "iterations": 1, "done": 0})
+    shown = json.dumps(given["config"])
+    assert "hf_secret" not in shown
+    assert str(tmp_path) not in shown
+    assert given["config"]["hf_dataset"] == {"path": "owner/set"}
+
+
+def test_a_plan_speaks_to_no_service(model_directory, data_directory, tmp_path, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr("nalora_mlx.reporters.reporters", lambda *_: called.append(1) or [])
+    assert main(command(model_directory, data_directory, tmp_path / "a", "--plan")) == 0
+    assert called == []
+    assert main(command(model_directory, data_directory, tmp_path / "a")) == 0
+    assert called == [1]
+
+
+def test_rows_become_tokens_while_the_model_is_loaded(
+    model_directory, data_directory, tmp_path, monkeypatch, capsys
+):
+    began, loaded = threading.Event(), []
+    tokenize, load = validate.tokenize, models.load_module
+
+    def tokenizing(*arguments):
+        began.set()
+        return tokenize(*arguments)
+
+    def loading(*arguments):
+        loaded.append(began.wait(20))
+        return load(*arguments)
+
+    monkeypatch.setattr(validate, "tokenize", tokenizing)
+    monkeypatch.setattr(models, "load_module", loading)
+    assert main(command(model_directory, data_directory, tmp_path / "a")) == 0
+    assert loaded == [True]
+    # what goes wrong there ends the command as it would have anywhere else
+    monkeypatch.setattr(
+        validate, "tokenize", lambda *_: (_ for _ in ()).throw(InputError("row 7 is strange"))
+    )
+    capsys.readouterr()
+    assert main(command(model_directory, data_directory, tmp_path / "b")) == 2
+    assert capsys.readouterr().err == "nalora lora: error: row 7 is strange\n"
+
+
+def test_settings_of_an_optimizer_that_fail_in_a_step_are_refused(
+    model_directory, data_directory, tmp_path, capsys
+):
+    (tmp_path / "c.yaml").write_text("optimizer_config: {adam: {eps: 9223372036854775808}}\n")
+    assert (
+        main(command(model_directory, data_directory, tmp_path / "a", "--config", tmp_path / "c.yaml")) == 2
+    )
+    assert "nalora lora: error: optimizer_config.adam: " in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()

@@ -307,6 +307,31 @@ def test_a_checkpoint_that_was_changed_is_refused(stopped, tmp_path):
             go(output, resume=LATEST)
     with pytest.raises(InputError, match=r"no checkpoint in .*start without --resume"):
         find(LATEST, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_copy_in_a_checkpoint_is_refused_before_anything_moves(name, damage, stopped, tmp_path):
+    """The files that resuming would copy back to the run's directory."""
+    output = tmp_path / "a"
+    shutil.copytree(stopped, output)
+    path = output / "checkpoints" / "step-0000005" / name
+    whole = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(
+            whole[:-7] if damage == "cut" else whole.replace(b'"scale": 4.0', b'"scale": 4.5')[:-4] + b"1}}\n"
+        )
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    with pytest.raises(
+        InputError, match=rf"{name} (is not what the run wrote|cannot be read)|no file .*{name}"
+    ):
+        go(output, resume=LATEST)
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
     (tmp_path / "half" / "checkpoints" / ".step-0000009.12.new").mkdir(parents=True)
     with pytest.raises(InputError, match="no checkpoint in"):
         find(LATEST, tmp_path / "half")

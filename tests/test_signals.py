@@ -58,40 +58,125 @@ def test_once_saves_and_says_how_to_go_on(number, status, word, model_directory,
     assert max(steps) <= step
 
 
+def read_until(process, words):
+    """Read what a run says up to a line with these words, which may come after many others."""
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def kill_at_once(process, output):
+    """Send the second signal; the exit status, what was said, and the checkpoints that are there."""
+    assert process.poll() is None
+    tic = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - tic < 30  # what it would go on with takes longer
+    return process.returncode, errors, list(checkpoint.steps(output / "checkpoints"))
+
+
 def test_twice_ends_at_once_and_the_last_checkpoint_is_whole(model_directory, data_directory, tmp_path):
     """The update that runs would take very long; the checkpoint is that of an earlier one."""
     output = tmp_path / "a"
-    flags = ["--grad-accumulation-steps", "5", "--save-every", "5", "--steps-per-report", "5"]
+    flags = ["--save-every", "5", "--steps-per-report", "5", "--keep-last", "1"]
     process = start(model_directory, data_directory, output, *flags)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     (before,) = checkpoint.steps(output / "checkpoints")
-    flags[1] = "50000"
-    resumed = start(
-        model_directory,
-        data_directory,
-        output,
-        *flags,
-        "--steps-per-report",
-        "10",
-        "--resume",
-        "--resume-anyway",
-    )
+    again = ["--grad-accumulation-steps", "50000", "--resume", "--resume-anyway"]
+    resumed = start(model_directory, data_directory, output, *flags, *again)
     resumed.send_signal(signal.SIGINT)
-    assert "finishing this update" in resumed.stdout.readline() + resumed.stdout.readline()
-    time.sleep(0.2)
-    assert resumed.poll() is None
-    tic = time.monotonic()
-    resumed.send_signal(signal.SIGINT)
-    _, errors = resumed.communicate(timeout=60)
-    assert resumed.returncode == 130
-    assert time.monotonic() - tic < 10
+    read_until(resumed, "finishing this update")
+    status, errors, steps = kill_at_once(resumed, output)
+    assert status == 130
     assert errors == (
         f"nalora lora: interrupted: ended at once; the checkpoint of iteration {before} is whole; "
         "the same command with --resume goes on from there\n"
     )
-    assert list(checkpoint.steps(output / "checkpoints")) == [before]
+    assert steps == [before]
     read_state(output / "checkpoints" / f"step-{before:07d}")
+
+
+def patched(code, model_directory, data_directory, output, *flags):
+    """A run in a process whose rooms were changed by a piece of code."""
+    where = ["--model", model_directory, "--data", data_directory, "--adapter-path", output]
+    program = f"{code}\nimport sys\nfrom nalora_mlx.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", program, "lora", "--train", *map(str, where), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+SLOW = """
+import time
+from nalora_mlx import checkpoint
+flush, saves = checkpoint.flush, []
+def slow(path):
+    flush(path)
+    if path.name == "training_state.json" and saves:
+        print("in the middle of a save", flush=True)
+        time.sleep(600)
+    saves.extend([1] if path.name == "training_state.json" else [])
+checkpoint.flush = slow
+"""
+
+
+def test_the_second_one_while_saving_leaves_the_checkpoint_before(model_directory, data_directory, tmp_path):
+    output = tmp_path / "a"
+    flags = ["--iters", "100000", "--save-every", "2", "--val-batches", "1"]
+    process = patched(SLOW, model_directory, data_directory, output, *flags)
+    read_until(process, "in the middle of a save")
+    process.send_signal(signal.SIGINT)
+    read_until(process, "finishing this update")
+    status, errors, steps = kill_at_once(process, output)
+    assert status == 130
+    assert "ended at once; the checkpoint of iteration 2 is whole" in errors
+    assert steps == [2]
+    read_state(output / "checkpoints" / "step-0000002")
+    # the half one is no checkpoint, and the next start clears it away
+    assert any(name.name.endswith(".new") for name in (output / "checkpoints").iterdir())
+    done = patched(
+        "", model_directory, data_directory, output, "--iters", "4", "--val-batches", "1", "--resume"
+    )
+    _, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "step-0000002",
+        "step-0000004",
+    ]
+
+
+def test_a_stop_that_cannot_be_saved_is_a_failure(model_directory, data_directory, tmp_path):
+    """Exit status 1 with the reason, not that of a run that was stopped and saved."""
+    code = """
+import os, signal
+from nalora_mlx import checkpoint, run
+write, update = checkpoint.write_directory, run.Run.update
+def full(path, files):
+    if path.name != "step-0000002":
+        raise OSError(28, "No space left on device")
+    write(path, files)
+def stopping(self, window):
+    update(self, window)
+    if self.progress.iteration == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not self.stop():
+            pass
+checkpoint.write_directory, run.Run.update = full, stopping
+"""
+    process = patched(
+        code, model_directory, data_directory, tmp_path / "a", "--save-every", "2", "--val-batches", "1"
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    (line,) = errors.splitlines()
+    assert line.startswith("nalora lora: failed: the end of the run could not be saved in")
+    assert "(No space left on device); the last whole checkpoint is of iteration 2; make room" in line
+    assert list(checkpoint.steps(tmp_path / "a" / "checkpoints")) == [2]
 
 
 def test_a_signal_before_training_ends_the_command(model_directory, data_directory, tmp_path):

@@ -1,7 +1,11 @@
 """Every row that cannot be used is found before training, named as file:line, with what to do."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -89,20 +93,21 @@ def test_long_lines_are_named_and_not_read(tmp_path, monkeypatch):
 
 
 def test_a_line_of_a_hundred_megabytes_takes_no_hundred_megabytes(tmp_path):
-    import resource
-
     path = tmp_path / "train.jsonl"
     with path.open("wb") as file:
         file.write(b'{"text": "')
         for _ in range(100):
             file.write(b"x" * 2**20)
         file.write(b'"}\n{"text": "a"}\n')
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rows, problems = read_lines(path)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    tracemalloc.start()
+    try:
+        rows, problems = read_lines(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert [source for source, _ in rows] == [f"{path}:2"]
     assert "longer than 32 MB" in problems[0]
-    assert grown < 90
+    assert peak < 90 * 2**20
 
 
 def test_lines_of_every_kind_of_end(tmp_path):
@@ -235,6 +240,47 @@ def test_the_command_shows_masks(model_directory, data_directory, tmp_path, caps
     assert out.count("⟦") == 2
     assert "⟦the cat is red <|im_end|>⟧" in " ".join(out.split())
     assert "rows are in train too" in out
+
+
+@pytest.mark.parametrize(("encoding", "brackets", "bar"), [("latin-1", "[[]]", "#"), ("utf-8", "⟦⟧", "█")])
+def test_a_terminal_without_these_characters_gets_others(
+    encoding, brackets, bar, model_directory, data_directory, tmp_path
+):
+    flags = ["--model", model_directory, "--data", data_directory, "--mask-prompt", "--iters", "1"]
+    place = ["--adapter-path", tmp_path / "a", "--val-batches", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "nalora_mlx", "lora", "--train", *flags, "--show-masks", "1", *place],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.decode(encoding)
+    left, right = brackets[: len(brackets) // 2], brackets[len(brackets) // 2 :]
+    assert f"{left}the cat is red <|im_end|>{right}" in " ".join(out.split())
+    assert bar * 20 in out
+
+
+def test_doctor_leaves_no_finding_out(tmp_path, capsys):
+    write(tmp_path, "train", [*["[1]"] * 70, GOOD])
+    assert main(["doctor", "--data", str(tmp_path)]) in (1, 2)
+    out = capsys.readouterr().out
+    assert all(f"train.jsonl:{number}: holds a list" in out for number in range(1, 71))
+
+
+def test_lora_compares_with_the_test_set_and_draws_lengths(model_directory, data_directory, tmp_path, capsys):
+    data = tmp_path / "data"
+    write(data, "train", [GOOD, json.dumps(CHAT), GOOD])
+    write(data, "test", [json.dumps(CHAT)])
+    flags = ["--model", str(model_directory), "--data", str(data), "--iters", "1", "--batch-size", "2"]
+    assert main(["lora", "--train", *flags, "--adapter-path", str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    assert f"test: 1 rows are in train too ({data}/test.jsonl:1 is {data}/train.jsonl:2)" in out
+    (bar,) = [line for line in out.splitlines() if "█" in line and line.endswith(" 2")]
+    assert re.match(r" +\d+ to \d+ +█{40} 2$", bar)
+    # what is wrong with rows that this run does not use is none of its problems
+    write(data, "test", ["[1]", json.dumps(CHAT)])
+    assert read(data, ("train",), train=True).problems == []
+    assert read_rows(RunConfig(data=str(data)), ("train",), compare_with_test=True).problems == []
 
 
 def test_doctor_lists_every_finding(model_directory, tmp_path, capsys):
