@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from nalora_mlx.elementary import sigmoid
+from nalora_mlx.elementary import sigmoid, tanh
 
 Elementwise = Callable[[mx.array], mx.array]
 
@@ -180,11 +180,7 @@ def _tanh_argument(z):
 
 @float32
 def _gelu_tanh(z):
-    return z * sigmoid(2 * _tanh_argument(z))
-
-
-# As models write it, whose rounding a half type shows.
-_gelu_tanh.native = lambda z: 0.5 * z * (1 + mx.tanh(_tanh_argument(z)))  # type: ignore[attr-defined]
+    return 0.5 * z * (1 + tanh(_tanh_argument(z)))
 
 
 @float32

@@ -15,6 +15,7 @@ from nalora_mlx import checkpoint, layouts
 from nalora_mlx.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 from nalora_mlx.config import NALoRAConfig
 from nalora_mlx.errors import InputError, listed
+from nalora_mlx.kernels.backend import backend
 from nalora_mlx.layouts import Match
 from nalora_mlx.modules import Dropout, GatedExperts, GatedMLP, LoRALinear, LoRASwitchLinear, fuse_module
 from nalora_mlx.strict import coerce, reject_unknown
@@ -79,9 +80,10 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptReport:
         The report; it stays with the model, where `train` and `fuse_model` find it.
 
     Raises:
-        InputError: the model is adapted already, or no key names a module of it.
+        InputError: the model is adapted already, no key names a module of it, or NALORA_KERNEL is wrong.
     """
     config = config or NALoRAConfig()
+    backend()  # an error in NALORA_KERNEL ends here, and is no fault of a gated MLP
     targets, report = _start(model, config, "lora")
     for path, kind in layouts.find_foreign(model):
         report.skipped.append(

@@ -1,7 +1,7 @@
 """Families of activations whose parameters a model sets; see `activations` for what a row holds.
 
-They have no partition, since clipping moves or removes the zero of phi'. Their constants are their parameters, in the
-order in which kernels/metal/common.metal reads them.
+They have no partition, since clipping moves or removes the zero of phi'. Comparisons let NaN through. Their constants
+are their parameters, in the order in which kernels/metal/common.metal reads them.
 """
 
 import math
@@ -23,7 +23,7 @@ def swiglu_oai(alpha: float, limit: float) -> Activation:
 
     def derivative(z):
         a = alpha * mx.minimum(z, limit)
-        return mx.where(z < limit, sigmoid(a) * (1 + a * sigmoid(-a)), 0)
+        return mx.where(z >= limit, 0, sigmoid(a) * (1 + a * sigmoid(-a)))
 
     return Activation(
         "swiglu_oai",
@@ -44,7 +44,7 @@ def swiglu_input_clamped(limit: float) -> Activation:
         return _silu.phi(mx.minimum(z, limit))
 
     def derivative(z):
-        return mx.where(z < limit, _silu.derivative(z), 0)
+        return mx.where(z >= limit, 0, _silu.derivative(z))
 
     return Activation(
         "swiglu_input_clamped",
@@ -65,7 +65,7 @@ def swiglu_output_clamped(limit: float) -> Activation:
         return mx.minimum(_silu.phi(z), limit)
 
     def derivative(z):
-        return mx.where(_silu.phi(z) < limit, _silu.derivative(z), 0)
+        return mx.where(_silu.phi(z) >= limit, 0, _silu.derivative(z))
 
     return Activation(
         "swiglu_output_clamped",
@@ -111,7 +111,7 @@ def gelu_topk(deviations: float) -> Activation:
 
     def derivative(z):
         over = above(z)
-        return mx.where(over > 0, _gelu_tanh.derivative(over), 0)
+        return mx.where(over <= 0, 0, _gelu_tanh.derivative(over))
 
     # No kernel: the cutoff is a sum over all channels of a row, and has a gradient.
     return Activation("gelu_topk", float32(phi), float32(derivative), None, None, constants=(deviations,))
@@ -129,7 +129,7 @@ def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Activation
         return mx.where(z > 0, a * z * z, low) + beta * z
 
     def derivative(z):
-        slope = mx.where(z < eps, mx.exp(mx.minimum(z, eps)), 0) - 1
+        slope = mx.where(z >= eps, 0, mx.exp(mx.minimum(z, eps))) - 1
         return mx.where(z > 0, 2 * a * z, slope * n) + beta
 
     constants = (a, n, beta, eps)

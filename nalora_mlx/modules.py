@@ -16,7 +16,7 @@ from nalora_mlx.forward import current
 from nalora_mlx.kernels import selfcheck
 from nalora_mlx.kernels.fused import Variant
 from nalora_mlx.kernels.gated_residual import gated_residual
-from nalora_mlx.kernels.low_rank import LowRank, project
+from nalora_mlx.kernels.low_rank import Again, LowRank, project
 from nalora_mlx.layouts import Layout, Match
 
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
@@ -74,18 +74,21 @@ class Adapter(nn.Module):
         """x A; [..., D] -> [..., r]."""
         raise NotImplementedError
 
-    def low_rank(self, x: mx.array, *where: Any, route: mx.array | None = None) -> LowRank:
+    def low_rank(
+        self, x: mx.array, *where: Any, route: mx.array | None = None, again: Again | None = None
+    ) -> LowRank:
         """The frozen projection of x and what is added to it.
 
         Args:
             x: [..., D].
             where: see the class.
             route: [F] or [E, F], a mask on the gradient that reaches lora_a; x and lora_b get theirs whole.
+            again: makes x once more in the backward, see `project`; of no use with dropout, experts or float16.
         """
         dtype = low_dtype(x.dtype)
         a, b = self.lora_a.astype(dtype), self.lora_b.astype(dtype)
         if route is None and not where and dtype == x.dtype and not self.dropout.drops:
-            base, low = project(self.linear, x, a)
+            base, low = project(self.linear, x, a, again)
             return LowRank(base, self.scale, low, b)
         base = self.linear(x, *where)
         dropped = self.dropout(x).astype(dtype)
@@ -265,13 +268,15 @@ class GatedMLP(nn.Module):
                 found.append(LowRank(module(x, *where), 0.0, None, None, None, None, *where))
         return tuple(found)
 
-    def _product(self, x: mx.array, *where: Any, tokens: mx.array | None = None) -> mx.array:
-        """h = phi(z) u; `tokens` says which token each row of x is, in order if None."""
+    def _product(
+        self, x: mx.array, *where: Any, tokens: mx.array | None = None
+    ) -> tuple[mx.array, Again | None]:
+        """h = phi(z) u, and h again, see `gated_residual`; `tokens`: which token each row of x is, in order if None."""
         projections = self._projections(x, *where)
         this = current()
         if this is None or this.weights is None:
-            quiet = replace(self.variant, statistic=None, boundaries=())
-            return gated_residual(quiet, projections)[0]
+            h, _, again = gated_residual(self.variant, projections)
+            return h, again
         rows = math.prod(projections[0].base.shape[:-1])
         weights = this.weights.reshape(-1)
         if tokens is not None:
@@ -279,15 +284,18 @@ class GatedMLP(nn.Module):
         elif weights.size != rows:
             # Rows that are no text tokens, such as patches of an image: all are real.
             weights = mx.ones((rows,))
-        h, seen = gated_residual(replace(self.variant, diagnose=this.diagnose), projections, weights)
+        variant = replace(self.variant, diagnose=this.diagnose)
+        h, seen, again = gated_residual(variant, projections, weights)
         this.observe(self.path, {name: mx.stop_gradient(array) for name, array in seen.items()})
-        return h
+        return h, again
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x [..., D] to [..., D]."""
         if self.layout.norm:
             x = self[self.layout.norm](x)
-        return self[self.layout.down](self._product(x))
+        h, again = self._product(x)
+        down = self[self.layout.down]
+        return down.low_rank(h, again=again).output() if isinstance(down, Adapter) else down(h)
 
     def fuse(self, bits: int | None, dequantize: bool) -> nn.Module:
         """Give back the original module with every adapter merged into its projection, see `fuse_module`."""
@@ -310,7 +318,8 @@ class GatedExperts(GatedMLP):
             order = mx.argsort(chosen)
             chosen, tokens = chosen[order], tokens[order]
         rows = x.reshape(-1, 1, x.shape[-1])[tokens]  # [N k, 1, D]
-        y = self[self.layout.down](self._product(rows, chosen, is_sorted, tokens=tokens), chosen, is_sorted)
+        h, _ = self._product(rows, chosen, is_sorted, tokens=tokens)
+        y = self[self.layout.down](h, chosen, is_sorted)
         if is_sorted:
             y = y[mx.argsort(order)]
         return y.reshape(*experts.shape, y.shape[-1])

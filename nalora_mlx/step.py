@@ -23,7 +23,7 @@ from nalora_mlx.losses import CHUNK_BYTES, chunked_cross_entropy_sum, cross_entr
 from nalora_mlx.optim import apply_scaled
 from nalora_mlx.packing import packed_caches
 
-MAX_GRAPHS = 96  # compiled graphs that are kept, of as many shapes of a batch; each takes some ten MB
+MAX_GRAPHS = 48  # compiled graphs that are kept, of as many shapes of a batch; each takes some 25 MB
 SHOWN_CHANNELS = 32  # of a layer, whose importance a report tells one by one
 
 

@@ -1,35 +1,37 @@
 """The gated residual against what mlx-lm's LoRA does on the same inputs: time, peak memory, bytes and FLOPs.
 
-    python scripts/benchmark_kernel.py --tokens 512 --output kernel.jsonl    # time, on whatever device MLX has
+    python scripts/benchmark_kernel.py --tokens 512 --output kernel.jsonl    # on whatever device MLX has
     python scripts/benchmark_kernel.py --mlp --models qwen2.5-0.5b --ranks 16   # with the MLP's own products around it
-    python scripts/benchmark_kernel.py --count                               # passes over [N, F], from the graphs
+    python scripts/benchmark_kernel.py --count                               # bytes alone, from the compiled graphs
     python scripts/benchmark_kernel.py --predict                             # the table of docs/kernels.md
 
-A measurement is one compiled forward and backward, from the frozen projections' outputs to all gradients. Ours and
-theirs take turns in one process, so that a machine whose speed drifts slows both alike; medians are printed, and the
-median of the ratios pair by pair. Raw results go to the output as JSON lines.
+A measurement is one compiled forward and backward, from the frozen projections' outputs to all gradients, as in a
+training step of either. Contenders take turns in one process, so that a machine whose speed drifts slows all alike;
+medians are printed, and the medians of the ratios pair by pair. Bytes are counted, for a GPU and without the
+frozen products, on any machine.
+Raw results go to the output as JSON lines.
 """
 
 import argparse
 import json
-import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from compiled_graph import Stub, Traffic, traffic
 from mlx_lm.models.activations import swiglu
 
 from nalora_mlx.activations import ACTIVATIONS
-from nalora_mlx.kernels import fused, selfcheck
+from nalora_mlx.elementary import vectorized
+from nalora_mlx.kernels import fused, gated_residual, selfcheck
 from nalora_mlx.kernels.backend import backend
 from nalora_mlx.kernels.fused import Variant
-from nalora_mlx.kernels.gated_residual import gated_residual
 from nalora_mlx.kernels.low_rank import LowRank, project
 
 SCALE = 20.0
@@ -40,184 +42,211 @@ MODELS = {  # hidden size D, intermediate size F
     "llama-3.2-3b": (3072, 8192),
     "qwen3-8b": (4096, 12288),
 }
+RANKS = (8, 16, 32, 64)
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-CHIPS = {  # memory bandwidth in GB/s, float32 arithmetic in TFLOP/s, as published
+CHIPS = {  # memory bandwidth in GB/s, as Apple gives it; float32 TFLOP/s, an estimate: cores x 128 lanes x 2 x clock
     "M1": (68, 2.6),
-    "M1 Max": (400, 10.4),
-    "M2": (100, 3.6),
     "M2 Max": (400, 13.6),
-    "M3": (100, 3.6),
-    "M3 Max": (400, 14.2),
     "M4": (120, 4.3),
-    "M4 Pro": (273, 8.5),
     "M4 Max": (546, 17.0),
 }
 PRODUCTS = 6  # of [N, D] with [D, F]: gate, up, down, and the gradients of their inputs
 REACHED = 0.7  # share of the arithmetic that a large product reaches, and half that in the kernel's own loop
+THEIRS, OURS, OBSERVED, ROUTED = "mlx-lm", "ours", "ours, with statistics", "ours, with route"
+CONTENDERS = (THEIRS, OURS, OBSERVED, ROUTED)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[1:])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 32, 64])
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, and float32 on a CPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mlp", action="store_true", help="with the MLP's own products before and after")
     parser.add_argument("--output", type=Path, help="file for the raw results, appended to")
-    parser.add_argument("--count", action="store_true", help="count passes over [N, F] instead")
+    parser.add_argument("--count", action="store_true", help="count bytes instead, for all dtypes")
     parser.add_argument(
         "--predict", action="store_true", help="print what to expect of Apple's chips instead"
     )
     args = parser.parse_args()
-    if args.count:
-        print("\n".join(f"{name}: {passes}" for name, passes in counts().items()))
-        return 0
     if args.predict:
-        print(prediction(counts()))
+        print(prediction())
+        return 0
+    if args.count:
+        print(count_table(args))
         return 0
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-    print(f"{args.tokens} tokens, {dtype}, {backend()} on {mx.default_device()}\n")
     print(
-        "| model | rank | mlx-lm, ms | ours, ms | ratio | with statistics | mlx-lm, MB | ours, MB | ratio |"
+        f"{args.tokens} tokens, {dtype}, {backend()} on {mx.default_device()}; each pair is mlx-lm / ours\n"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    heads = ["model", "rank", "forward, ms", "backward, ms", "both", "with statistics", "with route"]
+    print(table_head([*heads, "peak, MB", "ratio", "GFLOP", "GB moved on a GPU", "ratio"]))
     for model in args.models:
         for rank in args.ranks:
-            results = measure(Case(*MODELS[model], args.tokens, rank, DTYPES[dtype], args.mlp), args.repeats)
+            case = Case(*MODELS[model], args.tokens, rank, DTYPES[dtype], args.mlp)
+            results = measure(case, args.repeats)
             print(row(model, rank, results), flush=True)
             if args.output:
                 with args.output.open("a") as file:
                     for result in results:
-                        about = {
-                            "model": model,
-                            "rank": rank,
-                            "tokens": args.tokens,
-                            "dtype": dtype,
-                            "mlp": args.mlp,
-                        }
-                        file.write(json.dumps({**about, **result}) + "\n")
+                        about = {"model": model, "rank": rank, "tokens": args.tokens, "dtype": dtype}
+                        file.write(json.dumps({**about, "mlp": args.mlp, **result}) + "\n")
     return 0
 
 
-# --- what is measured ---------------------------------------------------------------------------------------
+# --- what is compared ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one measurement, and its inputs."""
+    """Sizes of one measurement."""
 
     dims: int
     features: int
     tokens: int
     rank: int
     dtype: mx.Dtype
-    mlp: bool
+    mlp: bool = False
 
-    def arrays(self) -> list[mx.array]:
-        """Everything that is differentiated, then the gradient of the output."""
+    def arrays(self, name: str) -> list[mx.array]:
+        """Everything that is differentiated, then the gradient of the output; not evaluated.
+
+        Both keep A and B in float32. mlx-lm's products with them are of float32, and so is what these make; ours are
+        of `low_dtype`.
+        """
         n, d, f, r = self.tokens, self.dims, self.features, self.rank
+        keys = iter(mx.random.split(mx.random.key(0), 8))
 
-        def normal(*shape: int, size: float = 1.0) -> mx.array:
-            return (size * mx.random.normal(shape)).astype(self.dtype)
+        def normal(*shape: int, dtype: mx.Dtype = mx.float32, size: float = 0.02) -> mx.array:
+            return (size * mx.random.normal(shape, key=next(keys))).astype(dtype)
 
         if self.mlp:
-            adapters = [(d, r), (r, f), (d, r), (r, f), (f, r), (r, d)]
-            return [normal(n, d), *(normal(*shape, size=0.02) for shape in adapters), normal(n, d)]
-        shapes = [(n, f), (n, f), (n, r), (n, r), (r, f), (r, f), (n, f)]
-        return [normal(*shape, size=1.0 if shape[0] == n else 0.02) for shape in shapes]
+            adapters = [normal(*s) for s in ((d, r), (r, f), (d, r), (r, f), (f, r), (r, d))]
+            return [normal(n, d, dtype=self.dtype, size=1), *adapters, normal(n, d, dtype=self.dtype, size=1)]
+        low = mx.float32 if name == THEIRS else self.low_dtype
+        bases = [normal(n, f, dtype=self.dtype, size=1) for _ in range(2)]
+        lows = [normal(n, r, dtype=low, size=1) for _ in range(2)]
+        bs = [normal(r, f) for _ in range(2)]
+        return [*bases, *lows, *bs, normal(n, f, dtype=self.dtype, size=1)]
 
-    def flops(self) -> int:
-        """Of the low-rank products, forward and backward; the elementwise work is small beside it."""
-        once = 4 * self.tokens * self.features * self.rank  # gate and up
-        return 3 * once + (once if self.rank <= fused.MAX_RANK else 0)  # the kernel makes z and u twice
+    @property
+    def low_dtype(self) -> mx.Dtype:
+        """The dtype of our low-rank products."""
+        return mx.float32 if self.dtype == mx.float16 else self.dtype
 
-    def functions(self) -> dict[str, Callable[..., mx.array]]:
-        """Forward of each contender."""
-        variant = Variant(ACTIVATIONS["silu"])
-        observed = Variant(ACTIVATIONS["silu"], "separate", "derivative", ACTIVATIONS["silu"].boundaries)
+    def flops(self, name: str) -> int:
+        """Of all products, forward and backward; the elementwise work is small beside it."""
+        n, d, f, r = self.tokens, self.dims, self.features, self.rank
+        once = 4 * n * f * r  # gate and up
+        again = once if name != THEIRS and r <= fused.MAX_RANK else 0  # the kernel makes z and u twice
+        routed = once // 2 if name == ROUTED else 0
+        around = PRODUCTS * 2 * n * d * f + 3 * (4 * n * d * r + 2 * n * (f + d) * r) if self.mlp else 0
+        return 3 * once + again + routed + around
+
+    def forward(self, name: str) -> Callable[..., tuple[mx.array, dict[str, mx.array]]]:
+        """One contender's function of its arrays."""
+        row = ACTIVATIONS["silu"]
+        observed = name == OBSERVED
+        variant = Variant(row, "separate", "derivative", row.boundaries) if observed else Variant(row)
         weights = mx.ones((self.tokens,))
-        low_dtype = mx.float32 if self.dtype == mx.float16 else self.dtype
-        for one in (variant, observed):
-            selfcheck.prepare(one, self.dtype, low_dtype, self.rank)
+        route = (mx.arange(self.features) % 2).astype(mx.float32) if name == ROUTED else None
+        mx.eval(weights, *([] if route is None else [route]))
+        selfcheck.prepare(variant, self.dtype, self.low_dtype, self.rank)
+
+        def product(gate: LowRank, up: LowRank) -> tuple[mx.array, dict[str, mx.array], Any]:
+            return gated_residual.gated_residual(variant, (gate, up), weights)
+
+        def ours(base: mx.array, low: mx.array, b: mx.array, route: mx.array | None = None) -> LowRank:
+            routed = None if route is None else low
+            return LowRank(base, SCALE, low, b.astype(self.low_dtype), routed, route)
+
+        def added(base: mx.array, low: mx.array, b: mx.array) -> mx.array:
+            return base + (SCALE * (low @ b)).astype(base.dtype)
+
         if not self.mlp:
+            if name == THEIRS:
+                return lambda g0, u0, ag, au, bg, bu: (swiglu(added(g0, ag, bg), added(u0, au, bu)), {})
+            return lambda g0, u0, ag, au, bg, bu: product(ours(g0, ag, bg, route), ours(u0, au, bu))[:2]
 
-            def theirs(g0, u0, ag, au, bg, bu):
-                z = g0 + (SCALE * (ag @ bg)).astype(g0.dtype)
-                u = u0 + (SCALE * (au @ bu)).astype(u0.dtype)
-                return swiglu(z, u)
+        shapes = [(self.features, self.dims)] * 2 + [(self.dims, self.features)]
+        frozen = [(0.02 * mx.random.normal(shape)).astype(self.dtype) for shape in shapes]
+        mx.eval(frozen)  # or they would be drawn again in every step
+        gate, up, down = ((lambda x, w=w: x @ w.T) for w in frozen)
 
-            def ours(variant, g0, u0, ag, au, bg, bu):
-                projections = LowRank(g0, SCALE, ag, bg), LowRank(u0, SCALE, au, bu)
-                return gated_residual(variant, projections, weights)
+        def theirs(linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+            return added(linear(x), x @ a, b)
 
-        else:
-            shapes = [(self.features, self.dims)] * 2 + [(self.dims, self.features)]
-            frozen = [(0.02 * mx.random.normal(shape)).astype(self.dtype) for shape in shapes]
-            mx.eval(frozen)
-            gate, up, down = ((lambda x, w=w: x @ w.T) for w in frozen)
+        def both(
+            linear: Callable[[mx.array], mx.array],
+            x: mx.array,
+            a: mx.array,
+            b: mx.array,
+            route: mx.array | None = None,
+            again: Any = None,
+        ) -> LowRank:
+            if self.low_dtype != self.dtype:
+                return ours(linear(x), x.astype(self.low_dtype) @ a, b, route)
+            return ours(*project(linear, x, a.astype(self.dtype), again), b, route)
 
-            def lora(linear, x, a, b):
-                y = linear(x)
-                return y + (SCALE * ((x @ a) @ b)).astype(y.dtype)
+        if name == THEIRS:
+            return lambda x, ag, bg, au, bu, ad, bd: (
+                theirs(down, swiglu(theirs(gate, x, ag, bg), theirs(up, x, au, bu)), ad, bd),
+                {},
+            )
 
-            def theirs(x, ag, bg, au, bu, ad, bd):
-                return lora(down, swiglu(lora(gate, x, ag, bg), lora(up, x, au, bu)), ad, bd)
+        def whole(x, ag, bg, au, bu, ad, bd):  # type: ignore[no-untyped-def]
+            h, seen, again = product(both(gate, x, ag, bg, route), both(up, x, au, bu))
+            return both(down, h, ad, bd, again=again).output(), seen
 
-            def ours(variant, x, ag, bg, au, bu, ad, bd):
-                projections = (
-                    LowRank(*_with_scale(project(gate, x, ag)), bg),
-                    LowRank(*_with_scale(project(up, x, au)), bu),
-                )
-                h, seen = gated_residual(variant, projections, weights)
-                return LowRank(*_with_scale(project(down, h, ad)), bd).output(), seen
-
-        return {
-            "mlx-lm": lambda *a: (theirs(*a), {}),
-            "ours": lambda *a: ours(variant, *a),
-            "ours, with statistics": lambda *a: ours(observed, *a),
-        }
+        return whole
 
 
-def _with_scale(base_and_low: tuple[mx.array, mx.array]) -> tuple[mx.array, float, mx.array]:
-    base, low = base_and_low
-    return base, SCALE, low
+# --- what is measured ---------------------------------------------------------------------------------------
 
 
 def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Time and peak memory of each contender in turn, `repeats` times."""
-    arrays = case.arrays()
-    mx.eval(arrays)
-    steps = {}
-    for name, forward in case.functions().items():
+    """Time and peak memory of each contender in turn, `repeats` times, with its bytes and FLOPs."""
+    runs = {}
+    for name in CONTENDERS:
+        arrays = case.arrays(name)
+        mx.eval(arrays)
+        forward = case.forward(name)
 
-        def loss(*a, forward=forward):
+        def loss(*a, forward=forward):  # type: ignore[no-untyped-def]
             y, seen = forward(*a[:-1])
             return (y * a[-1]).astype(mx.float32).sum(), seen
 
-        steps[name] = mx.compile(mx.value_and_grad(loss, argnums=list(range(len(arrays) - 1))))
-        mx.eval(steps[name](*arrays))
+        step = mx.compile(mx.value_and_grad(loss, argnums=list(range(len(arrays) - 1))))
+        once = mx.compile(forward)
+        # As in a training step of ours; mlx-lm has no such form.
+        with nullcontext() if name == THEIRS else vectorized():
+            mx.eval(step(*arrays), once(*arrays[:-1]))
+        moved = counted(case, name)
+        about = {"name": name, "flops": case.flops(name), "bytes": moved.bytes, "kept": moved.kept}
+        runs[name] = about, once, step, arrays
     results = []
     for repeat in range(repeats):
-        for name, step in steps.items():
-            mx.clear_cache()
-            before = mx.get_active_memory()
-            mx.reset_peak_memory()
-            start = time.perf_counter()
-            mx.eval(step(*arrays))
-            seconds = time.perf_counter() - start
-            peak = mx.get_peak_memory() - before
-            results.append(
-                {
-                    "name": name,
-                    "repeat": repeat,
-                    "ms": 1e3 * seconds,
-                    "peak_mb": peak / 1e6,
-                    "flops": case.flops(),
-                }
-            )
+        for about, once, step, arrays in runs.values():
+            forward_ms, _ = timed(lambda: once(*arrays[:-1]))  # noqa: B023
+            ms, peak = timed(lambda: step(*arrays))  # noqa: B023
+            times = {"ms": ms, "forward_ms": forward_ms, "backward_ms": ms - forward_ms}
+            results.append({**about, "repeat": repeat, **times, "peak_mb": peak / 1e6})
     return results
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, int]:
+    """Milliseconds that some work takes, and its peak of memory above what was there before."""
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    mx.eval(work())
+    return 1e3 * (time.perf_counter() - start), mx.get_peak_memory() - before
+
+
+def table_head(heads: list[str]) -> str:
+    return f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
 
 
 def row(model: str, rank: int, results: list[dict[str, Any]]) -> str:
@@ -226,120 +255,88 @@ def row(model: str, rank: int, results: list[dict[str, Any]]) -> str:
     def of(name: str, key: str) -> list[float]:
         return [r[key] for r in results if r["name"] == name]
 
-    def ratio(name: str, key: str) -> float:
-        return statistics.median(a / b for a, b in zip(of(name, key), of("mlx-lm", key), strict=True))
+    def ratio(key: str, name: str = OURS) -> str:
+        found = statistics.median(a / b for a, b in zip(of(name, key), of(THEIRS, key), strict=True))
+        return f"{found:.2f}"
 
-    times = [f"{statistics.median(of(name, 'ms')):.1f}" for name in ("mlx-lm", "ours")]
-    times += [f"{ratio(name, 'ms'):.2f}" for name in ("ours", "ours, with statistics")]
-    memory = [f"{statistics.median(of(name, 'peak_mb')):.0f}" for name in ("mlx-lm", "ours")]
-    cells = [model, str(rank), *times, *memory, f"{ratio('ours', 'peak_mb'):.2f}"]
+    def pair(key: str, unit: float = 1, digits: int = 0) -> str:
+        both = (statistics.median(of(name, key)) / unit for name in (THEIRS, OURS))
+        return " / ".join(f"{one:.{digits}f}" for one in both)
+
+    cells = [model, str(rank), pair("forward_ms", digits=1), pair("backward_ms", digits=1)]
+    cells += [ratio("ms", name) for name in (OURS, OBSERVED, ROUTED)]
+    cells += [pair("peak_mb"), ratio("peak_mb"), pair("flops", 1e9, 1), pair("bytes", 1e9, 2), ratio("bytes")]
     return f"| {' | '.join(cells)} |"
 
 
 # --- what is counted ----------------------------------------------------------------------------------------
 
 
-def counts() -> dict[str, int]:
-    """Passes over arrays of [N, F], forward and backward, the frozen products left out.
+def counted(case: Case, name: str) -> Traffic:
+    """What a contender's gated residual reads and writes on a GPU, forward and backward, by the graph MLX compiles."""
+    case = replace(case, mlp=False)
+    arrays, stub = case.arrays(name), Stub()
+    chosen, kernel = gated_residual.backend_for, fused._kernel
+    gated_residual.backend_for, fused._kernel = lambda *_: "metal", lambda *_: stub  # no GPU is needed
+    try:
+        forward = case.forward(name)
 
-    mlx-lm's are counted on the graph that MLX compiles of them, ours on the loads and stores of the kernels; both have
-    the four products that make dA and dB, which read dz and du twice each.
-    """
-    found = {"mlx-lm, compiled": _passes()}
-    loads = {d: fused.source(f"metal/{d}.metal").count("load4<T>(") for d in ("forward", "backward")}
-    stores = {d: fused.source(f"metal/{d}.metal").count("store4<T>(") for d in ("forward", "backward")}
-    kernels = (
-        sum(loads.values()) - 1 + sum(stores.values())
-    )  # one load is of z0, when misalignment is measured
-    found["ours, product in the kernel"] = kernels + 4
-    found["ours, product outside"] = kernels + 4 + 4  # z and u: g0 and u0 are read, and these written
-    return found
+        def both(*a):  # type: ignore[no-untyped-def]
+            seen = {}
 
+            def h(*of):  # type: ignore[no-untyped-def]
+                y, found = forward(*of)
+                seen.update(found)
+                return y
 
-def _passes() -> int:
-    n, f, r = 64, 96, 4
-    shapes = {
-        "g0": (n, f),
-        "u0": (n, f),
-        "ag": (n, r),
-        "au": (n, r),
-        "bg": (r, f),
-        "bu": (r, f),
-        "dh": (n, f),
-    }
-    arrays = {name: mx.random.normal(shape).astype(mx.bfloat16) for name, shape in shapes.items()}
-    mx.eval(arrays)
-    case = Case(1, f, n, r, mx.bfloat16, False)
-    theirs = case.functions()["mlx-lm"]
+            (y,), gradients = mx.vjp(h, list(a[:-1]), [a[-1]])
+            return y, *seen.values(), *gradients
 
-    def both(*a):
-        (h,), gradients = mx.vjp(lambda *a: theirs(*a)[0], list(a[:-1]), [a[-1]])
-        return h, *gradients
-
-    return count_passes(mx.compile(both)(*arrays.values()), arrays, shapes, (n, f))
+        outputs = mx.compile(both)(*arrays)
+    finally:
+        gated_residual.backend_for, fused._kernel = chosen, kernel
+    return traffic(outputs, arrays, stub, (case.tokens, case.features), case.dtype)
 
 
-def count_passes(
-    outputs: Any, arrays: dict[str, mx.array], shapes: dict[str, tuple[int, ...]], size: Any
-) -> int:
-    """Reads and writes of arrays of one size in the graph of some outputs, views left out."""
-    with tempfile.NamedTemporaryFile(suffix=".dot") as file:
-        mx.export_to_dot(file.name, *outputs, **arrays)
-        text = Path(file.name).read_text()
-    names = dict(re.findall(r"\{ (\d+) \[label =\"([^\"]*)\"", text))
-    reads: dict[str, list[str]] = {name: [] for name in names}
-    writes: dict[str, list[str]] = {name: [] for name in names}
-    maker: dict[str, str] = {}
-    for a, b in (tuple(x.strip('"') for x in edge) for edge in re.findall(r"^(\S+) -> (\S+)$", text, re.M)):
-        if b in names:
-            reads[b].append(a)
-        else:
-            writes[a].append(b)
-            maker[b] = a
-    known: dict[str, Any] = dict(shapes)
-
-    def shape(array: str) -> Any:
-        if array not in known:
-            operation = maker.get(array)
-            inputs = [shape(a) for a in reads[operation]] if operation else []
-            kind = names[operation] if operation else ""
-            if kind == "Matmul":
-                known[array] = (inputs[0][0], inputs[1][1])
-            elif kind == "Transpose":
-                known[array] = inputs[0][::-1]
-            else:
-                known[array] = () if kind in ("Broadcast", "Full") else max(inputs, key=len, default=())
-        return known[array]
-
-    total = 0
-    for operation, kind in names.items():
-        if kind not in ("Broadcast", "Transpose", "Full"):
-            total += sum(sorted(shape(a)) == sorted(size) for a in {*reads[operation]})
-            total += sum(sorted(shape(a)) == sorted(size) for a in {*writes[operation]})
-    return total
+def count_table(args: argparse.Namespace) -> str:
+    """Megabytes that each contender moves, the ratio to mlx-lm's, and how many arrays of [N, F] it keeps."""
+    lines = [table_head(["model", "dtype", "rank", "contender", "MB moved", "of mlx-lm's", "[N, F] kept"])]
+    for model in args.models:
+        for dtype in DTYPES if args.dtype is None else [args.dtype]:
+            for rank in args.ranks:
+                case = Case(*MODELS[model], args.tokens, rank, DTYPES[dtype], args.mlp)
+                found = {name: counted(case, name) for name in CONTENDERS}
+                for name, moved in found.items():
+                    share = f"{moved.bytes / found[THEIRS].bytes:.2f}"
+                    cells = [
+                        model,
+                        dtype,
+                        str(rank),
+                        name,
+                        f"{moved.bytes / 1e6:.0f}",
+                        share,
+                        str(moved.kept),
+                    ]
+                    lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def prediction(passes: dict[str, int]) -> str:
-    """Milliseconds of one MLP, forward and backward, in a half type, that the roofline of each chip allows."""
-    n, size = 2048, 2
-    lines = [
-        "| chip | model | rank | products | mlx-lm's passes | ours | MLP faster by |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def prediction(tokens: int = 2048, dtype: mx.Dtype = mx.bfloat16) -> str:
+    """What the roofline of each chip allows an MLP, forward and backward, to gain by rank."""
+    lines = [table_head(["chip", "model", "products, ms", *(f"gain at r = {rank}" for rank in RANKS)])]
     for chip, (bandwidth, tflops) in CHIPS.items():
-        for model, rank in (("qwen3-0.6b", 8), ("llama-3.2-1b", 8), ("llama-3.2-1b", 64), ("qwen3-8b", 16)):
-            d, f = MODELS[model]
-            products = PRODUCTS * 2 * n * d * f / (REACHED * tflops * 1e12)
-            a_pass = n * f * size / (bandwidth * 1e9)
-            theirs = passes["mlx-lm, compiled"] * a_pass
-            inside = rank <= fused.MAX_RANK
-            ours = passes["ours, product in the kernel" if inside else "ours, product outside"] * a_pass
-            if inside:  # forward 3 passes and backward 5, or the arithmetic of the loop, whichever is longer
-                loop = 4 * n * f * rank / (REACHED / 2 * tflops * 1e12)
-                ours += max(0.0, loop - 3 * a_pass) + max(0.0, loop - 5 * a_pass)
-            gain = 1 - (products + ours) / (products + theirs)
-            cells = (f"{1e3 * t:.1f} ms" for t in (products, theirs, ours))
-            lines.append(f"| {chip} | {model} | {rank} | {' | '.join(cells)} | {gain:.0%} |")
+        for model, (d, f) in list(MODELS.items())[1:]:
+            products = PRODUCTS * 2 * tokens * d * f / (REACHED * tflops * 1e12)
+            gains = []
+            for rank in RANKS:
+                case = Case(d, f, tokens, rank, dtype)
+                theirs, ours = (counted(case, name).bytes / (bandwidth * 1e9) for name in (THEIRS, OURS))
+                if rank <= fused.MAX_RANK:  # the loop of either kernel, or the bytes, whichever takes longer
+                    loop = 4 * tokens * f * rank / (REACHED / 2 * tflops * 1e12)
+                    a_pass = tokens * f * dtype.size / (bandwidth * 1e9)
+                    ours += max(0.0, loop - 3 * a_pass) + max(0.0, loop - 5 * a_pass)
+                gains.append(f"{1 - (products + ours) / (products + theirs):.0%}")
+            lines.append(f"| {chip} | {model} | {1e3 * products:.1f} | {' | '.join(gains)} |")
     return "\n".join(lines)
 
 

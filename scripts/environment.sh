@@ -148,10 +148,15 @@ find_compiler() {
   say "note: no C++ compiler (g++), so that mlx cannot fuse operations: training is somewhat slower"
 }
 
-# For the tests of the Metal kernels alone: they take any clang++, under any number.
-find_clang() {
-  if [ -n "$(compgen -c clang++)" ] || apt_install clang; then return; fi
-  say "note: no clang++, so that the tests do not check the address spaces of the Metal kernels"
+# For tests alone, which are skipped without them. Any clang++ will do, under any number.
+find_test_programs() {
+  [ -n "$(compgen -c clang++)" ] || apt_install clang ||
+    say "note: no clang++, so that the tests do not check the address spaces of the Metal kernels"
+  [ "$(uname -s)" = Linux ] || return 0
+  command -v strace >/dev/null || apt_install strace ||
+    say "note: no strace, so that the tests do not watch the system calls of a save"
+  command -v chromedriver >/dev/null || apt_install chromium chromium-driver ||
+    say "note: no Chromium with its driver, so that the tests open no report in a browser"
 }
 
 find_blas() {

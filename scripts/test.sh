@@ -9,8 +9,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
 . scripts/environment.sh
-prepare dev,export,kquants,interop,vlm,report,tensorboard,browser
-find_clang
+# shellcheck source=scripts/get_model.sh
+. scripts/get_model.sh
+prepare dev,export,kquants,interop,vlm,report,tensorboard,browser,completion
+find_test_programs
 
 # The tests of PEFT run PyTorch. On Linux the wheel of PyPI brings several GB of CUDA, so that the CPU build is taken:
 # from an index that pip knows already, or from PyTorch's own. Without it these tests are skipped.
@@ -30,6 +32,9 @@ if install_torch; then
 else
   say "note: no PyTorch could be installed, so that the tests of PEFT are skipped"
 fi
+
+# The tests of exports fine-tune a real model: of the demo, fetched once (some 100 MB).
+(get_model) || say "note: no SmolLM2 could be got, so that its tests are skipped"
 
 failed=
 check() { # NAME COMMAND...

@@ -34,10 +34,10 @@ FLOORS = [
         "rows",
         "signals",
     ],
+    ["families"],
     [
         "batches",
         "cli",
-        "families",
         "fidelity",
         "forward",
         "kernels",

@@ -297,7 +297,7 @@ def test_few_shapes_occur_however_rows_differ():
     shapes = {(batch.inputs.shape, batch.scored()[0].size) for batch in batches}
     assert len(shapes) < 80  # of 500 batches
     for batch in batches:
-        positions, targets, weights = batch.scored()
+        positions, _, weights = batch.scored()
         assert batch.tokens <= positions.size <= batch.inputs.size
         assert weights.sum() == batch.tokens
         assert positions.size < 2 * batch.tokens or positions.size <= 2

@@ -1,6 +1,7 @@
 """Which kernels this process uses, and which of them were found right on this machine."""
 
 import os
+import warnings
 
 import mlx.core as mx
 
@@ -17,9 +18,9 @@ REFERENCE = "reference"
 # of the product inside it, 0 for none.
 Kind = tuple[str, Variant, mx.Dtype, mx.Dtype | None, int]
 
-faults: dict[
-    Kind, str | None
-] = {}  # of each kind that was checked: what is wrong with it, None if nothing is
+checked: set[Kind] = set()  # those that were found right
+refused: set[str] = set()  # backends of which one was found wrong: they are used no more
+unchecked: set[Kind] = set()  # those that were wanted and had not been checked
 
 
 def backend() -> str:
@@ -48,7 +49,7 @@ def kind_of(backend: str, variant: Variant, projections: tuple[LowRank, ...]) ->
         return None
     if first.experts is not None and not first.is_sorted:
         return None
-    if any(p.base.size < fused.SMALLEST for p in projections):
+    if first.base.size < fused.SMALLEST * (1 if variant.halves == "separate" else 2):  # of h, [N, F]
         return None
     dtype = first.base.dtype
     if not fused.fits(projections):
@@ -61,4 +62,15 @@ def backend_for(variant: Variant, projections: tuple[LowRank, ...]) -> str:
     """The backend of one operation: that of the process if its kernel was found right, else the reference."""
     chosen = backend()
     kind = kind_of(chosen, variant, projections)
-    return chosen if kind is not None and faults.get(kind, "not checked") is None else REFERENCE
+    if kind is None or chosen in refused:
+        return REFERENCE
+    if kind in checked:
+        return chosen
+    if kind not in unchecked:
+        unchecked.add(kind)
+        warnings.warn(
+            f"a {chosen} kernel of {variant.activation.name} in {kind[2]} was not checked when the model was adapted, "
+            "and is not used; the same is computed without it, more slowly",
+            stacklevel=2,
+        )
+    return REFERENCE

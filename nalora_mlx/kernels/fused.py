@@ -4,7 +4,7 @@ Both backends run the same bodies, metal/forward.metal and metal/backward.metal,
 works on four neighbouring channels of a tile of rows and keeps its columns of B in registers.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -46,6 +46,11 @@ class Variant:
     diagnose: bool = False
     experts: int = 0
     precise: bool = field(default=True, compare=False)
+
+    @property
+    def quiet(self) -> "Variant":
+        """The same without statistics."""
+        return replace(self, statistic=None, boundaries=(), diagnose=False)
 
     @property
     def sums(self) -> int:
@@ -96,7 +101,8 @@ def backward(backend: str, variant: Variant, operands: Operands, dh: mx.array) -
     dtype = operands.bases[0].dtype
     if variant.halves == "separate":
         (d,) = _call(backend, "backward", variant, operands, (dh,), [(2, rows, features)], [dtype])
-        return d[0], d[1]
+        # Views of it: d[0] would be a copy.
+        return tuple(half.reshape(rows, features) for half in mx.split(d, 2))
     return tuple(_call(backend, "backward", variant, operands, (dh,), [(rows, 2 * features)], [dtype]))
 
 

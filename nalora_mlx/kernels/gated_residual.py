@@ -10,6 +10,7 @@ from z and u. The backward recomputes phi and phi' in either case. With dh the g
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -17,27 +18,30 @@ import mlx.core as mx
 from nalora_mlx.kernels import fused, reference
 from nalora_mlx.kernels.backend import REFERENCE, backend_for
 from nalora_mlx.kernels.fused import Operands, Variant
-from nalora_mlx.kernels.low_rank import LowRank
+from nalora_mlx.kernels.low_rank import Again, LowRank
 
 _custom_function: Any = mx.custom_function  # typed as an object
 
 
 def gated_residual(
     variant: Variant, projections: tuple[LowRank, ...], weights: mx.array | None = None
-) -> tuple[mx.array, dict[str, mx.array]]:
-    """h = phi(z) u, and sums over tokens where `variant` asks for them.
+) -> tuple[mx.array, dict[str, mx.array], Again | None]:
+    """h = phi(z) u, sums over tokens where `variant` asks for them, and how to make h once more.
 
     Args:
         variant: activation, statistics and layout.
         projections: of gate and up, or the one that makes both; bases [..., F] or [..., 2F], in one dtype.
-        weights: one per row, 1 for a real token and 0 for padding; needed with a statistic.
+        weights: one per row, 1 for a real token and 0 for padding; without them no statistic is taken.
 
     Returns:
         h [..., F] in the dtype of the bases, and without gradient: responsiveness [F] or [E, F]; beyond [R-1, F] or
         [R-1, E, F] (with a partition); misalignment [2] (if diagnosed): sums of |delta rho(z0) u| and
-        |z (rho(z) - rho(z0)) u| with delta = z - z0; tokens [E] (with experts).
+        |z (rho(z) - rho(z0)) u| with delta = z - z0; tokens [E] (with experts). Last, where no kernel runs, what makes
+        h from z and u again, so that nobody need keep it for the backward; by a kernel that would be three more passes.
     """
-    if variant.statistic is None or variant.activation.selection is None:
+    if variant.statistic is None or weights is None:
+        variant = variant.quiet
+    if variant.activation.selection is None:
         variant = replace(variant, diagnose=False)
     shape = projections[0].base.shape
     experts = projections[0].experts
@@ -45,9 +49,9 @@ def gated_residual(
         weights = weights.reshape(-1).astype(mx.float32)
     backend = backend_for(variant, projections)
     if backend == REFERENCE:
-        h, sums = by_reference(variant, projections, weights)
+        h, sums, again = by_reference(variant, projections, weights)
     else:
-        h, sums = by_kernel(backend, variant, projections, weights)
+        h, sums, again = by_kernel(backend, variant, projections, weights)
     seen = {}
     if variant.statistic is not None and weights is not None:
         count = len(variant.boundaries)
@@ -60,7 +64,7 @@ def gated_residual(
             rows = mx.where(weights > 0, weights, 0)
             seen["tokens"] = mx.zeros((variant.experts,)).at[experts.reshape(-1)].add(rows)
     features = shape[-1] if variant.halves == "separate" else shape[-1] // 2
-    return h.reshape(*shape[:-1], features), seen
+    return h.reshape(*shape[:-1], features), seen, again
 
 
 def _rows(array: mx.array) -> mx.array:
@@ -85,8 +89,8 @@ def _tuple(arrays: mx.array | Sequence[mx.array]) -> tuple[mx.array, ...]:
 
 def by_reference(
     variant: Variant, projections: tuple[LowRank, ...], weights: mx.array | None
-) -> tuple[mx.array, list[mx.array]]:
-    """H [N, F] and the sums as `reference.statistics` returns them, by MLX's own operations."""
+) -> tuple[mx.array, list[mx.array], Again | None]:
+    """H [N, F], the sums as `reference.statistics` returns them, and h again, by MLX's own operations."""
     activation = variant.activation
     experts = None if projections[0].experts is None else projections[0].experts.reshape(-1)
     bases = tuple(_rows(p.base) for p in projections)
@@ -136,8 +140,16 @@ def by_reference(
         parts = reference.by_chunks(backward, rows, features)
         return tuple(reference.joined(part) for part in zip(*parts, strict=True))
 
-    h, *sums = operation(*(_rows(p.output()) for p in projections))
-    return h, sums
+    made = tuple(_rows(p.output()) for p in projections)
+
+    def again(dy: mx.array) -> mx.array:
+        ys = mx.depends(list(made), [dy])
+        return reference.joined(
+            reference.by_chunks(lambda some: product(*(y[some] for y in ys)), rows, features)
+        )
+
+    h, *sums = operation(*made)
+    return h, sums, again
 
 
 # --- with one -----------------------------------------------------------------------------------------------------
@@ -145,8 +157,8 @@ def by_reference(
 
 def by_kernel(
     backend: str, variant: Variant, projections: tuple[LowRank, ...], weights: mx.array | None
-) -> tuple[mx.array, list[mx.array]]:
-    """The same by a Metal or CUDA kernel."""
+) -> tuple[mx.array, list[mx.array], Again | None]:
+    """The same by a Metal or CUDA kernel, which does not make h again."""
     experts = projections[0].experts
     tiles = None
     if experts is not None:
@@ -159,11 +171,15 @@ def by_kernel(
         z0 = None
     scales = (projections[0].scale, projections[-1].scale)
 
+    def parts(primals: tuple[mx.array, ...]) -> list[tuple[mx.array, ...]]:
+        """Base, low, b (and routed, where the gradient is split) of each projection."""
+        left = iter(primals)
+        return [tuple(islice(left, 1 + len(p.arrays))) for p in projections]
+
     def operands(primals: tuple[mx.array, ...]) -> Operands:
-        """From base, low, b (and routed) of each projection in turn."""
-        each = len(primals) // len(projections)
-        lows, bs = (primals[1::each], primals[2::each]) if inside else ((), ())
-        bases = tuple(_rows(base) for base in primals[::each])
+        found = parts(primals)
+        lows, bs = ([part[i] for part in found] if inside else () for i in (1, 2))
+        bases = tuple(_rows(part[0]) for part in found)
         return Operands(bases, tuple(map(_rows, lows)), tuple(bs), scales, z0, weights, tiles)
 
     @_custom_function
@@ -174,23 +190,21 @@ def by_kernel(
     def _(primals, cotangents, _):
         primals, (dh, *_) = _tuple(primals), _tuple(cotangents)
         found = []
-        each = len(primals) // len(projections)
         ds = fused.backward(backend, variant, operands(primals), dh)
-        for index, (p, d) in enumerate(zip(projections, ds, strict=True)):
-            base, *arrays = primals[index * each : (index + 1) * each]
+        for p, (base, *arrays), d in zip(projections, parts(primals), ds, strict=True):
             d = d.reshape(base.shape)
             found.append(d)
             if arrays:
-                found += p.gradients(tuple(arrays), p.scale * d.astype(arrays[0].dtype))
+                found += p.gradients(tuple(arrays), d, p.scale)
         return tuple(found)
 
     h, sums = operation(*(a for p in projections for a in (p.base, *p.arrays)))
     if variant.statistic is None:
-        return h, []
+        return h, [], None
     if tiles is None:
         totals = list(sums.sum(axis=1))
     else:
         empty = mx.zeros((variant.experts, sums.shape[-1]))
         totals = [empty.at[tiles[:, 0]].add(one) for one in sums]
     count = 1 + len(variant.boundaries)
-    return h, totals[:count] + [one.sum() for one in totals[count:]]
+    return h, totals[:count] + [one.sum() for one in totals[count:]], None

@@ -47,32 +47,38 @@ class LowRank:
         """Base + scale low B, in the dtype of the base."""
         if self.low is None or self.b is None:
             return self.base
-        if self.routed is None:
-            if self.experts is None and self.low.dtype == self.base.dtype:
-                return mx.addmm(self.base, self.low, self.b, alpha=self.scale)
-            product = self.product(self.low, self.b)
-        else:
-            split: Any = mx.custom_function(lambda low, b, routed: self.product(low, b))
-            split.vjp(lambda arrays, dy, _: self.gradients(arrays, dy))
-            product = split(*self.arrays)
-        return self.base + (self.scale * product).astype(self.base.dtype)
+        add: Any = mx.custom_function(self._add)
+        add.vjp(lambda arrays, dy, _: (dy, *self.gradients(arrays[1:], dy, self.scale)))
+        return add(self.base, *self.arrays)
 
-    def gradients(self, arrays: tuple[mx.array, ...], dy: mx.array) -> tuple[mx.array, ...]:
-        """Gradients of `arrays` from that of low B, [..., F]; each in its array's dtype."""
+    def _add(self, base: mx.array, low: mx.array, b: mx.array, _: mx.array | None = None) -> mx.array:
+        if self.experts is None and low.dtype == base.dtype:
+            return mx.addmm(base, low, b, alpha=self.scale)
+        return base + (self.scale * self.product(low, b)).astype(base.dtype)
+
+    def gradients(self, arrays: tuple[mx.array, ...], dy: mx.array, scale: float) -> tuple[mx.array, ...]:
+        """Gradients of `arrays` from dy, that of scale low B, [..., F]; each in its array's dtype.
+
+        What is scaled is the small results, since a scaled dy would be one more array of [N, F].
+        """
         low, b = arrays[:2]
         dy = dy.astype(low.dtype)
-        found = mx.vjp(self.product, [low, b], [dy])[
-            1
-        ]  # the product is linear: nothing of it is computed here
+        # The product is linear: nothing of it is computed here.
+        found = mx.vjp(self.product, [low, b], [dy])[1]
         if self.routed is not None and self.route is not None:
             # The mask of a channel weighs its column of B as well as its gradient.
             mask = self.route if self.experts is None else self.route[:, :, None]
             masked = b * mask.astype(b.dtype)
             found += mx.vjp(lambda low: self.product(low, masked), [low], [dy])[1]
-        return tuple(found)
+        return tuple(scale * one for one in found)
 
 
-def project(linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array) -> tuple[mx.array, mx.array]:
+Again = Callable[[mx.array], mx.array]  # an array made once more in the backward, after the gradient that it gets
+
+
+def project(
+    linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array, again: Again | None = None
+) -> tuple[mx.array, mx.array]:
     """A frozen projection of x and x A, whose gradients in x are added up within one product.
 
         dx = (gradient through the frozen projection) + d(x A) A^T
@@ -81,6 +87,7 @@ def project(linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array) ->
         linear: frozen, dense or quantized.
         x: [..., D].
         a: [D, r], of the dtype of x.
+        again: makes x once more for the gradient of a, so that it need not be kept until then.
 
     Returns:
         linear(x) [..., F] and x A [..., r].
@@ -94,6 +101,7 @@ def project(linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array) ->
         dx = mx.vjp(linear, [x], [dy])[1][0]
         rows = dlow.reshape(-1, a.shape[-1])
         dx = mx.addmm(dx.reshape(-1, x.shape[-1]), rows, a.T)
-        return dx.reshape(x.shape), x.reshape(-1, x.shape[-1]).T @ rows
+        kept = x if again is None else again(dy)
+        return dx.reshape(x.shape), kept.reshape(-1, x.shape[-1]).T @ rows
 
     return both(x, a)

@@ -100,10 +100,16 @@ def by_chunks(work: Callable[[slice], Work], rows: int, features: int) -> list[W
         return [work(slice(0, rows))]
     if not hasattr(_local, "streams"):  # a stream belongs to the thread that made it
         _local.streams = [mx.new_stream(mx.cpu) for _ in range(min(MAX_STREAMS, os.cpu_count() or 1))]
-    done = []
-    for index, start in enumerate(range(0, rows, size)):
-        with mx.stream(_local.streams[index % len(_local.streams)]):
-            done.append(work(slice(start, start + size)))
+    done: list[Work] = []
+    start = 0
+    while start < rows:
+        index = len(done) % len(_local.streams)
+        # Each stream has a size of its own. Constants of one value and shape mx.compile makes one array of one stream,
+        # which it cannot fuse into what the others do; their loops would then not be vectorized.
+        stop = min(start + size + index, rows)
+        with mx.stream(_local.streams[index]):
+            done.append(work(slice(start, stop)))
+        start = stop
     return done
 
 

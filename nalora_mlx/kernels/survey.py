@@ -6,32 +6,49 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
+from nalora_mlx import families
 from nalora_mlx.activations import ACTIVATIONS
 from nalora_mlx.kernels import fused
+from nalora_mlx.kernels.backend import Kind
 from nalora_mlx.kernels.fused import Operands, Variant
 from nalora_mlx.kernels.selfcheck import EXPERTS, fault
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 RANKS = (0, 8, fused.MAX_RANK)
+FAMILIES = (  # a member of each that has a kernel
+    families.swiglu_oai(1.702, 7.0),
+    families.swiglu_input_clamped(5.0),
+    families.swiglu_output_clamped(2.0),
+    families.situ(1.5, 2.0),
+    families.xielu(0.3, -0.7, 0.5, -1e-6),
+)
 ROWS, FEATURES = 4096, 8192  # of the arrays whose bytes are timed: far more than a cache holds
 
 
 def faults(backend: str) -> Iterator[tuple[str, str | None]]:
     """Try every kind of kernel: what it is, and what is wrong with it, None if nothing is."""
     for row in ACTIVATIONS.values():
-        diagnose = row.selection is not None
-        full = Variant(row, "separate", "derivative", row.boundaries, diagnose)
+        full = Variant(row, "separate", "derivative", row.boundaries, diagnose=row.selection is not None)
         for dtype in DTYPES:
-            low_dtype = mx.float32 if dtype == mx.float16 else dtype
             for rank in RANKS:
-                kind = backend, full, dtype, low_dtype if rank else None, rank
-                yield f"{row.name}, {dtype}, rank {rank}", fault(kind)
+                yield f"{row.name}, {dtype}, rank {rank}", fault(kind(backend, full, dtype, rank))
+    for family in FAMILIES:
+        variant = Variant(family, statistic="derivative")
+        yield family.name, fault(kind(backend, variant, mx.bfloat16, 8))
     row = ACTIVATIONS["silu"]
+    yield "silu without statistics", fault(kind(backend, Variant(row), mx.bfloat16, 8))
     for halves in fused.HALVES:
         for experts in (0, EXPERTS):
             variant = Variant(row, halves, "sensitivity", row.boundaries, True, experts)
-            kind = backend, variant, mx.float32, mx.float32, 8
-            yield f"silu, {halves}, {experts} experts", fault(kind)
+            for dtype in (mx.float32, mx.bfloat16):
+                what = f"silu, {halves}, {experts} experts, {dtype}"
+                yield what, fault(kind(backend, variant, dtype, 8))
+
+
+def kind(backend: str, variant: Variant, dtype: mx.Dtype, rank: int) -> Kind:
+    """A kind as it stands in a model of some dtype; float16 has low-rank products in float32."""
+    low_dtype = mx.float32 if dtype == mx.float16 else dtype
+    return backend, variant, dtype, low_dtype if rank else None, rank
 
 
 def bandwidth(backend: str) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.msl import build
+from tests.msl import build, lane
 from tests.msl.lane import Kernel, Operand, build_all, emulated, require, trace
 from tests.msl.planted import COLUMNS, DOUBLE, changed, columns, double, float64, kernel_call, random
 
@@ -95,6 +95,15 @@ def test_without_a_compiler_tests_are_skipped(tmp_path):
     guarded, spaces = done.stdout.splitlines()
     assert "No such file or directory: 'g++'" in guarded or sys.platform != "linux"
     assert "no clang++ is installed" in spaces
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_under_ci_a_missing_compiler_is_a_failure(monkeypatch, ci, outcome):
+    monkeypatch.setattr(lane, "unavailable", lambda _: "no compiler")
+    monkeypatch.setattr(lane.sys, "platform", "linux")
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="no compiler"):
+        require("guarded")
 
 
 def test_a_kernel_is_a_value():

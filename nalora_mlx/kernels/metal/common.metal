@@ -1,11 +1,11 @@
 // Scalar functions of gated MLPs and the memory access of the kernels, in the part of the Metal Shading Language that
-// is also CUDA C++ (see ../cuda/prelude.h). All arithmetic is in float. An activation is a struct with
+// is also CUDA C++ (see ../cuda/prelude.cuh). All arithmetic is in float. An activation is a struct with
 //
 //   phi(z, c, slope)     phi(z); writes phi'(z)
 //   selection(z)         rho(z) with phi(z) = z rho(z); 0 where phi is not self-gated
 //   up(u, c, slope)      what multiplies phi(z); writes its derivative in u
 //
-// c are the activation's four constants. Comparisons are written so that NaN comes through.
+// c are the activation's four constants. Comparisons are written so that NaN comes through wherever it does in MLX.
 
 #if !defined(FUNCTION)  // CUDA has its own
 #define FUNCTION inline
@@ -154,7 +154,7 @@ struct swiglu_oai {
   FUNCTION static float phi(float z, thread const float* c, thread float& slope) {
     const float m = at_most(z, c[1]);
     const float s = sigmoid(c[0] * m);
-    slope = z < c[1] ? s * (1.0f + c[0] * m * sigmoid(-c[0] * m)) : 0.0f;
+    slope = z >= c[1] ? 0.0f : s * (1.0f + c[0] * m * sigmoid(-c[0] * m));
     return m * s;
   }
 };
@@ -165,7 +165,7 @@ struct swiglu_input_clamped {
   NO_SELECTION
   FUNCTION static float phi(float z, thread const float* c, thread float& slope) {
     const float value = silu::phi(at_most(z, c[0]), c, slope);
-    slope = z < c[0] ? slope : 0.0f;
+    slope = z >= c[0] ? 0.0f : slope;
     return value;
   }
 };
@@ -176,7 +176,7 @@ struct swiglu_output_clamped {
   NO_SELECTION
   FUNCTION static float phi(float z, thread const float* c, thread float& slope) {
     const float value = silu::phi(z, c, slope);
-    slope = value < c[0] ? slope : 0.0f;
+    slope = value >= c[0] ? 0.0f : slope;
     return at_most(value, c[0]);
   }
 };
@@ -221,7 +221,7 @@ struct xielu {
   FUNCTION static float phi(float z, thread const float* c, thread float& slope) {
     const float x = at_most(z, c[3]);
     const float low = c[1] * (exp_beyond_linear(x) + (x - z));
-    const float low_slope = c[1] * ((z < c[3] ? metal::precise::exp(x) : 0.0f) - 1.0f);
+    const float low_slope = c[1] * ((z >= c[3] ? 0.0f : metal::precise::exp(x)) - 1.0f);
     slope = (z > 0.0f ? 2.0f * c[0] * z : low_slope) + c[2];
     return (z > 0.0f ? c[0] * z * z : low) + c[2] * z;
   }
@@ -281,7 +281,7 @@ struct LowRank {
 
   // B is [RANK, W], or [E, W, RANK] with experts; `first` is the column of the first channel.
   FUNCTION LowRank(const device L* B, uint expert, uint width, uint first, uint count) {
-    for (int k = 0; k < RANK; ++k) {
+    UNROLL for (int k = 0; k < RANK; ++k) {
       UNROLL for (uint j = 0; j < 4; ++j) {
         const size_t column = first + metal::min(j, count - 1);
         b[k][j] = EXPERTS ? B[(size_t(expert) * width + column) * RANK + k] : B[size_t(k) * width + column];
@@ -292,7 +292,7 @@ struct LowRank {
   // low is [N, RANK]
   FUNCTION void add(const device L* low, uint row, float scale, thread float* to) const {
     float sum[4] = {0, 0, 0, 0};
-    for (int k = 0; k < RANK; ++k) {
+    UNROLL for (int k = 0; k < RANK; ++k) {
       const float a = float(low[size_t(row) * RANK + k]);
       UNROLL for (int j = 0; j < 4; ++j) sum[j] = metal::fma(a, float(b[k][j]), sum[j]);
     }
