@@ -32,7 +32,10 @@ class MetricsFile:
             record = {key: _rounded(value) for key, value in event.items() if key != "event"}
             self._append(json.dumps(record) + "\n")
         elif event.get("event") == "saving" and self.path.exists():
-            flush(self.path)
+            try:
+                flush(self.path)
+            except OSError as error:
+                self.complain(f"{self.path} cannot be written ({error.strerror}); the run goes on")
 
     def _append(self, line: str) -> None:
         late = bool(self.waiting)

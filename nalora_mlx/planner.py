@@ -39,6 +39,7 @@ from nalora_mlx.batches import (
 from nalora_mlx.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.data import Example
 from nalora_mlx.distributed import ALONE, Workers
+from nalora_mlx.errors import InputError
 from nalora_mlx.forward import recomputed
 from nalora_mlx.losses import CHUNK_BYTES
 from nalora_mlx.run import recomputed_layers
@@ -379,6 +380,9 @@ def advice(
     """What to say of a run's memory before it starts: all with `--plan`; else only that it will not fit.
 
     A run that is sure to fit by shapes alone is not looked at further.
+
+    Raises:
+        InputError: it needs more memory than the machine has, and more than the budget that was given.
     """
     budget = config.memory_budget or default_budget()
     size = heaviest(examples, config, workers)
@@ -388,6 +392,8 @@ def advice(
     remedies = "what would fit: " + "; or ".join(found.remedies())
     if config.plan:
         return found.lines() + ([] if found.fits else [remedies])
+    if found.needed > max(budget, _machine_memory()):  # on a CPU MLX would crash, and say nothing
+        raise InputError(f"{found.lines()[0]}; {remedies}")
     return [] if found.fits else [f"note: {found.lines()[0]}; {remedies}"]
 
 
@@ -396,14 +402,15 @@ def default_budget() -> int:
     recommended = mx.device_info().get("max_recommended_working_set_size")
     if mx.default_device() != mx.Device(mx.cpu) and isinstance(recommended, int):
         return recommended
-    return int(RAM_SHARE * min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _container_limit()))
+    return int(RAM_SHARE * _machine_memory())
 
 
-def _container_limit() -> float:
-    """What the container that this process runs in may use; infinite without one."""
+def _machine_memory() -> float:
+    """Bytes that the machine has, or that the container may use in which this process runs."""
+    memory: float = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups 2 and 1
         try:
-            return int((CGROUPS / name).read_text())
+            return min(memory, int((CGROUPS / name).read_text()))
         except (OSError, ValueError):  # not there, or the word max
             continue
-    return math.inf
+    return memory

@@ -199,12 +199,13 @@ class TrainingStep:
             seen = _add_seen(seen, carry[1])
         if update:
             total, gradients, seen = self.workers.sum((total, gradients, seen))
-        else:
-            total = self.workers.sum(total)
+            norm = _global_norm(gradients)
+        else:  # of this worker's gradient so far; the sum is finite only if all of them are
+            total, norm = self.workers.sum((total, _global_norm(gradients)))
         losses = mx.isfinite(total)
         health = self.health
         health["losses"] = losses if carry is None else losses & health["losses"]
-        health["norm"] = _global_norm(gradients)
+        health["norm"] = norm
         health["finite"] = health["losses"] & mx.isfinite(health["norm"])
         if not update:
             return total, (gradients, seen)

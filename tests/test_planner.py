@@ -17,6 +17,7 @@ from nalora_mlx.batches import PAD_TO, epoch_batches, rounded_scored, training_b
 from nalora_mlx.config import NALoRAConfig, RunConfig, TrainingConfig
 from nalora_mlx.data import Example
 from nalora_mlx.distributed import Workers
+from nalora_mlx.errors import InputError
 from nalora_mlx.planner import (
     Peak,
     Plan,
@@ -257,6 +258,16 @@ def test_a_run_that_fits_by_far_is_not_looked_at(monkeypatch):
     assert len(told) == 1
     assert told[0].startswith("note: memory: about ")
     assert "budget 0.00 GB: does not fit; what would fit: " in told[0]
+
+
+def test_a_run_beyond_the_machine_is_refused(monkeypatch):
+    built, examples = model(), rows(8, 64)
+    monkeypatch.setattr(planner, "_machine_memory", lambda: 2**20)
+    new_optimizer = lambda: optim.Adam(1e-3)  # noqa: E731
+    with pytest.raises(InputError, match=r"^memory: about .* does not fit; what would fit: "):
+        advice(built, examples, RunConfig(), new_optimizer)
+    assert advice(built, examples, RunConfig(plan=True), new_optimizer)[-1].startswith("what would fit: ")
+    assert advice(built, examples, RunConfig(memory_budget=2**40), new_optimizer) == []
 
 
 def test_the_heaviest_batch():
