@@ -60,7 +60,9 @@ def execute(
     debug = vars(args).pop("debug")
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a row may hold what the terminal's encoding has not
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a row may hold what the terminal's encoding has not
     try:
         run(args)
         return 0

@@ -1,4 +1,4 @@
-"""The examples and the README: data that is what it says, configs that load, programs and commands that run."""
+"""The examples: data that is what it says, configs that load, programs that run."""
 
 import json
 import re
@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from nalora_mlx.__main__ import COMMANDS
 from nalora_mlx.config import load_run_config
 from nalora_mlx.rows import SPLITS
 
@@ -55,36 +52,6 @@ def test_the_python_example_runs(model_directory, data_directory):
     assert "model.layers.0.mlp: silu" in done.stdout
     before, after = map(float, re.search(r"validation loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
     assert after < before
-
-
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-
-
-@pytest.mark.parametrize("line", [line for line in LINES if "nalora" in line and "pip" not in line])
-def test_commands_of_the_readme_parse(line):
-    """Every flag that the README shows is one that its command has."""
-    import importlib
-    import shlex
-
-    words = shlex.split(line.split("#")[0].split("|")[-1])
-    start = next(i for i, w in enumerate(words) if w.startswith("nalora"))
-    words = words[start:]
-    if words[0] == "nalora":
-        name, rest = words[1], words[2:]
-    else:
-        name, rest = words[0].split(".")[1], words[1:]
-    assert name in COMMANDS
-    module = importlib.import_module(f"nalora_mlx.{name}" + (".__main__" if name == "export" else ""))
-    module.build_parser(name).parse_args(rest)
-
-
-def test_files_that_the_readme_names_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for script in re.findall(r"bash (scripts/\S+\.sh)", README):
-        assert (ROOT / script).exists(), script
 
 
 def test_the_page_of_models_is_up_to_date():

@@ -73,7 +73,9 @@ class LowRank:
         return tuple(scale * one for one in found)
 
 
-Again = Callable[[mx.array], mx.array]  # an array made once more in the backward, after the gradient that it gets
+Again = Callable[
+    [mx.array], mx.array
+]  # an array made once more in the backward, after the gradient that it gets
 
 
 def project(
