@@ -295,11 +295,14 @@ def test_less_memory_than_mlx_lm():
         model = build(64, 4864, 16, theirs)
         f, parameters = mx.compile(loss_of(model, model)), model.trainable_parameters()
         mx.eval(f(parameters, x, dy))
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(f(parameters, x, dy))
-        peaks[theirs] = mx.get_peak_memory() - before
+        found = []
+        for _ in range(3):  # the lowest, since MLX runs further ahead on a busy machine
+            mx.clear_cache()
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            mx.eval(f(parameters, x, dy))
+            found.append(mx.get_peak_memory() - before)
+        peaks[theirs] = min(found)
     assert peaks[False] <= 0.75 * peaks[True]
 
 
