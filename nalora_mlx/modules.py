@@ -16,7 +16,7 @@ from nalora_mlx.forward import current
 from nalora_mlx.kernels import selfcheck
 from nalora_mlx.kernels.fused import Variant
 from nalora_mlx.kernels.gated_residual import gated_residual
-from nalora_mlx.kernels.low_rank import Again, LowRank, project
+from nalora_mlx.kernels.low_rank import LowRank, project
 from nalora_mlx.layouts import Layout, Match
 
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
@@ -74,21 +74,18 @@ class Adapter(nn.Module):
         """x A; [..., D] -> [..., r]."""
         raise NotImplementedError
 
-    def low_rank(
-        self, x: mx.array, *where: Any, route: mx.array | None = None, again: Again | None = None
-    ) -> LowRank:
+    def low_rank(self, x: mx.array, *where: Any, route: mx.array | None = None) -> LowRank:
         """The frozen projection of x and what is added to it.
 
         Args:
             x: [..., D].
             where: see the class.
             route: [F] or [E, F], a mask on the gradient that reaches lora_a; x and lora_b get theirs whole.
-            again: makes x once more in the backward, see `project`; of no use with dropout, experts or float16.
         """
         dtype = low_dtype(x.dtype)
         a, b = self.lora_a.astype(dtype), self.lora_b.astype(dtype)
         if route is None and not where and dtype == x.dtype and not self.dropout.drops:
-            base, low = project(self.linear, x, a, again)
+            base, low = project(self.linear, x, a)
             return LowRank(base, self.scale, low, b)
         base = self.linear(x, *where)
         dropped = self.dropout(x).astype(dtype)
@@ -268,15 +265,12 @@ class GatedMLP(nn.Module):
                 found.append(LowRank(module(x, *where), 0.0, None, None, None, None, *where))
         return tuple(found)
 
-    def _product(
-        self, x: mx.array, *where: Any, tokens: mx.array | None = None
-    ) -> tuple[mx.array, Again | None]:
-        """h = phi(z) u, and h again, see `gated_residual`; `tokens`: which token each row of x is, in order if None."""
+    def _product(self, x: mx.array, *where: Any, tokens: mx.array | None = None) -> mx.array:
+        """h = phi(z) u; `tokens` says which token each row of x is, in order if None."""
         projections = self._projections(x, *where)
         this = current()
         if this is None or this.weights is None:
-            h, _, again = gated_residual(self.variant, projections)
-            return h, again
+            return gated_residual(self.variant, projections)[0]
         rows = math.prod(projections[0].base.shape[:-1])
         weights = this.weights.reshape(-1)
         if tokens is not None:
@@ -285,17 +279,15 @@ class GatedMLP(nn.Module):
             # Rows that are no text tokens, such as patches of an image: all are real.
             weights = mx.ones((rows,))
         variant = replace(self.variant, diagnose=this.diagnose)
-        h, seen, again = gated_residual(variant, projections, weights)
+        h, seen = gated_residual(variant, projections, weights)
         this.observe(self.path, {name: mx.stop_gradient(array) for name, array in seen.items()})
-        return h, again
+        return h
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x [..., D] to [..., D]."""
         if self.layout.norm:
             x = self[self.layout.norm](x)
-        h, again = self._product(x)
-        down = self[self.layout.down]
-        return down.low_rank(h, again=again).output() if isinstance(down, Adapter) else down(h)
+        return self[self.layout.down](self._product(x))
 
     def fuse(self, bits: int | None, dequantize: bool) -> nn.Module:
         """Give back the original module with every adapter merged into its projection, see `fuse_module`."""
@@ -318,8 +310,7 @@ class GatedExperts(GatedMLP):
             order = mx.argsort(chosen)
             chosen, tokens = chosen[order], tokens[order]
         rows = x.reshape(-1, 1, x.shape[-1])[tokens]  # [N k, 1, D]
-        h, _ = self._product(rows, chosen, is_sorted, tokens=tokens)
-        y = self[self.layout.down](h, chosen, is_sorted)
+        y = self[self.layout.down](self._product(rows, chosen, is_sorted, tokens=tokens), chosen, is_sorted)
         if is_sorted:
             y = y[mx.argsort(order)]
         return y.reshape(*experts.shape, y.shape[-1])

@@ -155,7 +155,7 @@ class Case:
         mx.eval(weights, *([] if route is None else [route]))
         selfcheck.prepare(variant, self.dtype, self.low_dtype, self.rank)
 
-        def product(gate: LowRank, up: LowRank) -> tuple[mx.array, dict[str, mx.array], Any]:
+        def product(gate: LowRank, up: LowRank) -> tuple[mx.array, dict[str, mx.array]]:
             return gated_residual.gated_residual(variant, (gate, up), weights)
 
         def ours(base: mx.array, low: mx.array, b: mx.array, route: mx.array | None = None) -> LowRank:
@@ -168,7 +168,7 @@ class Case:
         if not self.mlp:
             if name == THEIRS:
                 return lambda g0, u0, ag, au, bg, bu: (swiglu(added(g0, ag, bg), added(u0, au, bu)), {})
-            return lambda g0, u0, ag, au, bg, bu: product(ours(g0, ag, bg, route), ours(u0, au, bu))[:2]
+            return lambda g0, u0, ag, au, bg, bu: product(ours(g0, ag, bg, route), ours(u0, au, bu))
 
         shapes = [(self.features, self.dims)] * 2 + [(self.dims, self.features)]
         frozen = [(0.02 * mx.random.normal(shape)).astype(self.dtype) for shape in shapes]
@@ -184,11 +184,10 @@ class Case:
             a: mx.array,
             b: mx.array,
             route: mx.array | None = None,
-            again: Any = None,
         ) -> LowRank:
             if self.low_dtype != self.dtype:
                 return ours(linear(x), x.astype(self.low_dtype) @ a, b, route)
-            return ours(*project(linear, x, a.astype(self.dtype), again), b, route)
+            return ours(*project(linear, x, a.astype(self.dtype)), b, route)
 
         if name == THEIRS:
             return lambda x, ag, bg, au, bu, ad, bd: (
@@ -197,8 +196,8 @@ class Case:
             )
 
         def whole(x, ag, bg, au, bu, ad, bd):  # type: ignore[no-untyped-def]
-            h, seen, again = product(both(gate, x, ag, bg, route), both(up, x, au, bu))
-            return both(down, h, ad, bd, again=again).output(), seen
+            h, seen = product(both(gate, x, ag, bg, route), both(up, x, au, bu))
+            return both(down, h, ad, bd).output(), seen
 
         return whole
 

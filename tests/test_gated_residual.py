@@ -43,7 +43,7 @@ def function(variant, projections, weights):
     def run(*arrays):
         left = iter(arrays)
         new = (selfcheck.with_arrays(p, [next(left) for _ in (p.base, *p.arrays)]) for p in projections)
-        return gated_residual(variant, tuple(new), weights)[:2]
+        return gated_residual(variant, tuple(new), weights)
 
     return run, arrays
 
@@ -167,7 +167,7 @@ def test_no_statistic_without_weights():
     row = ACTIVATIONS["silu"]
     variant = Variant(row, statistic="derivative", boundaries=row.boundaries, diagnose=True)
     projections, _, _ = inputs(variant)
-    h, seen, _ = gated_residual(variant, projections)
+    h, seen = gated_residual(variant, projections)
     assert seen == {}
     assert mx.array_equal(h, gated_residual(variant.quiet, projections)[0])
 

@@ -18,15 +18,15 @@ import mlx.core as mx
 from nalora_mlx.kernels import fused, reference
 from nalora_mlx.kernels.backend import REFERENCE, backend_for
 from nalora_mlx.kernels.fused import Operands, Variant
-from nalora_mlx.kernels.low_rank import Again, LowRank
+from nalora_mlx.kernels.low_rank import LowRank
 
 _custom_function: Any = mx.custom_function  # typed as an object
 
 
 def gated_residual(
     variant: Variant, projections: tuple[LowRank, ...], weights: mx.array | None = None
-) -> tuple[mx.array, dict[str, mx.array], Again | None]:
-    """h = phi(z) u, sums over tokens where `variant` asks for them, and how to make h once more.
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """h = phi(z) u, and sums over tokens where `variant` asks for them.
 
     Args:
         variant: activation, statistics and layout.
@@ -36,8 +36,7 @@ def gated_residual(
     Returns:
         h [..., F] in the dtype of the bases, and without gradient: responsiveness [F] or [E, F]; beyond [R-1, F] or
         [R-1, E, F] (with a partition); misalignment [2] (if diagnosed): sums of |delta rho(z0) u| and
-        |z (rho(z) - rho(z0)) u| with delta = z - z0; tokens [E] (with experts). Last, where no kernel runs, what makes
-        h from z and u again, so that nobody need keep it for the backward; by a kernel that would be three more passes.
+        |z (rho(z) - rho(z0)) u| with delta = z - z0; tokens [E] (with experts).
     """
     if variant.statistic is None or weights is None:
         variant = variant.quiet
@@ -49,9 +48,9 @@ def gated_residual(
         weights = weights.reshape(-1).astype(mx.float32)
     backend = backend_for(variant, projections)
     if backend == REFERENCE:
-        h, sums, again = by_reference(variant, projections, weights)
+        h, sums = by_reference(variant, projections, weights)
     else:
-        h, sums, again = by_kernel(backend, variant, projections, weights)
+        h, sums = by_kernel(backend, variant, projections, weights)
     seen = {}
     if variant.statistic is not None and weights is not None:
         count = len(variant.boundaries)
@@ -64,7 +63,7 @@ def gated_residual(
             rows = mx.where(weights > 0, weights, 0)
             seen["tokens"] = mx.zeros((variant.experts,)).at[experts.reshape(-1)].add(rows)
     features = shape[-1] if variant.halves == "separate" else shape[-1] // 2
-    return h.reshape(*shape[:-1], features), seen, again
+    return h.reshape(*shape[:-1], features), seen
 
 
 def _rows(array: mx.array) -> mx.array:
@@ -89,8 +88,8 @@ def _tuple(arrays: mx.array | Sequence[mx.array]) -> tuple[mx.array, ...]:
 
 def by_reference(
     variant: Variant, projections: tuple[LowRank, ...], weights: mx.array | None
-) -> tuple[mx.array, list[mx.array], Again | None]:
-    """H [N, F], the sums as `reference.statistics` returns them, and h again, by MLX's own operations."""
+) -> tuple[mx.array, list[mx.array]]:
+    """H [N, F] and the sums as `reference.statistics` returns them, by MLX's own operations."""
     activation = variant.activation
     experts = None if projections[0].experts is None else projections[0].experts.reshape(-1)
     bases = tuple(_rows(p.base) for p in projections)
@@ -140,16 +139,8 @@ def by_reference(
         parts = reference.by_chunks(backward, rows, features)
         return tuple(reference.joined(part) for part in zip(*parts, strict=True))
 
-    made = tuple(_rows(p.output()) for p in projections)
-
-    def again(dy: mx.array) -> mx.array:
-        ys = mx.depends(list(made), [dy])
-        return reference.joined(
-            reference.by_chunks(lambda some: product(*(y[some] for y in ys)), rows, features)
-        )
-
-    h, *sums = operation(*made)
-    return h, sums, again
+    h, *sums = operation(*(_rows(p.output()) for p in projections))
+    return h, sums
 
 
 # --- with one -----------------------------------------------------------------------------------------------------
@@ -157,8 +148,8 @@ def by_reference(
 
 def by_kernel(
     backend: str, variant: Variant, projections: tuple[LowRank, ...], weights: mx.array | None
-) -> tuple[mx.array, list[mx.array], Again | None]:
-    """The same by a Metal or CUDA kernel, which does not make h again."""
+) -> tuple[mx.array, list[mx.array]]:
+    """The same by a Metal or CUDA kernel."""
     experts = projections[0].experts
     tiles = None
     if experts is not None:
@@ -200,11 +191,11 @@ def by_kernel(
 
     h, sums = operation(*(a for p in projections for a in (p.base, *p.arrays)))
     if variant.statistic is None:
-        return h, [], None
+        return h, []
     if tiles is None:
         totals = list(sums.sum(axis=1))
     else:
         empty = mx.zeros((variant.experts, sums.shape[-1]))
         totals = [empty.at[tiles[:, 0]].add(one) for one in sums]
     count = 1 + len(variant.boundaries)
-    return h, totals[:count] + [one.sum() for one in totals[count:]], None
+    return h, totals[:count] + [one.sum() for one in totals[count:]]

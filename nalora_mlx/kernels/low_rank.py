@@ -73,14 +73,7 @@ class LowRank:
         return tuple(scale * one for one in found)
 
 
-Again = Callable[
-    [mx.array], mx.array
-]  # an array made once more in the backward, after the gradient that it gets
-
-
-def project(
-    linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array, again: Again | None = None
-) -> tuple[mx.array, mx.array]:
+def project(linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array) -> tuple[mx.array, mx.array]:
     """A frozen projection of x and x A, whose gradients in x are added up within one product.
 
         dx = (gradient through the frozen projection) + d(x A) A^T
@@ -89,7 +82,6 @@ def project(
         linear: frozen, dense or quantized.
         x: [..., D].
         a: [D, r], of the dtype of x.
-        again: makes x once more for the gradient of a, so that it need not be kept until then.
 
     Returns:
         linear(x) [..., F] and x A [..., r].
@@ -103,7 +95,6 @@ def project(
         dx = mx.vjp(linear, [x], [dy])[1][0]
         rows = dlow.reshape(-1, a.shape[-1])
         dx = mx.addmm(dx.reshape(-1, x.shape[-1]), rows, a.T)
-        kept = x if again is None else again(dy)
-        return dx.reshape(x.shape), kept.reshape(-1, x.shape[-1]).T @ rows
+        return dx.reshape(x.shape), x.reshape(-1, x.shape[-1]).T @ rows
 
     return both(x, a)

@@ -145,7 +145,7 @@ def with_arrays(p: LowRank, arrays: list[mx.array]) -> LowRank:
 
 
 def _all(
-    run: Callable[..., tuple[mx.array, list[mx.array], Any]],
+    run: Callable[..., tuple[mx.array, list[mx.array]]],
     variant: Variant,
     projections: tuple[LowRank, ...],
     weights: mx.array,
@@ -156,7 +156,7 @@ def _all(
     def forward(*arrays: mx.array) -> list[mx.array]:
         left = iter(arrays)
         new = tuple(with_arrays(p, [next(left) for _ in (p.base, *p.arrays)]) for p in projections)
-        h, sums, _ = run(variant, new, weights)
+        h, sums = run(variant, new, weights)
         return [h, *sums]
 
     arrays = [a for p in projections for a in (p.base, *p.arrays)]

@@ -388,8 +388,8 @@ def both_ways(monkeypatch, variant, dtype, rank, routed, wrap=lambda run: run):
         monkeypatch.setattr(backend, "refused", refused)
 
         def run(variant, projections, weights):
-            h, seen, _ = gated_residual.gated_residual(variant, projections, weights)
-            return h, [seen[name] for name in sorted(seen)], None
+            h, seen = gated_residual.gated_residual(variant, projections, weights)
+            return h, [seen[name] for name in sorted(seen)]
 
         cotangent = dh[:, None] if variant.experts else dh
         results.append(selfcheck._all(wrap(run), variant, projections, weights, cotangent))
@@ -437,12 +437,12 @@ def test_operation_under_checkpoint_and_accumulation(monkeypatch):
                     new = tuple(
                         selfcheck.with_arrays(p, arrays[3 * i : 3 * i + 3]) for i, p in enumerate(cut)
                     )
-                    h, sums, _ = run(variant, new, weights[rows])
+                    h, sums = run(variant, new, weights[rows])
                     return [h, *sums]
 
                 parts.append(mx.checkpoint(part)(*arrays))
             h, *sums = ([a, b] for a, b in zip(*parts, strict=True))
-            return mx.concatenate(h), [a + b for a, b in sums], None
+            return mx.concatenate(h), [a + b for a, b in sums]
 
         return whole
 
@@ -457,7 +457,7 @@ def test_no_statistic_without_weights(monkeypatch):
     monkeypatch.setattr(backend, "backend", lambda: "metal")
     kinds = {backend.kind_of("metal", one, projections) for one in (variant, variant.quiet)}
     monkeypatch.setattr(backend, "checked", kinds)
-    h, seen, _ = gated_residual.gated_residual(variant, projections)
+    h, seen = gated_residual.gated_residual(variant, projections)
     assert seen == {}
     assert not mx.isnan(h).any()
 
