@@ -199,7 +199,9 @@ class Chat:
                 self.note(f"{command:<14}{meaning}")
         elif name == "/compare":
             self.compare(not self.comparing)
-            self.note("base and tuned answer" if self.comparing else "the tuned model answers")
+            self.note(
+                "base and tuned model both answer" if self.comparing else "the tuned model answers alone"
+            )
         else:
             known = ", ".join(command.split()[0] for command in COMMANDS)
             raise InputError(

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from nalora_mlx.errors import InputError
 ADAPTER_FILE = "adapters.safetensors"  # the two files of an adapter that mlx-lm reads
 ADAPTER_CONFIG = "adapter_config.json"
 Writer = Callable[[Path], None]
+PATIENCE = 0.5  # seconds in which a lock may be freed: a report that watches looks at it for an instant
 LARGEST_JSON = 64 * 2**20  # bytes that a JSON file may have; ours have some thousand
 _STEP = re.compile(r"step-([0-9]{7,})")
 # What a killed process leaves behind: .STEM.PID.SUFFIX of files, and of directories .NAME.PID.new (half written),
@@ -299,15 +301,25 @@ def claim(directory: Path) -> Iterator[None]:
     make_directory(directory)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{directory}: another run is writing there; choose another directory") from None
-        except OSError:
-            pass  # a file system without locks
+        deadline = time.monotonic() + PATIENCE
+        while not _lock(descriptor):
+            if time.monotonic() > deadline:
+                raise InputError(f"{directory}: another run is writing there; choose another directory")
+            time.sleep(PATIENCE / 20)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open directory; False if another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
 
 
 def check_writable(directory: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from nalora_mlx.errors import InputError, first_line, listed, places
 
+_TOOLS, _CALLS = "tools", "tool_calls"  # keys of a row and of a message that a chat template may leave out
 END = 4  # of the last supervised tokens one must end the sequence; templates may write a line break after it
 
 
@@ -94,6 +95,8 @@ def tokenize_rows(
     """Do what `tokenize_split` does, but list what is wrong under `errors` instead of raising."""
     split = Split([])
     cut, empty, unstable, endless, longest = [], [], [], [], 0
+    parts = _UnusedParts(tokenizer)
+    unused: dict[str, list[str]] = {_TOOLS: [], _CALLS: []}
     ends = getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id}
     for source, row in rows:
         try:
@@ -103,6 +106,8 @@ def tokenize_rows(
             continue
         if not stable:
             unstable.append(source)
+        for part in parts.of(_messages(row, features), row.get("tools")):
+            unused[part].append(source)
         longest = max(longest, len(tokens))
         flags = np.array(supervised, dtype=bool)
         flags[:1] = False  # nothing predicts the first token
@@ -142,6 +147,18 @@ def tokenize_rows(
                 endless,
                 "rows do not end in an end-of-sequence token that is trained on",
                 "the model may not learn to stop; let the chat template write one",
+            ),
+            (
+                unused[_TOOLS],
+                "rows have 'tools' that the chat template leaves out",
+                "they train as if there were none; take a model whose template writes tools, "
+                "or put them into a system message",
+            ),
+            (
+                unused[_CALLS],
+                "rows have 'tool_calls' that the chat template leaves out",
+                "those turns train without them, empty where there is no other content; "
+                "take a model whose template writes tool calls, or put them into 'content'",
             ),
         )
         if sources
@@ -211,14 +228,8 @@ def _tokenize(
     """Tokens, supervised flags, and whether every assistant turn could be found in the rendered chat."""
     if problem := row_problem(row, features):
         raise InputError(f"{source}: {problem}")
-    if features.prompt in row and features.completion in row:
-        messages = [
-            {"role": "user", "content": row[features.prompt]},
-            {"role": "assistant", "content": row[features.completion]},
-        ]
+    if messages := _messages(row, features):
         return _tokenize_chat(messages, row.get("tools"), tokenizer, features.mask_prompt, source)
-    if features.chat in row:
-        return _tokenize_chat(row[features.chat], row.get("tools"), tokenizer, features.mask_prompt, source)
     try:
         tokens = list(tokenizer.encode(row[features.text]))
     except Exception as error:
@@ -226,6 +237,49 @@ def _tokenize(
     if not tokens or tokens[-1] != tokenizer.eos_token_id:
         tokens.append(tokenizer.eos_token_id)
     return tokens, [True] * len(tokens), True
+
+
+def _messages(row: dict[str, Any], features: Features) -> list[dict[str, Any]]:
+    """The chat that a row holds; empty for a text."""
+    if features.prompt in row and features.completion in row:
+        return [
+            {"role": "user", "content": row[features.prompt]},
+            {"role": "assistant", "content": row[features.completion]},
+        ]
+    return list(row.get(features.chat, ()))
+
+
+class _UnusedParts:
+    """Finds what a chat template leaves out, by rendering a chat with it and without it.
+
+    A template may write tools only beside a system message, say; so chats of the same roles are taken to be alike,
+    and only the first of them is rendered.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.known: dict[tuple[str, bool, frozenset[str]], bool] = {}
+
+    def of(self, messages: list[dict[str, Any]], tools: Any) -> list[str]:
+        """Those of a chat's parts that the template leaves out; it must have rendered this chat before."""
+        bare = [{k: v for k, v in message.items() if k != _CALLS} for message in messages]
+        others = {}
+        if messages and tools:
+            others[_TOOLS] = (messages, None)
+        if any(message.get(_CALLS) for message in messages):
+            others[_CALLS] = (bare, tools)
+        roles = frozenset(message["role"] for message in messages)
+        for part, other in others.items():
+            if (part, bool(tools), roles) not in self.known:
+                same = self._render(messages, tools) == self._render(*other)
+                self.known[part, bool(tools), roles] = same
+        return [part for part in others if self.known[part, bool(tools), roles]]
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any) -> list[int] | None:
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, tools=tools, return_dict=False))
+        except Exception:  # without the part the template refuses the chat, and so it reads the part
+            return None
 
 
 def _tokenize_chat(

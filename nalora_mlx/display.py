@@ -135,9 +135,11 @@ class Status:
     def _validation(self) -> Text:
         text = Text(f"{self.valid['loss']:.4f}", "bold")
         best, now = self.valid["best_loss"], self.best_step == self.valid["step"]
-        if best is not None and now:
+        if best is None:  # before the first update
+            text.append(f"  at iteration {self.valid['step']}")
+        elif now:
             text.append("  the best so far", "green")
-        elif best is not None:
+        else:
             place = "" if self.best_step is None else f" at iteration {self.best_step}"
             text.append(f"  best {best:.4f}{place}")
         return text

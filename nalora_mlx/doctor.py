@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import importlib.util
 import math
 import os
 import platform
@@ -30,15 +29,16 @@ DATA_SETTINGS = ("data", "mask_prompt", "max_seq_length", "show_masks")
 MEMORY_SETTINGS = ("batch_size", "grad_checkpoint", "memory_budget", "quantize", "num_layers")
 SLOW_GFLOPS = 20  # below this a CPU's float32 products run without a tuned BLAS
 LITTLE_DISK = 2e9  # bytes; a run of a small model needs about so many
-# What can be installed beside: its extra, its packages, what it is for.
-EXTRAS = (
-    ("export", ("gguf",), "GGUF files"),
-    ("kquants", ("gguf", "xllamacpp"), "K-quants in GGUF files"),
-    ("report", ("matplotlib", "plotly", "jinja2"), "nalora report"),
-    ("tensorboard", ("tensorboardX",), "--report-to tensorboard"),
-    ("vlm", ("mlx_vlm",), "models that see"),
-    ("completion", ("shtab",), "nalora completion"),
-)
+# What can be installed beside, and what it is for; which packages that takes is in pyproject.toml alone.
+EXTRAS = {
+    "export": "GGUF files",
+    "kquants": "K-quants in GGUF files",
+    "report": "nalora report",
+    "tensorboard": "--report-to tensorboard",
+    "vlm": "models that see",
+    "completion": "nalora completion",
+    "notebook": "examples/finetune.ipynb",
+}
 
 
 def build_parser(prog: str) -> Parser:
@@ -333,18 +333,28 @@ def _disk(page: "Page", model: "nn.Module | None", config: RunConfig) -> None:
 
 def _extras(page: "Page") -> None:
     """Say what is installed of what is not needed, and how to get the rest."""
-    missing = [
-        (extra, use)
-        for extra, packages, use in EXTRAS
-        if not all(importlib.util.find_spec(package) for package in packages)
-    ]
-    there = [extra for extra, *_ in EXTRAS if extra not in dict(missing)]
+    there = [extra for extra in EXTRAS if (names := _packages(extra)) and all(map(_is_installed, names))]
+    missing = [extra for extra in EXTRAS if extra not in there]
     if there:
         page.good(f"installed: {', '.join(there)}")
     if missing:
-        uses = ", ".join(f"{extra} ({use})" for extra, use in missing)
-        names = ",".join(extra for extra, _ in missing)
-        page.fact(f"not installed: {uses}; pip install 'nalora-mlx[{names}]'")
+        uses = ", ".join(f"{extra} ({EXTRAS[extra]})" for extra in missing)
+        page.fact(f"not installed: {uses}; pip install 'nalora-mlx[{','.join(missing)}]'")
+
+
+def _packages(extra: str) -> list[str]:
+    """The packages of an extra; none if what is installed is older than the extra."""
+    wanted = importlib.metadata.requires("nalora-mlx") or []
+    named = re.compile(rf"([\w.-]+).*; *extra == ['\"]{extra}['\"]")
+    return [match[1] for line in wanted if (match := named.match(line))]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

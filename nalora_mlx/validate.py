@@ -185,7 +185,7 @@ def summary(name: str, split: Split) -> str:
     low, middle, high, top = np.quantile(lengths, (0, 0.5, 0.95, 1)).astype(int).tolist()
     return (
         f"{name}: {len(split)} rows, {lengths.sum()} tokens, {supervised / lengths.sum():.0%} of them supervised; "
-        f"lengths {low} to {top}, half of them up to {middle}, 95 % up to {high}"
+        f"lengths {low} to {top}, half of them up to {middle}, 95% up to {high}"
     )
 
 

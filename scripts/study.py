@@ -1,8 +1,8 @@
 """Does NA-LoRA beat LoRA, and by which of its parts? A grid of runs with the project's trainer.
 
-    python scripts/study.py tune --tasks orders --output study/tune.jsonl            the best rate of each method
-    python scripts/study.py confirm --tuned study/tune.jsonl --output study/confirm.jsonl
-    python scripts/study_tables.py study/confirm.jsonl                               tables and plots
+    python scripts/study.py tune --tasks orders --output study-runs/tune.jsonl            the best rate of each method
+    python scripts/study.py confirm --tuned study-runs/tune.jsonl --output study-runs/confirm.jsonl
+    python scripts/study_tables.py study-runs/confirm.jsonl                               tables and plots
 
 `tune` trains every method on every model and task with a few seeds and learning rates, and adds rates until the best
 one, by validation loss, is not at the edge of its grid. `confirm` trains each method at its best rate with other
@@ -428,7 +428,7 @@ def numbers(text: str) -> list[int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=("tune", "confirm"))
-    parser.add_argument("--models", nargs="+", default=["study/small-swiglu", "study/small-geglu"])
+    parser.add_argument("--models", nargs="+", default=["study-runs/small-swiglu", "study-runs/small-geglu"])
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora", "na-lora"])
     parser.add_argument("--seeds", type=numbers, help="like 0-2 (default: 0-2 to tune, 100-119 to confirm)")

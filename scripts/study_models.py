@@ -1,8 +1,8 @@
 """The models of the study: two small ones pretrained on text that comes with Python, and a cut of a large one.
 
-    python scripts/study_models.py small-swiglu study/small-swiglu
-    python scripts/study_models.py small-geglu study/small-geglu
-    python scripts/study_models.py cut study/smollm2-8 --model demo/model --layers 8
+    python scripts/study_models.py small-swiglu study-runs/small-swiglu
+    python scripts/study_models.py small-geglu study-runs/small-geglu
+    python scripts/study_models.py cut study-runs/smollm2-8 --model demo/model --layers 8
 
 The small models (1.1 million parameters, 4 layers, of Llama's and of Gemma's form) learn the sources and the language
 reference of the Python that runs this, minutes each on one core. The packages in HELD_OUT are left out: they are what

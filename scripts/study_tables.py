@@ -10,6 +10,7 @@ can be averaged; lower is better. Shares are percentage points; higher is better
 """
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -169,7 +170,7 @@ def equal_loss(pairs: Pairs) -> str:
 
 def kl_at(curve: list[dict[str, float]], level: float) -> float:
     """KL at which the loss first comes down to a level, between two evaluations by a straight line."""
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in itertools.pairwise(curve):
         if after["loss"] <= level:
             share = (before["loss"] - level) / (before["loss"] - after["loss"])
             return before["kl"] + share * (after["kl"] - before["kl"])

@@ -135,8 +135,8 @@ def test_compare_can_be_switched(base, tuned, capsys, monkeypatch):
     last = greedy(tuned, QUESTION, first, SECOND, ours, QUESTION)
     assert out == f"{first}\nbase:\n{theirs}\ntuned:\n{ours}\n{last}\n"
     assert [line for line in err.splitlines() if "answer" in line] == [
-        "base and tuned answer",
-        "the tuned model answers",
+        "base and tuned model both answer",
+        "the tuned model answers alone",
     ]
     assert not chat.comparing
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import load
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 
 from nalora_mlx.batches import (
@@ -21,7 +22,7 @@ from nalora_mlx.batches import (
 from nalora_mlx.data import Example, Features, tokenize_split
 from nalora_mlx.errors import InputError
 from nalora_mlx.rows import load_hub_entry, load_local, read_jsonl
-from tests.conftest import build_examples
+from tests.conftest import CHAT_TEMPLATE, build_examples
 
 CHAT = {
     "messages": [
@@ -152,7 +153,99 @@ def test_tools_reach_the_template():
             return super().apply_chat_template(messages, tools, **kwargs)
 
     one(CHAT | {"tools": [{"type": "function"}]}, Tokenizer(), mask_prompt=True, longest=1000)
-    assert all(tools == [{"type": "function"}] for tools in seen)
+    *trained, compared = seen
+    assert trained
+    assert all(tools == [{"type": "function"}] for tools in trained)
+    assert compared is None
+
+
+TOOLS = [{"name": "cat"}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "dog"}]}
+ASKED = [{"role": "user", "content": "what is red ?"}]
+WRITES_TOOLS = "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}"
+WRITES_CALLS = CHAT_TEMPLATE.replace(
+    "{{ m['content'] }}",
+    "{{ m['content'] or '' }} {% for c in m['tool_calls'] or [] %}{{ c['name'] }} {% endfor %}",
+)
+
+
+def with_template(tokenizer_directory, template):
+    """The tiny tokenizer with another chat template, and a list that grows with each rendering."""
+    tokenizer, rendered = load(tokenizer_directory), []
+    tokenizer._tokenizer.chat_template = template
+    render = tokenizer._tokenizer.apply_chat_template
+
+    def counting(*args, **kwargs):
+        rendered.append(1)
+        return render(*args, **kwargs)
+
+    tokenizer._tokenizer.apply_chat_template = counting
+    return tokenizer, rendered
+
+
+def unused_in(rows, tokenizer, mask_prompt=True):
+    pairs = [(f"x:{i}", row) for i, row in enumerate(rows, 1)]
+    split = tokenize_split(pairs, tokenizer, Features(mask_prompt=mask_prompt), 100, "train")
+    return [notice for notice in split.notices if "leaves out" in notice]
+
+
+@pytest.mark.parametrize(
+    ("template", "missing"),
+    [
+        (CHAT_TEMPLATE, ["tools", "tool_calls"]),
+        (WRITES_TOOLS + CHAT_TEMPLATE, ["tool_calls"]),
+        (WRITES_CALLS, ["tools"]),
+        (WRITES_TOOLS + WRITES_CALLS, []),
+    ],
+)
+def test_what_a_chat_template_leaves_out_is_told(tokenizer_directory, template, missing):
+    tokenizer, _ = with_template(tokenizer_directory, template)
+    rows = [
+        {"messages": [*ASKED, CALL], "tools": TOOLS},
+        {"messages": [*ASKED, {"role": "assistant", "content": "red"}]},
+        COMPLETION | {"tools": TOOLS},
+        COMPLETION | {"tools": []},
+        {"messages": [*ASKED, CALL]},
+        {"messages": [*ASKED, CALL | {"content": None}], "tools": None},
+    ]
+    want = {
+        "tools": "train: 2 of 6 rows have 'tools' that the chat template leaves out (x:1, :3); they train as if "
+        "there were none; take a model whose template writes tools, or put them into a system message",
+        "tool_calls": "train: 3 of 6 rows have 'tool_calls' that the chat template leaves out (x:1, :5, :6); those "
+        "turns train without them, empty where there is no other content; take a model whose template writes tool "
+        "calls, or put them into 'content'",
+    }
+    assert unused_in(rows, tokenizer) == [want[part] for part in missing]
+
+
+def test_a_template_is_asked_once_for_rows_that_are_alike(tokenizer_directory):
+    tokenizer, rendered = with_template(tokenizer_directory, CHAT_TEMPLATE)
+    rows = [{"messages": [*ASKED, CALL], "tools": TOOLS}] * 20
+    (tools, calls) = unused_in(rows, tokenizer, mask_prompt=False)
+    assert "20 of 20" in tools
+    assert "20 of 20" in calls
+    assert len(rendered) == 20 + 2 * 2
+
+
+def test_a_template_that_writes_tools_for_some_roles_only(tokenizer_directory):
+    beside = "{% if messages[0]['role'] == 'system' %}" + WRITES_TOOLS + "{% endif %}" + CHAT_TEMPLATE
+    tokenizer, _ = with_template(tokenizer_directory, beside)
+    for rows in ([CHAT, COMPLETION], [COMPLETION, CHAT]):
+        (notice,) = unused_in([row | {"tools": TOOLS} for row in rows], tokenizer)
+        assert (
+            f"1 of 2 rows have 'tools' that the chat template leaves out (x:{rows.index(COMPLETION) + 1})"
+            in notice
+        )
+
+
+def test_a_template_that_needs_what_is_there_leaves_nothing_out(tokenizer_directory):
+    """It fails without tool calls where there is no content either."""
+    strict = CHAT_TEMPLATE.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] if m['content'] is defined else m['tool_calls'][0]['name'] }}",
+    )
+    tokenizer, _ = with_template(tokenizer_directory, strict)
+    assert unused_in([{"messages": [*ASKED, CALL | {"content": None}]}], tokenizer) == []
 
 
 def test_other_feature_names(tokenizer):

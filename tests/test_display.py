@@ -197,6 +197,8 @@ def test_the_status_says_trend_best_and_full_memory():
     text = status([*falling, validation(10, 2.0, 2.0)])
     assert re.search(r"loss +2\.0000  █▇▆▆▅▄▃▃▂▁  falling", text)
     assert re.search(r"validation +2\.0000  the best so far", text)
+    first = status([validation(0, 3.0, None), *falling])
+    assert re.search(r"validation +3\.0000  at iteration 0 *$", first, re.M), first
     assert re.search(r"misalignment +0\.200", text)
     assert "nearly full" not in text
     later = status([*falling, validation(10, 2.0, 2.0), validation(15, 2.4, 2.0)])

@@ -266,6 +266,8 @@ def test_every_flag_of_a_page_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_link_of_a_page_leads_somewhere(page):
     text = page.read_text()
+    for target in re.findall(r'<img src="([^"]*)"', text):
+        assert (page.parent / target).is_file(), target
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)", text):
         path = page.parent / target if target else page
         assert path.exists(), target

@@ -149,12 +149,30 @@ def test_a_slow_machine_has_remedies(capsys, monkeypatch):
 
 
 def test_missing_extras_come_with_the_line_that_installs_them(capsys, monkeypatch):
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name in ("gguf", "shtab") or None)
+    monkeypatch.setattr(doctor, "_is_installed", lambda package: package in ("gguf", "shtab"))
     sections, _ = page_of(capsys)
     assert sections["Extras"][0] == "  ✓ installed: export, completion"
-    assert sections["Extras"][1].endswith("; pip install 'nalora-mlx[kquants,report,tensorboard,vlm]'")
+    assert sections["Extras"][1].endswith(
+        "; pip install 'nalora-mlx[kquants,report,tensorboard,vlm,notebook]'"
+    )
+
+
+def test_the_extras_are_those_of_the_project():
     declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {extra for extra, *_ in doctor.EXTRAS} <= set(declared)
+    device, developers = {"cpu", "cuda"}, {"peft", "interop", "browser", "dev"}
+    assert set(doctor.EXTRAS) == set(declared) - device - developers
+    for extra in doctor.EXTRAS:
+        names = {re.split(r"[^\w.-]", line)[0].lower() for line in declared[extra]}
+        assert {name.lower() for name in doctor._packages(extra)} == names
+    assert doctor._is_installed("mlx")
+    assert not doctor._is_installed("no-such-package")
+
+
+def test_an_extra_that_is_newer_than_what_is_installed_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_packages", lambda extra: [] if extra == "notebook" else ["mlx"])
+    sections, _ = page_of(capsys)
+    assert "notebook" not in sections["Extras"][0]
+    assert sections["Extras"][1].endswith("pip install 'nalora-mlx[notebook]'")
 
 
 def test_bad_settings_are_refused_before_the_page(capsys):

@@ -1,5 +1,6 @@
 """A save that is cut off anywhere leaves every checkpoint whole, and one more or one less of them."""
 
+import fcntl
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -341,6 +343,15 @@ def test_a_directory_has_one_run_at_a_time(tmp_path):
         pass
     process.kill()
     process.communicate()
+    with checkpoint.claim(tmp_path):
+        pass
+
+
+def test_a_look_at_the_lock_is_no_run(tmp_path):
+    """A report that watches takes the lock for an instant, shared, to see whether a run has it."""
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    threading.Timer(0.2, os.close, (descriptor,)).start()
     with checkpoint.claim(tmp_path):
         pass
 

@@ -1,4 +1,4 @@
-"""The study: controls, the search for rates, scores against generation itself, and what the tables say of known numbers."""
+"""The study: controls, the search for rates, scores against generation itself, tables of known numbers."""
 
 import argparse
 import json
@@ -90,7 +90,7 @@ def test_confirm_refuses_the_seeds_that_rates_were_chosen_with(tmp_path):
     tuned.write_text(json.dumps(record("lora", 1, 2.0)) + "\n")
     with pytest.raises(SystemExit, match=r"seeds \[1\]"):
         study.confirm(arguments(tuned=tuned, seeds=[1, 2]))
-    with pytest.raises(SystemExit, match="no runs of .*dora"):
+    with pytest.raises(SystemExit, match=r"no runs of .*dora"):
         study.confirm(arguments(tuned=tuned, seeds=[2], methods=["dora"]))
 
 
@@ -176,7 +176,9 @@ def test_differences_are_paired_by_seed_and_relative_to_the_baseline():
     found = list(pairs.differences("m", "t", "soft", "loss").values())
     assert np.allclose(found, -100 * 0.1 / (10 + noise.mean()))
     row = study_tables.table(pairs, "loss", "Loss").splitlines()[-1]
-    assert row.startswith("| soft | -") and "20/20" in row and "*" in row
+    assert row.startswith("| soft | -")
+    assert "20/20" in row
+    assert "*" in row
 
 
 def test_an_interval_covers_the_mean_it_is_of():

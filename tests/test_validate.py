@@ -196,7 +196,7 @@ def test_a_split_in_one_line_and_in_a_histogram(tokenizer):
     split = tokenize_rows([], tokenizer, Features(), 100)
     split.examples = examples
     assert summary("train", split) == (
-        "train: 16 rows, 120 tokens, 60% of them supervised; lengths 5 to 40, half of them up to 5, 95 % up to 14"
+        "train: 16 rows, 120 tokens, 60% of them supervised; lengths 5 to 40, half of them up to 5, 95% up to 14"
     )
     lines = histogram(examples, width=10)
     counts = [int(line.split()[-1]) for line in lines]
