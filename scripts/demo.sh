@@ -61,6 +61,7 @@ echo "in demo/model"
 if [ -n "$FRESH" ]; then rm -f demo/before.json demo/trained; fi
 
 step "customer messages to the model as it is"
+echo "$questions messages, some 20 seconds"
 ask demo/before.json demo/model
 echo "answered"
 
@@ -75,6 +76,7 @@ else
 fi
 
 step "the same messages to the fine-tuned model"
+echo "$questions messages, some 20 seconds"
 ask demo/after.json demo/model --adapter-path demo/adapters
 echo "answered"
 

@@ -92,7 +92,8 @@ def name_cuts(path: Path, tokenizer: dict[str, Any], tag: str | None) -> tuple[s
         if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
             raise refuse(path, f"has a normalizer {step['type']}, which llama.cpp has not")
         notes.append(
-            f"mlx-lm turns text into {step['type']} first, llama.cpp does not: other text gives other tokens"
+            f"mlx-lm turns text into Unicode's {step['type']} form first, llama.cpp does not: text in another form, "
+            "which is rare, gives other tokens there; nothing to do"
         )
     row = _recognize(tokenizer)
     if row is None:
