@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from nalora_mlx import importance
 from nalora_mlx.adapters import dropout_count, gated_mlps
+from nalora_mlx.attention import lean_attention
 from nalora_mlx.batches import Batch
 from nalora_mlx.config import PLAIN_LORA, NAParameters
 from nalora_mlx.distributed import ALONE, Workers
@@ -192,7 +193,7 @@ class TrainingStep:
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
             diagnose=diagnose,
         )
-        with forward_pass(this), vectorized():
+        with forward_pass(this), vectorized(), lean_attention():
             (_, (total, seen)), gradients = self._loss_and_gradients(arrays, weight, this)
         if carry is not None:
             gradients = tree_map(mx.add, gradients, carry[0])

@@ -19,6 +19,7 @@ FLOORS = [
     ["errors"],
     ["elementary", "strict"],
     [
+        "attention",
         "activations",
         "config",
         "losses",
