@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from nalora_mlx.elementary import probability
+from nalora_mlx.elementary import LOG2_E, probability
 
 QUERIES = 64  # of a chunk at least: in fewer, multiplications are too small to be fast
 CHUNKS = 16  # of a sequence at most, so that graphs stay small
-_LOG2_E = math.log2(math.e)
 _HIDDEN = -1e30  # added to scores that a query must not see; any score is lost in it
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -116,7 +115,7 @@ def attention(
     def both(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
         """The output [B, H, Lq, E], and m and 1 / z of each query [B, K, G, Lq, 2]."""
         q, k, v = (x.astype(mx.float32) for x in (q, k, v))
-        q = (q * (scale * _LOG2_E)).reshape(B, K, G, Lq, D)  # scores in powers of 2
+        q = (q * (scale * LOG2_E)).reshape(B, K, G, Lq, D)  # scores in powers of 2
         outputs, sizes = list[mx.array](), list[mx.array]()
         for chunk in chunks:
             here = rows(q, chunk)
@@ -137,7 +136,7 @@ def attention(
         do, (_, sizes) = cotangents[0], outputs
         # After the gradient has come: mx.compile would take the scores for those of the forward, and keep them.
         q, k, v = (x.astype(mx.float32) for x in mx.depends(list(primals), [do]))
-        q = (q * (scale * _LOG2_E)).reshape(B, K, G, Lq, D)  # scores in powers of 2
+        q = (q * (scale * LOG2_E)).reshape(B, K, G, Lq, D)  # scores in powers of 2
         do = do.astype(mx.float32)
         do = do.reshape(B, K, G, Lq, E)
         dqs, dks, dvs = list[mx.array](), list[mx.array](), list[mx.array]()
@@ -166,7 +165,7 @@ def attention(
                 dvs.append(mx.contiguous(sums[1][:, :, done]))
         dq = mx.concatenate(dqs[::-1], axis=3).reshape(B, H, Lq, D)
         dk, dv = (mx.concatenate(blocks[::-1], axis=2) for blocks in (dks, dvs))
-        gradients = dq, dk / _LOG2_E, dv  # dk is made of scaled queries, in powers of 2
+        gradients = dq, dk / LOG2_E, dv  # dk is made of scaled queries, in powers of 2
         return [x.astype(primal.dtype) for x, primal in zip(gradients, primals, strict=True)]
 
     return both(q, k, v)[0]

@@ -1,4 +1,4 @@
-"""exp, 2^x, sigmoid, tanh and log-sum-exp, which take most of a training step's elementwise time on a CPU.
+"""2^x, sigmoid, tanh and log-sum-exp, which take most of a training step's elementwise time on a CPU.
 
 There MLX calls the C library for each element. What is here is made of operations of which a C++ compiler makes vector
 instructions, ten times as fast and no less accurate. Elsewhere, in half types, and outside `vectorized`, MLX's own are
@@ -13,11 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _LN_2 = (0.693359375, -2.12194440e-4)  # in two parts, of which small multiples of the first are exact
 _TAYLOR = tuple(1 / math.factorial(n) for n in range(7, -1, -1))
 _ROUNDER = 1.5 * 2**23 + 127  # added to |x| < 2^22 it rounds, and leaves round(x) + 127 in the last bits
 _POWER = (1.00000007, 0.693146967, 0.240221197, 0.0555071327, 0.00967554133, 0.00132764715)
+
+_mlx_sigmoid = mx.sigmoid
 
 _on: ContextVar[bool] = ContextVar("vectorized", default=False)
 
@@ -32,6 +34,19 @@ def vectorized() -> Iterator[None]:
         _on.reset(token)
 
 
+@contextmanager
+def vectorized_models() -> Iterator[None]:
+    """Let models that call mx.sigmoid run the fast one, their own gated MLPs too; around the tracing of a graph alone.
+
+    Run eagerly, functions that models compile for themselves would keep it.
+    """
+    mx.sigmoid = sigmoid  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        mx.sigmoid = _mlx_sigmoid
+
+
 def _pays(x: mx.array) -> bool:
     return _on.get() and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
 
@@ -41,7 +56,7 @@ def _exp(x: mx.array) -> mx.array:
 
     exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, exp(r) by Taylor; 2^n is made of its bits.
     """
-    n = (x * _LOG2_E + 128.5).astype(mx.int32) - 128
+    n = (x * LOG2_E + 128.5).astype(mx.int32) - 128
     k = n.astype(mx.float32)
     r = (x - k * _LN_2[0]) - k * _LN_2[1]
     p = mx.full(r.shape, _TAYLOR[0], dtype=mx.float32)
@@ -50,13 +65,8 @@ def _exp(x: mx.array) -> mx.array:
     return p * mx.view((n + 127) << 23, mx.float32)  # n = 128 gives infinity
 
 
-def exp_of_negative(x: mx.array) -> mx.array:
-    """exp(x) for x <= 0, of any shape; below -87 it may be 1e-38 instead of less. No gradient passes it."""
-    return _exp(mx.maximum(x, -87)) if _pays(x) else mx.exp(x)
-
-
 def probability(x: mx.array) -> mx.array:
-    """2^x for float32 x <= 0, relative error 2e-7; 0 below -86, for products with less are denormal and slow.
+    """2^x for float32 x <= 0, relative error 3e-7; 0 below -86, for products with less are denormal and slow.
 
     2^x = 2^n 2^f with n = round(x) and |f| <= 1/2, 2^f by the polynomial of degree 5 of least relative error, 7.5e-8,
     in Estrin's form: MLX makes one loop of at most eleven operations in a row. NaN stays. No gradient passes it.
@@ -77,7 +87,7 @@ def logsumexp(x: mx.array) -> mx.array:
     if not _pays(x):
         return mx.logsumexp(x, axis=-1, keepdims=True)
     largest = mx.max(x, axis=-1, keepdims=True)
-    return largest + mx.log(mx.sum(exp_of_negative(x - largest), axis=-1, keepdims=True))
+    return largest + mx.log(mx.sum(probability((x - largest) * LOG2_E), axis=-1, keepdims=True))
 
 
 _logistic: Any = mx.custom_function(lambda z: 1 / (1 + _exp(mx.clip(-z, -87, 89))))
@@ -90,7 +100,7 @@ def _(_z, ds, s):
 
 def sigmoid(z: mx.array) -> mx.array:
     """1 / (1 + exp(-z)), in the dtype of z."""
-    return _logistic(z) if _pays(z) else mx.sigmoid(z)
+    return _logistic(z) if _pays(z) else _mlx_sigmoid(z)
 
 
 def tanh(z: mx.array) -> mx.array:

@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.elementary import exp_of_negative, logsumexp
+from nalora_mlx.elementary import LOG2_E, logsumexp, probability
 
 CHUNK_BYTES = (
     1 << 24
@@ -38,7 +38,7 @@ def _cross_entropies(logits: mx.array, targets: mx.array) -> mx.array:
         d, (_, size) = cotangents[0], outputs
         hit = mx.arange(logits.shape[-1])[None, :] == targets
         # where, not a product: what stands beside an unscored position may be NaN
-        return mx.where(d == 0, 0, d * (exp_of_negative(logits - size) - hit)), mx.zeros_like(targets)
+        return mx.where(d == 0, 0, d * (probability((logits - size) * LOG2_E) - hit)), mx.zeros_like(targets)
 
     return function(logits, targets)[0][:, 0]
 
@@ -116,13 +116,14 @@ def _with_gradient(head: Head, h: mx.array, targets: mx.array, weights: mx.array
 
 
 def _losses_and_slopes(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """-log p[target] [s], and its gradient p - 1[target] in the logits [s, V], with p = softmax(logits) made once.
+    """-log p[target] [s], and its gradient p - 1[target] in the logits [s, V], of p = softmax(logits).
 
-    log p[target] = logits[target] - max(logits) + log max(p), in which nothing underflows.
+    With m = max(logits), e = exp(logits - m) and z = sum e: p = e / z, and -log p[target] = log z + m - logits[target].
     """
     targets = targets[:, None]
-    behind = mx.max(logits, axis=-1, keepdims=True) - mx.take_along_axis(logits, targets, axis=-1)  # [s, 1]
-    p = mx.softmax(logits, axis=-1)
-    losses = behind - mx.log(mx.max(p, axis=-1, keepdims=True))
-    slopes = mx.put_along_axis(p, targets, mx.take_along_axis(p, targets, axis=-1) - 1, axis=-1)
-    return losses[:, 0], slopes
+    largest = mx.max(logits, axis=-1, keepdims=True)
+    e = probability((logits - largest) * LOG2_E)
+    z = mx.sum(e, axis=-1, keepdims=True)
+    losses = mx.log(z) + (largest - mx.take_along_axis(logits, targets, axis=-1))
+    hit = mx.arange(logits.shape[-1])[None, :] == targets
+    return losses[:, 0], e * (1 / z) - hit

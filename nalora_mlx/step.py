@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from nalora_mlx.attention import lean_attention
 from nalora_mlx.batches import Batch
 from nalora_mlx.config import PLAIN_LORA, NAParameters
 from nalora_mlx.distributed import ALONE, Workers
-from nalora_mlx.elementary import vectorized
+from nalora_mlx.elementary import vectorized, vectorized_models
 from nalora_mlx.forward import ForwardPass, forward_pass
 from nalora_mlx.heads import find_head
 from nalora_mlx.losses import CHUNK_BYTES, chunked_cross_entropy_sum, cross_entropy_sum
@@ -193,7 +194,8 @@ class TrainingStep:
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
             diagnose=diagnose,
         )
-        with forward_pass(this), vectorized(), lean_attention():
+        faster = vectorized_models() if self.compiled else nullcontext()
+        with forward_pass(this), vectorized(), faster, lean_attention():
             (_, (total, seen)), gradients = self._loss_and_gradients(arrays, weight, this)
         if carry is not None:
             gradients = tree_map(mx.add, gradients, carry[0])
