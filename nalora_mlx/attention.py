@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from nalora_mlx.elementary import LOG2_E, probability
 
-QUERIES = 64  # of a chunk at least: in fewer, multiplications are too small to be fast
+QUERIES = 128  # of a chunk at least: in fewer, graphs grow, and with them the time to compile them
 CHUNKS = 16  # of a sequence at most, so that graphs stay small
 _HIDDEN = -1e30  # added to scores that a query must not see; any score is lost in it
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)

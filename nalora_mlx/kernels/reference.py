@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from nalora_mlx.activations import Activation
 
-# Of float32 in one array of a chunk: small beside a whole array, large beside what an operation costs by itself.
-CHUNK_BYTES = 1 << 18
+# Of float32 in one array of a chunk: small beside a whole array, large enough for few of them: each is compiled.
+CHUNK_BYTES = 1 << 20
 MAX_STREAMS = 8
 
 Work = TypeVar("Work")
