@@ -7,9 +7,10 @@ import mlx.core as mx
 
 from nalora_mlx.elementary import LOG2_E, logsumexp, probability
 
-CHUNK_BYTES = (
-    1 << 24
-)  # of float32 logits in a chunk; MLX begins some operations before the ones before have ended
+# Of float32 logits in a chunk. MLX begins operations before those before them have ended: some fourteen arrays of this
+# size are alive at a time. Half as much costs time: each chunk reads all weights of the head.
+CHUNK_BYTES = 9 << 20
+MIN_ROWS = 48  # of a chunk, for the same reason
 Head = Callable[[mx.array], mx.array]
 
 

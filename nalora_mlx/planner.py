@@ -269,7 +269,7 @@ def at_most(model: nn.Module, size: Size) -> float:
     )
     scores = len(model.layers) * heads * size.length
     weights, trained = _nbytes(model.parameters()), _nbytes(model.trainable_parameters())
-    return weights + 8 * trained + 32 * size.tokens * (outputs + scores) + 16 * CHUNK_BYTES
+    return weights + 8 * trained + 32 * size.tokens * (outputs + scores) + 28 * CHUNK_BYTES
 
 
 def _outputs(weight: mx.array, experts_per_token: Any) -> int:

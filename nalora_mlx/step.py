@@ -21,7 +21,7 @@ from nalora_mlx.distributed import ALONE, Workers
 from nalora_mlx.elementary import vectorized, vectorized_models
 from nalora_mlx.forward import ForwardPass, forward_pass
 from nalora_mlx.heads import find_head
-from nalora_mlx.losses import CHUNK_BYTES, chunked_cross_entropy_sum, cross_entropy_sum
+from nalora_mlx.losses import CHUNK_BYTES, MIN_ROWS, chunked_cross_entropy_sum, cross_entropy_sum
 from nalora_mlx.optim import apply_scaled
 from nalora_mlx.packing import packed_caches
 
@@ -41,7 +41,7 @@ class ScoredLoss:
         self.model = model
         self.forward = forward or model
         self.head = find_head(model, forward)
-        self.chunk = max(64, CHUNK_BYTES // (4 * self.head.vocabulary)) if self.head else 0
+        self.chunk = max(MIN_ROWS, CHUNK_BYTES // (4 * self.head.vocabulary)) if self.head else 0
         inside = {id(m) for layer in model.layers for _, m in layer.named_modules()}
         self.head_is_frozen = not any(
             isinstance(leaf, mx.array) and name not in module._no_grad and not name.startswith("_")

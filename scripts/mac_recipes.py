@@ -40,7 +40,7 @@ MARGIN = 0.9  # of that: a calculation is none of a Mac's own trials
 LENGTH, ROWS, ADAPTED = 1024, 4, 16  # of the recipes: tokens in a row, most rows in a batch, adapted layers
 HALF = 0.6  # of what float32 needs for a row: bfloat16 halves most of it, and some is float32 in any case
 PART = 8  # of the width: what is measured is an eighth as wide
-HEAD = 8 * CHUNK_BYTES  # what the head makes; it does not grow with the model
+HEAD = 14 * CHUNK_BYTES  # what the head makes; it does not grow with the model
 TOLERANCE = 0.1  # of --check, for another version of mlx may need a little more or less
 
 
