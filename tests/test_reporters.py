@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,7 @@ def test_tensorboard_has_the_metrics_also_after_a_resume(model_directory, data_d
     assert train(model_directory, data_directory, output, *flags, "--iters", "8") == 0
     # It was cut off after the checkpoint of iteration 4, so that 5 to 8 are told again.
     checkpoint = output / "checkpoints" / "step-0000004"
+    time.sleep(1.1)  # the files' names tell seconds apart
     assert (
         train(model_directory, data_directory, output, *flags, "--iters", "10", "--resume", str(checkpoint))
         == 0
