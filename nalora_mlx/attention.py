@@ -6,7 +6,7 @@ once more in the backward, from their maximum and sum. With a causal mask a chun
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,8 +18,6 @@ QUERIES = 128  # of a chunk at least: in fewer, graphs grow, and with them the t
 CHUNKS = 16  # of a sequence at most, so that graphs stay small
 _HIDDEN = -1e30  # added to scores that a query must not see; any score is lost in it
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-
-Attention = Callable[..., mx.array]
 
 
 @contextmanager
@@ -137,8 +135,7 @@ def attention(
         # After the gradient has come: mx.compile would take the scores for those of the forward, and keep them.
         q, k, v = (x.astype(mx.float32) for x in mx.depends(list(primals), [do]))
         q = (q * (scale * LOG2_E)).reshape(B, K, G, Lq, D)  # scores in powers of 2
-        do = do.astype(mx.float32)
-        do = do.reshape(B, K, G, Lq, E)
+        do = do.astype(mx.float32).reshape(B, K, G, Lq, E)
         dqs, dks, dvs = list[mx.array](), list[mx.array](), list[mx.array]()
         sums = list[mx.array]()  # of the keys that the last chunk saw: their gradient from all chunks so far
         # From the last chunk on, which sees most keys: keys that earlier chunks do not see are done with.

@@ -343,8 +343,11 @@ def _extras(page: "Page") -> None:
 
 
 def _packages(extra: str) -> list[str]:
-    """The packages of an extra; none if what is installed is older than the extra."""
-    wanted = importlib.metadata.requires("nalora-mlx") or []
+    """The packages of an extra; none if what is installed is older than the extra, or is run from its source."""
+    try:
+        wanted = importlib.metadata.requires("nalora-mlx") or []
+    except importlib.metadata.PackageNotFoundError:
+        wanted = []
     named = re.compile(rf"([\w.-]+).*; *extra == ['\"]{extra}['\"]")
     return [match[1] for line in wanted if (match := named.match(line))]
 

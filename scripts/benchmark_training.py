@@ -118,7 +118,7 @@ def one_round(
         results.append(record)
         if args.output:
             with args.output.open("a") as file:
-                file.write(json.dumps(record | {"arguments": sys.argv[1:]}) + "\n")
+                file.write(json.dumps(record | {"settings": settings_of(args)}) + "\n")
         print(
             f"{repeat + 1}/{args.repeats} {trainer:<12}{record['ms_per_token']:9.2f} ms per supervised token,"
             f"{record['seconds_per_step']:7.3f} s per step,{record['above_weights_gb']:7.3f} GB above the weights",
@@ -126,6 +126,13 @@ def one_round(
             flush=True,
         )
     return results
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, in the terms of the command line; of paths the last part, the rest is this machine's."""
+    names = {name: Path(value).name for name in ("model", "data") if (value := getattr(args, name))}
+    left_out = ("output", "plot", "worker", "trainers")
+    return {name: value for name, value in vars(args).items() if name not in left_out} | names
 
 
 # --- what is printed ----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from study_models import LENGTH, rows_of, sources
-from study_tasks import FORGETTING, Task, score, tokenized
+from study_tasks import FORGETTING, FROM_FILES, GENERATED, SPLITS, Task, score, tokenized
 
 from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, importance, step, train
 from nalora_mlx.adapters import adapt_dora
@@ -101,9 +101,10 @@ METHODS: dict[str, Method] = {
     "random": na(control="random", **BASE),
     "inverse": na(control="inverse", **BASE),
     "observed": na(control="ones", **BASE),  # plain LoRA whose misalignment is measured
-    "matched-mean": na(control="mean", **{**BASE, "preserve": "none"}),
+    # LoRA whose gate step is constant: as large as that of "soft" in the mean, of "soft-mean" in RMS
+    "matched-mean": na(control="mean", **BASE),
     "matched-rms": na(control="rms", **{**BASE, "preserve": "mean"}),
-    "gate-x2": Method((*Method().na, ("mask", "soft")), control="twice"),
+    "gate-x2": na(control="twice", **BASE),
     # peers
     "rslora": Method(scale=lambda rank: math.sqrt(rank)),
     "lora+": Method(b_rate=16.0),
@@ -429,7 +430,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=("tune", "confirm"))
     parser.add_argument("--models", nargs="+", default=["study-runs/small-swiglu", "study-runs/small-geglu"])
-    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--tasks", nargs="+", required=True, choices=(*FROM_FILES, *GENERATED))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora", "na-lora"])
     parser.add_argument("--seeds", type=numbers, help="like 0-2 (default: 0-2 to tune, 100-119 to confirm)")
     parser.add_argument("--rate", type=float, default=4e-3, help="middle of the first grid (default: 4e-3)")
@@ -448,6 +449,21 @@ def main() -> int:
     args.seeds = args.seeds or (numbers("0-2") if args.stage == "tune" else numbers("100-119"))
     if args.stage == "confirm" and args.tuned is None:
         parser.error("confirm needs --tuned")
+    if args.iters < 20 or args.iters % EVALUATIONS:
+        parser.error(f"--iters is {args.iters}; it must be a multiple of {EVALUATIONS}, and at least 20")
+    for model in args.models:
+        if not (Path(model) / "config.json").exists():
+            parser.error(f"{model} holds no model; scripts/study_models.py makes one")
+    files = [
+        Path(args.data) / task / f"{split}.jsonl"
+        for task in args.tasks
+        if task in FROM_FILES
+        for split in SPLITS
+    ]
+    if missing := [str(file) for file in files if not file.exists()]:
+        parser.error(f"--data {args.data}: {missing[0]} is missing")
+    if args.tuned is not None and not args.tuned.exists():
+        parser.error(f"--tuned {args.tuned}: no such file; tune writes it")
     records = tune(args) if args.stage == "tune" else confirm(args)
     for place, rates in mean_losses(records).items():
         best = min(rates, key=lambda rate: rates[rate])

@@ -89,6 +89,12 @@ def cell(differences: list[float], methods: int, lower_is_better: bool) -> str:
     return f"{mean:+.2f}{star} [{low:+.2f}, {high:+.2f}] {wins}/{len(differences)}"
 
 
+def header(title: str, columns: list[tuple[str, str]], *more: str) -> list[str]:
+    """The first lines of a table with a column for each model and task."""
+    heads = [*(f"{Path(model).name}, {task}" for model, task in columns), *more]
+    return [title, "", f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+
+
 def table(pairs: Pairs, measure: str, title: str) -> str:
     """One row a method, one column a model and task, and their mean."""
     lower = measure in ("loss", "kl", "rise")
@@ -105,8 +111,7 @@ def table(pairs: Pairs, measure: str, title: str) -> str:
     ]
     if not columns:
         return ""
-    heads = [f"{Path(model).name}, {task}" for model, task in columns]
-    lines = [title, "", f"| | {' | '.join(heads)} | mean |", f"|---|{'---|' * (len(heads) + 1)}"]
+    lines = header(title, columns, "mean")
     base = []
     for model, task in columns:
         runs = [
@@ -133,9 +138,7 @@ def rates(records: list[Record]) -> str:
     """The best rate of each method, and the grid that it was found in."""
     means = mean_losses(records)
     columns = list(dict.fromkeys((model, task) for model, task, _ in means))
-    heads = [f"{Path(model).name}, {task}" for model, task in columns]
-    lines = ["Best learning rate (of those tried)", ""]
-    lines += [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    lines = header("Best learning rate (of those tried)", columns)
     for name in METHODS:
         cells = []
         for model, task in columns:
@@ -151,9 +154,7 @@ def equal_loss(pairs: Pairs) -> str:
     """KL to the base model on unrelated text where both have come to the same validation loss."""
     methods = [name for name in pairs.methods if name != BASELINE]
     columns = [(model, task) for model in pairs.models for task in pairs.tasks]
-    heads = [f"{Path(model).name}, {task}" for model, task in columns]
-    lines = ["KL to the base model at equal validation loss, percent of LoRA's", ""]
-    lines += [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    lines = header("KL to the base model at equal validation loss, percent of LoRA's", columns)
     for name in methods:
         cells = []
         for model, task in columns:
@@ -220,6 +221,8 @@ def main() -> int:
     parser.add_argument("results", type=Path, nargs="+", help="files of study.py")
     parser.add_argument("--plots", type=Path, help="directory for the plots")
     args = parser.parse_args()
+    if missing := [str(path) for path in args.results if not path.exists()]:
+        parser.error(f"{missing[0]}: no such file; scripts/study.py writes it")
     records = [r for path in args.results for r in finished(path).values() if not r.get("diverged")]
     split = "test" if all("test" in r for r in records) else "valid"
     chosen = at_best_rates(records)

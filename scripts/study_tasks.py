@@ -51,7 +51,7 @@ def rows(name: str, data: str) -> dict[str, list[Row]]:
             lines = (Path(data) / name / f"{split}.jsonl").read_text().splitlines()
             splits[split] = [_from_file(json.loads(line), FROM_FILES[name]) for line in lines]
         return splits
-    return {"orders": orders, "docstrings": docstrings}[name]()
+    return GENERATED[name]()
 
 
 def _from_file(row: Row, separator: str) -> Row:
@@ -134,6 +134,9 @@ def _documented(texts: list[str]) -> list[Row]:
                 prompt = f'def {node.name}({ast.unparse(node.args)}):\n    """'
                 found.setdefault(prompt, {"prompt": prompt, "completion": f'{line}"""'})
     return list(found.values())
+
+
+GENERATED = {"orders": orders, "docstrings": docstrings}
 
 
 # --- tokens and scores --------------------------------------------------------------------------------------

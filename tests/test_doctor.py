@@ -175,6 +175,15 @@ def test_an_extra_that_is_newer_than_what_is_installed_is_missing(capsys, monkey
     assert sections["Extras"][1].endswith("pip install 'nalora-mlx[notebook]'")
 
 
+def test_run_from_its_source_it_still_has_a_page(capsys, monkeypatch):
+    def missing(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", missing)
+    sections, _ = page_of(capsys)
+    assert "not installed: export" in sections["Extras"][0]
+
+
 def test_bad_settings_are_refused_before_the_page(capsys):
     assert main(["doctor", "--batch-size", "0"]) == 2
     done = capsys.readouterr()

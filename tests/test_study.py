@@ -59,6 +59,35 @@ def test_controls_keep_what_they_are_to_keep():
         assert np.allclose((matched**power).mean(-1), (np.array(Q) ** power).mean(-1))
 
 
+@pytest.mark.parametrize("name", ["matched-mean", "matched-rms", "gate-x2"])
+def test_a_constant_gate_step_is_none_of_loras(name):
+    method = study.METHODS[name]
+    s = mx.array([0.1, 0.2, 1.0, 0.4])
+    state = {"importance": s, "updates": mx.array(1.0), "mask": s / mx.mean(s)}
+    settings = study.NALoRAConfig(**dict(method.na) | {"beta": 0.0})
+    with study.controlled(method.control, 0):
+        q = np.array(study.importance.multiplier(state, settings))
+    assert np.ptp(q) < 1e-6
+    assert abs(q[0] - 1) > 0.05
+
+
+def test_bad_input_is_refused_before_any_run(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").touch()
+    good = ["--models", str(tmp_path), "--tasks", "orders", "--output", str(tmp_path / "runs.jsonl")]
+    for flags, said in (
+        (["--iters", "30"], "multiple of"),
+        (["--models", str(tmp_path / "none")], "holds no model"),
+        (["--tasks", "order"], "invalid choice"),
+        (["--tasks", "wikisql", "--data", str(tmp_path)], "is missing"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["study.py", "tune", *good, *flags])
+        with pytest.raises(SystemExit) as end:
+            study.main()
+        assert end.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
 def test_a_control_ends_with_its_run():
     before = study.importance.multiplier, study.step.gated_mlps
     for control in ("random", "first-half"):
