@@ -8,6 +8,7 @@ grows with the width, and is carried over to the whole one, and to bfloat16 by a
 with the planner's own on a whole model; --check says whether the page is up to date, by the smallest model.
 """
 
+import gc
 import importlib
 import re
 import sys
@@ -114,6 +115,7 @@ def adapt_lazily(model: nn.Module) -> None:
 
 def measured(config: dict[str, Any], dtype: mx.Dtype, checkpoint: bool, size: Size, layers: int = -1) -> Peak:
     """What the planner finds for a model of random weights."""
+    gc.collect()  # a model that was measured before is in the circles of its training step
     mx.random.seed(0)
     model = build(config, dtype=dtype)
     mx.eval(model.parameters())
