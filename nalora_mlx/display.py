@@ -1,6 +1,7 @@
 """What the terminal shows: a run, with a bar over its last report, or in plain lines; and a page of checks."""
 
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,8 +34,11 @@ class LastingConsole(Console):
     """A console that falls silent when nobody reads it any more: a run goes on without its terminal."""
 
     def on_broken_pipe(self) -> None:
-        """Print nothing from now on."""
+        """Print nothing from now on; what is left in the buffer goes nowhere, or Python would exit with 120 for it."""
         self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
 
 def colours(console: Console) -> bool:

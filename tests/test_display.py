@@ -250,3 +250,18 @@ def test_a_terminal_that_goes_away_does_not_end_the_run():
         display(report(10, 2.0))
         display.note("x")
     assert display.console.quiet
+
+
+def test_nobody_reads_what_is_left_in_the_buffer():
+    code = (
+        "import sys; from nalora_mlx.display import LastingConsole; "
+        "input(); LastingConsole().print('one'); sys.stdout.write('two')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    errors = process.stderr.read()
+    assert (process.wait(60), errors) == (0, b"")
