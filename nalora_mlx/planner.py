@@ -158,7 +158,7 @@ class Planner:
         return Peak(base, per_token, per_square, update)
 
     def _measure(self, trial: Size, real: Size, update: bool = False) -> int:
-        """Peak memory of one step of a trial, in bytes."""
+        """Peak memory of a step of a trial, in bytes: of the larger of two, the first of which is held up by compiling."""
         loss = self.step.loss
         chunk, loss.chunk = (
             loss.chunk,
@@ -169,8 +169,10 @@ class Planner:
             mx.clear_cache()
             mx.reset_peak_memory()
             with recomputed(self.layers) if self.layers else nullcontext():
-                total, carry = self.step(_trial(trial), trial.scored, None, update, diagnose=True)
-            mx.eval(self.step.state, total, carry)
+                for _ in range(2):
+                    total, carry = self.step(_trial(trial), trial.scored, None, update, diagnose=True)
+                    mx.eval(self.step.state, total, carry)
+                    del total, carry
             return mx.get_peak_memory()
         finally:
             loss.chunk = chunk
