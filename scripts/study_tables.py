@@ -196,7 +196,7 @@ def plot(records: list[Record], directory: Path) -> None:
     for r in records:
         groups[r["model"], r["task"]][r["method"]].append(r)
     figure, grid = pyplot.subplots(
-        len(groups), 3, figsize=(11, 2.6 * len(groups)), squeeze=False, layout="constrained"
+        len(groups), 4, figsize=(14, 2.6 * len(groups)), squeeze=False, layout="constrained"
     )
     for axes, ((model, task), methods) in zip(grid, groups.items(), strict=True):
         for i, (name, runs) in enumerate(methods.items()):
@@ -207,13 +207,26 @@ def plot(records: list[Record], directory: Path) -> None:
             seen = [[p["misalignment"] for p in r["curve"] if p.get("misalignment")] for r in runs]
             if seen[0] and None not in seen[0][0]:
                 axes[2].plot(steps[-len(seen[0]) :], np.mean(seen, axis=(0, 2)), **look)
+            if runs[0]["importance"]:
+                by_layer(axes[3], runs, look)
         axes[0].set(yscale="log", title=f"{Path(model).name}, {task}", ylabel="validation loss")
         axes[1].set(ylabel="KL to the base model")
         axes[2].set(ylabel="selection misalignment")
+        axes[3].set(ylabel="importance / its mean")
         axes[0].legend(fontsize=7)
-    for panel in grid[-1]:
+    for panel in grid[-1, :3]:
         panel.set_xlabel("step")
-    figure.savefig(directory / "study-curves.svg", metadata={"Date": None})
+    grid[-1, 3].set_xlabel("layer")
+    figure.savefig(directory / "study.svg", metadata={"Date": None})
+
+
+def by_layer(panel: Any, runs: list[Record], look: dict[str, str]) -> None:
+    """The median channel of each layer at the end, and bars from the 10th to the 90th percentile."""
+    spread = np.array(
+        [[[v[k] / v["mean"] for k in ("p10", "p50", "p90")] for v in r["importance"].values()] for r in runs]
+    )
+    low, middle, high = spread.mean(axis=0).T
+    panel.errorbar(np.arange(len(middle)), middle, [middle - low, high - middle], capsize=2, **look)
 
 
 def main() -> int:

@@ -229,3 +229,14 @@ def test_forgetting_is_compared_where_losses_are_equal():
     assert study_tables.kl_at(curve, 3.0) == pytest.approx(0.5)
     assert study_tables.kl_at(curve, 1.5) == pytest.approx(2.0)
     assert study_tables.kl_at(curve, 0.5) == 3.0
+
+
+def test_the_plots_are_drawn(tmp_path):
+    curve = [{"step": step, "loss": 3.0 - step / 10, "kl": 0.1, "misalignment": [0.2, 0.4]} for step in range(3)]
+    spread = {"mean": 0.5, "p10": 0.1, "p50": 0.4, "p90": 1.5}
+    records = [record("lora", 0, 2.0, curve=[{**p, "misalignment": None} for p in curve], importance={})]
+    records += [record("soft", s, 2.0, curve=curve, importance={"a": spread, "b": spread}) for s in range(2)]
+    study_tables.plot(records, tmp_path)
+    drawn = (tmp_path / "study.svg").read_text()
+    for label in ("selection misalignment", "importance / its mean", "soft"):
+        assert f"<!-- {label} -->" in drawn
