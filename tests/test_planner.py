@@ -226,7 +226,9 @@ def test_what_is_advised_fits():
     """Each remedy, taken as a setting of a new run, is found to fit."""
     built, config = model(), RunConfig(batch_size=8)
     tokens = np.arange(1, 258, dtype=np.int32)
-    examples = [Example(tokens, tokens % 2 == 0, str(i)) for i in range(8)]  # a shorter row has the same share
+    examples = [
+        Example(tokens, tokens % 2 == 0, str(i)) for i in range(8)
+    ]  # a shorter row has the same share
     whole = plan(built, heaviest(examples, config), config, optim.Adam(1e-3), 2**40)
     assert whole.fits
     spare = whole.needed - whole.peak.base

@@ -232,7 +232,9 @@ def test_forgetting_is_compared_where_losses_are_equal():
 
 
 def test_the_plots_are_drawn(tmp_path):
-    curve = [{"step": step, "loss": 3.0 - step / 10, "kl": 0.1, "misalignment": [0.2, 0.4]} for step in range(3)]
+    curve = [
+        {"step": step, "loss": 3.0 - step / 10, "kl": 0.1, "misalignment": [0.2, 0.4]} for step in range(3)
+    ]
     spread = {"mean": 0.5, "p10": 0.1, "p50": 0.4, "p90": 1.5}
     records = [record("lora", 0, 2.0, curve=[{**p, "misalignment": None} for p in curve], importance={})]
     records += [record("soft", s, 2.0, curve=curve, importance={"a": spread, "b": spread}) for s in range(2)]
