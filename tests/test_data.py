@@ -388,12 +388,12 @@ def test_few_shapes_occur_however_rows_differ():
     ]
     batches = [collate(examples, rows) for rows in epoch_batches(examples, 4, 0, 0)]
     shapes = {(batch.inputs.shape, batch.scored()[0].size) for batch in batches}
-    assert len(shapes) < 80  # of 500 batches
+    assert len(shapes) < 95  # of 500 batches
     for batch in batches:
         positions, _, weights = batch.scored()
         assert batch.tokens <= positions.size <= batch.inputs.size
         assert weights.sum() == batch.tokens
-        assert positions.size < 2 * batch.tokens or positions.size <= 2
+        assert positions.size <= 1.5 * batch.tokens + 2
 
 
 def test_epochs_differ_and_follow_each_other():
