@@ -100,11 +100,14 @@ METHODS: dict[str, Method] = {
     # controls: the same multipliers, given to other channels, or to none
     "random": na(control="random", **BASE),
     "inverse": na(control="inverse", **BASE),
-    "observed": na(control="ones", **BASE),  # plain LoRA whose misalignment is measured
+    "observed": na(control="x1", **BASE),  # plain LoRA whose misalignment is measured
     # LoRA whose gate step is constant: as large as that of "soft" in the mean, of "soft-mean" in RMS
     "matched-mean": na(control="mean", **BASE),
     "matched-rms": na(control="rms", **{**BASE, "preserve": "mean"}),
-    "gate-x2": na(control="twice", **BASE),
+    # how much there is to win or lose: no steps of the gate, larger ones
+    "gate-x0": na(control="x0", **BASE),
+    "gate-x2": na(control="x2", **BASE),
+    "gate-x4": na(control="x4", **BASE),
     # peers
     "rslora": Method(scale=lambda rank: math.sqrt(rank)),
     "lora+": Method(b_rate=16.0),
@@ -145,10 +148,8 @@ def _changed(q: mx.array, control: str, seed: int) -> mx.array:
     if control == "inverse":  # what the k-th largest had goes to the k-th smallest
         order = mx.argsort(q, axis=-1)
         return mx.put_along_axis(q, order, mx.sort(q, axis=-1)[..., ::-1], axis=-1)
-    if control == "ones":
-        return mx.ones_like(q)
-    if control == "twice":
-        return 2 * mx.ones_like(q)
+    if control.startswith("x"):
+        return float(control[1:]) * mx.ones_like(q)
     square = control == "rms"
     size = mx.mean(mx.square(q) if square else q, axis=-1, keepdims=True)
     return mx.broadcast_to(mx.sqrt(size) if square else size, q.shape)
