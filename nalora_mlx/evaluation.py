@@ -34,7 +34,7 @@ def evaluate(
     try:
         for done, batch in enumerate(batches, 1):
             with vectorized():
-                value = loss.compiled(*map(mx.array, (batch.inputs, *batch.scored())))
+                value = loss.evaluate(*map(mx.array, (batch.inputs, *batch.scored())))
             total += float(value)
             tokens += batch.tokens
             mx.clear_cache()

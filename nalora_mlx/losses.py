@@ -1,5 +1,6 @@
-"""Cross entropy over supervised positions only, in chunks of tokens, with its gradient made in the forward."""
+"""Cross entropy over scored positions only, in tiles of logits, with its gradient made in the forward."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +8,13 @@ import mlx.core as mx
 
 from nalora_mlx.elementary import LOG2_E, logsumexp, probability
 
-# Of float32 logits in a chunk. MLX begins operations before those before them have ended: some fourteen arrays of this
-# size are alive at a time. Half as much costs time: each chunk reads all weights of the head.
-CHUNK_BYTES = 9 << 20
-MIN_ROWS = 48  # of a chunk, for the same reason
-Head = Callable[[mx.array], mx.array]
+# A tile of float32 logits, [rows, columns], is to stay in a processor's cache, and each of its sides long enough for
+# products to be fast. MLX begins operations before those before them have ended: a dozen tiles are alive at a time.
+ROWS, COLUMNS = 512, 2048
+TILE_BYTES = 4 * ROWS * COLUMNS
+MOST_TILES = 256  # of a batch; beyond it they become wider: each is some fifteen nodes of a graph
+# Hidden states [s, D] and entries of the vocabulary (a slice, or indices [v]) -> their logits [s, v], row by row.
+Part = Callable[[mx.array, Any], mx.array]
 
 
 def cross_entropy_sum(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -49,54 +52,53 @@ def _losses_and_sizes(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx
     return size - mx.take_along_axis(logits, targets, axis=-1), size
 
 
-def chunked_cross_entropy_sum(
-    head: Head,
+def tiled_cross_entropy_sum(
+    part: Part,
+    vocabulary: int,
     hidden: mx.array,
     targets: mx.array,
     weights: mx.array,
-    chunk: int,
+    rows: int = ROWS,
     with_gradient: bool = True,
 ) -> mx.array:
-    """`cross_entropy_sum` of head(hidden), of which only `chunk` rows of logits exist at a time.
+    """`cross_entropy_sum` of all logits, of which only a tile exists at a time.
 
-    The gradient of each chunk is computed beside its loss and kept in place of its logits, [S, D] for [S, V]. It
-    reaches `hidden` alone: what `head` holds must be frozen.
+    Over the entries v of the vocabulary but the target y, tile by tile, with m the largest logit so far:
+
+        o = sum exp(l_v - m),  G = sum exp(l_v - m) dl_v/dh,  e = exp(l_y - m),  z = o + e
+        -log p_y = log z + m - l_y,  d(-log p_y)/dh = (G - o dl_y/dh) / z
+
+    When m grows, o and G shrink. Leaving out the target keeps the digits of a loss near zero: there p_y - 1 would have
+    none. The gradient of each block of rows is computed beside its loss and kept in place of its logits, [S, D] for
+    [S, V]. It reaches `hidden` alone: what makes the logits must be frozen.
 
     Args:
-        head: hidden states [s, D] -> logits [s, V], row by row.
+        part: see `Part`.
+        vocabulary: V.
         hidden: [S, D].
         targets: [S] token ids.
         weights: [S], 0 where the target does not count.
-        chunk: rows of logits at a time.
+        rows: of a tile.
         with_gradient: False where none will be asked for.
-    """
-    parts = [slice(start, start + chunk) for start in range(0, hidden.shape[0], chunk)]
 
-    def total(
-        h: mx.array, of: Callable[[mx.array, slice], list[mx.array]]
-    ) -> tuple[mx.array, list[mx.array]]:
-        loss, done, others = mx.array(0.0), list[mx.array](), list[mx.array]()
-        for part in parts:
-            # Only after the chunk before: MLX would otherwise begin with all of them, and hold the logits of all.
-            rows = mx.depends([h[part]], done)[0] if done else h[part]
-            done = of(rows, part)
+    Source: the running maximum is that of Milakov and Gimelshein (arXiv 1805.02867).
+    """
+    blocks = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
+    columns = max(COLUMNS, math.ceil(vocabulary * len(blocks) / MOST_TILES))
+    parts = [slice(start, min(start + columns, vocabulary)) for start in range(0, vocabulary, columns)]
+
+    def total(h: mx.array) -> list[mx.array]:
+        loss, done, gradients = mx.array(0.0), list[mx.array](), list[mx.array]()
+        for block in blocks:
+            done = _block(part, parts, _after(h[block], done), targets[block], weights[block], with_gradient)
             loss = loss + done[0]
-            others += done[1:]
-        return loss, others
+            gradients += done[1:]
+        return [loss, mx.concatenate(gradients)] if with_gradient else [loss]
 
     if not with_gradient:
-        return total(
-            hidden, lambda rows, part: [cross_entropy_sum(head(rows), targets[part], weights[part])]
-        )[0]
-    custom: Any = mx.custom_function
-
-    # Around all chunks and not one by one: the gradient of a slice is an array of the whole size, zeros around it.
-    @custom
-    def both(h: mx.array) -> list[mx.array]:
-        loss, gradients = total(
-            h, lambda rows, part: _with_gradient(head, rows, targets[part], weights[part])
-        )
-        return [loss, mx.concatenate(gradients)]
+        return total(hidden)[0]
+    # Around all blocks and not one by one: the gradient of a slice is an array of the whole size, zeros around it.
+    both: Any = mx.custom_function(total)
 
     @both.vjp
     def _(primals, cotangents, outputs):
@@ -105,26 +107,63 @@ def chunked_cross_entropy_sum(
     return both(hidden)[0]
 
 
-def _with_gradient(head: Head, h: mx.array, targets: mx.array, weights: mx.array) -> list[mx.array]:
-    """The summed loss of a chunk and its gradient in h, [s, D]."""
-    logits = head(h)  # [s, V]
-    losses, slopes = _losses_and_slopes(logits.astype(mx.float32), targets)
-    _, (gradient,) = mx.vjp(head, [h], [slopes.astype(logits.dtype)])
-    # Weighed here and not in the slopes: a [s, V] less, and in a half type slopes over many tokens underflow.
+def _after(array: mx.array, done: list[mx.array]) -> mx.array:
+    """The array, but not before others: MLX would otherwise begin with all tiles, and hold the logits of all."""
+    return mx.depends([array], done)[0] if done else array
+
+
+def _block(
+    part: Part, parts: list[slice], h: mx.array, targets: mx.array, weights: mx.array, with_gradient: bool
+) -> list[mx.array]:
+    """The summed loss of some rows and its gradient in h, [s, D]."""
+    own = mx.diagonal(part(h, targets)).astype(mx.float32)[:, None]  # l_y, [s, 1]
+    largest, others, pulled = own, mx.zeros_like(own), mx.zeros(h.shape)
+    done: list[mx.array] = []
+    for which in parts:
+        rows = _after(h, done)
+        logits = part(rows, which)  # [s, v]
+        values = logits.astype(mx.float32)
+        before, largest = largest, mx.maximum(largest, mx.max(values, axis=-1, keepdims=True))
+        hit = mx.arange(which.start, which.stop)[None, :] == targets[:, None]
+        e = mx.where(hit, 0, probability((values - largest) * LOG2_E))
+        shrink = mx.exp(before - largest)
+        others = others * shrink + mx.sum(e, axis=-1, keepdims=True)
+        done = [others]
+        if with_gradient:
+            _, (pull,) = mx.vjp(lambda h, which=which: part(h, which), [rows], [e.astype(logits.dtype)])
+            pulled = pulled * shrink + pull.astype(mx.float32)
+            done.append(pulled)
+    e = mx.exp(own - largest)
+    # log z is log1p(z - 1): e is 1 where the target has the largest logit.
+    losses = (mx.log1p(others + (e - 1)) + (largest - own))[:, 0]
     value = mx.sum(mx.where(weights > 0, losses * weights, 0))
-    weighed = mx.where(weights[:, None] > 0, gradient.astype(mx.float32) * weights[:, None], 0)
+    if not with_gradient:
+        return [value]
+    eye = mx.eye(h.shape[0], dtype=logits.dtype)
+    _, (pull,) = mx.vjp(lambda h: part(h, targets), [_after(h, done)], [eye])  # dl_y/dh
+    gradient = (pulled - others * pull.astype(mx.float32)) / (others + e)
+    # Weighed here and not in the tiles: in a half type slopes over many tokens underflow.
+    weighed = mx.where(weights[:, None] > 0, gradient * weights[:, None], 0)
     return [value, weighed.astype(h.dtype)]
 
 
-def _losses_and_slopes(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """-log p[target] [s], and its gradient p - 1[target] in the logits [s, V], of p = softmax(logits).
+def gather_rows(array: mx.array, rows: mx.array, weights: mx.array) -> mx.array:
+    """array[rows], [N, D] and [S] -> [S, D]; rows of weight 0 are fillers, which no gradient passes.
 
-    With m = max(logits), e = exp(logits - m) and z = sum e: p = e / z, and -log p[target] = log z + m - logits[target].
+    Other rows occur once, so that the gradient is a gather too: MLX's sum of scattered rows takes 300 ns an element
+    on a CPU.
     """
-    targets = targets[:, None]
-    largest = mx.max(logits, axis=-1, keepdims=True)
-    e = probability((logits - largest) * LOG2_E)
-    z = mx.sum(e, axis=-1, keepdims=True)
-    losses = mx.log(z) + (largest - mx.take_along_axis(logits, targets, axis=-1))
-    hit = mx.arange(logits.shape[-1])[None, :] == targets
-    return losses[:, 0], e * (1 / z) - hit
+    function: Any = mx.custom_function(lambda array, rows, weights: array[rows])
+
+    @function.vjp
+    def _(arrays, d, _output):
+        array, rows, weights = arrays
+        count = array.shape[0]
+        where = mx.full(
+            (count + 1,), d.shape[0], dtype=mx.int32
+        )  # which of d a row has; that beyond its end is 0
+        where[mx.where(weights > 0, rows, count)] = mx.arange(d.shape[0])
+        padded = mx.concatenate([d, mx.zeros((1, d.shape[1]), d.dtype)])
+        return padded[where[:count]], mx.zeros_like(rows), mx.zeros_like(weights)
+
+    return function(array, rows, weights)

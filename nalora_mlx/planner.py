@@ -8,7 +8,7 @@ base: weights, adapters, gradients. Per token: what the layers keep for the back
 Per square: attention scores and masks, whose number grows with the length. The three are not computed from a model's
 architecture but found on the model itself: its own step, with its own checkpointing and kernels, on this device, runs
 on few rows of half the length, on twice as many, and on few of the whole length (of one row: on parts of it), and the
-three peaks are solved for them. The chunks of the head and the scored positions shrink with the number of tokens, so
+three peaks are solved for them. The tiles of the head and the scored positions shrink with the number of tokens, so
 that each part keeps its share of the peak; which one makes the peak then does not depend on the number of rows. The
 update at the end of a step does not grow with tokens; it is measured by itself.
 """
@@ -41,7 +41,7 @@ from nalora_mlx.data import Example
 from nalora_mlx.distributed import ALONE, Workers
 from nalora_mlx.errors import InputError
 from nalora_mlx.forward import recomputed
-from nalora_mlx.losses import CHUNK_BYTES
+from nalora_mlx.losses import TILE_BYTES
 from nalora_mlx.run import recomputed_layers
 from nalora_mlx.step import TrainingStep
 
@@ -158,12 +158,9 @@ class Planner:
         return Peak(base, per_token, per_square, update)
 
     def _measure(self, trial: Size, real: Size, update: bool = False) -> int:
-        """Peak memory of a step of a trial, in bytes: of the larger of two, the first of which is held up by compiling."""
+        """Peak memory of a step of a trial, in bytes: of the larger of two, as the first is held up by compiling."""
         loss = self.step.loss
-        chunk, loss.chunk = (
-            loss.chunk,
-            max(1, round(loss.chunk * min(1, trial.tokens / real.tokens))),
-        )
+        rows, loss.rows = loss.rows, max(1, round(loss.rows * min(1, trial.tokens / real.tokens)))
         try:
             mx.synchronize()
             mx.clear_cache()
@@ -175,7 +172,7 @@ class Planner:
                     del total, carry
             return mx.get_peak_memory()
         finally:
-            loss.chunk = chunk
+            loss.rows = rows
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
@@ -257,7 +254,7 @@ def at_most(model: nn.Module, size: Size) -> float:
     """Bytes that a step surely stays below, from shapes alone; infinite where the model does not say its heads.
 
     Every layer is taken to keep eight times what its projections and norms put out, and its attention scores, and the
-    head to make far more than a chunk of logits: several times the truth, but enough to know that a small run fits.
+    head to make far more than a tile of logits: several times the truth, but enough to know that a small run fits.
     """
     args = getattr(model, "args", None)
     heads, chosen = (getattr(args, name, None) for name in ("num_attention_heads", "num_experts_per_tok"))
@@ -271,7 +268,7 @@ def at_most(model: nn.Module, size: Size) -> float:
     )
     scores = len(model.layers) * heads * size.length
     weights, trained = _nbytes(model.parameters()), _nbytes(model.trainable_parameters())
-    return weights + 8 * trained + 32 * size.tokens * (outputs + scores) + 28 * CHUNK_BYTES
+    return weights + 8 * trained + 32 * size.tokens * (outputs + scores) + 64 * TILE_BYTES
 
 
 def _outputs(weight: mx.array, experts_per_token: Any) -> int:

@@ -359,6 +359,11 @@ def _head_notices(step: TrainingStep) -> list[str]:
             "the model's head is trained, so that the logits of a batch are made all at once; they take memory: "
             "a small --batch-size helps"
         ]
+    if step.loss.head.projection is None:
+        return [
+            "the model's head cannot be run in parts, so that the logits of a batch are made all at once; they take "
+            "memory: a small --batch-size helps"
+        ]
     return []
 
 

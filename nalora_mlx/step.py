@@ -21,7 +21,7 @@ from nalora_mlx.distributed import ALONE, Workers
 from nalora_mlx.elementary import vectorized, vectorized_models
 from nalora_mlx.forward import ForwardPass, forward_pass
 from nalora_mlx.heads import find_head
-from nalora_mlx.losses import CHUNK_BYTES, MIN_ROWS, chunked_cross_entropy_sum, cross_entropy_sum
+from nalora_mlx.losses import ROWS, cross_entropy_sum, gather_rows, tiled_cross_entropy_sum
 from nalora_mlx.optim import apply_scaled
 from nalora_mlx.packing import packed_caches
 
@@ -33,7 +33,7 @@ class ScoredLoss:
     """Summed cross entropy of a model over the scored positions of a batch, with logits for no others.
 
     Args:
-        model: the model; what of it is trainable says whether its head may be run in chunks.
+        model: the model; what of it is trainable says whether its head may be run in tiles.
         forward: token ids [B, L] -> logits [B, L, V]; the model itself if None.
     """
 
@@ -41,7 +41,7 @@ class ScoredLoss:
         self.model = model
         self.forward = forward or model
         self.head = find_head(model, forward)
-        self.chunk = max(MIN_ROWS, CHUNK_BYTES // (4 * self.head.vocabulary)) if self.head else 0
+        self.rows = ROWS
         inside = {id(m) for layer in model.layers for _, m in layer.named_modules()}
         self.head_is_frozen = not any(
             isinstance(leaf, mx.array) and name not in module._no_grad and not name.startswith("_")
@@ -49,7 +49,9 @@ class ScoredLoss:
             if id(module) not in inside
             for name, leaf in module.items()
         )
-        self.compiled: Callable[..., mx.array] = partial(mx.compile, inputs=model.state)(self.__call__)
+        self.evaluate: Callable[..., mx.array] = partial(mx.compile, inputs=model.state)(
+            partial(self.__call__, with_gradient=False)
+        )
 
     def __call__(
         self,
@@ -58,21 +60,24 @@ class ScoredLoss:
         targets: mx.array,
         weights: mx.array,
         segments: mx.array | None = None,
+        with_gradient: bool = True,
     ) -> mx.array:
         """Sum w * cross entropy; inputs [B, L], and per scored position [S]: its row in [B L], target, weight.
 
-        `segments` [B, L] says which of the rows packed into a sequence an input belongs to.
+        `segments` [B, L] says which of the rows packed into a sequence an input belongs to. `evaluate` is the same,
+        compiled, for where no gradient is asked for.
         """
         arguments = {} if segments is None else {"cache": packed_caches(self.model, segments)}
         if self.head is None:
             logits = self.forward(inputs, **arguments)  # [B, L, V]
             return cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[rows], targets, weights)
         hidden = self.head.hidden(inputs, **arguments)  # [B, L, D]
-        hidden = hidden.reshape(-1, hidden.shape[-1])[rows]  # [S, D]
-        if not self.head_is_frozen:
+        hidden = gather_rows(hidden.reshape(-1, hidden.shape[-1]), rows, weights)  # [S, D]
+        if not self.head_is_frozen or self.head.projection is None:
             return cross_entropy_sum(self.head.logits(hidden), targets, weights)
-        head, training = self.head.logits, self.model.training
-        return chunked_cross_entropy_sum(head, hidden, targets, weights, self.chunk, training)
+        return tiled_cross_entropy_sum(
+            self.head.part, self.head.vocabulary, hidden, targets, weights, self.rows, with_gradient
+        )
 
 
 class TrainingStep:

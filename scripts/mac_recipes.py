@@ -8,6 +8,7 @@ grows with the width, and is carried over to the whole one, and to bfloat16 by a
 with the planner's own on a whole model; --check says whether the page is up to date, by the smallest model.
 """
 
+import argparse
 import gc
 import importlib
 import re
@@ -27,7 +28,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from nalora_mlx.adapters import adapt  # noqa: E402
 from nalora_mlx.config import NALoRAConfig, TrainingConfig  # noqa: E402
-from nalora_mlx.losses import CHUNK_BYTES  # noqa: E402
+from nalora_mlx.losses import TILE_BYTES  # noqa: E402
 from nalora_mlx.planner import Peak, Planner, Size  # noqa: E402
 from nalora_mlx.run import recomputed_layers  # noqa: E402
 from nalora_mlx.step import TrainingStep  # noqa: E402
@@ -41,7 +42,7 @@ MARGIN = 0.9  # of that: a calculation is none of a Mac's own trials
 LENGTH, ROWS, ADAPTED = 1024, 4, 16  # of the recipes: tokens in a row, most rows in a batch, adapted layers
 HALF = 0.6  # of what float32 needs for a row: bfloat16 halves most of it, and some is float32 in any case
 PART = 8  # of the width: what is measured is an eighth as wide
-HEAD = 14 * CHUNK_BYTES  # what the head makes; it does not grow with the model
+HEAD = 18 * TILE_BYTES  # what the head makes; it does not grow with the model
 TOLERANCE = 0.1  # of --check, for another version of mlx may need a little more or less
 
 
@@ -177,12 +178,17 @@ def verify() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write docs/memory.md anew, which takes some minutes.")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    only.add_argument("--verify", action="store_true", help="only hold the calculation against whole models")
+    args = parser.parse_args()
     mx.set_default_device(mx.cpu)
-    if "--verify" in sys.argv:
+    if args.verify:
         verify()
         sys.exit()
     text = PAGE.read_text()
-    if "--check" in sys.argv:
+    if args.check:
         written = PLACE.search(text)[0]  # type: ignore[index]
         row = re.search(r"\| (Qwen3-0.6B \| bfloat16 .*) \|\n", written)[1]  # type: ignore[index]
         now = recipe("Qwen3-0.6B", 16, int(MARGIN * MACS[16])) or ""

@@ -175,18 +175,18 @@ def test_the_parts_are_found_again(parts, rows, length):
 
 
 def test_the_head_shrinks_with_the_tokens():
-    """A chunk of logits keeps its share of a batch in every trial, and is the same as ever afterwards."""
+    """A tile of logits keeps its share of a batch in every trial, and is the same as ever afterwards."""
     step = TrainingStep(model(), optim.Adam(1e-3), NALoRAConfig(), compiled=False)
-    loss, before, seen = step.loss, step.loss.chunk, []
+    loss, before, seen = step.loss, step.loss.rows, []
 
     class Listening(type(loss)):
         def __call__(self, inputs, *rest):
-            seen.append((inputs.size, self.chunk))
+            seen.append((inputs.size, self.rows))
             return super().__call__(inputs, *rest)
 
     loss.__class__ = Listening
     Planner(step).peak(Size(8, 256, 1024))
-    assert loss.chunk == before > 64
+    assert loss.rows == before > 64
     assert seen == [(tokens, round(before * tokens / 2048)) for tokens, _ in seen]
     assert sum(tokens for tokens, _ in seen) < 1.5 * 2048
 
@@ -307,4 +307,4 @@ def test_no_bound_by_shapes_is_below_the_peak_of_experts():
     adapt(built, NALoRAConfig(num_layers=-1))
     size = Size(8, 256, 64)
     found = plan(built, size, TrainingConfig(), optim.Adam(1e-3), 2**40)
-    assert found.needed < planner.at_most(built, size) - 16 * planner.CHUNK_BYTES
+    assert found.needed < planner.at_most(built, size) - 16 * planner.TILE_BYTES

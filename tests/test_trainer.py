@@ -19,7 +19,7 @@ from nalora_mlx.evaluation import evaluate
 from nalora_mlx.forward import recomputed
 from nalora_mlx.step import TrainingStep
 from nalora_mlx.trainer import train
-from tests.conftest import build_examples, build_model, random_adapters
+from tests.conftest import VOCABULARY, build_examples, build_model, random_adapters
 from tests.test_importance import reference as importance_reference
 
 OFF = {"mask": "off", "step_scaling": False}
@@ -462,22 +462,26 @@ def test_an_adapted_head_gets_its_gradient():
         assert np.abs(moved - np.array(want[name])).max() < 1e-5 * np.abs(np.array(want[name])).max(), name
 
 
-def test_no_more_logits_than_a_chunk(monkeypatch):
-    """The head is run on scored positions only, so many at a time."""
-    from nalora_mlx import step as step_room
+def test_no_more_logits_than_a_tile(monkeypatch):
+    """The head is run on scored positions only, so many at a time, and on so many entries of the vocabulary."""
+    from nalora_mlx import losses
 
-    monkeypatch.setattr(step_room, "CHUNK_BYTES", 4 * 64 * 64)
-    model = adapted()
-    step = TrainingStep(model, optim.SGD(1.0), compiled=False)
-    sizes = []
-    logits = step.loss.head.logits
-    monkeypatch.setattr(
-        step.loss.head, "logits", lambda hidden: sizes.append(hidden.shape[0]) or logits(hidden)
-    )
+    monkeypatch.setattr(losses, "COLUMNS", 7)
+    step = TrainingStep(adapted(), optim.SGD(1.0), compiled=False)
+    step.loss.rows = 16
+    shapes, part = [], step.loss.head.part
+
+    def listening(hidden, which):
+        shapes.append(part(hidden, which).shape)
+        return part(hidden, which)
+
+    monkeypatch.setattr(step.loss.head, "part", listening)
     batch = next(batching.training_batches(build_examples(40, low=30, high=40), 8, 0))
     step(batch, batch.tokens, None, True)
-    assert max(sizes) == 64
-    assert batch.tokens <= sum(sizes) < 1.2 * batch.tokens
+    assert max(rows for rows, _ in shapes) == 16
+    assert {columns for _, columns in shapes} == {7, VOCABULARY % 7, 16, shapes[-1][1]}
+    scored = sum(rows for rows, columns in shapes if columns == VOCABULARY % 7)
+    assert 2 * batch.tokens <= scored < 1.3 * 2 * batch.tokens  # each tile and its gradient
 
 
 # --- the run as a whole -------------------------------------------------------------------------------------
