@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import sys
+from functools import partial
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
         mock.patch.object(
             peer, "ModelProvider", _one_model(peer.ModelProvider, given, f"http://{host}:{port}/v1")
         ),
+        mock.patch.object(peer, "scan_cache_dir", partial(_downloaded, given["model"])),
     ):
         peer.main()
     if stopped_by:
@@ -125,6 +127,18 @@ def _one_model(provider: type, given: dict[str, Any], address: str) -> type:
             return super().load("default_model", None, "default_model")
 
     return OneModel
+
+
+def _downloaded(name: str) -> argparse.Namespace:
+    """What the Hub's cache holds of the model that is served; mlx-lm lists the whole cache, and fails without one."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        repos = frozenset()
+    return argparse.Namespace(repos=[repo for repo in repos if repo.repo_id == name])
 
 
 def _check_json(text: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import re
 import signal
 import socket
@@ -47,11 +48,14 @@ def ask(port, path, body=None):
 
 
 @pytest.fixture(scope="module")
-def server(model_directory, adapter):
+def server(model_directory, adapter, tmp_path_factory):
     port = free_port()
     flags = ["--model", model_directory, "--adapter-path", adapter, "--port", port, "--max-tokens", 8]
     process = subprocess.Popen(
-        [sys.executable, "-m", "nalora_mlx.serve", *map(str, flags)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "nalora_mlx.serve", *map(str, flags)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path_factory.mktemp("hub") / "none")},
     )
     deadline = time.monotonic() + 60
     while True:
@@ -74,6 +78,12 @@ def test_every_request_is_answered_by_the_model_and_its_adapter(server, model_di
     base, _ = load(str(model_directory))
     assert answer.strip() == answers(tuned, tokenizer, [QUESTION])[0].strip()
     assert answer.strip() != answers(base, tokenizer, [QUESTION])[0].strip()
+
+
+def test_the_model_is_listed_and_no_other(server, model_directory):
+    """mlx-lm lists the whole cache of the Hub, and fails where there is none."""
+    models = json.loads(ask(server[0], "/v1/models"))["data"]
+    assert [model["id"] for model in models] == [str(Path(model_directory).resolve())]
 
 
 def test_answers_stream(server):
