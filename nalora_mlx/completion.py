@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.cli import COMMANDS, Parser, add_common, command
-from nalora_mlx.errors import InputError
 
 # Where each shell looks for the script when it starts.
 PLACES = {
@@ -29,10 +28,8 @@ def build_parser(prog: str) -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Print the script."""
-    try:
-        import shtab
-    except ImportError:
-        raise InputError("this needs shtab; pip install 'nalora-mlx[completion]'") from None
+    import shtab
+
     print(shtab.complete(_whole_parser(shtab.FILE), args.shell))
 
 

@@ -36,7 +36,6 @@ EXTRAS = {
     "report": "nalora report",
     "tensorboard": "--report-to tensorboard",
     "vlm": "models that see",
-    "completion": "nalora completion",
     "notebook": "examples/finetune.ipynb",
 }
 
@@ -324,7 +323,7 @@ def _disk(page: "Page", model: "nn.Module | None", config: RunConfig) -> None:
         if shortage is not None:
             page.finding(shortage)
             return
-        where += f"; {saves} checkpoints of {(2 * adapter + state) / 1e6:.0f} MB fit"
+        where += f"; {saves} checkpoint{'s' * (saves > 1)} of {(2 * adapter + state) / 1e6:.0f} MB fit"
     elif free < LITTLE_DISK:
         page.finding(f"{where}; make room, or choose another --adapter-path")
         return

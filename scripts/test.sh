@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 # shellcheck source=scripts/get_model.sh
 . scripts/get_model.sh
-prepare dev,export,kquants,interop,vlm,report,tensorboard,browser,completion,notebook
+prepare dev,export,kquants,interop,vlm,report,tensorboard,browser,notebook
 find_test_programs
 
 # The tests of PEFT run PyTorch. On Linux the wheel of PyPI brings several GB of CUDA, so that the CPU build is taken:

@@ -216,7 +216,7 @@ def test_every_command_of_a_page_runs(page, desk):
     reader = Reader()
     for line in lines(page):
         if "nalora" in line and why_not_run(line) is None:
-            for package in ("gguf", "xllamacpp", "matplotlib", "plotly", "shtab"):
+            for package in ("gguf", "xllamacpp", "matplotlib", "plotly"):
                 pytest.importorskip(package, reason=f"the extras are not installed ({package})")
         if why_not_run(line) is None:
             reader.do(line)
