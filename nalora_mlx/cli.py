@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from nalora_mlx import __version__
 from nalora_mlx.errors import InputError, RunError
 from nalora_mlx.signals import SIGNALS, Stopped
+from nalora_mlx.strict import did_you_mean
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -42,8 +43,20 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
+        """Print one line, with the flag that may be meant, and exit with status 2."""
+        if message.startswith("unrecognized arguments:"):
+            flags = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+            message += next(filter(None, (did_you_mean(flag, _flags(self)) for flag in flags)), "")
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    """All flags of a parser and of those below it."""
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags += [flag for below in action.choices.values() for flag in _flags(below)]
+    return flags
 
 
 def execute(

@@ -218,17 +218,20 @@ class Display:
             self._start(event["iterations"], event["done"])
         elif kind == "step" and self.progress is not None:
             self.progress.update(self.training, completed=event["step"])
-        elif kind == "validating" and self.progress is not None:
-            done = event["batch"] == event["batches"]
-            self.progress.update(
-                self.validation, completed=event["batch"], total=event["batches"], visible=not done
-            )
+        elif kind == "validating":
+            self._validating(event["batch"], event["batches"])
         elif kind == "metrics":
             self._metrics(event)
         elif kind == "notice":
             self.note(f"note: {event['text']}")
         elif kind == "saved":
             self.note(f"iteration {event['step']}: saved to {event['path']}")
+
+    def _validating(self, batch: int, batches: int) -> None:
+        if self.progress is not None:
+            self.progress.update(self.validation, completed=batch, total=batches, visible=batch < batches)
+        elif batch == 1 < batches and self.last_valid is None:  # nothing else is said until it is done
+            self.note(f"validating the model as it is, {batches} batches")
 
     def _start(self, iterations: int, done: int) -> None:
         self.iterations = iterations

@@ -56,7 +56,7 @@ class Kept:
                 f"the adapter has no measurable effect on {self.positions} tokens of {len(PROMPTS)} prompts"
             )
         return (
-            f"KL divergence from base + adapter {self.loss:.2g} (the base alone: {self.effect:.2g}), same first "
+            f"KL divergence from base with adapter: {self.loss:.2g} (the base alone: {self.effect:.2g}), same first "
             f"choice {self.agreement:.1%} (the base alone: {self.base_agreement:.1%}), over {self.positions} tokens"
         )
 

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.dequantize:
         _check_layers(model, args.bits)
     model.eval()
-    print("merging, and comparing what the model answers before and after", flush=True)
+    print("merging, and comparing answers before and after, which may take a minute", flush=True)
     adapted = any("lora_a" in module for _, module in model.named_modules())
     reference = take_reference(model, tokenizer) if adapted else None
     merged = fuse_model(model, None if args.bits == "same" else int(args.bits), args.dequantize)

@@ -97,8 +97,8 @@ def local_directory(name: str) -> Path:
         return Path(_download(name))
     except Exception as error:
         raise InputError(
-            f"--model {name}: no such directory, and not loadable from the Hub: {first_line(error)}; check the name "
-            "and the network, or give a local directory"
+            f"--model {name}: no such directory, and not loadable from the Hub: "
+            f"{first_line(error).removeprefix('Got: ')}; check the name and the network, or give a local directory"
         ) from error
 
 

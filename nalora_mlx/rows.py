@@ -108,7 +108,7 @@ def load_hub(identifier: str, names: Sequence[str]) -> dict[str, list[Row]]:
         InputError: the name is neither a directory nor a dataset that can be loaded.
     """
     _check_name(identifier, "--data")
-    datasets = _import_datasets(f"--data {identifier}: no such directory")
+    datasets = _import_datasets(f"--data {identifier}: no such directory; check the path")
     try:
         loaded = datasets.load_dataset(identifier)
     except Exception as error:

@@ -14,8 +14,13 @@ from nalora_mlx.errors import InputError
 
 def nearest(name: str, known: Any) -> str:
     """Say which known name is meant, or list them: '; did you mean ...?'."""
+    return did_you_mean(name, known) or f"; known are {', '.join(sorted(known))}"
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    """Say which known name is close to a wrong one; nothing if none is."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def reject_unknown(given: Any, known: Any, where: str) -> None:

@@ -40,7 +40,7 @@ SECONDS=0
 step() { printf '\n== %s  [%d:%02d]\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 step "environment"
-prepare export
+prepare export,report
 mkdir -p demo
 questions=10
 cut=()
@@ -80,13 +80,6 @@ echo "$questions messages, some 20 seconds"
 ask demo/after.json demo/model --adapter-path demo/adapters
 echo "answered"
 
-step "merging the adapter into the weights"
-if [ ! -d demo/fused ]; then
-  run python -m nalora_mlx.fuse --model demo/model --adapter-path demo/adapters --save-path demo/fused
-fi
-ask demo/fused.json demo/fused
-echo "in demo/fused"
-
 step "what changed"
 status=0
 demands=(--enough 8)
@@ -94,9 +87,18 @@ if [ "${NALORA_DEMO_SMALL:-}" = 1 ]; then
   echo "This is the smaller cut: the validation loss above shows that it learns, but it is too short for the whole format."
   demands=()
 fi
+run python scripts/demo_questions.py compare --example $EXAMPLE ${demands[@]+"${demands[@]}"} demo/before.json demo/after.json || status=$?
+
+step "merging the adapter into the weights"
+if [ ! -d demo/fused ]; then
+  run python -m nalora_mlx.fuse --model demo/model --adapter-path demo/adapters --save-path demo/fused
+fi
+ask demo/fused.json demo/fused
 # Merged 16-bit weights are rounded once more, which may change a word; in 32 bits the answers are the same.
-if [ "$MLX_EXTRA" = cpu ]; then demands+=(--exact); fi
-run python scripts/demo_questions.py compare --example $EXAMPLE ${demands[@]+"${demands[@]}"} demo/before.json demo/after.json demo/fused.json || status=$?
+exact=()
+if [ "$MLX_EXTRA" = cpu ]; then exact=(--exact); fi
+run python scripts/demo_questions.py same ${exact[@]+"${exact[@]}"} demo/after.json demo/fused.json || status=$?
+echo "in demo/fused"
 
 step "one turn of chat with the merged model"
 printf '> %s\n' "$QUESTION"
@@ -118,6 +120,7 @@ demo/model-f16.gguf   the same for llama.cpp
 Try next:
   bash scripts/environment.sh nalora chat --model demo/fused
   bash scripts/environment.sh nalora chat --model demo/model --adapter-path demo/adapters
+  bash scripts/environment.sh nalora report demo/adapters
   bash scripts/environment.sh nalora lora --help
   bash scripts/demo.sh --fresh         after a change to examples/bakery, which is a good place to start your own
 NEXT

@@ -331,7 +331,11 @@ def test_bad_input_is_one_line(model_directory, data_directory, tmp_path):
         "train.jsonl:1",
         "raise --max-seq-length",
     )
-    refused([*lora, *model, *data, "--itres", "3"], "unrecognized arguments: --itres 3", "--help")
+    refused(
+        [*lora, *model, *data, "--itres", "3"],
+        "unrecognized arguments: --itres 3; did you mean '--iters'?",
+        "--help",
+    )
     refused([*lora, *model, *data, "--keys", "mlp.gate"], "did you mean 'mlp.gate_proj'")
     refused(["nalora_mlx.lora", *model, *data], "nothing to do; give --train")
     refused(

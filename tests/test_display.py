@@ -39,9 +39,9 @@ def validation(step, loss, best):
 
 EVENTS = [
     START,
-    validation(0, 3.0, None),
     {"event": "validating", "batch": 1, "batches": 2},
     {"event": "validating", "batch": 2, "batches": 2},
+    validation(0, 3.0, None),
     {"event": "step", "step": 1, "iterations": 100},
     report(10, 2.5),
     validation(10, 2.25, 2.25),
@@ -51,6 +51,7 @@ EVENTS = [
     {"event": "notice", "text": "[bold] is no markup"},
 ]
 LINES = """\
+validating the model as it is, 2 batches
 iteration   0: validation loss 3.0000, 2.0 s
 iteration  10: loss 2.5000, lr 1.00e-05, 0.50 it/s, 1234 tokens/s, 400 tokens, peak 3.20 of 16.0 GB, \
 misalignment 0.200, 10% done, 0:03:00 left

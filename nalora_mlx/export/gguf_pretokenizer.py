@@ -103,7 +103,8 @@ def name_cuts(path: Path, tokenizer: dict[str, Any], tag: str | None) -> tuple[s
         return tag, [*notes, f"the way of cutting text is taken from gguf_tokenizer_pre: {tag}"]
     if tag and tag != row.name and tag not in SAME.get(row.name, ()):
         notes.append(
-            f"tokenizer.json, so mlx-lm, cuts text as {row.name}, not as gguf_tokenizer_pre says ({tag})"
+            f"text is cut into words as tokenizer.json does it ({row.name}), as in mlx-lm; gguf_tokenizer_pre, which "
+            f"says {tag}, is left aside; nothing to do"
         )
     return row.name, notes + [row.note] * bool(row.note)
 
