@@ -159,9 +159,8 @@ def gather_rows(array: mx.array, rows: mx.array, weights: mx.array) -> mx.array:
     def _(arrays, d, _output):
         array, rows, weights = arrays
         count = array.shape[0]
-        where = mx.full(
-            (count + 1,), d.shape[0], dtype=mx.int32
-        )  # which of d a row has; that beyond its end is 0
+        # Which of d each row has; beyond its end there is a row of zeros, for those that have none.
+        where = mx.full((count + 1,), d.shape[0], dtype=mx.int32)
         where[mx.where(weights > 0, rows, count)] = mx.arange(d.shape[0])
         padded = mx.concatenate([d, mx.zeros((1, d.shape[1]), d.dtype)])
         return padded[where[:count]], mx.zeros_like(rows), mx.zeros_like(weights)
