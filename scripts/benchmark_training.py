@@ -251,6 +251,9 @@ def measure(args: argparse.Namespace, trainer: str, seed: int) -> dict[str, Any]
         "ms_per_token": 1e3 * seconds / tokens,
         "seconds_per_step": seconds / args.iters,
         "tokens": tokens,
+        "reports": [
+            [round(at - clock.times[0], 3), t] for at, t in zip(clock.times, clock.tokens, strict=True)
+        ],
         "process_peak_gb": process_peak_gb(),
         "memory": clock.memory,
         **found,

@@ -1,9 +1,11 @@
-"""Two workers under mlx.launch against one process with the same global batches.
+"""Two workers, through ring and MPI, against one process with the same global batches.
 
-Run as a program by mlx.launch, this file trains the cases below and leaves each worker's results in a directory.
+Run as a program by both, this file trains the cases below and leaves each worker's results in a directory.
 """
 
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -94,27 +96,50 @@ def main(directory: Path) -> None:
     (directory / f"refusal-{rank}").write_text(refusal)
 
 
-def launch(*command, **options):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--backend", "ring", "-p", str(port)]
-    return subprocess.run([*start, "--", sys.executable, *command], capture_output=True, text=True, **options)
+def launch(backend, *command, **options):
+    """Run a Python command in two workers. mpirun itself for MPI: mlx.launch wants one of Open MPI 5."""
+    if backend == "mpi":
+        start = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2"]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--backend", backend]
+        start += ["-p", str(port), "--"]
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = {"MLX_MPI_LIBNAME": "libmpi.so.40"} | as_root if sys.platform == "linux" else {}
+    return subprocess.run(
+        [*start, sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        **options,
+    )
 
 
-@pytest.fixture(scope="module")
-def two_workers(tmp_path_factory):
+@pytest.fixture(scope="module", params=["ring", "mpi"])
+def two_workers(request, tmp_path_factory):
     """The directory that two workers have left their results in."""
+    backend = request.param
+    if backend == "mpi" and shutil.which("mpirun") is None:
+        pytest.skip("there is no mpirun here")
     try:
         probe = "import mlx.core as mx; assert mx.distributed.all_sum(mx.ones(1)).item() == 2; print('both')"
-        done = launch("-c", probe, timeout=60)
+        done = launch(backend, "-c", probe, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"mlx.launch cannot start two workers with the ring backend here: {error}")
+        pytest.skip(f"two workers cannot be started with the {backend} backend here: {error}")
     if done.stdout.count("both") != 2:
-        pytest.skip(f"the ring backend does not start here: {(done.stderr or done.stdout).strip()[-200:]}")
-    directory = tmp_path_factory.mktemp("workers")
+        pytest.skip(
+            f"the {backend} backend does not start here: {(done.stderr or done.stdout).strip()[-200:]}"
+        )
+    directory = tmp_path_factory.mktemp(backend)
     done = launch(
-        "-m", "tests.test_distributed", str(directory), timeout=300, cwd=Path(__file__).parent.parent
+        backend,
+        "-m",
+        "tests.test_distributed",
+        str(directory),
+        timeout=300,
+        cwd=Path(__file__).parent.parent,
     )
     assert (directory / "refusal-1").exists(), done.stdout + done.stderr
     return directory

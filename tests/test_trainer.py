@@ -608,3 +608,35 @@ def test_importance_of_experts_counts_tokens_by_routing(length):
                 np.array(state["importance"][expert]) / (1 - 0.9), want, rtol=2e-5, atol=1e-6
             )
     assert idle > 0 or length > 7
+
+
+# --- memory between the steps -------------------------------------------------------------------------------
+
+
+def test_the_wired_limit_is_set_before_the_first_step(monkeypatch):
+    """As mlx-lm sets it: to what the device recommends, before anything runs; a CPU recommends nothing."""
+    happened = []
+    recommended = {**mx.device_info(), "max_recommended_working_set_size": 12345}
+    monkeypatch.setattr(mx, "device_info", lambda *_: recommended)
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: happened.append(size))
+    run(adapted(), build_examples(6), listeners=[lambda event: happened.append(event["event"])], iters=2)
+    assert happened[:2] == [12345, "start"]
+    assert happened.count(12345) == 1
+
+
+@pytest.mark.parametrize(("threshold", "keeps"), [(0, False), (10**12, True)])
+def test_the_cache_is_cleared_after_every_step_that_leaves_more_than_the_threshold(threshold, keeps):
+    kept = []
+    mx.clear_cache()
+    run(
+        adapted(),
+        build_examples(12),
+        listeners=[lambda event: kept.append(mx.get_cache_memory()) if event["event"] == "step" else None],
+        clear_cache_threshold=threshold,
+    )
+    mx.clear_cache()
+    assert len(kept) == 8
+    if keeps:
+        assert min(kept) > 10**5
+    else:
+        assert max(kept) < 10**4
