@@ -45,8 +45,8 @@ from nalora_mlx.losses import TILE_BYTES
 from nalora_mlx.run import recomputed_layers
 from nalora_mlx.step import TrainingStep
 
-ENOUGH = 128  # tokens of the smallest trial, if the run's batches have so many
-LEAST = 8  # times the trainable parameters that a trial must need beside what is there
+ENOUGH = 512  # tokens of the smallest trial, if the run's batches have twice as many
+MARGIN = 1.1  # how much more than an update alone the smallest trial must need beside what is there
 FAR = 4  # times the length that was measured: beyond it nothing is said
 MOST = 2**20  # rows, or tokens: as good as without limit
 RAM_SHARE = 0.8  # of a machine without a recommended working set
@@ -138,39 +138,48 @@ class Planner:
 
     def __init__(self, step: TrainingStep, layers: Sequence[nn.Module] = (), accumulating: bool = False):
         self.step, self.layers, self.accumulating = step, list(layers), accumulating
+        self.kept = 0  # bytes that are there for no other reason than to be put back
 
     def peak(self, size: Size) -> Peak:
         """Find the peak's parts for batches of about this size."""
         with self._untouched():
-            trials = _trials(size)
-            largest = self._measure(trials[-1], size)
-            # Where gradients outweigh activations, the peak is elsewhere than in a large batch.
-            needed = mx.get_active_memory() + LEAST * _nbytes(self.step.model.trainable_parameters())
-            while largest < needed and 4 * trials[0].rows <= size.rows:
+            there = mx.get_active_memory()
+            update = self._measure(size.with_shape(1, PAD_TO), size, update=True)
+            enough = there + MARGIN * (update - there)  # below it, what a step peaks at may be its update
+            trials, updates = _trials(size), not self.accumulating
+            smallest = self._measure(trials[0], size, updates)
+            while smallest < enough and 4 * trials[0].rows <= size.rows:
                 trials = [trial.with_shape(2 * trial.rows, trial.length) for trial in trials]
-                largest = self._measure(trials[-1], size)
-            peaks = [*(self._measure(trial, size) for trial in trials[:-1]), largest]
-            # Last, because the arrays from before it are kept until the end.
-            update = self._measure(size.with_shape(1, trials[0].length), size, update=True)
+                smallest = self._measure(trials[0], size, updates)
+            if (
+                updates and smallest < enough
+            ):  # without its update a step peaks at activations, if a little higher
+                updates = False
+                smallest = self._measure(trials[0], size, updates)
+            peaks = [smallest, *(self._measure(trial, size, updates) for trial in trials[1:])]
         base, per_token, per_square = _solved(trials, peaks)
         if self.accumulating:
             base += _nbytes(self.step.model.trainable_parameters())
         return Peak(base, per_token, per_square, update)
 
-    def _measure(self, trial: Size, real: Size, update: bool = False) -> int:
+    def _measure(self, trial: Size, real: Size, update: bool) -> int:
         """Peak memory of a step of a trial, in bytes: of the larger of two, as the first is held up by compiling."""
-        loss = self.step.loss
+        step, loss, peaks = self.step, self.step.loss, []
         rows, loss.rows = loss.rows, max(1, round(loss.rows * min(1, trial.tokens / real.tokens)))
         try:
-            mx.synchronize()
-            mx.clear_cache()
-            mx.reset_peak_memory()
             with recomputed(self.layers) if self.layers else nullcontext():
                 for _ in range(2):
-                    total, carry = self.step(_trial(trial), trial.scored, None, update, diagnose=True)
-                    mx.eval(self.step.state, total, carry)
+                    mx.synchronize()
+                    mx.clear_cache()
+                    mx.reset_peak_memory()
+                    total, carry = step(_trial(trial), trial.scored, None, update, diagnose=True)
+                    mx.eval(step.state, total, carry)
                     del total, carry
-            return mx.get_peak_memory()
+                    peaks.append(mx.get_peak_memory() - self.kept)
+                    if update:  # what it replaces is kept until the end, which no run does
+                        changed = [step.model.trainable_parameters(), step.optimizer.state, step.importance]
+                        self.kept = _nbytes(changed)
+            return max(peaks)
         finally:
             loss.rows = rows
 
@@ -185,6 +194,7 @@ class Planner:
         finally:
             _put_back(state, before)
             model.train(training)
+            self.kept = 0
             mx.clear_cache()
             mx.reset_peak_memory()
 
