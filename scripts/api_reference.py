@@ -38,7 +38,8 @@ MORE = {
     "nalora_mlx.progress": ("TrainResult",),
     "nalora_mlx.evaluation": ("evaluate",),
     "nalora_mlx.batches": ("evaluation_batches",),
-    "nalora_mlx.planner": ("plan", "Plan", "heaviest", "Size", "default_budget"),
+    "nalora_mlx.planner": ("plan", "Plan", "heaviest", "default_budget"),
+    "nalora_mlx.peak": ("Size", "Peak"),
     "nalora_mlx.activations": ("Activation",),
 }
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")

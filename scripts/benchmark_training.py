@@ -14,6 +14,7 @@ of the last 16 layers get an adapter of rank 8, as both do by default. Raw resul
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -81,6 +82,8 @@ def main() -> int:
         return 0
     if args.iters % args.report or args.warmup % args.report:
         parser.error("--iters and --warmup must be multiples of --report")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     results: list[dict[str, Any]] = []
     for changes in changed(args):
         given = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()]
@@ -285,8 +288,6 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
     mx.random.seed(0)
     if args.model in SHAPES:
-        import importlib
-
         settings = random_shape(args)
         module = importlib.import_module(f"mlx_lm.models.{settings['model_type']}")
         model = module.Model(module.ModelArgs.from_dict(settings))

@@ -211,7 +211,8 @@ def predict(setup: dict[str, Any]) -> dict[str, Any]:
 
     from nalora_mlx.adapters import report_of
     from nalora_mlx.config import PLAIN_LORA
-    from nalora_mlx.planner import Planner, heaviest
+    from nalora_mlx.peak import Planner
+    from nalora_mlx.planner import heaviest
     from nalora_mlx.run import recomputed_layers
     from nalora_mlx.step import TrainingStep
 

@@ -29,7 +29,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from nalora_mlx.adapters import adapt  # noqa: E402
 from nalora_mlx.config import NALoRAConfig, TrainingConfig  # noqa: E402
 from nalora_mlx.losses import TILE_BYTES  # noqa: E402
-from nalora_mlx.planner import Peak, Planner, Size  # noqa: E402
+from nalora_mlx.peak import Peak, Planner, Size  # noqa: E402
 from nalora_mlx.run import recomputed_layers  # noqa: E402
 from nalora_mlx.step import TrainingStep  # noqa: E402
 

@@ -52,7 +52,7 @@ FLOORS = [
     ["modules", "targets"],
     ["adapters"],
     ["step", "export", "identity"],
-    ["evaluation", "resume"],
+    ["evaluation", "peak", "resume"],
     ["run_directory"],
     ["run"],
     ["planner", "trainer"],

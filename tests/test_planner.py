@@ -19,18 +19,8 @@ from nalora_mlx.config import NALoRAConfig, RunConfig, TrainingConfig
 from nalora_mlx.data import Example
 from nalora_mlx.distributed import Workers
 from nalora_mlx.errors import InputError
-from nalora_mlx.planner import (
-    Peak,
-    Plan,
-    Planner,
-    Size,
-    _solved,
-    _trials,
-    advice,
-    at_most,
-    heaviest,
-    plan,
-)
+from nalora_mlx.peak import Peak, Planner, Size, _solved, _trials
+from nalora_mlx.planner import Plan, advice, at_most, heaviest, plan
 from nalora_mlx.run import recomputed_layers
 from nalora_mlx.step import TrainingStep
 from nalora_mlx.trainer import train
