@@ -1,6 +1,7 @@
 """Tiny random models, a tiny tokenizer, and rows of data that all tests share."""
 
 import json
+import signal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +14,10 @@ from nalora_mlx.data import Example
 
 # Everywhere the same arithmetic: the tolerances are those of float32 on a CPU, on a Mac as well.
 mx.set_default_device(mx.cpu)
+
+# A suite that is started with nohup, or in the background, ignores these, and so would the programs that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 VOCABULARY = 64
 CHAT_TEMPLATE = (
