@@ -193,8 +193,8 @@ def _adapt_gated(
         gated = kind(match, layout, activation, projections, report.config)
         if not gated.step_factors(mx.ones(gated.shape)):
             raise ValueError(f"no adapter is on its {' or '.join(report.config.branches)} projection")
-        _match_precision(match, gated, dtype)
         gated.prepare(dtype, report.config.rank)
+        _match_precision(match, gated, dtype)
     except ValueError as error:
         report.skipped.append(Skipped(match.path, f"stays plain LoRA: {error}"))
         return

@@ -2,6 +2,7 @@
 
 import importlib
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nalora_mlx.kernels.fused import HALVES, Variant
 from nalora_mlx.kernels.gated_residual import gated_residual
 from nalora_mlx.kernels.low_rank import LowRank
 
+from .conftest import build_model
 from .truth import FAMILIES, TRUTH
 
 PHI = {name: (row, TRUTH[name][0], lambda u: u) for name, row in ACTIVATIONS.items()} | FAMILIES
@@ -414,6 +416,19 @@ def test_a_kernel_is_used_only_where_it_was_found_right(on_metal):
     assert backend.backend_for(variant, projections) == "metal"
     backend.refused.add("metal")
     assert backend.backend_for(variant, projections) == "reference"
+
+
+def test_every_kernel_is_checked_before_a_model_wants_it(on_metal, monkeypatch):
+    for name in ("backend", "checked", "refused"):
+        monkeypatch.setattr(selfcheck, name, getattr(backend, name))
+    monkeypatch.setattr(selfcheck, "fault", lambda kind: None)
+    operation = importlib.import_module("nalora_mlx.kernels.gated_residual")
+    monkeypatch.setattr(operation, "by_kernel", lambda _, *rest: operation.by_reference(*rest))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(build_model(), NALoRAConfig(rank=4, num_layers=-1))
+    assert backend.checked
+    assert not backend.unchecked
 
 
 def test_which_kernel_runs_an_operation():
