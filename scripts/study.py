@@ -22,23 +22,21 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from study_methods import METHODS, Method, controlled, fit
 from study_models import LENGTH, rows_of, sources
 from study_tasks import FORGETTING, FROM_FILES, GENERATED, SPLITS, Task, score, tokenized
 
-from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, importance, step, train
+from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, train
 from nalora_mlx.adapters import adapt_dora
 from nalora_mlx.heads import find_head
 
@@ -49,110 +47,6 @@ TEXT_ROWS = 8  # of LENGTH tokens, on which forgetting is measured
 BATCH = 8
 EVALUATIONS = 4
 WATCHED = 8  # validation batches of those evaluations; at the end all rows count
-
-
-# --- methods ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is trained: NA settings, what a control makes of the multipliers, and what a peer does otherwise."""
-
-    na: tuple[tuple[str, Any], ...] = (("mask", "off"), ("step_scaling", False))
-    control: str | None = None
-    dora: bool = False
-    scale: Callable[[int], float] = lambda rank: 1.0  # of the update, relative to alpha / rank
-    b_rate: float = 1.0  # learning rate of lora_b, relative to that of lora_a
-
-
-def na(control: str | None = None, **settings: Any) -> Method:
-    """NA-LoRA with settings other than the defaults of `base`."""
-    return Method(tuple(sorted(settings.items())), control)
-
-
-BASE: dict[str, Any] = {"mask": "soft", "statistic": "derivative", "step_scaling": False, "preserve": "rms"}
-PAPER = {**BASE, "step_scaling": True}
-
-METHODS: dict[str, Method] = {
-    "lora": Method(),
-    "na-lora": na(),  # the defaults of config.py
-    # which parts of it
-    "soft": na(**BASE),
-    "soft+scaling": na(**PAPER),
-    "scaling": na(**{**PAPER, "mask": "off"}),
-    "sensitivity": na(**{**BASE, "statistic": "sensitivity"}),
-    "hard": na(**{**BASE, "mask": "hard"}),
-    "hard-sensitivity": na(**{**BASE, "mask": "hard", "statistic": "sensitivity"}),
-    "soft-mean": na(**{**BASE, "preserve": "mean"}),
-    "soft-function": na(**{**BASE, "preserve": "function"}),
-    "soft-none": na(**{**BASE, "preserve": "none"}),
-    "sensitivity-mean": na(**{**BASE, "statistic": "sensitivity", "preserve": "mean"}),
-    "gate+up": na(**{**BASE, "branches": ("gate", "up")}),
-    "sensitivity-gate+up": na(**{**BASE, "statistic": "sensitivity", "branches": ("gate", "up")}),
-    "route": na(**{**BASE, "route": True}),
-    "beta-0": na(**{**BASE, "beta": 0.0}),
-    "beta-0.99": na(**{**BASE, "beta": 0.99}),
-    "refresh-20": na(**{**BASE, "mask_every": 20}),
-    "hard-0.25": na(**{**BASE, "mask": "hard", "keep_fraction": 0.25}),
-    "hard-0.75": na(**{**BASE, "mask": "hard", "keep_fraction": 0.75}),
-    "first-half": na(control="first-half", **BASE),
-    "last-half": na(control="last-half", **BASE),
-    # controls: the same multipliers, given to other channels, or to none
-    "random": na(control="random", **BASE),
-    "inverse": na(control="inverse", **BASE),
-    "observed": na(control="x1", **BASE),  # plain LoRA whose misalignment is measured
-    # LoRA whose gate step is constant: as large as that of "soft" in the mean, of "soft-mean" in RMS
-    "matched-mean": na(control="mean", **BASE),
-    "matched-rms": na(control="rms", **{**BASE, "preserve": "mean"}),
-    # how much there is to win or lose: no steps of the gate, larger ones
-    "gate-x0": na(control="x0", **BASE),
-    "gate-x2": na(control="x2", **BASE),
-    "gate-x4": na(control="x4", **BASE),
-    # peers
-    "rslora": Method(scale=lambda rank: math.sqrt(rank)),
-    "lora+": Method(b_rate=16.0),
-    "dora": Method(dora=True),
-}
-
-
-@contextmanager
-def controlled(control: str | None, seed: int) -> Iterator[None]:
-    """Change what the multipliers of the channels' steps are, or in which layers they act."""
-    if control is None:
-        yield
-        return
-    if control.endswith("-half"):
-        find = step.gated_mlps
-
-        def half(model: nn.Module) -> list[Any]:
-            found = list(find(model))
-            middle = len(found) // 2
-            return found[:middle] if control == "first-half" else found[middle:]
-
-        with patch.object(step, "gated_mlps", half):
-            yield
-        return
-    multiplier = importance.multiplier
-
-    def changed(state: Any, parameters: Any) -> mx.array:
-        return _changed(multiplier(state, parameters), control, seed)
-
-    with patch.object(importance, "multiplier", changed):
-        yield
-
-
-def _changed(q: mx.array, control: str, seed: int) -> mx.array:
-    """The multipliers q [..., F] of a control."""
-    if control == "random":  # the same channels in every step
-        return q[..., mx.array(np.random.default_rng(seed).permutation(q.shape[-1]))]
-    if control == "inverse":  # what the k-th largest had goes to the k-th smallest
-        order = mx.argsort(q, axis=-1)
-        return mx.put_along_axis(q, order, mx.sort(q, axis=-1)[..., ::-1], axis=-1)
-    if control.startswith("x"):
-        return float(control[1:]) * mx.ones_like(q)
-    square = control == "rms"
-    size = mx.mean(mx.square(q) if square else q, axis=-1, keepdims=True)
-    return mx.broadcast_to(mx.sqrt(size) if square else size, q.shape)
 
 
 # --- one run ------------------------------------------------------------------------------------------------
@@ -227,6 +121,8 @@ def run(setting: Setting, data: str) -> dict[str, Any]:
         rank=setting.rank, scale=2.0 * method.scale(setting.rank), num_layers=-1, **dict(method.na)
     )
     (adapt_dora if method.dora else adapt)(model, config)
+    if method.fitted:
+        fit(model, task.splits["train"], method.fitted, BATCH, setting.seed)
     head = find_head(model)
     assert head is not None
     curve: list[dict[str, Any]] = []

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import METHODS, finished, mean_losses
+from study import finished, mean_losses
+from study_methods import METHODS
 
 Record = dict[str, Any]
 BASELINE = "lora"

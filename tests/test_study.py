@@ -1,21 +1,26 @@
 """The study: controls, the search for rates, scores against generation itself, tables of known numbers."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
+from nalora_mlx import adapt
 from nalora_mlx.data import Example
 from nalora_mlx.heads import find_head
-from tests.conftest import VOCABULARY, build_model
+from tests.conftest import VOCABULARY, build_examples, build_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import study
+import study_methods
 import study_tables
 import study_tasks
 
@@ -46,14 +51,14 @@ def record(method, seed, loss, rate=1e-3, **more):
 
 
 def test_controls_keep_what_they_are_to_keep():
-    random = np.array(study._changed(Q, "random", 3))
+    random = np.array(study_methods._changed(Q, "random", 3))
     assert np.array_equal(np.sort(random), np.sort(np.array(Q)))
-    assert np.array_equal(random, np.array(study._changed(Q, "random", 3)))
-    assert not np.array_equal(random, np.array(study._changed(Q, "random", 4)))
-    inverse = np.array(study._changed(Q[:1], "inverse", 0))
+    assert np.array_equal(random, np.array(study_methods._changed(Q, "random", 3)))
+    assert not np.array_equal(random, np.array(study_methods._changed(Q, "random", 4)))
+    inverse = np.array(study_methods._changed(Q[:1], "inverse", 0))
     assert np.allclose(inverse, [[1.0, 0.1, 0.5, 2.0]])
     for control, power in (("mean", 1), ("rms", 2)):
-        matched = np.array(study._changed(Q, control, 0))
+        matched = np.array(study_methods._changed(Q, control, 0))
         assert matched.shape == Q.shape
         assert np.ptp(matched, axis=-1).max() == 0
         assert np.allclose((matched**power).mean(-1), (np.array(Q) ** power).mean(-1))
@@ -61,12 +66,12 @@ def test_controls_keep_what_they_are_to_keep():
 
 @pytest.mark.parametrize("name", ["matched-mean", "matched-rms", "gate-x2"])
 def test_a_constant_gate_step_is_none_of_loras(name):
-    method = study.METHODS[name]
+    method = study_methods.METHODS[name]
     s = mx.array([0.1, 0.2, 1.0, 0.4])
     state = {"importance": s, "updates": mx.array(1.0), "mask": s / mx.mean(s)}
     settings = study.NALoRAConfig(**dict(method.na) | {"beta": 0.0})
-    with study.controlled(method.control, 0):
-        q = np.array(study.importance.multiplier(state, settings))
+    with study_methods.controlled(method.control, 0):
+        q = np.array(study_methods.importance.multiplier(state, settings))
     assert np.ptp(q) < 1e-6
     assert abs(q[0] - 1) > 0.05
 
@@ -89,11 +94,44 @@ def test_bad_input_is_refused_before_any_run(tmp_path, capsys, monkeypatch):
 
 
 def test_a_control_ends_with_its_run():
-    before = study.importance.multiplier, study.step.gated_mlps
+    before = study_methods.importance.multiplier, study_methods.step.gated_mlps
     for control in ("random", "first-half"):
-        with study.controlled(control, 0):
-            assert (study.importance.multiplier, study.step.gated_mlps) != before
-        assert (study.importance.multiplier, study.step.gated_mlps) == before
+        with study_methods.controlled(control, 0):
+            assert (study_methods.importance.multiplier, study_methods.step.gated_mlps) != before
+        assert (study_methods.importance.multiplier, study_methods.step.gated_mlps) == before
+
+
+def test_a_fitted_lora_a_spans_what_the_gradient_spans():
+    model, examples = build_model(), build_examples(40)
+    batches = list(
+        itertools.islice(study_methods.training_batches(examples, 4, 1), study_methods.FIT_BATCHES)
+    )
+    truth = build_model()
+    loss = study_methods.ScoredLoss(truth)
+    summed = nn.value_and_grad(
+        truth, lambda: sum(loss(mx.array(b.inputs), *map(mx.array, b.scored())) for b in batches)
+    )
+    weights = dict(tree_flatten(summed()[1]))
+    inputs = mx.array([[5, 9, 2, 7]])
+    before = model(inputs)
+    adapt(model, study.NALoRAConfig(rank=3, num_layers=-1))
+    drawn = {path: m.lora_a for path, m in model.named_modules() if "lora_a" in m}
+    study_methods.fit(model, examples, study_methods.GATED, 4, 0)
+    assert mx.allclose(model(inputs), before, atol=1e-5)
+    for path, module in model.named_modules():
+        if "lora_a" not in module:
+            continue
+        a = np.array(module.lora_a)
+        if path.rsplit(".", 1)[-1] not in study_methods.GATED:
+            assert mx.array_equal(module.lora_a, drawn[path])
+            continue
+        gradient = np.array(weights[f"{path}.weight"], np.float64).T
+        best = (np.linalg.svd(gradient, compute_uv=False)[:3] ** 2).sum()
+        reached = (np.linalg.norm(np.linalg.qr(a)[0].T @ gradient) ** 2) / best
+        by_chance = (np.linalg.norm(np.linalg.qr(np.array(drawn[path]))[0].T @ gradient) ** 2) / best
+        assert reached > 0.7 > 0.4 > by_chance
+        norms = np.linalg.norm(a, axis=0)
+        assert np.allclose(norms, np.sqrt((np.array(drawn[path]) ** 2).sum(0).mean()), rtol=1e-4)
 
 
 # --- rates --------------------------------------------------------------------------------------------------
