@@ -8,9 +8,10 @@ base: weights, adapters, gradients. Per token: what the layers keep for the back
 Per square: attention scores and masks, whose number grows with the length. The three are not computed from a model's
 architecture but found on the model itself: its own step, with its own checkpointing and kernels, on this device, runs
 on few rows of half the length, on twice as many, and on few of the whole length (of one row: on parts of it), and the
-three peaks are solved for them. The tiles of the head and the scored positions shrink with the number of tokens, so
-that each part keeps its share of the peak; which one makes the peak then does not depend on the number of rows. The
-update at the end of a step does not grow with tokens; it is measured by itself.
+three peaks are solved for them. If the batch itself then surely fits, it runs as well, and what is found passes through
+its peak, so that no more is extrapolated than what is larger. The tiles of the head and the scored positions shrink
+with the number of tokens, so that each part keeps its share of the peak; which one makes the peak then does not depend
+on the number of rows. The update at the end of a step does not grow with tokens; it is measured by itself.
 """
 
 import math
@@ -30,6 +31,7 @@ from nalora_mlx.step import TrainingStep
 
 ENOUGH = 512  # tokens of the smallest trial, if the run's batches have twice as many
 MARGIN = 1.1  # how much more than an update alone the smallest trial must need beside what is there
+WEIGHT = 1e3  # of a batch of the whole size among the trials
 MOST = 2**20  # rows, or tokens: as good as without limit
 
 
@@ -101,8 +103,13 @@ class Planner:
         self.step, self.layers, self.accumulating = step, list(layers), accumulating
         self.kept = 0  # bytes that are there for no other reason than to be put back
 
-    def peak(self, size: Size) -> Peak:
-        """Find the peak's parts for batches of about this size."""
+    def peak(self, size: Size, safe: int = 0) -> Peak:
+        """Find the peak's parts for batches of about this size.
+
+        Args:
+            size: of the run's largest batch.
+            safe: bytes; a batch of the size itself is run if by the smaller ones its peak stays below.
+        """
         with self._untouched():
             there = mx.get_active_memory()
             update = self._measure(size.with_shape(1, PAD_TO), size, update=True)
@@ -118,10 +125,13 @@ class Planner:
                 )
                 smallest = self._measure(trials[0], size, updates)
             peaks = [smallest, *(self._measure(trial, size, updates) for trial in trials[1:])]
-        base, per_token, per_square = _solved(trials, peaks)
+            found = Peak(*_solved(trials, peaks), update)
+            if found.of(size.rows, size.length) <= safe:
+                peaks.append(self._measure(size, size, not self.accumulating))
+                found = Peak(*_solved([*trials, size], peaks), update)
         if self.accumulating:
-            base += nbytes(self.step.model.trainable_parameters())
-        return Peak(base, per_token, per_square, update)
+            found = replace(found, base=found.base + nbytes(self.step.model.trainable_parameters()))
+        return found
 
     def _measure(self, trial: Size, real: Size, update: bool) -> int:
         """Peak memory of a step of a trial, in bytes: of the larger of two, as the first is held up by compiling."""
@@ -171,12 +181,14 @@ def _trials(size: Size) -> list[Size]:
 
 
 def _solved(trials: Sequence[Size], peaks: Sequence[int]) -> tuple[float, float, float]:
-    """The base, the part per token and the part per square, none of them negative."""
+    """The base, the part per token and the part per square, none of them negative; they meet a fourth peak."""
     features = np.array([[1, trial.tokens, trial.tokens * trial.length] for trial in trials], np.float64)
+    weights = np.array([1, 1, 1, WEIGHT])[: len(trials)]
     kept = [0, 1, 2]
     while True:
         parts = np.zeros(3)
-        parts[kept] = np.linalg.lstsq(features[:, kept], np.array(peaks, np.float64), rcond=None)[0]
+        weighted = features[:, kept] * weights[:, None]
+        parts[kept] = np.linalg.lstsq(weighted, np.array(peaks) * weights, rcond=None)[0]
         negative = [i for i in kept[1:] if parts[i] < 0]  # by rounding: then there is none of it
         if not negative:
             return float(parts[0]), float(parts[1]), float(parts[2])

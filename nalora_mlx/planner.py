@@ -155,13 +155,13 @@ def plan(
     report = report_of(model)
     step = TrainingStep(model, optimizer, report.config if report else PLAIN_LORA, grad_clip=config.grad_clip)
     accumulating = config.grad_accumulation_steps > 1
-    peak = Planner(step, recomputed_layers(model, config), accumulating).peak(size)
+    peak = Planner(step, recomputed_layers(model, config), accumulating).peak(size, budget // 2)
     checkpointed = None
     if not config.grad_checkpoint:
         layers = recomputed_layers(model, replace(config, grad_checkpoint=True))
         # A graph that was made without recomputation is not the one to measure.
         step.graphs.clear()
-        checkpointed = Planner(step, layers, accumulating).peak(size)
+        checkpointed = Planner(step, layers, accumulating).peak(size, budget // 2)
     return Plan(size, peak, budget, nbytes(model.parameters()), checkpointed)
 
 

@@ -5,8 +5,9 @@
 
 Each configuration draws a model (architecture, width, depth, vocabulary), a method, rank, batch, length, share of
 supervised tokens and checkpointing. One process trains for a few iterations and reads MLX's peak; another one asks
-the planner. Nothing is fitted: the planner measures its own trials, in every process anew. Results go to the output
-as JSON lines; the table that is printed is made from them.
+the planner. Nothing is fitted: the planner measures its own trials, in every process anew. Beside its prediction
+stands what its small trials alone say ("small"), which is what there is for a run that might not fit. Results go to
+the output as JSON lines; the table that is printed is made from them.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def main() -> int:
         return 0
     results = []
     print(
-        f"{'':>5}{'model':<34}{'method':<18}{'batch':<14}{'predicted':>10}{'measured':>10}{'ratio':>7}{'  s':>6}"
+        f"{'':>5}{'model':<34}{'method':<18}{'batch':<14}{'predicted':>10}{'measured':>10}"
+        f"{'ratio':>7}{'small':>7}{'  s':>6}"
     )
     for number in range(args.seed, args.seed + args.count):
         setup = draw(number, args)
@@ -53,6 +55,7 @@ def main() -> int:
                 return 1
             record |= json.loads(done.stdout.splitlines()[-1])
         record["ratio"] = record["predicted"] / record["measured"]
+        record["extrapolated_ratio"] = record["extrapolated"] / record["measured"]
         results.append(record)
         print(row(record), flush=True)
         if args.output:
@@ -74,7 +77,8 @@ def row(r: dict[str, Any]) -> str:
     batch = f"{r['rows']} x {r['length']}{' p' if r['packing'] else ''}{' a' if r['accumulate'] > 1 else ''}"
     return (
         f"{r['number']:>3}  {model[-33:]:<34}{method:<18}{batch:<14}{r['predicted'] / 1e6:>7.0f} MB"
-        f"{r['measured'] / 1e6:>7.0f} MB{r['ratio']:>7.2f}{r['planning_s']:>6.1f}"
+        f"{r['measured'] / 1e6:>7.0f} MB{r['ratio']:>7.2f}{r['extrapolated_ratio']:>7.2f}"
+        f"{r['planning_s']:>6.1f}"
     )
 
 
@@ -212,7 +216,7 @@ def predict(setup: dict[str, Any]) -> dict[str, Any]:
     from nalora_mlx.adapters import report_of
     from nalora_mlx.config import PLAIN_LORA
     from nalora_mlx.peak import Planner
-    from nalora_mlx.planner import heaviest
+    from nalora_mlx.planner import default_budget, heaviest
     from nalora_mlx.run import recomputed_layers
     from nalora_mlx.step import TrainingStep
 
@@ -223,7 +227,8 @@ def predict(setup: dict[str, Any]) -> dict[str, Any]:
     step = TrainingStep(model, optim.Adam(1e-5), report.config if report else PLAIN_LORA)
     size = heaviest(examples, config)
     planner = Planner(step, recomputed_layers(model, config), config.grad_accumulation_steps > 1)
-    peak = planner.peak(size)
+    extrapolated = planner.peak(size).of(size.rows, size.length)
+    peak = planner.peak(size, default_budget() // 2)
     seconds = time.perf_counter() - start
     parts = {
         "base": peak.base,
@@ -231,7 +236,12 @@ def predict(setup: dict[str, Any]) -> dict[str, Any]:
         "per_square": peak.per_square,
         "update": peak.update,
     }
-    return {"predicted": peak.of(size.rows, size.length), "weights": weights, "planning_s": seconds} | parts
+    return {
+        "predicted": peak.of(size.rows, size.length),
+        "extrapolated": extrapolated,
+        "weights": weights,
+        "planning_s": seconds,
+    } | parts
 
 
 if __name__ == "__main__":
