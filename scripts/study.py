@@ -67,8 +67,10 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """A name for it, the same in every file."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """A name for it and for what is the same in all runs of this program; the same in every file."""
+        constants = [BATCH, ROWS, EVALUATIONS, WATCHED, TEXT_ROWS, LENGTH]
+        text = json.dumps([asdict(self), constants], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache
