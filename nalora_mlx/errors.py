@@ -7,6 +7,7 @@ from collections.abc import Sequence
 _NO_MEMORY = re.compile(
     r"malloc|unable to allocate|insufficient memory|out of memory|bad_alloc", re.IGNORECASE
 )
+_LINE = re.compile(r"(\S.*?:\d+): ")  # where a problem is, before what it is
 SHOWN = 10  # of a list of problems; the rest is counted
 
 
@@ -25,10 +26,17 @@ class RunError(RuntimeError):
 
 
 def listed(problems: Sequence[str], separator: str = "; ") -> str:
-    """The first problems and how many more there are, in one line."""
-    rest = len(problems) - SHOWN
+    """The first problems and how many more there are, in one line; one that many lines of files have is said once."""
+    where: dict[str, list[str]] = {}
+    for problem in problems:
+        place = _LINE.match(problem)
+        where.setdefault(problem[place.end() :] if place else problem, []).extend(
+            place.groups() if place else ()
+        )
+    said = [f"{places(found)}: {what}" if found else what for what, found in where.items()]
+    rest = len(said) - SHOWN
     more = f"{separator}and {rest} more" if rest > 0 else ""
-    return separator.join(problems[:SHOWN]) + more
+    return separator.join(said[:SHOWN]) + more
 
 
 def places(sources: Sequence[str], most: int = SHOWN) -> str:
