@@ -227,9 +227,9 @@ def predict(setup: dict[str, Any]) -> dict[str, Any]:
     step = TrainingStep(model, optim.Adam(1e-5), report.config if report else PLAIN_LORA)
     size = heaviest(examples, config)
     planner = Planner(step, recomputed_layers(model, config), config.grad_accumulation_steps > 1)
-    extrapolated = planner.peak(size).of(size.rows, size.length)
     peak = planner.peak(size, default_budget() // 2)
     seconds = time.perf_counter() - start
+    extrapolated = planner.peak(size).of(size.rows, size.length)
     parts = {
         "base": peak.base,
         "per_token": peak.per_token,
