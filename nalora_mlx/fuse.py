@@ -117,17 +117,16 @@ def _check_target(target: Path, args: argparse.Namespace) -> None:
 
 def _dequantize_scaled_experts(model: "nn.Module") -> None:
     """Make experts dense that have a scale for each expert, which mlx-lm's dequantize_model leaves out."""
-    import mlx.core as mx
     from mlx.utils import tree_unflatten
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    from nalora_mlx.modules import dequantized
 
     made = []
     for path, old in model.named_modules():
         if isinstance(old, QuantizedSwitchLinear) and old.global_scale is not None:
             new = SwitchLinear(1, 1, 1, bias=False)
-            how = {"group_size": old.group_size, "bits": old.bits, "mode": old.mode}
-            parts = zip(old.weight, old.scales, old.global_scale, strict=True)
-            new.weight = mx.stack([mx.dequantize(w, s, **how, global_scale=whole) for w, s, whole in parts])
+            new.weight = dequantized(old)
             if "bias" in old:
                 new.bias = old.bias
             made.append((path, new))

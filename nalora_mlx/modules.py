@@ -114,7 +114,7 @@ class Adapter(nn.Module):
         A quantized base gets its own bits again unless `dequantize`.
         """
         linear = self.linear
-        weight = _dequantized(linear)
+        weight = dequantized(linear)
         dense = SwitchLinear(1, 1, 1, bias=False) if weight.ndim == 3 else nn.Linear(1, 1, bias=False)
         dense.weight = (weight.astype(mx.float32) + self.delta()).astype(weight.dtype)
         if "bias" in linear:
@@ -316,18 +316,16 @@ class GatedExperts(GatedMLP):
         return y.reshape(*experts.shape, y.shape[-1])
 
 
-def _dequantized(base: nn.Module) -> mx.array:
+def dequantized(base: nn.Module) -> mx.array:
     """Weight of a dense or quantized layer as a dense array."""
     if not isinstance(base, QUANTIZED):
         return base.weight
-    return mx.dequantize(
-        base.weight,
-        base.scales,
-        base.get("biases"),
-        group_size=base.group_size,
-        bits=base.bits,
-        mode=base.mode,
-    )
+    how = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
+    whole = base.get("global_scale")  # one for each expert
+    if whole is None:
+        return mx.dequantize(base.weight, base.scales, base.get("biases"), **how)
+    parts = zip(base.weight, base.scales, whole, strict=True)
+    return mx.stack([mx.dequantize(w, s, **how, global_scale=g) for w, s, g in parts])
 
 
 def fuse_module(module: nn.Module, bits: int | None, dequantize: bool) -> nn.Module:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma, llama, mixtral
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from nalora_mlx import checkpoint, layouts
@@ -24,7 +25,7 @@ from nalora_mlx.adapters import (
 )
 from nalora_mlx.config import NALoRAConfig
 from nalora_mlx.errors import InputError
-from nalora_mlx.modules import GatedMLP
+from nalora_mlx.modules import Dropout, GatedMLP, LoRASwitchLinear, fuse_module
 from tests.conftest import VOCABULARY, build_model, llama_args, random_adapters
 from tests.effect import close
 
@@ -436,3 +437,19 @@ def test_gated_mlp_is_what_stands_in_the_tree(model):
     adapt(other, NALoRAConfig(num_layers=1, keys=("mlp.up_proj",), branches=("gate", "up")))
     factors = other.model.layers[2].mlp.step_factors(mx.ones(48))
     assert list(factors) == ["model.layers.2.mlp.up_proj.lora_b"]
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("dequantize", [True, False])
+def test_fusing_experts_that_have_a_scale_of_their_own(bits, dequantize):
+    dense = SwitchLinear(64, 16, 3, bias=False)
+    dense.weight = dense.weight * mx.array([1.0, 30.0, 0.1])[:, None, None]
+    adapter = LoRASwitchLinear(dense.to_quantized(16, 4, "nvfp4", global_scale=True), 2, 2.0, Dropout(0.0, 0))
+    a, b = adapter.lora_a, 0.1 * mx.random.normal(adapter.lora_b.shape)
+    adapter.lora_b = b
+    wanted = dense.weight + 2.0 * b @ a
+    fused = fuse_module(adapter, bits, dequantize)
+    x = mx.random.normal((3, 1, 1, 64))
+    experts = mx.arange(3)[:, None]
+    for given, want in zip(fused(x, experts)[:, 0, 0], x[:, 0] @ wanted.swapaxes(-1, -2), strict=True):
+        assert mx.linalg.norm(given - want) < 0.15 * mx.linalg.norm(want)
