@@ -9,7 +9,7 @@ import numpy as np
 
 from nalora_mlx.data import Example
 
-# Every new shape is compiled, and its graph kept: some 25 MB, and a good part of a step's time. So few shapes occur.
+# Every new shape is compiled, and its graph kept: some 18 MB, and a good part of a step's time. So few shapes occur.
 PAD_TO = 8  # lengths are padded to multiples of this
 SHORT = 256  # up to here there are eight lengths between a power of two and the next one, beyond it four
 

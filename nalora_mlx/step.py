@@ -1,4 +1,4 @@
-"""The compiled training step: forward, backward, and the scaled update at the end of an accumulation window."""
+"""The compiled training step: forward and backward, and the scaled update at the end of an accumulation window."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from nalora_mlx.losses import ROWS, cross_entropy_sum, gather_rows, tiled_cross_
 from nalora_mlx.optim import apply_scaled
 from nalora_mlx.packing import packed_caches
 
-MAX_GRAPHS = 48  # compiled graphs that are kept, of as many shapes of a batch; each takes some 25 MB
+MAX_GRAPHS = 48  # compiled graphs that are kept, of as many shapes of a batch; each takes some 18 MB
 SHOWN_CHANNELS = 32  # of a layer, whose importance a report tells one by one
 
 
@@ -83,7 +83,8 @@ class ScoredLoss:
 class TrainingStep:
     """One iteration: forward, backward, and at the end of an accumulation window the scaled optimizer update.
 
-    All mutable state is in `state`, one visible list that goes in and out of mx.compile.
+    All mutable state is in `state`, one visible list that goes in and out of mx.compile. Forward and backward are
+    compiled for every shape of a batch; the update, which knows no shapes, once.
 
     Args:
         model: an adapted (or unfrozen) model.
@@ -134,6 +135,7 @@ class TrainingStep:
         self._loss_and_gradients = nn.value_and_grad(model, self._loss)
         self.compiled = compiled
         self.graphs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()  # by shape, the last used ones last
+        self._finished = partial(mx.compile, inputs=self.state, outputs=self.state)(self._finish)
 
     def __call__(
         self,
@@ -163,18 +165,22 @@ class TrainingStep:
         segments = None if batch.segments is None else mx.array(batch.segments)
         scored = [mx.array(a) for a in batch.scored()]
         arrays = [mx.array(batch.inputs), *scored, segments, mx.array(batch.real)]
-        shape = (batch.inputs.shape, scored[0].shape, segments is None, carry is None, update, diagnose)
-        run = self._graph(shape) if self.compiled else self._run
-        return run(arrays, mx.array(1 / max(window_tokens, 1)), mx.random.key(word), carry, update, diagnose)
+        weight, key = mx.array(1 / max(window_tokens, 1)), mx.random.key(word)
+        shape = (batch.inputs.shape, scored[0].shape, segments is None, carry is None, diagnose)
+        backward = self._graph(shape) if self.compiled else self._backward
+        total, gradients, seen = backward(arrays, weight, key, carry, diagnose)
+        finish = self._finished if self.compiled else self._finish
+        return finish(total, gradients, seen, carry is None, update)
 
     def _graph(self, shape: Any) -> Callable[..., Any]:
-        """The step compiled for a shape; the one that was used longest ago is dropped when there are too many."""
+        """The backward compiled for a shape; the one that was used longest ago is dropped when there are too many."""
         if shape not in self.graphs:
             # A function of its own for each: mx.compile forgets what it has made when the function is gone.
-            def run(*arguments: Any) -> tuple[mx.array, Any]:
-                return self._run(*arguments)
+            def backward(*arguments: Any) -> tuple[mx.array, Any, Any]:
+                return self._backward(*arguments)
 
-            self.graphs[shape] = partial(mx.compile, inputs=self.state, outputs=self.state)(run)
+            state = [self.model.state, self.importance, mx.random.state]
+            self.graphs[shape] = partial(mx.compile, inputs=state, outputs=state)(backward)
             if len(self.graphs) > MAX_GRAPHS:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(shape)
@@ -188,7 +194,8 @@ class TrainingStep:
         # for all layers: the same sum once per layer would be outputs that are equal, on which mx.compile fails.
         return total, (total / weight, {"layers": dict(this.seen), "tokens": mx.sum(real)})
 
-    def _run(self, arrays, weight, key, carry, update, diagnose):
+    def _backward(self, arrays, weight, key, carry, diagnose):
+        """Loss of a batch, and gradient and statistics of the window so far."""
         routes = {}
         if self.parameters.route:
             # The mask as it stood after the previous update: the backward comes before this step's statistics.
@@ -205,6 +212,10 @@ class TrainingStep:
         if carry is not None:
             gradients = tree_map(mx.add, gradients, carry[0])
             seen = _add_seen(seen, carry[1])
+        return total, gradients, seen
+
+    def _finish(self, total, gradients, seen, first, update):
+        """Take note of what is not finite, and end the window if it is to end."""
         if update:
             total, gradients, seen = self.workers.sum((total, gradients, seen))
             norm = _global_norm(gradients)
@@ -212,7 +223,7 @@ class TrainingStep:
             total, norm = self.workers.sum((total, _global_norm(gradients)))
         losses = mx.isfinite(total)
         health = self.health
-        health["losses"] = losses if carry is None else losses & health["losses"]
+        health["losses"] = losses if first else losses & health["losses"]
         health["norm"] = norm
         health["finite"] = health["losses"] & mx.isfinite(health["norm"])
         if not update:

@@ -80,9 +80,9 @@ def test_memory_does_not_grow_over_500_steps_of_mixed_lengths(monkeypatch):
     """Lengths and supervised tokens of many sizes, so that graphs are made and dropped all the time."""
     monkeypatch.setattr(step, "MAX_GRAPHS", 3)
     made = []
-    run = step.TrainingStep._run
+    backward = step.TrainingStep._backward
     monkeypatch.setattr(
-        step.TrainingStep, "_run", lambda self, *arguments: made.append(1) or run(self, *arguments)
+        step.TrainingStep, "_backward", lambda self, *arguments: made.append(1) or backward(self, *arguments)
     )
     model = build_model(args=llama_args(num_hidden_layers=1))
     adapt(model, NALoRAConfig(num_layers=-1, rank=2))
