@@ -418,7 +418,7 @@ def ours(args: argparse.Namespace, method: str, seed: int, total: int, clock: Cl
     off: dict[str, Any] = {"mask": "off", "step_scaling": False} if method == "lora" else {}
     adapt(model, NALoRAConfig(rank=args.rank, num_layers=args.num_layers, **off))
     padding, compiled = [0, 0], [0]
-    collate, run = batches.collate, TrainingStep._run
+    collate, backward = batches.collate, TrainingStep._backward
 
     def counted_collate(*arguments: Any, **more: Any) -> Any:
         batch = collate(*arguments, **more)
@@ -426,11 +426,11 @@ def ours(args: argparse.Namespace, method: str, seed: int, total: int, clock: Cl
         padding[1] += batch.real.size
         return batch
 
-    def counted_run(*arguments: Any) -> Any:  # runs once for each graph that is compiled
+    def counted_backward(*arguments: Any) -> Any:  # runs once for each graph that is compiled
         compiled[0] += 1
-        return run(*arguments)
+        return backward(*arguments)
 
-    batches.collate, TrainingStep._run = counted_collate, counted_run  # type: ignore[method-assign]
+    batches.collate, TrainingStep._backward = counted_collate, counted_backward  # type: ignore[method-assign]
 
     def listen(event: dict[str, Any]) -> None:
         if event.get("split") == "train":
