@@ -120,7 +120,7 @@ class Adapter(nn.Module):
         if "bias" in linear:
             dense.bias = linear.bias
         if isinstance(linear, QUANTIZED) and not dequantize:
-            return dense.to_quantized(linear.group_size, linear.bits, linear.mode)
+            return _quantized_like(linear, dense)
         return dense
 
 
@@ -328,6 +328,12 @@ def dequantized(base: nn.Module) -> mx.array:
     return mx.stack([mx.dequantize(w, s, **how, global_scale=g) for w, s, g in parts])
 
 
+def _quantized_like(base: nn.Module, dense: nn.Module) -> nn.Module:
+    """A dense layer in the bits of a quantized one; experts that have a scale of their own get one again."""
+    whole = {"global_scale": True} if base.get("global_scale") is not None else {}
+    return dense.to_quantized(base.group_size, base.bits, base.mode, **whole)
+
+
 def fuse_module(module: nn.Module, bits: int | None, dequantize: bool) -> nn.Module:
     """Merge one adapter into its base; a module without an adapter comes back as it is.
 
@@ -343,7 +349,7 @@ def fuse_module(module: nn.Module, bits: int | None, dequantize: bool) -> nn.Mod
     if dequantize or not isinstance(base, QUANTIZED):
         return dense
     if bits is None:
-        return dense.to_quantized(base.group_size, base.bits, base.mode)
+        return _quantized_like(base, dense)
     # Affine, because only it knows all widths and because eight bits of it are finer than those of mxfp8; its
     # groups are of 32, 64 or 128.
     return dense.to_quantized(base.group_size if base.mode == "affine" else 32, bits, "affine")

@@ -25,7 +25,7 @@ from nalora_mlx.adapters import (
 )
 from nalora_mlx.config import NALoRAConfig
 from nalora_mlx.errors import InputError
-from nalora_mlx.modules import Dropout, GatedMLP, LoRASwitchLinear, fuse_module
+from nalora_mlx.modules import Dropout, GatedMLP, LoRASwitchLinear, dequantized, fuse_module
 from tests.conftest import VOCABULARY, build_model, llama_args, random_adapters
 from tests.effect import close
 
@@ -439,17 +439,18 @@ def test_gated_mlp_is_what_stands_in_the_tree(model):
     assert list(factors) == ["model.layers.2.mlp.up_proj.lora_b"]
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("dequantize", [True, False])
-def test_fusing_experts_that_have_a_scale_of_their_own(bits, dequantize):
+@pytest.mark.parametrize(
+    "bits, dequantize, error",
+    [(None, True, 0.12), (8, False, 0.12), (None, False, 0.17)],  # the last one is rounded to 4 bits twice
+)
+def test_fusing_experts_that_have_a_scale_of_their_own(bits, dequantize, error):
+    mx.random.seed(0)
     dense = SwitchLinear(64, 16, 3, bias=False)
     dense.weight = dense.weight * mx.array([1.0, 30.0, 0.1])[:, None, None]
     adapter = LoRASwitchLinear(dense.to_quantized(16, 4, "nvfp4", global_scale=True), 2, 2.0, Dropout(0.0, 0))
-    a, b = adapter.lora_a, 0.1 * mx.random.normal(adapter.lora_b.shape)
-    adapter.lora_b = b
-    wanted = dense.weight + 2.0 * b @ a
-    fused = fuse_module(adapter, bits, dequantize)
-    x = mx.random.normal((3, 1, 1, 64))
-    experts = mx.arange(3)[:, None]
-    for given, want in zip(fused(x, experts)[:, 0, 0], x[:, 0] @ wanted.swapaxes(-1, -2), strict=True):
-        assert mx.linalg.norm(given - want) < 0.15 * mx.linalg.norm(want)
+    sizes = mx.array([0.1, 3.0, 0.01])[:, None, None]
+    adapter.lora_b = sizes * mx.random.normal(adapter.lora_b.shape)
+    wanted = dense.weight + 2.0 * adapter.lora_b @ adapter.lora_a
+    fused = dequantized(fuse_module(adapter, bits, dequantize))
+    for given, want in zip(fused, wanted, strict=True):
+        assert mx.linalg.norm(given - want) < error * mx.linalg.norm(want)
