@@ -440,15 +440,15 @@ def test_gated_mlp_is_what_stands_in_the_tree(model):
 
 
 @pytest.mark.parametrize(
-    "bits, dequantize, error",
+    ("bits", "dequantize", "error"),
     [(None, True, 0.12), (8, False, 0.12), (None, False, 0.17)],  # the last one is rounded to 4 bits twice
 )
 def test_fusing_experts_that_have_a_scale_of_their_own(bits, dequantize, error):
     mx.random.seed(0)
     dense = SwitchLinear(64, 16, 3, bias=False)
-    dense.weight = dense.weight * mx.array([1.0, 30.0, 0.1])[:, None, None]
+    dense.weight = dense.weight * mx.array([1.0, 30.0, 0.003])[:, None, None]
     adapter = LoRASwitchLinear(dense.to_quantized(16, 4, "nvfp4", global_scale=True), 2, 2.0, Dropout(0.0, 0))
-    sizes = mx.array([0.1, 3.0, 0.01])[:, None, None]
+    sizes = mx.array([0.1, 3.0, 0.0003])[:, None, None]
     adapter.lora_b = sizes * mx.random.normal(adapter.lora_b.shape)
     wanted = dense.weight + 2.0 * adapter.lora_b @ adapter.lora_a
     fused = dequantized(fuse_module(adapter, bits, dequantize))
