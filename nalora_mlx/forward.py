@@ -17,7 +17,7 @@ class ForwardPass:
         weights: [B, L], 1 for real tokens, 0 for padding; None if nothing is to be observed.
         routes: path of a gated MLP -> mask [F] on the gradient that reaches the gate's lora_a.
         dropout_keys: [n, 2], a random key per dropout, the same in a recomputation as in the forward.
-        diagnose: whether to measure selection misalignment too, which costs about as much as all else observed.
+        diagnose: whether to sum what selection misalignment needs too.
         seen: path of a gated MLP -> its sums over tokens, written during the forward; of a module that runs
             several times, the mean over its runs.
     """

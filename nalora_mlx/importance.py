@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #   tokens          sum w                                        [...]
 #   responsiveness  sum w |phi'(z)|, or sum w |phi'(z) u|        [..., F]
 #   beyond          sum w [z above boundary i], R - 1 rows       [R-1, ..., F]   (absent without a partition)
-#   misalignment    sums of the diagnostic, see `misalignment`   [2]             (absent if not measured)
+#   misalignment    sums of the diagnostic, see `misalignment`   [2]             (only where it is measured)
 WEAK = 0.1  # a mask below this leaves a channel hardly any step
 Observation = dict[str, mx.array]
 LayerState = dict[str, mx.array]
@@ -64,8 +64,6 @@ def observe(state: LayerState, seen: Observation, beta: float) -> LayerState:
     new["updates"] = state["updates"] + any_token.astype(mx.float32)
     if "beyond" in state:
         new["beyond"] = average(state["beyond"], seen["beyond"])
-    if "misalignment" in seen:
-        new["misalignment"] = seen["misalignment"]
     return new
 
 

@@ -143,7 +143,7 @@ class Planner:
                     mx.synchronize()
                     mx.clear_cache()
                     mx.reset_peak_memory()
-                    total, carry = step(_trial(trial), trial.scored, None, update, diagnose=True)
+                    total, carry = step(_trial(trial), trial.scored, None, update)
                     mx.eval(step.state, total, carry)
                     del total, carry
                     peaks.append(mx.get_peak_memory() - self.kept)

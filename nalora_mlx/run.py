@@ -206,16 +206,17 @@ class Run:
         """Run the iterations of one accumulation window, and with them one update."""
         config, progress = self.config, self.progress
         window_tokens = sum(batch.tokens for batch in window)
-        diagnose = any(self.reports(progress.iteration + i) for i in range(1, len(window) + 1))
         carry, suspect = None, None
         for position, batch in enumerate(window, 1):
             iteration = progress.iteration + 1
             tic = time.perf_counter()
             with recomputed(self.layers) if self.layers else nullcontext():
                 total, carry = self.step(
-                    batch, window_tokens, carry, position == len(window), (config.seed, iteration), diagnose
+                    batch, window_tokens, carry, position == len(window), (config.seed, iteration)
                 )
             mx.eval(self.step.state, total, carry)
+            if self.reports(iteration):
+                self.step.measure(batch)
             if mx.get_cache_memory() > config.clear_cache_threshold:
                 mx.clear_cache()
             loss = float(total)

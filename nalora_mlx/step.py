@@ -26,6 +26,7 @@ from nalora_mlx.optim import apply_scaled
 from nalora_mlx.packing import packed_caches
 
 MAX_GRAPHS = 48  # compiled graphs that are kept, of as many shapes of a batch; each takes some 18 MB
+PROBED = 256  # tokens, at most, on which selection misalignment is measured
 SHOWN_CHANNELS = 32  # of a layer, whose importance a report tells one by one
 
 
@@ -144,7 +145,6 @@ class TrainingStep:
         carry: Any,
         update: bool,
         seed: tuple[int, int] = (0, 0),
-        diagnose: bool = False,
     ) -> tuple[mx.array, Any]:
         """Run one iteration.
 
@@ -154,7 +154,6 @@ class TrainingStep:
             carry: what the previous iteration of the window returned, None at its start.
             update: whether this iteration ends the window.
             seed: (run seed, iteration), from which dropout draws.
-            diagnose: whether to measure selection misalignment, in all iterations of a window or in none.
 
         Returns:
             The summed loss of the batch, of all workers, lazy, and the carry for the next iteration of the window.
@@ -166,9 +165,9 @@ class TrainingStep:
         scored = [mx.array(a) for a in batch.scored()]
         arrays = [mx.array(batch.inputs), *scored, segments, mx.array(batch.real)]
         weight, key = mx.array(1 / max(window_tokens, 1)), mx.random.key(word)
-        shape = (batch.inputs.shape, scored[0].shape, segments is None, carry is None, diagnose)
+        shape = (batch.inputs.shape, scored[0].shape, segments is None, carry is None)
         backward = self._graph(shape) if self.compiled else self._backward
-        total, gradients, seen = backward(arrays, weight, key, carry, diagnose)
+        total, gradients, seen = backward(arrays, weight, key, carry)
         finish = self._finished if self.compiled else self._finish
         return finish(total, gradients, seen, carry is None, update)
 
@@ -194,7 +193,7 @@ class TrainingStep:
         # for all layers: the same sum once per layer would be outputs that are equal, on which mx.compile fails.
         return total, (total / weight, {"layers": dict(this.seen), "tokens": mx.sum(real)})
 
-    def _backward(self, arrays, weight, key, carry, diagnose):
+    def _backward(self, arrays, weight, key, carry):
         """Loss of a batch, and gradient and statistics of the window so far."""
         routes = {}
         if self.parameters.route:
@@ -204,7 +203,6 @@ class TrainingStep:
             weights=arrays[-1] if self.gated else None,
             routes=routes,
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
-            diagnose=diagnose,
         )
         faster = vectorized_models() if self.compiled else nullcontext()
         with forward_pass(this), vectorized(), faster, lean_attention():
@@ -255,6 +253,38 @@ class TrainingStep:
                 scales.update(mlp.step_factors(q))
         new = apply_scaled(self.optimizer, gradients, self.model.trainable_parameters(), scales)
         self.model.update(new)
+
+    def measure(self, batch: Batch) -> None:
+        """Measure selection misalignment, on the first tokens of this worker's share of a batch.
+
+        A short forward of its own, not compiled: it costs a small part of an iteration, keeps no graph, and leaves
+        the iterations that report as all others are.
+        """
+        if not self.gated:
+            return
+        part = (slice(0, 1), slice(0, PROBED))
+        arguments = {}
+        if batch.segments is not None:
+            arguments["cache"] = packed_caches(self.model, mx.array(batch.segments[part]))
+        this = ForwardPass(weights=mx.array(batch.real[part]), diagnose=True)
+        training = self.model.training
+        self.model.eval()  # no dropout
+        with forward_pass(this):
+            self.loss.forward(
+                mx.array(batch.inputs[part]), **arguments
+            )  # lazy: the logits are never computed
+        self.model.train(training)
+        layers = self.importance["layers"]
+        nothing = mx.zeros(2)
+        found = {
+            path: this.seen.get(path, {}).get("misalignment", nothing)
+            for path, state in layers.items()
+            if "misalignment" in state
+        }
+        found = self.workers.sum(found)
+        mx.eval(found)
+        for path, sums in found.items():
+            layers[path] = {**layers[path], "misalignment": sums}
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Per layer: what its channels' importance, mask, step scales and multipliers are; occupancy; misalignment.

@@ -27,7 +27,6 @@ def observations(steps=14, seed=0, shape=(CHANNELS,), empty=()):
                 "tokens": tokens,
                 "responsiveness": d * tokens[..., None],
                 "beyond": np.stack([low, high]) * tokens[..., None],
-                "misalignment": np.array([1.0, 2.0]),
             }
         )
     return made
@@ -142,7 +141,6 @@ def test_preserve_keeps_what_it_says(s, rule, preserve):
         "tokens": mx.array(1.0),
         "responsiveness": mx.array(s),
         "beyond": mx.zeros((2, len(s))),
-        "misalignment": mx.zeros(2),
     }
     state = importance.observe(importance.init((len(s),), 3), seen, p.beta)
     state = importance.refresh(state, mx.array(1), p)

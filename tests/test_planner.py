@@ -59,7 +59,7 @@ def measured(built, examples, config):
 
     for _ in range(2):
         with recomputed(layers):
-            total, _ = step(next(batches), 100, None, True, diagnose=True)
+            total, _ = step(next(batches), 100, None, True)
         mx.eval(step.state, total)
     return mx.get_peak_memory()
 

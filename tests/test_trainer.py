@@ -154,7 +154,6 @@ def observation(z, u, statistic):
         "tokens": np.float64(len(z)),
         "responsiveness": response.sum(0),
         "beyond": np.stack([(z >= -ZERO).sum(0), (z >= ZERO).sum(0)]).astype(np.float64),
-        "misalignment": np.zeros(2),
     }
 
 
@@ -174,7 +173,7 @@ def take_steps(settings, optimizer, steps=1, accumulate=1, checkpointing=False, 
         carry, tokens = None, sum(b.tokens for b in window)
         for i, batch in enumerate(window, 1):
             with recomputed(list(model.layers) if checkpointing else []):
-                total, carry = step(batch, tokens, carry, i == len(window), diagnose=True)
+                total, carry = step(batch, tokens, carry, i == len(window))
             mx.eval(step.state, total, carry)
     observed = [[observation(z, u, config.statistic) for z, u in layers] for layers in seen]
     return model, step, list(zip(*observed, strict=True))
@@ -256,12 +255,25 @@ def test_eager_compiled_and_checkpointed_agree(settings):
         assert relative_norm(other, found[0]) < 1e-5
 
 
-def test_misalignment_equals_its_definition():
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_misalignment_equals_its_definition(packed):
+    """On the first row; measuring compiles nothing, and leaves parameters, optimizer and importance as they are."""
     # Without adapters in the attention, the first layer's MLP has the same input in the base model.
-    model, step, _ = take_steps({"keys": ("mlp.gate_proj", "mlp.up_proj")}, optim.SGD(0.0), 1)
-    batch = next(batching.training_batches(build_examples(18, seed=3), 3, 0))
-    base = gate_inputs(build_model(), [batch])
-    tuned = gate_inputs(merged_copy(model), [batch])
+    model, step, _ = take_steps(
+        {"keys": ("mlp.gate_proj", "mlp.up_proj"), "dropout": 0.5}, optim.Adam(1e-2), 1
+    )
+    examples = build_examples(18, seed=3)
+    batch = next(batching.training_batches(examples, 3, 0, packing=packed))
+    count = 1 if batch.segments is None else batch.segments[0].max()
+    before = dict(tree_flatten([model.parameters(), step.optimizer.state, step.importance]))
+    graphs = len(step.graphs)
+    step.measure(batch)
+    assert len(step.graphs) == graphs
+    assert model.training
+    for key, array in tree_flatten([model.parameters(), step.optimizer.state, step.importance]):
+        assert key.endswith("misalignment") or mx.array_equal(array, before[key]), key
+    first = [batching.collate(examples, [row]) for row in batch.rows[:count]]
+    base, tuned = gate_inputs(build_model(), first), gate_inputs(merged_copy(model), first)
     (z0, _), (z, u) = base[0], tuned[0]
     feature = np.abs((z - z0) * expit(z0) * u).sum()
     selection = np.abs(z * (expit(z) - expit(z0)) * u).sum()
