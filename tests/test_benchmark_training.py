@@ -19,7 +19,8 @@ def test_a_measurement_counts_tokens_and_graphs(trainer, model_directory, tmp_pa
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["compiled"] == 2  # ours: a report has a graph of its own
+    # One shape, and reports compile nothing. The peer takes another graph once its optimizer has a state.
+    assert found["compiled"] == (2 if trainer == "mlx_lm.lora" else 1)
     assert found["tokens"] > 0
     assert found["tokens"] % 4 == 0  # four equal rows
     assert found["above_weights_gb"] > 0
