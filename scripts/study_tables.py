@@ -200,7 +200,10 @@ def plot(records: list[Record], directory: Path) -> None:
         len(groups), 4, figsize=(14, 2.6 * len(groups)), squeeze=False, layout="constrained"
     )
     for axes, ((model, task), methods) in zip(grid, groups.items(), strict=True):
-        for i, (name, runs) in enumerate(methods.items()):
+        for i, name in enumerate(name for name in METHODS if name in {r["method"] for r in records}):
+            runs = methods.get(name)
+            if not runs:
+                continue
             look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "label": name}
             steps = [point["step"] for point in runs[0]["curve"]]
             for panel, key in zip(axes[:2], ("loss", "kl"), strict=True):
