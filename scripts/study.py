@@ -220,7 +220,7 @@ def run_all(settings: list[Setting], args: argparse.Namespace) -> list[dict[str,
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=50) as pool,
+        ProcessPoolExecutor(args.jobs, mp_context=context) as pool,
         args.output.open("a") as file,
     ):
         futures = {pool.submit(run, setting, args.data): setting for setting in waiting}
