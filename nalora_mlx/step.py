@@ -281,10 +281,11 @@ class TrainingStep:
             for path, state in layers.items()
             if "misalignment" in state
         }
-        found = self.workers.sum(found)
-        mx.eval(found)
-        for path, sums in found.items():
-            layers[path] = {**layers[path], "misalignment": sums}
+        for path, sums in self.workers.sum(found).items():
+            good = mx.all(mx.isfinite(sums))  # rows that give no finite loss give none here either
+            new = mx.where(good, sums, layers[path]["misalignment"])
+            layers[path] = {**layers[path], "misalignment": new}
+        mx.eval(layers)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Per layer: what its channels' importance, mask, step scales and multipliers are; occupancy; misalignment.

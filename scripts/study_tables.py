@@ -154,7 +154,7 @@ def rates(records: list[Record]) -> str:
 def equal_loss(pairs: Pairs) -> str:
     """KL to the base model on unrelated text where both have come to the same validation loss."""
     methods = [name for name in pairs.methods if name != BASELINE]
-    columns = [(model, task) for model in pairs.models for task in pairs.tasks]
+    columns = list(dict.fromkeys((model, task) for model, task, *_ in pairs.of))
     lines = header("KL to the base model at equal validation loss, percent of LoRA's", columns)
     for name in methods:
         cells = []
