@@ -260,7 +260,9 @@ class TrainingStep:
         A short forward of its own, not compiled: it costs a small part of an iteration, keeps no graph, and leaves
         the iterations that report as all others are.
         """
-        if not self.gated:
+        layers = self.importance["layers"]
+        measured = [path for path, state in layers.items() if "misalignment" in state]
+        if not measured:
             return
         part = (slice(0, 1), slice(0, PROBED))
         arguments = {}
@@ -269,18 +271,11 @@ class TrainingStep:
         this = ForwardPass(weights=mx.array(batch.real[part]), diagnose=True)
         training = self.model.training
         self.model.eval()  # no dropout
-        with forward_pass(this):
-            self.loss.forward(
-                mx.array(batch.inputs[part]), **arguments
-            )  # lazy: the logits are never computed
+        with forward_pass(this):  # lazy: what is not measured, as the logits, is never computed
+            self.loss.forward(mx.array(batch.inputs[part]), **arguments)
         self.model.train(training)
-        layers = self.importance["layers"]
-        nothing = mx.zeros(2)
-        found = {
-            path: this.seen.get(path, {}).get("misalignment", nothing)
-            for path, state in layers.items()
-            if "misalignment" in state
-        }
+        nothing = mx.zeros(2)  # of an expert to which no token went
+        found = {path: this.seen.get(path, {}).get("misalignment", nothing) for path in measured}
         for path, sums in self.workers.sum(found).items():
             good = mx.all(mx.isfinite(sums))  # rows that give no finite loss give none here either
             new = mx.where(good, sums, layers[path]["misalignment"])

@@ -14,6 +14,7 @@ from scipy.special import expit
 from nalora_mlx import batches as batching
 from nalora_mlx.adapters import adapt, adapter_weights, fuse_model
 from nalora_mlx.config import PLAIN_LORA, NALoRAConfig, TrainingConfig
+from nalora_mlx.distributed import Workers
 from nalora_mlx.errors import InputError
 from nalora_mlx.evaluation import evaluate
 from nalora_mlx.forward import recomputed
@@ -279,6 +280,17 @@ def test_misalignment_equals_its_definition(packed):
     selection = np.abs(z * (expit(z) - expit(z0)) * u).sum()
     got = step.describe()["model.layers.0.mlp"]["misalignment"]
     assert got == pytest.approx(selection / (feature + selection), rel=1e-5)
+
+
+def test_measuring_layers_without_misalignment_asks_nothing_of_the_workers():
+    """Of several, a sum of no arrays would end the run."""
+    model = adapted()
+    step = TrainingStep(model, optim.Adam(1e-2), NALoRAConfig())
+    for state in step.importance["layers"].values():
+        del state["misalignment"]  # as with a gate of plain sigmoid
+    step.workers = Workers(0, 2)
+    step.measure(batching.collate(build_examples(2), [0, 1]))
+    assert all("misalignment" not in row for row in step.describe().values())
 
 
 def test_route_masks_the_gradient_of_lora_a_alone():
