@@ -15,10 +15,12 @@ import mlx.core as mx
 
 LOG2_E = math.log2(math.e)
 _LN_2 = (0.693359375, -2.12194440e-4)  # in two parts, of which small multiples of the first are exact
-_TAYLOR = tuple(1 / math.factorial(n) for n in range(7, -1, -1))
+# e^r = 1 + r + r^2 (c0 + c1 r + ...) for |r| <= ln(2) / 2, relative error 3e-9; from a minimax fit.
+_EXP = (0.49999993, 0.16666521, 0.04166839, 0.00836872, 0.00138146)
 _ROUNDER = 1.5 * 2**23 + 127  # added to |x| < 2^22 it rounds, and leaves round(x) + 127 in the last bits
 _POWER = (1.00000007, 0.693146967, 0.240221197, 0.0555071327, 0.00967554133, 0.00132764715)
 
+_custom_function: Any = mx.custom_function
 _mlx_sigmoid = mx.sigmoid
 
 _on: ContextVar[bool] = ContextVar("vectorized", default=False)
@@ -55,18 +57,9 @@ def _pays(x: mx.array) -> bool:
     return _on.get() and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
 
 
-def _exp(x: mx.array) -> mx.array:
-    """exp(x) for float32 x in [-87, 89], relative error 1e-7; no gradient passes it.
-
-    exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, exp(r) by Taylor; 2^n is made of its bits.
-    """
-    n = (x * LOG2_E + 128.5).astype(mx.int32) - 128
-    k = n.astype(mx.float32)
-    r = (x - k * _LN_2[0]) - k * _LN_2[1]
-    p = mx.full(r.shape, _TAYLOR[0], dtype=mx.float32)
-    for coefficient in _TAYLOR[1:]:
-        p = p * r + coefficient
-    return p * mx.view((n + 127) << 23, mx.float32)  # n = 128 gives infinity
+def _power_of_2(rounded: mx.array) -> mx.array:
+    """2^n of what _ROUNDER made of n in [-126, 128], by its bits; 128 gives infinity."""
+    return mx.view(mx.view(rounded, mx.int32) << 23, mx.float32)
 
 
 def probability(x: mx.array) -> mx.array:
@@ -83,7 +76,7 @@ def probability(x: mx.array) -> mx.array:
     f2 = f * f
     a, b, c, d, e, g = _POWER
     p = ((a + b * f) + (c + d * f) * f2) + (e + g * f) * (f2 * f2)
-    return p * mx.where(x < -86, 0, mx.view(mx.view(rounded, mx.int32) << 23, mx.float32))
+    return p * mx.where(x < -86, 0, _power_of_2(rounded))
 
 
 def logsumexp(x: mx.array) -> mx.array:
@@ -94,7 +87,21 @@ def logsumexp(x: mx.array) -> mx.array:
     return largest + mx.log(mx.sum(probability((x - largest) * LOG2_E), axis=-1, keepdims=True))
 
 
-_logistic: Any = mx.custom_function(lambda z: 1 / (1 + _exp(mx.clip(-z, -87, 89))))
+@_custom_function
+def _logistic(z: mx.array) -> mx.array:
+    """With t = exp(-|z|) = 2^n e^r, n = round(-|z| / ln 2): t / (1 + t) below 0 and 1 / (1 + t) above; error 2.4e-7.
+
+    Not one operation longer: from the twelfth in a row on MLX reads constants from memory, and loops are scalar.
+    """
+    x = mx.maximum(-mx.abs(z), -87.3)  # 2^-126
+    rounded = x * LOG2_E + _ROUNDER
+    n = rounded - _ROUNDER
+    r = (x - n * _LN_2[0]) - n * _LN_2[1]
+    r2 = r * r
+    a, b, c, d, e = _EXP
+    p = ((1 + r) + (a + b * r) * r2) + ((c + d * r) + e * r2) * (r2 * r2)
+    t = p * _power_of_2(rounded)
+    return mx.where(z < 0, t, 1) / (1 + t)
 
 
 @_logistic.vjp

@@ -10,9 +10,10 @@ from nalora_mlx.elementary import LOG2_E, logsumexp, probability
 
 # A tile of float32 logits, [rows, columns], is to stay in a processor's cache, and each of its sides long enough for
 # products to be fast. MLX begins operations before those before them have ended: a dozen tiles are alive at a time.
+# With few rows it has twice as many columns, for every tile is some fifty nodes of a graph.
 ROWS, COLUMNS = 512, 2048
 TILE_BYTES = 4 * ROWS * COLUMNS
-MOST_TILES = 256  # of a batch; beyond it they become wider: each is some fifteen nodes of a graph
+MOST_TILES = 256  # of a batch; beyond it they become wider
 # Hidden states [s, D] and entries of the vocabulary (a slice, or indices [v]) -> their logits [s, v], row by row.
 Part = Callable[[mx.array, Any], mx.array]
 
@@ -84,7 +85,8 @@ def tiled_cross_entropy_sum(
     Source: the running maximum is that of Milakov and Gimelshein (arXiv 1805.02867).
     """
     blocks = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
-    columns = max(COLUMNS, math.ceil(vocabulary * len(blocks) / MOST_TILES))
+    columns = COLUMNS if hidden.shape[0] > ROWS // 2 else 2 * COLUMNS
+    columns = max(columns, math.ceil(vocabulary * len(blocks) / MOST_TILES))
     parts = [slice(start, min(start + columns, vocabulary)) for start in range(0, vocabulary, columns)]
 
     def total(h: mx.array) -> list[mx.array]:

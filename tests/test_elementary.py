@@ -30,21 +30,21 @@ def test_models_get_their_own_sigmoid_back():
     with elementary.vectorized_models():
         assert mx.sigmoid is not own
         for got in (mx.sigmoid(z), mx.sigmoid(z, stream=mx.cpu)):
-            np.testing.assert_allclose(got, expit(np.array(z)), rtol=2e-7)
+            np.testing.assert_allclose(got, expit(np.array(z)), rtol=2.5e-7)
     assert mx.sigmoid is own
 
 
 def test_sigmoid_has_its_digits_in_both_tails():
     z = np.linspace(-87, 87, 1_000_001).astype(np.float32)
     got = np.array(elementary.sigmoid(mx.array(z))).astype(np.float64)
-    assert np.abs(got / expit(z.astype(np.float64)) - 1).max() < 2e-7
+    assert np.abs(got / expit(z.astype(np.float64)) - 1).max() < 2.5e-7
     assert np.diff(got).min() > -1.2e-7  # rounding apart, it never falls
 
 
 @pytest.mark.parametrize("z", [-np.inf, -1e4, -90.0, -88.5, -0.0, 0.0, 88.5, 1e4, np.inf, np.nan])
 def test_sigmoid_at_the_ends(z):
     got = elementary.sigmoid(mx.array(z, dtype=mx.float32)).item()
-    np.testing.assert_allclose(got, expit(z), rtol=2e-7, atol=2e-38)
+    np.testing.assert_allclose(got, expit(z), rtol=2.5e-7, atol=2e-38)
 
 
 def test_gradient_of_the_sigmoid():

@@ -14,8 +14,9 @@ import mlx.core as mx
 
 from nalora_mlx.activations import Activation
 
-# Of float32 in one array of a chunk: small beside a whole array, large enough for few of them: each is compiled.
-CHUNK_BYTES = 1 << 20
+# Of float32 in one array of a chunk: small beside a whole array, large enough for few of them: each is compiled, and
+# takes some 0.2 MB of a graph.
+CHUNK_BYTES = 2 << 20
 MAX_STREAMS = 8
 
 Work = TypeVar("Work")
