@@ -8,28 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nalora_mlx.data import Example
-
-# Every new shape is compiled, and its graph kept: some 18 MB, and a good part of a step's time. So few shapes occur.
-PAD_TO = 8  # lengths are padded to multiples of this
-SHORT = 256  # up to here there are eight lengths between a power of two and the next one, beyond it four
-
-
-def rounded_length(length: int) -> int:
-    """The next of the few lengths that occur; a multiple of PAD_TO."""
-    step = max(PAD_TO, (1 << (length - 1).bit_length()) // (16 if length <= SHORT else 8))
-    return step * math.ceil(length / step)
-
-
-def rounded_scored(scored: int, positions: int) -> int:
-    """Room for the scored positions of a batch: all, 3/4, 1/2, 3/8, 1/4, ... of its positions, whatever suffices.
-
-    Every position of it costs a row of logits, and every size another graph: finer steps cost more than they save.
-    """
-    whole = positions
-    while (half := math.ceil(whole / 2)) >= max(scored, 1) and half < whole:
-        whole = half
-    between = math.ceil(3 * whole / 4)
-    return between if between >= scored else whole
+from nalora_mlx.shapes import Shapes, fitted, rounded_length
 
 
 @dataclass(frozen=True)
@@ -46,6 +25,7 @@ class Batch:
         rows: indices into the split's examples.
         segments: int32, which row of its sequence an input belongs to, from 1; 0 for padding. None if not packed.
         elsewhere: supervised tokens of the batch that other workers have.
+        room: for scored positions, see `Shapes.room`; 0 for as many as there are.
     """
 
     inputs: np.ndarray
@@ -55,6 +35,7 @@ class Batch:
     rows: tuple[int, ...]
     segments: np.ndarray | None = None
     elsewhere: int = 0
+    room: int = 0
 
     @property
     def tokens(self) -> int:
@@ -64,10 +45,10 @@ class Batch:
     def scored(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where the loss is: positions in the flattened [B L], their targets, and weights, 1 or 0; [S] each.
 
-        S is the count of supervised tokens rounded up, so that few sizes occur; weight 0 fills.
+        S is `room`, so that few sizes occur; weight 0 fills.
         """
         positions = np.flatnonzero(self.supervised).astype(np.int32)
-        size = rounded_scored(positions.size, self.inputs.size)
+        size = max(self.room, positions.size, 1)
         rows = np.zeros(size, np.int32)
         rows[: positions.size] = positions
         weights = np.zeros(size, np.float32)
@@ -80,17 +61,34 @@ Sequences = Sequence[Sequence[int]]
 ALL = slice(None)
 
 
-def collate(examples: Sequence[Example], rows: Sequence[int], share: slice = ALL) -> Batch:
-    """One row a sequence, padded to the longest one's inputs, rounded up.
+def shapes_of(examples: Iterable[Example]) -> Shapes:
+    """The shapes of batches with one row a sequence."""
+    sizes = [(example.inputs, int(example.supervised[1:].sum())) for example in examples]
+    return fitted(*zip(*sizes, strict=True))
+
+
+def collate(
+    examples: Sequence[Example], rows: Sequence[int], share: slice = ALL, shapes: Shapes | None = None
+) -> Batch:
+    """One row a sequence, padded to one of the `shapes`; to that of these rows alone if None.
 
     `share` picks one worker's sequences; a worker without any has one of padding alone.
     """
-    return _collate(examples, [[row] for row in rows], padded_length(examples[row] for row in rows), share)
+    chosen = [examples[row] for row in rows]
+    shapes = shapes or shapes_of(chosen)
+    length = shapes.length(max(example.inputs for example in chosen))
+    return _collate(examples, [[row] for row in rows], length, share, shapes)
 
 
-def collate_packs(examples: Sequence[Example], packs: Sequences, length: int, share: slice = ALL) -> Batch:
+def collate_packs(
+    examples: Sequence[Example],
+    packs: Sequences,
+    length: int,
+    share: slice = ALL,
+    shapes: Shapes | None = None,
+) -> Batch:
     """Several rows a sequence, each sequence padded to `length`; see `collate`."""
-    batch = _collate(examples, packs, length, share)
+    batch = _collate(examples, packs, length, share, shapes or pack_shapes(examples, packs, length))
     segments = np.zeros_like(batch.inputs)
     for i, pack in enumerate(packs[share]):
         ends = np.cumsum([examples[row].inputs for row in pack])
@@ -98,7 +96,15 @@ def collate_packs(examples: Sequence[Example], packs: Sequences, length: int, sh
     return replace(batch, segments=segments)
 
 
-def _collate(examples: Sequence[Example], sequences: Sequences, length: int, share: slice) -> Batch:
+def pack_shapes(examples: Sequence[Example], packs: Sequences, length: int) -> Shapes:
+    """The shapes of batches of packs, all of one length."""
+    supervised = [sum(int(examples[row].supervised[1:].sum()) for row in pack) for pack in packs]
+    return fitted([length] * len(packs), supervised)
+
+
+def _collate(
+    examples: Sequence[Example], sequences: Sequences, length: int, share: slice, shapes: Shapes
+) -> Batch:
     mine = sequences[share] or [[]]
     inputs = np.zeros((len(mine), length), np.int32)
     targets = np.zeros((len(mine), length), np.int32)
@@ -116,7 +122,9 @@ def _collate(examples: Sequence[Example], sequences: Sequences, length: int, sha
             start += example.inputs
     rows = tuple(int(row) for rows in sequences for row in rows)
     tokens = sum(int(examples[row].supervised[1:].sum()) for row in rows)
-    return Batch(inputs, targets, supervised, real, rows, elsewhere=tokens - int(supervised.sum()))
+    own = int(supervised.sum())
+    room = shapes.room(own, len(mine), length)
+    return Batch(inputs, targets, supervised, real, rows, elsewhere=tokens - own, room=room)
 
 
 def padded_length(examples: Iterable[Example]) -> int:
@@ -188,13 +196,18 @@ def training_batches(
     """
     epoch, start = divmod(start, batches_per_epoch(examples, batch_size, packing))
     length = padded_length(examples)
+    if packing:
+        packs = [pack for batch in epoch_packs(examples, batch_size, seed, 0) for pack in batch]
+        shapes = pack_shapes(examples, packs, length)
+    else:
+        shapes = shapes_of(examples)
     while True:
         if packing:
             for packs in epoch_packs(examples, batch_size, seed, epoch)[start:]:
-                yield collate_packs(examples, packs, length, share)
+                yield collate_packs(examples, packs, length, share, shapes)
         else:
             for rows in epoch_batches(examples, batch_size, seed, epoch)[start:]:
-                yield collate(examples, rows, share)
+                yield collate(examples, rows, share, shapes)
         epoch, start = epoch + 1, 0
 
 
@@ -209,7 +222,8 @@ def evaluation_batches(
     if 0 <= num_batches * batch_size < len(examples):
         rows = np.sort(np.random.default_rng(seed).permutation(len(examples))[: num_batches * batch_size])
         chosen = [examples[row] for row in rows]
-    return [collate(chosen, rows, share) for rows in sorted_batches(chosen, batch_size)]
+    shapes = shapes_of(chosen) if chosen else None
+    return [collate(chosen, rows, share, shapes) for rows in sorted_batches(chosen, batch_size)]
 
 
 def batches_per_epoch(examples: Sequence[Example], batch_size: int, packing: bool = False) -> int:

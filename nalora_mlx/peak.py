@@ -25,8 +25,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from nalora_mlx.batches import PAD_TO, Batch
+from nalora_mlx.batches import Batch
 from nalora_mlx.forward import recomputed
+from nalora_mlx.shapes import PAD_TO
 from nalora_mlx.step import TrainingStep
 
 ENOUGH = 512  # tokens of the smallest trial, if the run's batches have twice as many
@@ -195,14 +196,6 @@ def _solved(trials: Sequence[Size], peaks: Sequence[int]) -> tuple[float, float,
         kept.remove(negative[-1])
 
 
-class _Trial(Batch):
-    """A batch whose scored positions are as many as there are, and not rounded once more."""
-
-    def scored(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        positions = np.flatnonzero(self.supervised).astype(np.int32)
-        return positions, np.ones_like(positions), np.ones(positions.size, np.float32)
-
-
 def _trial(size: Size) -> Batch:
     """A batch of a size, of tokens that do not matter."""
     shape = (size.rows, size.length)
@@ -210,7 +203,7 @@ def _trial(size: Size) -> Batch:
     supervised[np.linspace(0, size.tokens - 1, min(max(1, size.scored), size.tokens)).astype(int)] = 1
     tokens = np.ones(shape, np.int32)
     segments = tokens if size.packed else None
-    return _Trial(tokens, tokens, supervised.reshape(shape), np.ones(shape, np.float32), (), segments)
+    return Batch(tokens, tokens, supervised.reshape(shape), np.ones(shape, np.float32), (), segments)
 
 
 def _put_back(tree: Any, before: Any) -> None:

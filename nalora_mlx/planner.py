@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from nalora_mlx.adapters import report_of
-from nalora_mlx.batches import PAD_TO, epoch_batches, epoch_packs, padded_length, rounded_scored
+from nalora_mlx.batches import epoch_batches, epoch_packs, pack_shapes, padded_length, shapes_of
 from nalora_mlx.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.data import Example
 from nalora_mlx.distributed import ALONE, Workers
@@ -20,6 +20,7 @@ from nalora_mlx.errors import InputError
 from nalora_mlx.losses import TILE_BYTES
 from nalora_mlx.peak import Peak, Planner, Size, nbytes
 from nalora_mlx.run import recomputed_layers
+from nalora_mlx.shapes import PAD_TO
 from nalora_mlx.step import TrainingStep
 
 FAR = 4  # times the length that was measured: beyond it nothing is said
@@ -33,15 +34,17 @@ def heaviest(examples: Sequence[Example], config: TrainingConfig, workers: Worke
     sizes = []
     if config.packing:
         length = padded_length(examples)
-        for packs in epoch_packs(examples, config.batch_size, config.seed, 0):
-            sizes.append(
-                Size(len(packs), length, sum(supervised[row] for pack in packs for row in pack), True)
-            )
+        batches = epoch_packs(examples, config.batch_size, config.seed, 0)
+        shapes = pack_shapes(examples, [pack for packs in batches for pack in packs], length)
+        for packs in batches:
+            scored = sum(supervised[row] for pack in packs for row in pack)
+            sizes.append(Size(len(packs), length, shapes.room(scored, len(packs), length), True))
     else:
+        shapes = shapes_of(examples)
         for rows in epoch_batches(examples, config.batch_size, config.seed, 0):
-            length = padded_length(examples[row] for row in rows)
+            length = shapes.length(max(examples[row].inputs for row in rows))
             scored = sum(supervised[row] for row in rows)
-            sizes.append(Size(len(rows), length, rounded_scored(scored, len(rows) * length)))
+            sizes.append(Size(len(rows), length, shapes.room(scored, len(rows), length)))
     most = max(sizes, key=lambda size: (size.tokens, size.length, size.scored))
     return most.with_shape(math.ceil(most.rows / workers.size), most.length)
 

@@ -33,6 +33,7 @@ FLOORS = [
         "packing",
         "progress",
         "rows",
+        "shapes",
         "signals",
     ],
     ["families"],

@@ -11,17 +11,18 @@ from mlx_lm.tokenizer_utils import load
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 
 from nalora_mlx.batches import (
-    PAD_TO,
     batches_per_epoch,
     collate,
     epoch_batches,
     evaluation_batches,
+    shapes_of,
     sorted_batches,
     training_batches,
 )
 from nalora_mlx.data import Example, Features, tokenize_split
 from nalora_mlx.errors import InputError
 from nalora_mlx.rows import load_hub_entry, load_local, read_jsonl
+from nalora_mlx.shapes import PAD_TO, fitted, rounded_length
 from tests.conftest import CHAT_TEMPLATE, build_examples
 
 CHAT = {
@@ -370,8 +371,7 @@ def test_padding_is_little_on_lengths_like_those_of_chats():
     lengths = np.clip(rng.lognormal(5, 0.9, 512), 4, 2048).astype(int)
     examples = [Example(np.zeros(n, np.int32), np.ones(n, bool), "") for n in lengths]
     real = total = 0
-    for rows in epoch_batches(examples, 8, 0, 0):
-        batch = collate(examples, rows)
+    for batch in itertools.islice(training_batches(examples, 8, 0), batches_per_epoch(examples, 8)):
         real += batch.real.sum()
         total += batch.real.size
     assert real / total > 0.85  # mlx-lm's batches of such rows are half padding
@@ -386,14 +386,72 @@ def test_few_shapes_occur_however_rows_differ():
         Example(np.zeros(n, np.int32), np.arange(n) >= n - m, "")
         for n, m in zip(lengths, answers, strict=True)
     ]
-    batches = [collate(examples, rows) for rows in epoch_batches(examples, 4, 0, 0)]
+    batches = list(itertools.islice(training_batches(examples, 4, 0), 500))
     shapes = {(batch.inputs.shape, batch.scored()[0].size) for batch in batches}
-    assert len(shapes) < 95  # of 500 batches
+    assert len(shapes) < 60  # of 500 batches
     for batch in batches:
         positions, _, weights = batch.scored()
         assert batch.tokens <= positions.size <= batch.inputs.size
         assert weights.sum() == batch.tokens
-        assert positions.size <= 1.5 * batch.tokens + 2
+        assert positions.size <= 2 * batch.tokens + PAD_TO
+    room = sum(batch.scored()[0].size for batch in batches)
+    assert room < 1.5 * sum(batch.tokens for batch in batches)
+
+
+@settings(max_examples=100, deadline=None)
+@given(inputs=st.lists(st.integers(1, 300), min_size=1, max_size=12))
+def test_as_few_lengths_as_waste_little(inputs):
+    """Against all choices of lengths there are."""
+    lengths = sorted({rounded_length(n) for n in inputs})
+
+    def positions(chosen):
+        return sum(min(n for n in chosen if n >= one) for one in inputs)
+
+    least = 1 - sum(inputs) / positions(lengths)
+    allowed = max(0.05, least + 0.01)
+    best = {
+        count: min(
+            positions((*some, lengths[-1])) for some in itertools.combinations(lengths[:-1], count - 1)
+        )
+        for count in range(1, len(lengths) + 1)
+    }
+    fewest = min(count for count, total in best.items() if 1 - sum(inputs) / total <= allowed + 1e-12)
+    shapes = fitted(inputs, [1] * len(inputs))
+    assert len(shapes.lengths) == fewest
+    assert sum(map(shapes.length, inputs)) == best[fewest]
+    assert set(shapes.lengths) <= set(lengths)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=20), data=st.data()
+)
+def test_there_is_room_for_all_that_is_scored_and_mostly_the_same(rows, data):
+    inputs = [max(a, b) for a, b in rows]
+    shapes = fitted(inputs, [b for _, b in rows])
+    length = data.draw(st.sampled_from(shapes.lengths))
+    sequences = data.draw(st.integers(1, 8))
+    supervised = data.draw(st.integers(0, sequences * length))
+    room = shapes.room(supervised, sequences, length)
+    assert supervised <= room <= sequences * length
+    own = [b for one, (_, b) in zip(inputs, rows, strict=True) if shapes.length(one) == length]
+    usual = sequences * np.mean(own) + 2.5 * sequences**0.5 * np.std(own)
+    if max(1, usual / 2) < supervised <= usual:
+        assert room == min(-(-usual // PAD_TO) * PAD_TO, sequences * length)
+
+
+def test_batches_keep_the_shapes_of_all_rows():
+    examples = build_examples(60, low=5, high=90)
+    shapes = shapes_of(examples)
+    for batch in itertools.islice(training_batches(examples, 4, 0), 30):
+        assert batch.inputs.shape[1] in shapes.lengths
+        assert batch.room == shapes.room(batch.tokens, len(batch.rows), batch.inputs.shape[1])
+    chosen = evaluation_batches(examples, 4, 5, 0)
+    inputs, supervised = (
+        [int(n) for batch in chosen for n in array(batch).sum(axis=1)]
+        for array in (lambda batch: batch.real, lambda batch: batch.supervised)
+    )
+    assert {batch.inputs.shape[1] for batch in chosen} <= set(fitted(inputs, supervised).lengths)
 
 
 def test_epochs_differ_and_follow_each_other():

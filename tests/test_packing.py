@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 
 from nalora_mlx.adapters import adapt
 from nalora_mlx.batches import (
-    PAD_TO,
     batches_per_epoch,
     collate,
     collate_packs,
@@ -26,6 +25,7 @@ from nalora_mlx.data import Example
 from nalora_mlx.forward import recomputed
 from nalora_mlx.heads import find_head
 from nalora_mlx.packing import PackedCache, refusal
+from nalora_mlx.shapes import PAD_TO
 from nalora_mlx.step import TrainingStep
 from tests.conftest import build_examples, random_adapters
 from tests.test_zoo import build

@@ -14,7 +14,7 @@ from mlx_lm.models import mixtral
 
 from nalora_mlx import planner
 from nalora_mlx.adapters import adapt
-from nalora_mlx.batches import PAD_TO, epoch_batches, rounded_scored, training_batches
+from nalora_mlx.batches import epoch_batches, shapes_of, training_batches
 from nalora_mlx.config import NALoRAConfig, RunConfig, TrainingConfig
 from nalora_mlx.data import Example
 from nalora_mlx.distributed import Workers
@@ -22,6 +22,7 @@ from nalora_mlx.errors import InputError
 from nalora_mlx.peak import Peak, Planner, Size, _solved, _trials
 from nalora_mlx.planner import Plan, advice, at_most, heaviest, plan
 from nalora_mlx.run import recomputed_layers
+from nalora_mlx.shapes import PAD_TO
 from nalora_mlx.step import TrainingStep
 from nalora_mlx.trainer import train
 from tests.conftest import build_examples, build_model, llama_args
@@ -324,7 +325,7 @@ def test_the_heaviest_batch():
     found = heaviest(examples, config)
     # The longest row is in a batch of its own, the last one: fewer tokens than two shorter rows.
     assert [len(rows) for rows in epoch_batches(examples, 2, 0, 0) if 2 in rows] == [1]
-    assert found == Size(2, 56, rounded_scored(40 + 5, 2 * 56))
+    assert found == Size(2, 56, shapes_of(examples).room(40 + 5, 2, 56))
     assert heaviest(examples, config, Workers(0, 2)) == replace(found, rows=1, scored=round(found.scored / 2))
     packed = heaviest(examples, replace(config, packing=True))
     assert (packed.rows, packed.length, packed.packed) == (2, 64, True)
