@@ -13,6 +13,8 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from nalora_mlx.attention import lean_attention
+
 PROBE = 8  # tokens of the row that a probe compares
 
 
@@ -63,7 +65,8 @@ def refusal(model: nn.Module, hidden: Callable[..., mx.array], length: int) -> s
     model.eval()
     try:
         # More than one draw: among experts, rounding alone may send a token elsewhere.
-        differences = [_difference(model, hidden, length, seed) for seed in range(3)]
+        with lean_attention():  # as in training; MLX's own would hold the scores of whole sequences
+            differences = [_difference(model, hidden, length, seed) for seed in range(3)]
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"its forward does not take a packed sequence ({reason})"

@@ -125,6 +125,16 @@ def test_positions_are_tried_up_to_the_length():
     assert "alone" in why_not(model, 120)
 
 
+def test_trying_takes_no_more_memory_than_training():
+    """Not the scores of whole sequences, which attention without gradients would hold."""
+    model = build("llama")
+    length, heads = 2048, model.args.num_attention_heads
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    assert why_not(model, length) is None
+    assert mx.get_peak_memory() - before < 2 * heads * length**2 * 4
+
+
 def test_the_mask_is_blocks_of_causal_ones():
     segments = [1, 1, 1, 2, 2, 0]
     cache = PackedCache(mx.array([segments]))
