@@ -1,6 +1,6 @@
 """The few shapes that batches are padded to, fitted to the rows of a run.
 
-Every new shape is compiled, which takes a good part of a step's time, and its graph is kept: some 20 MB on a CPU. So of
+Every new shape is compiled, which takes a good part of a step's time, and its graph is kept: some 18 MB on a CPU. So of
 lengths as few occur as waste little, and for each length one count of scored positions with few exceptions.
 """
 

@@ -1,5 +1,7 @@
 """2^x, sigmoid and log-sum-exp on the CPU against float64, and their gradients."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -45,6 +47,17 @@ def test_sigmoid_has_its_digits_in_both_tails():
 def test_sigmoid_at_the_ends(z):
     got = elementary.sigmoid(mx.array(z, dtype=mx.float32)).item()
     np.testing.assert_allclose(got, expit(z), rtol=2.5e-7, atol=2e-38)
+
+
+def test_compiled_loops_of_the_sigmoid_read_no_constant_from_memory(tmp_path):
+    """A constant that MLX does not fuse makes a loop scalar, and the sigmoid four times as slow."""
+    z = mx.random.normal((64, 64))
+    mx.eval(z)  # or the graph has what makes it
+    out = mx.compile(elementary.sigmoid)(z)
+    mx.export_to_dot(str(tmp_path / "graph.dot"), out)
+    operations = re.findall(r'label ="([^"]*)", shape=rectangle', (tmp_path / "graph.dot").read_text())
+    assert any(name.startswith("Compiled") for name in operations)
+    assert not {"Broadcast", "Full"} & set(operations)
 
 
 def test_gradient_of_the_sigmoid():
