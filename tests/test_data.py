@@ -451,7 +451,11 @@ def test_batches_keep_the_shapes_of_all_rows():
         [int(n) for batch in chosen for n in array(batch).sum(axis=1)]
         for array in (lambda batch: batch.real, lambda batch: batch.supervised)
     )
-    assert {batch.inputs.shape[1] for batch in chosen} <= set(fitted(inputs, supervised).lengths)
+    own = fitted(inputs, supervised)
+    for batch in chosen:
+        length = batch.inputs.shape[1]
+        assert length == own.length(int(batch.real.sum(axis=1).max()))
+        assert batch.room == own.room(batch.tokens, len(batch.rows), length)
 
 
 def test_epochs_differ_and_follow_each_other():

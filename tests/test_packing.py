@@ -1,6 +1,6 @@
 """Rows packed into one sequence train as rows of their own do, or are refused."""
 
-from itertools import chain
+from itertools import chain, islice
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,7 @@ from nalora_mlx.batches import (
     collate,
     collate_packs,
     epoch_packs,
+    pack_shapes,
     padded_length,
     training_batches,
 )
@@ -221,6 +222,23 @@ def test_packs_are_full_and_differ_from_epoch_to_epoch():
     # The longest rows meet the same others again; the batches that packs fall into are others.
     first, second = ({frozenset(chain.from_iterable(batch)) for batch in epoch} for epoch in epochs)
     assert not first & second
+
+
+def test_batches_of_packs_have_room_fitted_to_all_packs():
+    rng = np.random.default_rng(0)
+    examples = [
+        Example(np.ones(n, np.int32), np.arange(n) >= n - m, "")
+        for n, m in zip(rng.integers(5, 90, 80), rng.integers(1, 40, 80), strict=True)
+    ]
+    length = padded_length(examples)
+    packs = [pack for batch in epoch_packs(examples, 2, 7, 0) for pack in batch]
+    shapes = pack_shapes(examples, packs, length)
+    batches = list(islice(training_batches(examples, 2, 7, packing=True), 30))
+    for batch in batches:
+        assert batch.room == shapes.room(batch.tokens, len(batch.inputs), length)
+    assert (
+        len({batch.room for batch in batches}) <= 3
+    )  # of whole batches, one in the last place, and one beyond
 
 
 def test_a_stream_can_be_taken_up_anywhere():
