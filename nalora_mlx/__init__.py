@@ -7,20 +7,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nalora_mlx.adapters import adapt, fuse_model, load_adapter
-    from nalora_mlx.config import NALoRAConfig, TrainingConfig
-    from nalora_mlx.errors import InputError
-    from nalora_mlx.trainer import train
+    from nalora_mlx.core import InputError, NALoRAConfig, TrainingConfig
+    from nalora_mlx.training import train
 
 __all__ = ["InputError", "NALoRAConfig", "TrainingConfig", "adapt", "fuse_model", "load_adapter", "train"]
 
 _HOMES = {
-    "InputError": "errors",
-    "NALoRAConfig": "config",
-    "TrainingConfig": "config",
+    "InputError": "core",
+    "NALoRAConfig": "core",
+    "TrainingConfig": "core",
     "adapt": "adapters",
     "fuse_model": "adapters",
     "load_adapter": "adapters",
-    "train": "trainer",
+    "train": "training",
 }
 
 

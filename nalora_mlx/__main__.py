@@ -4,7 +4,7 @@ import sys
 
 from nalora_mlx import __version__
 from nalora_mlx.cli import COMMANDS, EXIT_USAGE, command, execute
-from nalora_mlx.strict import nearest
+from nalora_mlx.core.parsing import nearest
 
 
 def main(argv: list[str] | None = None) -> int:

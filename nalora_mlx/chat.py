@@ -3,17 +3,18 @@
 import argparse
 import sys
 import unicodedata
-from collections.abc import Generator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser
-from nalora_mlx.errors import InputError
+from nalora_mlx.core.errors import InputError
 
 if TYPE_CHECKING:
     import mlx.nn as nn
     from rich.console import Console, RenderableType
+
+    from nalora_mlx.models.conversation import Conversation
 
 COMMANDS = {
     "/system TEXT": "set the system message, without TEXT remove it; the turns stay",
@@ -47,102 +48,6 @@ def build_parser(prog: str) -> Parser:
     return parser
 
 
-class Conversation:
-    """A chat whose whole history is rendered each turn, and whose cache is kept as far as the text agrees.
-
-    Attributes:
-        messages: the system message if there is one, then the turns; a list that is replaced, never changed.
-        cut: whether the last answer ended at the limit of tokens.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, system_prompt: str | None, max_kv_size: int | None = None):
-        self.model, self.tokenizer, self.max_kv_size = model, tokenizer, max_kv_size
-        self.messages: list[dict[str, str]] = []
-        self.cached: list[int] = []
-        self.cut = False
-        self._drop_cache()
-        if system_prompt:
-            self.set_system(system_prompt)
-
-    @property
-    def turns(self) -> list[dict[str, str]]:
-        """The messages but the system message."""
-        return [message for message in self.messages if message["role"] != "system"]
-
-    def set_system(self, text: str) -> None:
-        """Set the system message, or remove it if the text is empty.
-
-        Raises:
-            InputError: the chat template refuses it, or leaves it out.
-        """
-        from jinja2 import TemplateError
-
-        system = [{"role": "system", "content": text}] if text else []
-        turn = [{"role": "user", "content": "x"}]
-        try:
-            taken = not text or self._render(system + turn) != self._render(turn)
-        except TemplateError:
-            taken = False
-        if not taken:
-            raise InputError("the model's chat template takes no system message")
-        self.messages = system + self.turns
-
-    def reset(self) -> None:
-        """Forget all turns."""
-        self.messages = [message for message in self.messages if message["role"] == "system"]
-
-    def answer(self, text: str, **settings: Any) -> Generator[str, None, None]:
-        """Yield the answer to a message piece by piece; both join the history when it is whole."""
-        from mlx_lm import stream_generate
-
-        asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._render(asked)
-        answer, tokens, response = "", [], None
-        try:
-            rest = self._agree(prompt)
-            for response in stream_generate(
-                self.model, self.tokenizer, rest, prompt_cache=self.cache, **settings
-            ):
-                answer += response.text
-                tokens.append(response.token)
-                yield response.text
-        except BaseException:  # Ctrl-C too, and a reader that goes away: what the cache holds is not known
-            self._drop_cache()
-            raise
-        # mlx-lm feeds every token that it yields, the last one too, to be one step ahead.
-        self.cached = prompt + tokens
-        self.cut = response is not None and response.finish_reason == "length"
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
-
-    def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        return list(
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        )
-
-    def _drop_cache(self) -> None:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        self.cache = make_prompt_cache(self.model, self.max_kv_size)
-        self.cached = []
-
-    def _agree(self, prompt: list[int]) -> list[int]:
-        """Trim the cache to the longest common beginning; returns the tokens still to be read, at least one."""
-        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
-
-        common = 0
-        for old, new in zip(self.cached, prompt[:-1], strict=False):
-            if old != new:
-                break
-            common += 1
-        surplus = len(self.cached) - common
-        if surplus and can_trim_prompt_cache(self.cache):
-            trim_prompt_cache(self.cache, surplus)
-        elif surplus:
-            self._drop_cache()
-            common = 0
-        return prompt[common:]
-
-
 class Chat:
     """What a person types, and what is shown of the answers.
 
@@ -154,7 +59,7 @@ class Chat:
     """
 
     def __init__(
-        self, console: "Console", tuned: Conversation, base: Conversation | None, settings: dict[str, Any]
+        self, console: "Console", tuned: "Conversation", base: "Conversation | None", settings: dict[str, Any]
     ):
         self.console, self.tuned, self.base, self.settings = console, tuned, base, settings
         self.comparing = False
@@ -245,7 +150,7 @@ class Chat:
         else:
             print(text, file=sys.stderr)
 
-    def _one_by_one(self, conversations: dict[str, Conversation], text: str) -> None:
+    def _one_by_one(self, conversations: "dict[str, Conversation]", text: str) -> None:
         for name, conversation in conversations.items():
             if name:
                 self.console.print(f"{name}:", style="bold")
@@ -256,7 +161,7 @@ class Chat:
             if conversation.cut:
                 self.note(self._limit())
 
-    def _in_columns(self, conversations: dict[str, Conversation], text: str) -> None:
+    def _in_columns(self, conversations: "dict[str, Conversation]", text: str) -> None:
         from rich.live import Live
 
         answers = dict.fromkeys(conversations, "")
@@ -294,7 +199,8 @@ class Chat:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model and answer until the input ends."""
-    from nalora_mlx.models import check_paths, load_model
+    from nalora_mlx.core.paths import check_paths
+    from nalora_mlx.models.loading import load_model
 
     check_paths(args.model, args.adapter_path)
     if args.compare and args.adapter_path is None:
@@ -303,7 +209,8 @@ def run(args: argparse.Namespace) -> None:
     from mlx_lm.sample_utils import make_sampler
     from rich.console import Console
 
-    from nalora_mlx.adapters import load_any_adapter
+    from nalora_mlx.adapters.files import load_any_adapter
+    from nalora_mlx.models.conversation import Conversation
 
     model, tokenizer, _ = load_model(args.model, args.trust_remote_code)
     if not tokenizer.has_chat_template:
@@ -346,7 +253,7 @@ def _twin(model: "nn.Module", name: str, trust_remote_code: bool) -> "nn.Module"
     """The same model once more, of the same arrays: an adapter on one of them leaves the other as it is."""
     from mlx_lm import utils
 
-    from nalora_mlx.models import local_directory
+    from nalora_mlx.models.loading import local_directory
 
     # Lazy: its own arrays are never read.
     twin, _ = utils.load_model(local_directory(name), lazy=True, trust_remote_code=trust_remote_code)

@@ -11,9 +11,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from nalora_mlx import __version__
-from nalora_mlx.errors import InputError, RunError
-from nalora_mlx.signals import SIGNALS, Stopped
-from nalora_mlx.strict import did_you_mean
+from nalora_mlx.core.errors import InputError, RunError
+from nalora_mlx.core.parsing import did_you_mean
+from nalora_mlx.core.signals import SIGNALS, Stopped
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -178,3 +178,18 @@ def passed_on(given: Mapping[str, Any]) -> list[str]:
         else:
             argv.append(f"{flag}={value}")  # with =, a value may begin with a dash
     return argv
+
+
+def check_content(model: str | None, adapter: str | None = None) -> None:
+    """Look into a model and an adapter from strangers before mlx-lm makes anything of them.
+
+    Raises:
+        InputError: what is wrong with which file.
+    """
+    from nalora_mlx.adapters.files import check_adapter
+    from nalora_mlx.models.loading import check_files
+
+    if model is not None:
+        check_files(model)
+    if adapter is not None:
+        check_adapter(adapter)

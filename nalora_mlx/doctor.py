@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from nalora_mlx import __version__
 from nalora_mlx.cli import Parser, add_settings
-from nalora_mlx.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
+from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from nalora_mlx.data import Example, Split
-    from nalora_mlx.display import Page
-    from nalora_mlx.validate import Rows
+    from nalora_mlx.core.terminal import Page
+    from nalora_mlx.data.checks import Rows
+    from nalora_mlx.data.tokenization import Example, Split
 
 DATA_SETTINGS = ("data", "mask_prompt", "max_seq_length", "show_masks")
 MEMORY_SETTINGS = ("batch_size", "grad_checkpoint", "memory_budget", "quantize", "num_layers")
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    from nalora_mlx.display import Page
+    from nalora_mlx.core.terminal import Page
 
     given = vars(args)
     name, remote, path = given.pop("model"), given.pop("trust_remote_code"), given.pop("config")
@@ -144,14 +144,14 @@ def _gflops() -> float:
 
 def _kernels(page: "Page") -> None:
     """Try every kernel of the gated residual against its reference, and time it."""
-    from nalora_mlx.kernels.backend import ENVIRONMENT, REFERENCE, backend
+    from nalora_mlx.ops.kernels.backend import ENVIRONMENT, REFERENCE, backend
 
     chosen = backend()
     if chosen == REFERENCE:
         why = f"{ENVIRONMENT}={REFERENCE}" if os.environ.get(ENVIRONMENT) == REFERENCE else "no GPU in use"
         page.fact(f"gated residual: MLX's own operations ({why})")
         return
-    from nalora_mlx.kernels.survey import bandwidth, faults
+    from nalora_mlx.ops.kernels.survey import bandwidth, faults
 
     found = dict(faults(chosen))
     wrong = {kind: why for kind, why in found.items() if why is not None}
@@ -176,8 +176,8 @@ def _model(page: "Page", name: str, trust_remote_code: bool, config: RunConfig) 
     """Say what would be adapted in a model; returns it, adapted, and its tokenizer."""
     from mlx.utils import tree_flatten
 
-    from nalora_mlx.adapters import adapt, adapt_dora
-    from nalora_mlx.models import load_model
+    from nalora_mlx.adapters.attach import adapt, adapt_dora
+    from nalora_mlx.models.loading import load_model
 
     model, tokenizer, _ = load_model(name, trust_remote_code, config.quantize)
     size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
@@ -227,8 +227,8 @@ def _spans(numbers: list[int]) -> str:
 
 def _rows(page: "Page", config: RunConfig) -> "Rows":
     """Say what is wrong with the rows, all of it; returns them."""
-    from nalora_mlx.rows import SPLITS
-    from nalora_mlx.validate import read_rows
+    from nalora_mlx.data.checks import read_rows
+    from nalora_mlx.data.sources import SPLITS
 
     rows = read_rows(
         config, [name for name in SPLITS if name != "test" or not config.hf_dataset], all_needed=False
@@ -239,8 +239,9 @@ def _rows(page: "Page", config: RunConfig) -> "Rows":
 
 def _tokens(page: "Page", rows: "Rows", tokenizer: Any, config: RunConfig) -> "list[Example]":
     """Say what becomes of the rows as tokens: what is cut or left out, lengths, masks; returns those of training."""
-    from nalora_mlx.display import colours, marked_text
-    from nalora_mlx.validate import histogram, marked, summary, tokenize
+    from nalora_mlx.core.terminal import colours, marked_text
+    from nalora_mlx.data.checks import tokenize
+    from nalora_mlx.data.summary import histogram, marked, summary
 
     splits: dict[str, Split] = tokenize(rows, tokenizer, config.max_seq_length)
     for name, split in splits.items():
@@ -271,9 +272,9 @@ def _memory(
     """Say what memory there is, and what a run would need of it, measured on a few steps."""
     import numpy as np
 
-    from nalora_mlx.data import Example
-    from nalora_mlx.optim import build_optimizer
-    from nalora_mlx.planner import default_budget, heaviest, plan
+    from nalora_mlx.data.tokenization import Example
+    from nalora_mlx.training.memory_plan import default_budget, heaviest, plan
+    from nalora_mlx.training.optimizers import build_optimizer
 
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     budget = config.memory_budget or default_budget()
@@ -307,14 +308,14 @@ def _memory(
 
 def _disk(page: "Page", model: "nn.Module | None", config: RunConfig) -> None:
     """Say whether a run's files have room."""
-    from nalora_mlx.checkpoint import free_space
+    from nalora_mlx.core.storage import free_space
 
     output = Path(config.adapter_path or ".").expanduser()
     free = free_space(output)
     where = f"{free / 1e9:.1f} GB free where {output} is, or would be"
     if model is not None:
-        from nalora_mlx.adapters import adapter_weights
-        from nalora_mlx.run_directory import check_space
+        from nalora_mlx.adapters.files import adapter_weights
+        from nalora_mlx.runs.directory import check_space
 
         adapter = sum(array.nbytes for array in adapter_weights(model).values())
         state = 2 * adapter  # the moments of Adam

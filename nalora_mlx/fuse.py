@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser
-from nalora_mlx.errors import InputError, RunError, first_line
-from nalora_mlx.models import check_paths
+from nalora_mlx.core.errors import InputError, RunError, first_line
+from nalora_mlx.core.paths import check_paths
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> None:
     _check(args, target)
     from mlx_lm.utils import dequantize_model, save
 
-    from nalora_mlx.adapters import fuse_model, load_any_adapter
-    from nalora_mlx.checkpoint import new_directory
-    from nalora_mlx.fidelity import take_reference
-    from nalora_mlx.models import load_model, local_directory
+    from nalora_mlx.adapters.files import load_any_adapter
+    from nalora_mlx.adapters.merge import fuse_model
+    from nalora_mlx.adapters.merge_quality import take_reference
+    from nalora_mlx.core.storage import new_directory
+    from nalora_mlx.models.loading import load_model, local_directory
 
     model, tokenizer, config = load_model(args.model, args.trust_remote_code)
     source = local_directory(args.model)
@@ -120,7 +121,7 @@ def _dequantize_scaled_experts(model: "nn.Module") -> None:
     from mlx.utils import tree_unflatten
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-    from nalora_mlx.modules import dequantized
+    from nalora_mlx.adapters.layers import dequantized
 
     made = []
     for path, old in model.named_modules():
@@ -174,10 +175,11 @@ def _describe_bits(config: dict[str, Any], merged: "dict[str, nn.Module]") -> No
 
 def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: str | None) -> None:
     """Put our model card in the place of mlx-lm's."""
-    from nalora_mlx.adapters import read_description
-    from nalora_mlx.checkpoint import read_json
-    from nalora_mlx.model_card import write_card
-    from nalora_mlx.models import card_metadata, is_hub_name, original_name
+    from nalora_mlx.adapters.files import read_description
+    from nalora_mlx.core.paths import is_hub_name
+    from nalora_mlx.core.storage import read_json
+    from nalora_mlx.export.model_card import write_card
+    from nalora_mlx.models.hub import card_metadata, original_name
 
     adapter = Path(args.adapter_path).expanduser()
     config = read_json(source / "config.json")

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from nalora_mlx.cli import Parser, add_passed_on, passed_on
-from nalora_mlx.errors import InputError
-from nalora_mlx.models import check_content, check_paths, expanded
+from nalora_mlx.cli import Parser, add_passed_on, check_content, passed_on
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.paths import check_paths, expanded
 
 # The flags of mlx_lm.generate: (names, what they do, type). All are handed on as they are; a test holds the two equal.
 # They are repeated here because importing mlx-lm takes longer than a --help may take.

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nalora_mlx.cli import Parser, add_settings
-from nalora_mlx.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
-from nalora_mlx.errors import InputError, first_line, listed
+from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
+from nalora_mlx.core.errors import InputError, first_line, listed
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from nalora_mlx.data import Split
-    from nalora_mlx.display import Display
-    from nalora_mlx.validate import Rows
+    from nalora_mlx.data.checks import Rows
+    from nalora_mlx.data.tokenization import Split
+    from nalora_mlx.runs.display import Display
 
 T = TypeVar("T")
 AGAIN = "the same command with --resume goes on from there"
@@ -49,15 +49,15 @@ def run(args: argparse.Namespace) -> None:
     config.check()
     if config.plan:
         config.train, config.test = True, False  # all that comes before training, and no test
-    from nalora_mlx.rows import SPLITS
+    from nalora_mlx.data.sources import SPLITS
 
     names = [n for n in SPLITS if (n == "test" and config.test) or (n != "test" and config.train)]
     with _display() as display, _awake():
         rows = _read(config, names, display)
         start = _start(config)
-        from nalora_mlx.memory_advice import memory_advice
-        from nalora_mlx.models import is_quantized, load_module, load_tokenizer
-        from nalora_mlx.validate import tokenize
+        from nalora_mlx.data.checks import tokenize
+        from nalora_mlx.models.loading import is_quantized, load_module, load_tokenizer
+        from nalora_mlx.training.out_of_memory import memory_advice
 
         display.note(f"loading {config.model}")
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
             if config.train:
                 _train(config, model, splits, display, start, begun)
             elif config.adapter_path:
-                from nalora_mlx.adapters import load_any_adapter
+                from nalora_mlx.adapters.files import load_any_adapter
 
                 load_any_adapter(model, Path(config.adapter_path).expanduser())
             if config.test:
@@ -99,8 +99,8 @@ def _display() -> "Display":
     """What shows the run: only on the first of several workers."""
     from rich.console import Console
 
-    from nalora_mlx.display import Display
-    from nalora_mlx.distributed import workers
+    from nalora_mlx.runs.display import Display
+    from nalora_mlx.training.distributed import workers
 
     return Display(Console(quiet=True)) if workers().rank else Display()
 
@@ -124,7 +124,7 @@ def _read(config: RunConfig, names: list[str], display: "Display") -> "Rows":
     Raises:
         InputError: lists the rows that cannot be used.
     """
-    from nalora_mlx.validate import read_rows
+    from nalora_mlx.data.checks import read_rows
 
     rows = read_rows(config, names, compare_with_test=config.train)
     if rows.problems:
@@ -142,7 +142,7 @@ def _checked(
     Raises:
         InputError: lists the rows that cannot be used.
     """
-    from nalora_mlx.validate import histogram, marked, summary
+    from nalora_mlx.data.summary import histogram, marked, summary
 
     if errors := [error for split in splits.values() for error in split.errors]:
         raise InputError(listed(errors))
@@ -175,9 +175,9 @@ def _start(config: RunConfig) -> Path | None:
     """
     if not config.train:
         return None
-    from nalora_mlx.checkpoint import check_writable
-    from nalora_mlx.resume import find, read_state
-    from nalora_mlx.run_directory import holds_run
+    from nalora_mlx.core.storage import check_writable
+    from nalora_mlx.runs.directory import holds_run
+    from nalora_mlx.runs.resume import find, read_state
 
     output = _output(config)
     check_writable(output)
@@ -207,16 +207,18 @@ def _train(
     """Plan and train; sets `begun` when the output directory is this run's."""
     import mlx.core as mx
 
-    from nalora_mlx import checkpoint, distributed
-    from nalora_mlx.adapters import adapter_weights, load_weights
-    from nalora_mlx.metrics import METRICS_FILE, MetricsFile
-    from nalora_mlx.optim import build_optimizer
-    from nalora_mlx.planner import advice, default_budget
-    from nalora_mlx.record import RECORD_FILE, RecordFile
-    from nalora_mlx.reporters import reporters
-    from nalora_mlx.run import Listener
-    from nalora_mlx.signals import SIGNALS, Stopped, stoppable
-    from nalora_mlx.trainer import train
+    from nalora_mlx.adapters.files import adapter_weights, load_weights
+    from nalora_mlx.core import storage
+    from nalora_mlx.core.signals import SIGNALS, Stopped, stoppable
+    from nalora_mlx.runs import checkpoints
+    from nalora_mlx.runs.loggers import reporters
+    from nalora_mlx.runs.metrics import METRICS_FILE, MetricsFile
+    from nalora_mlx.runs.record import RECORD_FILE, RecordFile
+    from nalora_mlx.training import distributed
+    from nalora_mlx.training.memory_plan import advice, default_budget
+    from nalora_mlx.training.optimizers import build_optimizer
+    from nalora_mlx.training.run import Listener
+    from nalora_mlx.training.trainer import train
 
     output = _output(config)
     mx.random.seed(config.seed)
@@ -237,7 +239,7 @@ def _train(
         mx.eval(model.parameters())  # read now: the file may be set aside next
         display.note(f"starting from {start}")
     display.status.memory_limit = default_budget()
-    checkpoint.json_writer(description)  # fails here, not after an hour, if it holds what JSON cannot
+    storage.json_writer(description)  # fails here, not after an hour, if it holds what JSON cannot
     trainable = sum(array.size for array in adapter_weights(model).values())
     display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
     for line in advice(model, splits["train"].examples, config, new_optimizer, distributed.workers()):
@@ -259,7 +261,7 @@ def _train(
         display.note(f"{SIGNALS[number]}: finishing this update and saving; once more ends the run at once")
 
     def second(number: int) -> None:
-        found = list(checkpoint.steps(output / "checkpoints"))
+        found = list(checkpoints.steps(output / "checkpoints"))
         kept = f"the checkpoint of iteration {found[-1]} is whole; {AGAIN}" if found else "nothing was saved"
         print(f"nalora lora: {SIGNALS[number]}: ended at once; {kept}", file=sys.stderr)
 
@@ -298,7 +300,8 @@ def _train(
 
 def _prepare(config: RunConfig, model: "nn.Module", display: "Display") -> dict[str, Any]:
     """Make the model trainable as the fine-tune type says; returns the content of adapter_config.json."""
-    from nalora_mlx.adapters import adapt, adapt_dora, adapter_description
+    from nalora_mlx.adapters.attach import adapt, adapt_dora
+    from nalora_mlx.adapters.files import adapter_description
 
     if config.fine_tune_type == "full":
         if any("scales" in module for _, module in model.named_modules()):
@@ -328,10 +331,10 @@ def _prepare(config: RunConfig, model: "nn.Module", display: "Display") -> dict[
 
 
 def _test(config: RunConfig, model: "nn.Module", split: "Split", display: "Display") -> None:
-    from nalora_mlx import distributed
-    from nalora_mlx.batches import evaluation_batches
-    from nalora_mlx.evaluation import evaluate
-    from nalora_mlx.metrics import MetricsFile
+    from nalora_mlx.data.batches import evaluation_batches
+    from nalora_mlx.runs.metrics import MetricsFile
+    from nalora_mlx.training import distributed
+    from nalora_mlx.training.evaluation import evaluate
 
     workers = distributed.workers()
     batches = evaluation_batches(

@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any, NoReturn
 from unittest import mock
 
-from nalora_mlx.cli import Parser, add_passed_on, passed_on
-from nalora_mlx.errors import InputError, first_line
-from nalora_mlx.models import check_content, check_paths, expanded
-from nalora_mlx.signals import Stopped
+from nalora_mlx.cli import Parser, add_passed_on, check_content, passed_on
+from nalora_mlx.core.errors import InputError, first_line
+from nalora_mlx.core.paths import check_paths, expanded
+from nalora_mlx.core.signals import Stopped
 
 HOST, PORT = "127.0.0.1", 8080  # those of mlx_lm.server: this machine alone
 

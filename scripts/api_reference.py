@@ -1,8 +1,8 @@
-"""Write docs/api.md: the Python interface, from its docstrings and settings.
+"""Write docs/api.md, the Python API reference, from docstrings and dataclass fields.
 
 Usage: python scripts/api_reference.py [--check]
 
---check only says whether the page is up to date.
+With --check, write nothing and fail if the page is out of date.
 """
 
 import dataclasses
@@ -19,92 +19,100 @@ sys.path.insert(0, str(ROOT))
 import nalora_mlx  # noqa: E402
 
 PAGE = ROOT / "docs" / "api.md"
-HEAD = """# Python interface
+HEAD = """# Python API
 
-[examples/finetune.py](../examples/finetune.py) is a whole program: load, tokenize, adapt, train, fuse, answer. This
-page is made by `scripts/api_reference.py` from the docstrings. Names under `nalora_mlx` are the interface; the other
-ones are what a program needs beside them.
+[examples/finetune.py](../examples/finetune.py) is a complete program that loads, tokenizes, adapts, trains, fuses and
+generates. `scripts/api_reference.py` generates this page from the docstrings. The names exported by `nalora_mlx` are
+the public API. The modules listed after them provide what programs need in addition.
 
 ```python
 from nalora_mlx import NALoRAConfig, adapt, fuse_model, load_adapter, train
 ```
 """
-# Beside the public names, in the order in which a program meets them.
-MORE = {
-    "nalora_mlx.rows": ("load_local", "load_hub", "read_jsonl"),
-    "nalora_mlx.data": ("Features", "tokenize_split", "Split", "Example"),
-    "nalora_mlx.adapters": ("AdaptReport", "Gated", "Skipped", "adapt_dora", "report_of"),
-    "nalora_mlx.optim": ("build_optimizer",),
-    "nalora_mlx.progress": ("TrainResult",),
-    "nalora_mlx.evaluation": ("evaluate",),
-    "nalora_mlx.batches": ("evaluation_batches",),
-    "nalora_mlx.planner": ("plan", "Plan", "heaviest", "default_budget"),
-    "nalora_mlx.peak": ("Size", "Peak"),
-    "nalora_mlx.activations": ("Activation",),
+# Names outside the top-level package that programs use, in the order of a typical program.
+MODULES = {
+    "nalora_mlx.data.sources": ("load_local", "load_hub", "read_jsonl"),
+    "nalora_mlx.data.tokenization": ("Features", "tokenize_split", "Split", "Example"),
+    "nalora_mlx.adapters.attach": ("AdaptReport", "Gated", "Skipped", "adapt_dora", "report_of"),
+    "nalora_mlx.training.optimizers": ("build_optimizer",),
+    "nalora_mlx.runs.progress": ("TrainResult",),
+    "nalora_mlx.training.evaluation": ("evaluate",),
+    "nalora_mlx.data.batches": ("evaluation_batches",),
+    "nalora_mlx.training.memory_plan": ("plan", "Plan", "heaviest", "default_budget"),
+    "nalora_mlx.training.memory_model": ("Size", "Peak"),
+    "nalora_mlx.ops.activations": ("Activation",),
 }
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 
 
 def page() -> str:
-    """The whole page."""
     parts = [HEAD, "\n## nalora_mlx\n"]
     parts += [entry(name, getattr(nalora_mlx, name)) for name in nalora_mlx.__all__]
-    for module, names in MORE.items():
-        home = importlib.import_module(module)
-        parts.append(f"\n## {module}\n")
-        parts += [entry(name, getattr(home, name)) for name in names]
+    for module_name, names in MODULES.items():
+        module = importlib.import_module(module_name)
+        parts.append(f"\n## {module_name}\n")
+        parts += [entry(name, getattr(module, name)) for name in names]
     return "".join(parts)
 
 
-def entry(name: str, thing: Any) -> str:
-    """A heading, the signature, the docstring, and of settings a table."""
-    text = [f"\n### {name}\n"]
-    if inspect.isclass(thing) and issubclass(thing, Exception):
-        text.append(f"\n`{name}({thing.__base__.__name__})`\n")
-    elif not (inspect.isclass(thing) and settings(thing)):
-        text.append(f"\n```py\n{signature(name, thing)}\n```\n")
-    text.append("\n" + markdown(inspect.getdoc(thing) or "") + "\n")
-    if inspect.isclass(thing):
-        text += [table(thing)] if settings(thing) else []
-        text += [member(key, value) for key, value in vars(thing).items() if not key.startswith("_")]
-    return "".join(text)
+def entry(name: str, item: Any) -> str:
+    """Return the heading, signature and docstring of a name, with a table if it is a settings class."""
+    parts = [f"\n### {name}\n"]
+    is_class = inspect.isclass(item)
+    if is_class and issubclass(item, Exception):
+        parts.append(f"\n`{name}({item.__base__.__name__})`\n")
+    elif not (is_class and is_settings(item)):
+        parts.append(f"\n```py\n{signature(name, item)}\n```\n")
+    parts.append("\n" + markdown(inspect.getdoc(item) or "") + "\n")
+    if is_class:
+        if is_settings(item):
+            parts.append(settings_table(item))
+        parts += [member(key, value) for key, value in vars(item).items() if not key.startswith("_")]
+    return "".join(parts)
 
 
-def signature(name: str, thing: Any) -> str:
-    """The signature, on several lines if it is long."""
-    line = f"{name}{inspect.signature(thing)}"
-    line = re.sub(r"\bnalora_mlx\.\w+\.|mlx\.\w+\.layers\.base\.|mlx\.core\.|collections\.abc\.", "", line)
+def signature(name: str, item: Any) -> str:
+    """Return the signature without module names, on several lines if it is long."""
+    line = f"{name}{inspect.signature(item)}"
+    line = re.sub(
+        r"\bnalora_mlx\.(?:[a-z_]+\.)+|mlx\.\w+\.layers\.base\.|mlx\.core\.|collections\.abc\.", "", line
+    )
     line = re.sub(r"mlx\.optimizers\.optimizers\.|pathlib\.(?:_local\.)?|typing\.|numpy\.", "", line)
     line = re.sub(r"(-> |: )'(\w+)'", r"\1\2", line).replace("<factory>", "...")
     if len(line) <= 100:
         return line
-    inside, result = re.fullmatch(r"\w+\((.*)\)( -> .*)?", line).groups()  # type: ignore[union-attr]
-    pieces = re.split(r", (?=\w+:)", inside)
-    return f"{name}(\n" + "".join(f"    {piece},\n" for piece in pieces) + f"){result or ''}"
+    arguments, result = re.fullmatch(r"\w+\((.*)\)( -> .*)?", line).groups()  # type: ignore[union-attr]
+    lines = [f"    {argument},\n" for argument in re.split(r", (?=\w+:)", arguments)]
+    return f"{name}(\n{''.join(lines)}){result or ''}"
 
 
-def settings(thing: Any) -> bool:
-    """Whether it is a dataclass whose fields have help texts."""
-    return dataclasses.is_dataclass(thing) and any(f.metadata.get("help") for f in dataclasses.fields(thing))
+def is_settings(item: Any) -> bool:
+    """Return whether a class is a dataclass whose fields have help texts."""
+    return dataclasses.is_dataclass(item) and any(f.metadata.get("help") for f in dataclasses.fields(item))
 
 
-def table(thing: Any) -> str:
-    """The fields of a dataclass of settings: name, default, meaning."""
-    resumable = any(field.metadata.get("may_change") for field in dataclasses.fields(thing))
-    heads = ["setting", "default", "meaning"] + ["may change on resume"] * resumable
-    rows = [f"\n| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n"]
-    for field in dataclasses.fields(thing):
+def settings_table(item: Any) -> str:
+    """Return a table of a dataclass's fields: name, default, meaning, and whether a resumed run may change it."""
+    fields = dataclasses.fields(item)
+    any_may_change = any(field.metadata.get("may_change") for field in fields)
+    columns = ["setting", "default", "meaning"]
+    if any_may_change:
+        columns.append("may change on resume")
+    rows = [f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"]
+    for field in fields:
         choices = field.metadata.get("choices")
         meaning = field.metadata["help"] + (f"; one of {', '.join(choices)}" if choices else "")
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         meaning = meaning.replace("|", "\\|")
-        change = [" yes |" if field.metadata.get("may_change") else " |"] if resumable else []
-        rows.append(f"| `{field.name}` | `{default}` | {meaning} |{''.join(change)}\n")
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        row = f"| `{field.name}` | `{default}` | {meaning} |"
+        if any_may_change:
+            row += " yes |" if field.metadata.get("may_change") else " |"
+        rows.append(row + "\n")
     return "".join(rows)
 
 
 def member(key: str, value: Any) -> str:
-    """A method or property that has a docstring."""
+    """Return the entry of a method or property, or nothing if it has no docstring."""
     if isinstance(value, property) and value.__doc__:
         return f"\n`.{key}`: {markdown(inspect.getdoc(value) or '')}\n"
     if inspect.isfunction(value) and value.__doc__:
@@ -114,18 +122,18 @@ def member(key: str, value: Any) -> str:
 
 
 def markdown(docstring: str) -> str:
-    """A docstring whose sections become lists, and whose indented formulas stay as they are."""
+    """Convert a docstring to Markdown: sections become lists, and indented formulas stay as they are."""
     lines: list[str] = []
-    section = False
+    in_section = False
     for line in docstring.splitlines():
-        if found := SECTION.match(line):
-            section = True
-            lines += [f"**{found[1]}**", ""]
-        elif section and (item := re.match(r"    (\w[\w, ]*): (.*)", line)):
+        if heading := SECTION.match(line):
+            in_section = True
+            lines += [f"**{heading[1]}**", ""]
+        elif in_section and (item := re.match(r"    (\w[\w, ]*): (.*)", line)):
             lines.append(f"- `{item[1]}`: {item[2]}")
-        elif section and re.match(r"    \S", line):
+        elif in_section and re.match(r"    \S", line):
             lines.append(line.strip())
-        elif section and line.startswith("     "):
+        elif in_section and line.startswith("     "):
             lines.append(f"  {line.strip()}")
         else:
             lines.append(line)
@@ -135,8 +143,11 @@ def markdown(docstring: str) -> str:
 if __name__ == "__main__":
     text = page()
     if "--check" in sys.argv:
+        up_to_date = PAGE.exists() and PAGE.read_text() == text
         sys.exit(
-            0 if PAGE.exists() and PAGE.read_text() == text else f"{PAGE.relative_to(ROOT)} is out of date"
+            0
+            if up_to_date
+            else f"{PAGE.relative_to(ROOT)} is out of date; run python scripts/api_reference.py"
         )
     PAGE.write_text(text)
     print(f"wrote {PAGE.relative_to(ROOT)}")

@@ -1,9 +1,9 @@
-"""Speed of generation with a fused model against its base: what NA-LoRA trains is gone once it is merged.
+"""Compare the generation speed of a fused model with that of its base model.
 
     python scripts/benchmark_generation.py --model demo/model --fused demo/fused
 
-Both are loaded in one process and answer in turns, with tokens that are forced to be as many; medians, and the median
-of the ratios pair by pair.
+A merged adapter adds no computation, so the speeds should be equal. Both models run in one process and take turns, with
+a fixed number of generated tokens. The script prints the median speeds and the median of the pairwise ratios.
 """
 
 import argparse
@@ -17,8 +17,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="directory of the base model")
     parser.add_argument("--fused", required=True, help="directory that nalora fuse wrote")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer (default: 64)")
-    parser.add_argument("--repeats", type=int, default=15, help="answers of each (default: 15)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate (default: 64)")
+    parser.add_argument("--repeats", type=int, default=15, help="measurements per model (default: 15)")
     args = parser.parse_args()
     from mlx_lm import load
 
@@ -27,19 +27,18 @@ def main() -> int:
     for repeat in range(args.repeats + 1):
         for name in sorted(models, reverse=repeat % 2 == 1):
             rate = tokens_per_second(models[name], args.tokens)
-            if repeat:  # the first is for warming up
+            if repeat:  # the first one is warm-up
                 rates[name].append(rate)
-    ratio = statistics.median(b / a for a, b in zip(rates["base"], rates["fused"], strict=True))
-    for name, found in rates.items():
-        print(
-            f"{name:<6}{statistics.median(found):8.1f} tokens per second, {min(found):.1f} to {max(found):.1f}"
-        )
+    ratio = statistics.median(fused / base for base, fused in zip(rates["base"], rates["fused"], strict=True))
+    for name, speeds in rates.items():
+        median = statistics.median(speeds)
+        print(f"{name:<6}{median:8.1f} tokens per second, {min(speeds):.1f} to {max(speeds):.1f}")
     print(f"fused over base: {ratio:.3f}")
     return 0
 
 
 def tokens_per_second(model: Any, count: int) -> float:
-    """Generate greedily after a fixed prompt; the end of a sequence ends nothing."""
+    """Measure greedy generation after a fixed prompt, ignoring end-of-sequence tokens."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 

@@ -1,13 +1,13 @@
-"""The memory planner against measured peaks, on random configurations.
+"""Compare the memory planner's predictions with measured peaks on random configurations.
 
     python scripts/check_planner.py --count 20 --seed 1
-    python scripts/check_planner.py --model demo/model --data examples/bakery   # a real model cut to a few layers, too
+    python scripts/check_planner.py --model demo/model    # also use a real model, cut to a few layers
 
-Each configuration draws a model (architecture, width, depth, vocabulary), a method, rank, batch, length, share of
-supervised tokens and checkpointing. One process trains for a few iterations and reads MLX's peak; another one asks
-the planner. Nothing is fitted: the planner measures its own trials, in every process anew. Beside its prediction
-stands what its small trials alone say ("small"), which is what there is for a run that might not fit. Results go to
-the output as JSON lines; the table that is printed is made from them.
+Each configuration draws a model (architecture, width, depth, vocabulary), a method, rank, batch size, length, share of
+supervised tokens and checkpointing. One process trains for a few iterations and reads MLX's peak memory. A second
+process runs the planner, which measures its own trial steps. The last ratio in the table, "extrap.", is that of the
+extrapolation from small trials, which is all the planner can do for runs that may not fit. --output appends the results
+as JSON lines.
 """
 
 import argparse
@@ -20,16 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-LIMIT = 0.15  # of the measured peak
+TOLERANCE = 0.15  # relative to the measured peak
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=20, help="configurations (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first configuration")
-    parser.add_argument("--tokens", type=int, default=2048, help="most tokens in a batch (default: 2048)")
-    parser.add_argument("--model", help="local directory of a real model, for a third of the configurations")
-    parser.add_argument("--output", type=Path, help="file for the results, appended to")
+    parser.add_argument("--count", type=int, default=20, help="number of configurations (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first configuration (default: 0)")
+    parser.add_argument("--tokens", type=int, default=2048, help="maximum tokens per batch (default: 2048)")
+    parser.add_argument("--model", help="directory of a real model to use in a third of the configurations")
+    parser.add_argument("--output", type=Path, help="append results to this file")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -39,10 +39,10 @@ def main() -> int:
     results = []
     print(
         f"{'':>5}{'model':<34}{'method':<18}{'batch':<14}{'predicted':>10}{'measured':>10}"
-        f"{'ratio':>7}{'small':>7}{'  s':>6}"
+        f"{'ratio':>7}{'extrap.':>8}{'s':>6}"
     )
     for number in range(args.seed, args.seed + args.count):
-        setup = draw(number, args)
+        setup = random_setup(number, args)
         record = {"number": number, **setup}
         for kind in ("measure", "predict"):
             done = subprocess.run(
@@ -57,33 +57,32 @@ def main() -> int:
         record["ratio"] = record["predicted"] / record["measured"]
         record["extrapolated_ratio"] = record["extrapolated"] / record["measured"]
         results.append(record)
-        print(row(record), flush=True)
+        print(table_row(record), flush=True)
         if args.output:
             with args.output.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-    inside = [r for r in results if abs(r["ratio"] - 1) <= LIMIT]
     ratios = sorted(r["ratio"] for r in results)
+    within = sum(abs(ratio - 1) <= TOLERANCE for ratio in ratios)
     print(
-        f"\n{len(inside)} of {len(results)} within {LIMIT:.0%} of the measured peak; "
+        f"\n{within} of {len(results)} within {TOLERANCE:.0%} of the measured peak; "
         f"ratios from {ratios[0]:.2f} to {ratios[-1]:.2f}"
     )
-    return 0 if len(inside) == len(results) else 1
+    return 0 if within == len(results) else 1
 
 
-def row(r: dict[str, Any]) -> str:
-    """One line of the table."""
+def table_row(r: dict[str, Any]) -> str:
     model = r.get("path") or f"{r['module']} {r['layers']} x {r['width']}, {r['vocabulary'] // 1000}k"
     method = f"{r['method']} r{r['rank']}" + (f", ckpt {r['every']}" if r["every"] else "")
     batch = f"{r['rows']} x {r['length']}{' p' if r['packing'] else ''}{' a' if r['accumulate'] > 1 else ''}"
     return (
         f"{r['number']:>3}  {model[-33:]:<34}{method:<18}{batch:<14}{r['predicted'] / 1e6:>7.0f} MB"
-        f"{r['measured'] / 1e6:>7.0f} MB{r['ratio']:>7.2f}{r['extrapolated_ratio']:>7.2f}"
+        f"{r['measured'] / 1e6:>7.0f} MB{r['ratio']:>7.2f}{r['extrapolated_ratio']:>8.2f}"
         f"{r['planning_s']:>6.1f}"
     )
 
 
-def draw(number: int, args: argparse.Namespace) -> dict[str, Any]:
-    """A random configuration; always the same for a number."""
+def random_setup(number: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the random configuration of a number."""
     rng = random.Random(number)
     heads, head_width = rng.choice([(4, 32), (4, 64), (8, 32), (8, 64), (9, 64)])
     length = rng.choice([64, 128, 256, 512, 1024, 2048])
@@ -114,16 +113,16 @@ def draw(number: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare(setup: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
-    """The adapted model, the run's settings and its rows."""
+    """Return the adapted model, the training settings and the rows of a configuration."""
     import mlx.core as mx
     import numpy as np
 
     from nalora_mlx import NALoRAConfig, TrainingConfig, adapt
-    from nalora_mlx.adapters import adapt_dora
-    from nalora_mlx.data import Example
+    from nalora_mlx.adapters.attach import adapt_dora
+    from nalora_mlx.data.tokenization import Example
 
     mx.random.seed(0)
-    model = cut(setup) if "path" in setup else build(setup)
+    model = load_real_model(setup) if "path" in setup else build_random_model(setup)
     mx.eval(model.parameters())
     plain = {} if setup["method"] == "na-lora" else {"mask": "off", "step_scaling": False}
     if setup["method"] == "full":
@@ -142,7 +141,7 @@ def prepare(setup: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
         grad_accumulation_steps=setup["accumulate"],
         packing=setup["packing"],
     )
-    # Rows of about the drawn length, all of one padded length, with the drawn share of them supervised.
+    # Random rows that all have the same padded length, with the given share of tokens supervised.
     rng = np.random.default_rng(0)
     examples = []
     for i in range(4 * setup["rows"]):
@@ -155,8 +154,7 @@ def prepare(setup: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
     return model, config, examples
 
 
-def build(setup: dict[str, Any]) -> Any:
-    """A small random model."""
+def build_random_model(setup: dict[str, Any]) -> Any:
     module = importlib.import_module(f"mlx_lm.models.{setup['module']}")
     width = setup["width"]
     return module.Model(
@@ -186,8 +184,8 @@ def build(setup: dict[str, Any]) -> Any:
     )
 
 
-def cut(setup: dict[str, Any]) -> Any:
-    """A real model without most of its layers."""
+def load_real_model(setup: dict[str, Any]) -> Any:
+    """Load a real model and keep only its first layers."""
     from mlx_lm import load
 
     model, _ = load(setup["path"])
@@ -196,7 +194,7 @@ def cut(setup: dict[str, Any]) -> Any:
 
 
 def measure(setup: dict[str, Any]) -> dict[str, Any]:
-    """Train, and read the peak."""
+    """Train and return MLX's peak memory."""
     import mlx.core as mx
 
     from nalora_mlx import train
@@ -209,16 +207,16 @@ def measure(setup: dict[str, Any]) -> dict[str, Any]:
 
 
 def predict(setup: dict[str, Any]) -> dict[str, Any]:
-    """Ask the planner."""
+    """Return the planner's prediction."""
     import mlx.core as mx
     import mlx.optimizers as optim
 
-    from nalora_mlx.adapters import report_of
-    from nalora_mlx.config import PLAIN_LORA
-    from nalora_mlx.peak import Planner
-    from nalora_mlx.planner import default_budget, heaviest
-    from nalora_mlx.run import recomputed_layers
-    from nalora_mlx.step import TrainingStep
+    from nalora_mlx.adapters.attach import report_of
+    from nalora_mlx.core.config import PLAIN_LORA
+    from nalora_mlx.training.memory_model import Planner
+    from nalora_mlx.training.memory_plan import default_budget, heaviest
+    from nalora_mlx.training.run import recomputed_layers
+    from nalora_mlx.training.step import TrainingStep
 
     model, config, examples = prepare(setup)
     weights = mx.get_active_memory()

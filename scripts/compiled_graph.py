@@ -1,4 +1,4 @@
-"""What a graph of MLX reads and writes on a GPU, and what it keeps for its backward, from the graph alone."""
+"""Memory traffic of a compiled MLX graph on a GPU, counted without running it."""
 
 import math
 import re
@@ -8,20 +8,21 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from nalora_mlx.kernels.fused import CHANNELS, INPUTS, THREADS, TILE
+from nalora_mlx.ops.kernels.fused import CHANNELS, INPUTS, THREADS, TILE
 
 CONSTANTS = ("Broadcast", "Full")
 VIEWS = ("Transpose", "Reshape", "Squeeze", "ExpandDims", "Slice", "Split", "Flatten", "Unflatten")
 VIEWS += ("CustomTransforms", "StopGradient", *CONSTANTS)
-STUB = "Depends"
+STUB = "Depends"  # the operation of mx.depends, which KernelStub uses
 Shape = tuple[int, ...]
 
 
-class Stub:
-    """Stands in a graph for our kernels: operations of the same inputs and outputs that nothing fuses with."""
+class KernelStub:
+    """A replacement for our kernels in a graph, with the same inputs and outputs, that MLX does not fuse."""
 
     def __init__(self) -> None:
-        self.outputs: dict[int, list[mx.array]] = {}  # by how many a kernel has: two forward, one backward
+        # Keyed by the number of outputs, which identifies the kernel: the forward has two, the backward one.
+        self.outputs: dict[int, list[mx.array]] = {}
 
     def __call__(
         self,
@@ -31,135 +32,152 @@ class Stub:
         output_dtypes: list[mx.Dtype],
         **_: object,
     ) -> list[mx.array]:
-        """Take the place of one kernel."""
-        outputs = [mx.zeros(*one) for one in zip(output_shapes, output_dtypes, strict=True)]
+        outputs = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         self.outputs[len(outputs)] = outputs
-        found: list[mx.array] = mx.depends(outputs, inputs)
-        return found
+        result: list[mx.array] = mx.depends(outputs, inputs)
+        return result
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes read and written; and how many arrays of [N, F] are kept from the forward for the backward."""
+    """Memory traffic of a forward and backward pass.
+
+    Attributes:
+        bytes: read and written.
+        kept: number of [N, F] arrays kept from the forward for the backward pass.
+    """
 
     bytes: int
     kept: int
 
 
-def traffic(
-    outputs: list[mx.array], inputs: list[mx.array], stub: Stub, sizes: Shape, dtype: mx.Dtype
+def graph_traffic(
+    outputs: list[mx.array], inputs: list[mx.array], stub: KernelStub, sizes: Shape, dtype: mx.Dtype
 ) -> Traffic:
-    """Count a forward and backward.
+    """Count the memory traffic of a forward and backward pass.
 
-    Every operation reads each of its inputs and writes each of its outputs once, views apart. A kernel of ours reads
-    B once per tile of rows, and x A and the weights of rows once per threadgroup along the channels.
+    Every operation other than a view reads each input and writes each output once. Our kernels read B once per tile of
+    rows, and x A and the row weights once per threadgroup along the channels.
 
     Args:
-        outputs: of the compiled function; not evaluated.
-        inputs: its arguments, of which the last is the gradient of the output.
-        stub: that stood for the kernels.
+        outputs: outputs of the compiled function, not evaluated.
+        inputs: arguments of the function; the last one is the gradient of the output.
+        stub: the stub used in place of the kernels.
         sizes: N and F.
-        dtype: of the model, to which a fused operation casts unless a product with float32 follows.
+        dtype: dtype of the model. Fused operations cast to it unless a float32 product follows.
     """
     named = {f"in{i}": a for i, a in enumerate(inputs)} | {f"out{i}": a for i, a in enumerate(outputs)}
     with tempfile.NamedTemporaryFile(suffix=".dot") as file:
         mx.export_to_dot(file.name, *outputs, **named)
         graph = Graph(Path(file.name).read_text(), named, stub, dtype)
+    rows, features = sizes
+    threadgroups, tiles = -(-features // (CHANNELS * THREADS)), -(-rows // TILE)
+    kernel_reads = {"ag": threadgroups, "au": threadgroups, "w": threadgroups, "bg": tiles, "bu": tiles}
     total, kept = 0, set()
     gradient = f"in{len(inputs) - 1}"
-    after = graph.after(gradient)
-    for operation in graph.needed([name for name in named if name.startswith("out")]):
+    backward = graph.dependents(gradient)
+    for operation in graph.ancestors([name for name in named if name.startswith("out")]):
         if graph.kinds[operation] in VIEWS:
             continue
         writes, reads = graph.writes[operation], graph.reads[operation]
-        times = [1] * len(reads)
+        times_read = [1] * len(reads)
         if graph.kinds[operation] == STUB:
-            reads = reads[len(writes) :]  # without what the stub makes its outputs of
-            rows, features = sizes
-            groups, tiles = -(-features // (CHANNELS * THREADS)), -(-rows // TILE)
-            often = {"ag": groups, "au": groups, "w": groups, "bg": tiles, "bu": tiles}
-            times = [often.get(name, 1) for name in (*INPUTS, "dh")][: len(reads)]
+            reads = reads[len(writes) :]  # skip the zeros that the stub's outputs are made from
+            times_read = [kernel_reads.get(name, 1) for name in (*INPUTS, "dh")][: len(reads)]
         total += sum(map(graph.bytes, writes))
-        total += sum(n * graph.bytes(a) for a, n in dict(zip(reads, times, strict=True)).items())
-        if operation in after:
-            whole = {a for a in reads if math.prod(graph.shape(a)) == math.prod(sizes)}
-            kept |= {a for a in whole if graph.maker.get(a) not in after and not graph.is_constant(a)}
+        total += sum(n * graph.bytes(a) for a, n in dict(zip(reads, times_read, strict=True)).items())
+        if operation in backward:
+            full_size = {a for a in reads if math.prod(graph.shape(a)) == rows * features}
+            kept |= {
+                a for a in full_size if graph.producer.get(a) not in backward and not graph.is_constant(a)
+            }
     return Traffic(total, len(kept - {gradient}))
 
 
 @dataclass
 class Graph:
-    """Operations and the arrays between them, by the names that MLX gives them in its drawing."""
+    """The operations of a graph and the arrays between them, under the names in MLX's DOT export.
+
+    Attributes:
+        text: the DOT file.
+        known: inputs and outputs by name.
+        stub: the stub used in place of the kernels.
+        dtype: dtype of the model.
+        kinds: operation -> type of operation.
+        reads: operation -> input arrays.
+        writes: operation -> output arrays.
+        producer: array -> the operation that writes it.
+    """
 
     text: str
     known: dict[str, mx.array]
-    stub: Stub
+    stub: KernelStub
     dtype: mx.Dtype
     kinds: dict[str, str] = field(init=False)
     reads: dict[str, list[str]] = field(init=False)
     writes: dict[str, list[str]] = field(init=False)
-    maker: dict[str, str] = field(init=False)
+    producer: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.kinds = dict(re.findall(r"\{ (\d+) \[label =\"([^\"]*)\"", self.text))
-        self.reads, self.writes, self.maker = {o: [] for o in self.kinds}, {o: [] for o in self.kinds}, {}
+        self.reads, self.writes, self.producer = {o: [] for o in self.kinds}, {o: [] for o in self.kinds}, {}
         for edge in re.findall(r"^(\S+) -> (\S+)$", self.text, re.M):
-            a, b = (name.strip('"') for name in edge)
-            if b in self.kinds:
-                self.reads[b].append(a)
+            source, target = (name.strip('"') for name in edge)
+            if target in self.kinds:
+                self.reads[target].append(source)
             else:
-                self.writes[a].append(b)
-                if not b.startswith("in"):  # how an input was made is no part of the function
-                    self.maker[b] = a
+                self.writes[source].append(target)
+                if not target.startswith("in"):  # operations that produce the inputs do not count
+                    self.producer[target] = source
 
-    def needed(self, arrays: list[str]) -> set[str]:
-        """The operations that arrays are made by, down to the inputs."""
+    def ancestors(self, arrays: list[str]) -> set[str]:
+        """Return the operations that the arrays are computed by, back to the inputs."""
         found: set[str] = set()
         while arrays:
-            operation = self.maker.get(arrays.pop())
+            operation = self.producer.get(arrays.pop())
             if operation is not None and operation not in found:
                 found.add(operation)
                 arrays += self.reads[operation]
         return found
 
-    def after(self, array: str) -> set[str]:
-        """The operations that depend on an array."""
+    def dependents(self, array: str) -> set[str]:
+        """Return the operations that depend on an array."""
         found: set[str] = set()
-        left = {array}
-        while left:
-            new = {o for o in self.kinds if o not in found and left & {*self.reads[o]}}
+        frontier = {array}
+        while frontier:
+            new = {o for o in self.kinds if o not in found and frontier & {*self.reads[o]}}
             found |= new
-            left = {a for o in new for a in self.writes[o] if a in self.maker}
+            frontier = {a for o in new for a in self.writes[o] if a in self.producer}
         return found
 
     def is_constant(self, array: str) -> bool:
-        """Whether an array is one value, repeated without memory."""
-        return self.made_by(array) in CONSTANTS
+        """Return whether an array is a single broadcast value, which takes no memory."""
+        return self.producer_kind(array) in CONSTANTS
 
     def bytes(self, array: str) -> int:
-        """Bytes of an array, none for a constant."""
+        """Return the size of an array in bytes, 0 for a constant."""
         return 0 if self.is_constant(array) else math.prod(self.shape(array)) * self.dtype_of(array).size
 
-    def known_as(self, array: str) -> mx.array | None:
-        """An array of the shape and dtype of a known one, or of what a kernel makes."""
-        operation = self.maker.get(array)
+    def known_array(self, array: str) -> mx.array | None:
+        """Return the actual array of an input, an output or a stub's output, whose shape and dtype are known."""
+        operation = self.producer.get(array)
         if array in self.known or operation is None or self.kinds[operation] != STUB:
             return self.known.get(array)
         writes = self.writes[operation]
         return self.stub.outputs[len(writes)][writes.index(array)]
 
     def shape(self, array: str) -> Shape:
-        """Shape of an array as its maker implies it."""
-        if (made := self.known_as(array)) is not None:
-            return made.shape
-        operation = self.maker.get(array)
+        """Return the shape of an array, inferred from the operation that produces it."""
+        if (known := self.known_array(array)) is not None:
+            return known.shape
+        operation = self.producer.get(array)
         if operation is None:
             return ()
         shapes = [self.shape(a) for a in self.reads[operation]]
         kind, writes = self.kinds[operation], self.writes[operation]
         if kind == "Matmul":
             return (*shapes[0][:-1], shapes[1][-1])
-        if kind == "CustomTransforms":  # which reads what it is a function of, and then what it returns
+        if kind == "CustomTransforms":  # its inputs are the function's arguments, then its outputs
             return shapes[writes.index(array) - len(writes)]
         if kind == "Transpose":
             return shapes[0][::-1]
@@ -170,38 +188,39 @@ class Graph:
         return max(shapes, key=math.prod, default=())
 
     def dtype_of(self, array: str) -> mx.Dtype:
-        """Dtype of an array as its maker implies it, and where that casts, its use."""
-        if (made := self.known_as(array)) is not None:
-            return made.dtype
-        operation = self.maker.get(array)
+        """Return the dtype of an array, inferred from its producer or, after a cast, from its use."""
+        if (known := self.known_array(array)) is not None:
+            return known.dtype
+        operation = self.producer.get(array)
         if operation is None:
             return self.dtype
         kind = self.kinds[operation]
         if "AsType" in kind:
-            return mx.float32 if mx.float32 in self.factors_beside(array) else self.dtype
+            return mx.float32 if mx.float32 in self.matmul_partner_dtypes(array) else self.dtype
         if kind == "Matmul":
             return self.dtype_of(self.reads[operation][0])
-        found = {self.dtype_of(a) for a in self.reads[operation] if not self.is_constant(a)}
-        return mx.float32 if mx.float32 in found else self.dtype
+        dtypes = {self.dtype_of(a) for a in self.reads[operation] if not self.is_constant(a)}
+        return mx.float32 if mx.float32 in dtypes else self.dtype
 
-    def factors_beside(self, array: str) -> set[mx.Dtype]:
-        """Dtypes of what an array, or a view of it, is multiplied with; casts are left out."""
-        found = set()
+    def matmul_partner_dtypes(self, array: str) -> set[mx.Dtype]:
+        """Return the dtypes of the arrays that an array or its views are multiplied with, except casts."""
+        dtypes = set()
         for operation, reads in self.reads.items():
             if array not in reads:
                 continue
             if self.kinds[operation] in VIEWS:
-                found |= self.factors_beside(self.writes[operation][0])
+                dtypes |= self.matmul_partner_dtypes(self.writes[operation][0])
             elif self.kinds[operation] == "Matmul":
-                found |= {self.dtype_of(a) for a in reads if a != array and "AsType" not in self.made_by(a)}
-        return found
+                partners = [a for a in reads if a != array and "AsType" not in self.producer_kind(a)]
+                dtypes |= {self.dtype_of(a) for a in partners}
+        return dtypes
 
-    def made_by(self, array: str) -> str:
-        """The kind of operation that makes an array, views of it apart."""
-        operation = self.maker.get(array)
+    def producer_kind(self, array: str) -> str:
+        """Return the type of the operation that produces an array, looking through views."""
+        operation = self.producer.get(array)
         if operation is None:
             return ""
         kind, reads = self.kinds[operation], self.reads[operation]
         if kind in CONSTANTS or kind not in VIEWS:
             return kind
-        return self.made_by(reads[0])
+        return self.producer_kind(reads[0])

@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-# Make the project's Python environment (.venv), or use the one that is there.
+# Create the project's Python environment (.venv) if needed, and run a command in it.
 #
-#   bash scripts/environment.sh COMMAND [ARGUMENT...]    run a command in it, e.g. nalora chat --model demo/fused
+#   bash scripts/environment.sh COMMAND [ARGUMENT...]    for example: nalora chat --model demo/fused
 #   . scripts/environment.sh; prepare dev,export         from another script; then: run python -m pytest
 #
-# It installs only what is missing, so a second run needs no network. On Linux without an NVIDIA GPU it also
-# puts a fast BLAS in front of the slow one that the mlx wheel brings, which makes training some fifty times faster.
+# Only missing packages are installed, so a second run needs no network. On Linux without an NVIDIA GPU, the script also
+# preloads a fast BLAS. It replaces the slow one in the mlx wheel and makes training about fifty times faster.
 #
-# Settings: NALORA_PYTHON (interpreter to use), NALORA_DEVICE (cpu or cuda, on Linux),
-# OPENBLAS_CORETYPE and OPENBLAS_NUM_THREADS (yours win over the ones chosen here).
-# It sets NALORA_DEMO_SMALL=1 where matrix products stay slow.
-# Written for bash 3.2, which is what macOS has.
+# Environment variables:
+#   NALORA_PYTHON          Python interpreter to use
+#   NALORA_DEVICE          cpu or cuda (Linux only; detected by default)
+#   OPENBLAS_CORETYPE, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS
+#                          override the values chosen here
+# The script sets NALORA_DEMO_SMALL=1 if it finds no fast BLAS.
+#
+# Compatible with bash 3.2, the version on macOS.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=$ROOT/.venv
-MINIMUM_GFLOPS=15 # the wheel's own BLAS reaches 3; a fast one on two old cores more than 30
-RUN=(env)         # how `run` starts a program: env and its assignments
+MINIMUM_GFLOPS=15 # the BLAS in the mlx wheel reaches 3; a fast one exceeds 30 on two old cores
+RUN=(env)         # the command that `run` puts first: env with its assignments
 BLAS=none
 
 say() { printf '%s\n' "$*" >&2; }
@@ -24,31 +28,33 @@ die() {
   exit 1
 }
 
-# Run a program of the environment, or any other, with the fast BLAS in place.
+# Run a command in the environment, with the fast BLAS preloaded.
 run() { "${RUN[@]}" "$@"; }
 
+# Create the environment with the given extras of the package, and set up `run`.
 prepare() { # EXTRA[,EXTRA...]
   local extras=$1
   case $(uname -s) in
     Darwin | Linux) ;;
-    *) die "mlx runs on macOS and Linux only, and this is $(uname -s)" ;;
+    *) die "mlx runs on macOS and Linux only; this system is $(uname -s)" ;;
   esac
-  find_device
+  choose_device
   [ -z "$MLX_EXTRA" ] || extras=$MLX_EXTRA${extras:+,$extras}
-  make_venv
+  ensure_venv
   install_packages "$extras"
   RUN=(env "PATH=$VENV/bin:$PATH" "VIRTUAL_ENV=$VENV")
   if [ "$MLX_EXTRA" = cpu ]; then
-    find_compiler
-    find_blas
+    ensure_compiler
+    choose_blas
   fi
-  report
+  print_summary
 }
 
 # --- Python ----------------------------------------------------------------------------------------------------
 
-# The two builds of mlx for Linux exclude each other, so that each is an extra; macOS has one, which mlx-lm brings.
-find_device() {
+# Set MLX_EXTRA to the extra that installs mlx. The two Linux builds of mlx exclude each other, so each is an extra.
+# macOS has a single build, a dependency of mlx-lm, and needs no extra.
+choose_device() {
   MLX_EXTRA=
   [ "$(uname -s)" = Linux ] || return 0
   MLX_EXTRA=${NALORA_DEVICE:-}
@@ -58,11 +64,11 @@ find_device() {
   fi
   case $MLX_EXTRA in
     cpu | cuda) ;;
-    *) die "NALORA_DEVICE is $MLX_EXTRA; it takes cpu or cuda" ;;
+    *) die "NALORA_DEVICE is $MLX_EXTRA; set it to cpu or cuda" ;;
   esac
 }
 
-# A name on PATH is not enough: version managers leave stubs there that fail when they run.
+# Being on PATH is not enough: version managers install stubs that fail when run.
 is_usable_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
 find_python() {
@@ -73,67 +79,69 @@ find_python() {
       PYTHON=$name
       break
     fi
-    [ "$name" != "${NALORA_PYTHON:-}" ] || die "NALORA_PYTHON is $name, which is no Python 3.11 or newer"
+    [ "$name" != "${NALORA_PYTHON:-}" ] || die "NALORA_PYTHON is $name, which is not Python 3.11 or newer"
   done
-  [ -n "$PYTHON" ] || die "Python 3.11 or newer is needed and none was found; install one, or set NALORA_PYTHON to its path"
+  [ -n "$PYTHON" ] || die "Python 3.11 or newer not found; install it, or set NALORA_PYTHON to its path"
   if [ "$(uname -s)" = Darwin ] && [ "$("$PYTHON" -c 'import platform; print(platform.machine())')" != arm64 ]; then
-    die "mlx needs a Mac with Apple Silicon and a native (arm64) Python; $PYTHON is not one; set NALORA_PYTHON to its path"
+    die "mlx needs a Mac with Apple silicon and a native (arm64) Python, and $PYTHON is not arm64; set NALORA_PYTHON to a native Python"
   fi
 }
 
-make_venv() {
-  # An environment that was moved names its old place in its scripts.
+ensure_venv() {
+  # The scripts of an environment contain its path, so it stops working if it is moved.
   if venv_works && grep -qF "$VENV" "$VENV/bin/activate"; then return; fi
-  [ ! -e "$VENV" ] || say "making .venv anew: the one that is there does not work, or was moved"
+  [ ! -e "$VENV" ] || say "recreating .venv: the existing one does not work or was moved"
   find_python
-  say "making .venv with $("$PYTHON" --version 2>&1)"
-  new_venv && return
-  # Debian and Ubuntu keep the module in a package of its own.
+  say "creating .venv with $("$PYTHON" --version 2>&1)"
+  create_venv && return
+  # Debian and Ubuntu ship the venv module in a separate package.
   if apt_install python3-venv "$("$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"; then
-    new_venv && return
+    create_venv && return
   fi
-  die "$PYTHON cannot make virtual environments; install its venv module (Debian and Ubuntu: sudo apt install python3-venv)"
+  die "$PYTHON cannot create virtual environments; install its venv module (Debian and Ubuntu: sudo apt install python3-venv)"
 }
 
 venv_works() { is_usable_python "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; }
 
-new_venv() {
+create_venv() {
   rm -rf "$VENV"
   "$PYTHON" -m venv "$VENV" >/dev/null 2>&1 && venv_works
 }
 
-# Install the package with its extras, unless a stamp says that just this was done. Extras of earlier runs stay.
+# Install the package with its extras, unless the stamp file records the same installation. Extras from earlier runs
+# are kept. The stamp holds a checksum of the project's path and pyproject.toml, and the list of extras.
 install_packages() { # EXTRA,EXTRA...
-  local stamp=$VENV/installed-extras sum wanted=$1 done_sum='' done_extras='' extra missing=
-  sum=$(printf '%s\n' "$ROOT" | cat - "$ROOT/pyproject.toml" | cksum)
+  local stamp=$VENV/installed-extras checksum wanted=$1 installed_checksum='' installed_extras='' extra missing=
+  checksum=$(printf '%s\n' "$ROOT" | cat - "$ROOT/pyproject.toml" | cksum)
   if [ -f "$stamp" ]; then
-    { IFS= read -r done_sum && IFS= read -r done_extras; } <"$stamp" || done_sum=
+    { IFS= read -r installed_checksum && IFS= read -r installed_extras; } <"$stamp" || installed_checksum=
   fi
   for extra in ${wanted//,/ }; do
-    case ,$done_extras, in *,"$extra",*) ;; *) missing=$missing,$extra ;; esac
+    case ,$installed_extras, in *,"$extra",*) ;; *) missing=$missing,$extra ;; esac
   done
-  if [ "$sum" = "$done_sum" ] && [ -z "$missing" ]; then return; fi
-  case ,$done_extras,$wanted, in
-    *,cpu,*,cuda,* | *,cuda,*,cpu,*) die "the .venv has mlx for the other device; remove it (rm -r .venv) and start again" ;;
+  if [ "$checksum" = "$installed_checksum" ] && [ -z "$missing" ]; then return; fi
+  case ,$installed_extras,$wanted, in
+    *,cpu,*,cuda,* | *,cuda,*,cpu,*) die "the existing .venv has mlx for the other device; remove it (rm -r .venv) and run this again" ;;
   esac
-  wanted=$done_extras$missing
+  wanted=$installed_extras$missing
   wanted=${wanted#,}
   say "installing nalora-mlx${wanted:+ with $wanted} (a few minutes the first time)"
   rm -f "$stamp"
-  (cd "$ROOT" && pip_install -e ".${wanted:+[$wanted]}") || die "pip could not install the packages (its last lines are above); check the network and run this again"
-  printf '%s\n%s\n' "$sum" "$wanted" >"$stamp"
+  (cd "$ROOT" && pip_install -e ".${wanted:+[$wanted]}") || die "pip could not install the packages (see its output above); check the network and run this again"
+  printf '%s\n%s\n' "$checksum" "$wanted" >"$stamp"
 }
 
 pip_install() { "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$@" >&2; }
 
 # --- Linux on a CPU --------------------------------------------------------------------------------------------
 
-apt_install() { # PACKAGE... (only as root, and only where there is apt-get)
+# Install system packages. Fail if not root or if there is no apt-get.
+apt_install() { # PACKAGE...
   local log
   if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return 1; fi
   say "installing $* with apt-get"
   log=$(mktemp)
-  apt-get update -qq >"$log" 2>&1 </dev/null || true # an old list may do
+  apt-get update -qq >"$log" 2>&1 </dev/null || true # the existing package list may be good enough
   if DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >"$log" 2>&1 </dev/null; then
     rm -f "$log"
     return 0
@@ -143,30 +151,30 @@ apt_install() { # PACKAGE... (only as root, and only where there is apt-get)
   return 1
 }
 
-find_compiler() {
+ensure_compiler() {
   if g++ --version >/dev/null 2>&1 || apt_install g++ libc6-dev; then return; fi
-  say "note: no C++ compiler (g++), so that mlx cannot fuse operations: training is somewhat slower"
+  say "note: no C++ compiler (g++) found; mlx cannot fuse operations, so training is somewhat slower"
 }
 
-# For tests alone, which are skipped without them. Any clang++ will do, under any number.
-find_test_programs() {
+# Install programs that only tests use. Tests that need a missing one are skipped. Any clang++ version will do.
+install_test_programs() {
   [ -n "$(compgen -c clang++)" ] || apt_install clang ||
-    say "note: no clang++, so that the tests do not check the address spaces of the Metal kernels"
+    say "note: no clang++ found; skipping the tests of address spaces in Metal kernels"
   [ "$(uname -s)" = Linux ] || return 0
   command -v strace >/dev/null || apt_install strace ||
-    say "note: no strace, so that the tests do not watch the system calls of a save"
+    say "note: no strace found; skipping the tests of system calls during a save"
   command -v chromedriver >/dev/null || apt_install chromium chromium-driver ||
-    say "note: no Chromium with its driver, so that the tests open no report in a browser"
+    say "note: no Chromium with chromedriver found; skipping the tests that open reports in a browser"
 }
 
-find_blas() {
+choose_blas() {
   local library
   choose_threads
-  choose_core
+  choose_openblas_kernels
   case ${LD_PRELOAD:-} in
-    *blas* | *mkl*) # somebody chose one already
+    *blas* | *mkl*) # the user has preloaded one
       BLAS="the preloaded BLAS"
-      measure_or_die
+      measure_gflops_or_die
       return
       ;;
   esac
@@ -182,7 +190,7 @@ find_blas() {
       say "installing MKL for fast matrix products (about 1 GB on disk)"
       if pip_install mkl; then library=$(find_mkl); fi
     fi
-    # MKL's own threads need a library that it brings; GNU's may be missing on a bare machine.
+    # GNU's OpenMP library may be missing on a bare machine. Intel's is installed with MKL.
     if [ -n "$library" ] && { preload "$library" MKL_THREADING_LAYER=GNU || preload "$library" MKL_THREADING_LAYER=INTEL; }; then
       BLAS=MKL
       return
@@ -190,10 +198,11 @@ find_blas() {
   fi
   export NALORA_DEMO_SMALL=1
   BLAS="the BLAS of the mlx wheel"
-  measure_or_die
-  say "note: matrix products are slow here, so the demo runs a smaller cut; an OpenBLAS would help (Debian and Ubuntu: sudo apt install libopenblas0-pthread)"
+  measure_gflops_or_die
+  say "note: matrix products are slow on this machine, so the demo trains less; install OpenBLAS to speed them up (Debian and Ubuntu: sudo apt install libopenblas0-pthread)"
 }
 
+# Print the path of the first OpenBLAS that loads.
 find_openblas() {
   local path
   {
@@ -203,15 +212,16 @@ find_openblas() {
       [ ! -e "$path" ] || printf '%s\n' "$path"
     done
   } | while IFS= read -r path; do
-    # A library of another architecture is listed like ours, and does not load.
+    # ldconfig also lists libraries of other architectures, which do not load.
     if "$VENV/bin/python" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1]).cblas_sgemm' "$path" >/dev/null 2>&1; then
       printf '%s\n' "$path"
       break
     fi
   done
-  return 0 # whatever became of the writers when the reader left
+  return 0 # ignore the broken pipe after `break`
 }
 
+# Print the path of MKL's library in the environment.
 find_mkl() {
   local path
   for path in "$VENV"/lib/libmkl_rt.so.*; do
@@ -222,21 +232,22 @@ find_mkl() {
   done
 }
 
-# Put a library in front of the wheel's, if that makes matrix products fast.
+# Preload a BLAS in `run` if it makes matrix products fast enough. Otherwise leave `run` as it was and fail.
 preload() { # LIBRARY [ASSIGNMENT]
-  local before
-  before=("${RUN[@]}")
+  local previous
+  previous=("${RUN[@]}")
   RUN+=("LD_PRELOAD=${LD_PRELOAD:+$LD_PRELOAD:}$1")
   case $1 in "$VENV"/*) RUN+=("LD_LIBRARY_PATH=$VENV/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}") ;; esac
   shift
   RUN+=("$@")
-  if measure && [ "$GFLOPS" -ge "$MINIMUM_GFLOPS" ]; then return 0; fi
-  RUN=("${before[@]}")
+  if measure_gflops && [ "$GFLOPS" -ge "$MINIMUM_GFLOPS" ]; then return 0; fi
+  RUN=("${previous[@]}")
   return 1
 }
 
-# OpenBLAS knows processors by model and takes its slowest code for one newer than itself; the flags do not lie.
-choose_core() {
+# OpenBLAS picks its kernels by processor model and falls back to the slowest for models newer than itself. Choose them
+# by the CPU flags instead.
+choose_openblas_kernels() {
   local flags
   [ -z "${OPENBLAS_CORETYPE:-}" ] || return 0
   flags=" $(sed -n '/^flags/{s/^[^:]*://p;q;}' /proc/cpuinfo) "
@@ -247,7 +258,8 @@ choose_core() {
   export OPENBLAS_CORETYPE
 }
 
-has_flags() { # FLAGS FLAG...
+# Succeed if a space-separated list contains all flags.
+has_flags() { # LIST FLAG...
   local flags=$1 flag
   shift
   for flag in "$@"; do
@@ -255,7 +267,7 @@ has_flags() { # FLAGS FLAG...
   done
 }
 
-# A container may be given two of 64 processors; a BLAS that starts 64 threads there crawls.
+# Limit the BLAS to the CPU quota of a container. A BLAS that starts 64 threads on two processors is very slow.
 choose_threads() {
   local quota period count
   if [ -r /sys/fs/cgroup/cpu.max ]; then
@@ -268,10 +280,10 @@ choose_threads() {
   fi
 }
 
-# --- What we have ----------------------------------------------------------------------------------------------
+# --- Measurement and summary -----------------------------------------------------------------------------------
 
-# Billions of float32 operations a second in a 1024 x 1024 matrix product, the best of five.
-probe() {
+# Print the speed of a 1024 x 1024 float32 matrix product in GFLOP/s, the best of five runs.
+benchmark_matmul() {
   run python - <<'PROBE'
 import time
 
@@ -288,17 +300,18 @@ print(round(2e-9 * n**3 / best))
 PROBE
 }
 
-measure() {
-  GFLOPS=$(probe 2>/dev/null) && return
+# Set GFLOPS. If mlx does not run, set it to 0 and fail.
+measure_gflops() {
+  GFLOPS=$(benchmark_matmul 2>/dev/null) && return
   GFLOPS=0
   return 1
 }
 
-measure_or_die() { measure || die "mlx does not run in .venv; $VENV/bin/python -c 'import mlx.core' says why"; }
+measure_gflops_or_die() { measure_gflops || die "mlx does not run in .venv; run $VENV/bin/python -c 'import mlx.core' to see the error"; }
 
-report() {
+print_summary() {
   local versions
-  [ "$MLX_EXTRA" = cpu ] || measure_or_die
+  [ "$MLX_EXTRA" = cpu ] || measure_gflops_or_die
   versions=$("$VENV/bin/python" -c 'import importlib.metadata as m, platform
 print("Python " + platform.python_version() + ", mlx " + m.version("mlx") + ", mlx-lm " + m.version("mlx-lm"))')
   case $MLX_EXTRA in
@@ -307,11 +320,11 @@ print("Python " + platform.python_version() + ", mlx " + m.version("mlx") + ", m
   esac
 }
 
-# Called by name, and not sourced: run the command that follows.
+# If executed rather than sourced, run the given command.
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   set -euo pipefail
   if [ $# = 0 ]; then
-    say "usage: bash scripts/environment.sh COMMAND [ARGUMENT...]   (runs it in the project's environment)"
+    say "usage: bash scripts/environment.sh COMMAND [ARGUMENT...]   (run a command in the project's environment)"
     exit 2
   fi
   prepare export

@@ -26,12 +26,12 @@ import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from nalora_mlx.adapters import adapt  # noqa: E402
-from nalora_mlx.config import NALoRAConfig, TrainingConfig  # noqa: E402
-from nalora_mlx.losses import TILE_BYTES  # noqa: E402
-from nalora_mlx.peak import Peak, Planner, Size  # noqa: E402
-from nalora_mlx.run import recomputed_layers  # noqa: E402
-from nalora_mlx.step import TrainingStep  # noqa: E402
+from nalora_mlx.adapters.attach import adapt  # noqa: E402
+from nalora_mlx.core.config import NALoRAConfig, TrainingConfig  # noqa: E402
+from nalora_mlx.ops.cross_entropy import TILE_BYTES  # noqa: E402
+from nalora_mlx.training.memory_model import Peak, Planner, Size  # noqa: E402
+from nalora_mlx.training.run import recomputed_layers  # noqa: E402
+from nalora_mlx.training.step import TrainingStep  # noqa: E402
 
 PAGE = ROOT / "docs" / "memory.md"
 PLACE = re.compile(r"(?<=<!-- scripts/mac_recipes.py -->\n).*?(?=<!-- end -->)", re.S)

@@ -16,7 +16,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nalora_mlx.activations import ACTIVATIONS, Activation  # noqa: E402
+from nalora_mlx.ops.activations import ACTIVATIONS, Activation  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "phi.svg"
 Z = np.linspace(-4, 4, 401)

@@ -13,16 +13,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nalora_mlx.adapters import adapt  # noqa: E402
-from nalora_mlx.config import NALoRAConfig  # noqa: E402
-from nalora_mlx.errors import InputError  # noqa: E402
-from tests.test_zoo import ZOO, build  # noqa: E402
+from nalora_mlx.adapters.attach import adapt  # noqa: E402
+from nalora_mlx.core.config import NALoRAConfig  # noqa: E402
+from nalora_mlx.core.errors import InputError  # noqa: E402
+from tests.adapters.test_zoo import ZOO, build  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 HEAD = """# Gated MLPs in mlx-lm {version}
 
-Every model module of mlx-lm, in miniature: which gated MLPs it has, and what `adapt` does with them. "yes" means that
-NA-LoRA acts on them; the tests hold each of these rows against mlx-lm's own adapters. Made by `scripts/model_table.py`.
+The gated MLPs of every model module of mlx-lm, in miniature, and what `adapt` does with them. "yes" means that NA-LoRA
+acts on them; the tests compare each of these rows with mlx-lm's own adapters. `scripts/model_table.py` makes this page.
 
 | model | gated MLPs | layout | activation | experts | NA-LoRA |
 |---|---|---|---|---|---|

@@ -37,8 +37,8 @@ from study_models import LENGTH, rows_of, sources
 from study_tasks import FORGETTING, FROM_FILES, GENERATED, SPLITS, Task, score, tokenized
 
 from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, train
-from nalora_mlx.adapters import adapt_dora
-from nalora_mlx.heads import find_head
+from nalora_mlx.adapters.attach import adapt_dora
+from nalora_mlx.models.output_head import find_head
 
 # A method's grid is a part of these; neighbours are a factor of the root of 2 apart.
 RATES = [float(f"{1e-4 * 2 ** (k / 2):.3g}") for k in range(-4, 22)]

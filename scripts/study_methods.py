@@ -18,10 +18,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from nalora_mlx import importance, step
-from nalora_mlx.batches import training_batches
-from nalora_mlx.data import Example
-from nalora_mlx.step import ScoredLoss
+from nalora_mlx.data.batches import training_batches
+from nalora_mlx.data.tokenization import Example
+from nalora_mlx.training import importance, step
+from nalora_mlx.training.loss import ScoredLoss
 
 FIT_BATCHES = 4  # whose gradient a fitted lora_a spans
 

@@ -26,7 +26,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from nalora_mlx import TrainingConfig, train
-from nalora_mlx.data import Example
+from nalora_mlx.data.tokenization import Example
 
 HELD_OUT = ("asyncio", "email", "json", "logging", "unittest", "xml")
 LEFT_OUT = ("encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo")

@@ -20,9 +20,9 @@ import mlx.core as mx
 import numpy as np
 from study_models import sources
 
-from nalora_mlx.batches import sorted_batches
-from nalora_mlx.data import Example
-from nalora_mlx.heads import Head
+from nalora_mlx.data.batches import sorted_batches
+from nalora_mlx.data.tokenization import Example
+from nalora_mlx.models.output_head import Head
 
 SPLITS = ("train", "valid", "test")
 MOST_TOKENS = 256  # rows that are longer are left out
@@ -184,7 +184,7 @@ def score(
     """Mean loss over supervised tokens, share of completions generated exactly, and of right choices.
 
     Args:
-        head: the model, see `nalora_mlx.heads`.
+        head: the model, see `nalora_mlx.models.output_head`.
         examples: rows.
         choices: per row the position of the token in which choices differ, and the tokens; empty without choices.
     """

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Check the style and the types, and run all tests, in an environment that this script makes itself.
+# Create the environment, check style and types, and run all tests.
 #
 #   bash scripts/test.sh [PYTEST ARGUMENT...]      for example: bash scripts/test.sh -k fuse -x
 #
-# Every check runs, whatever became of the one before; the exit status is 0 only if all passed.
+# All checks run even if one fails. The exit status is 0 only if all of them pass.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,14 +12,14 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/get_model.sh
 . scripts/get_model.sh
 prepare dev,export,kquants,interop,vlm,report,tensorboard,browser,notebook
-find_test_programs
+install_test_programs
 
-# The tests of PEFT run PyTorch. On Linux the wheel of PyPI brings several GB of CUDA, so that the CPU build is taken:
-# from an index that pip knows already, or from PyTorch's own. Without it these tests are skipped.
+# The PEFT tests need PyTorch and are skipped without it. On Linux the PyPI wheel pulls in several GB of CUDA, so the
+# CPU build is installed instead, from the index pip is configured to use or from PyTorch's own.
 TORCH=2.13.0
 install_torch() {
   if "$VENV/bin/python" -c 'import torch' >/dev/null 2>&1; then return; fi
-  say "installing PyTorch $TORCH for the tests of PEFT (some 200 MB)"
+  say "installing PyTorch $TORCH for the PEFT tests (about 200 MB)"
   if [ "$(uname -s)" = Darwin ]; then
     pip_install "torch==$TORCH"
   else
@@ -30,11 +30,11 @@ install_torch() {
 if install_torch; then
   install_packages peft
 else
-  say "note: no PyTorch could be installed, so that the tests of PEFT are skipped"
+  say "note: could not install PyTorch; skipping the PEFT tests"
 fi
 
-# The tests of exports fine-tune a real model: of the demo, fetched once (some 100 MB).
-(get_model) || say "note: no SmolLM2 could be got, so that its tests are skipped"
+# The export tests fine-tune the demo's model, which is downloaded once (about 100 MB).
+(get_model) || say "note: could not get SmolLM2; skipping the tests that fine-tune it"
 
 failed=
 check() { # NAME COMMAND...

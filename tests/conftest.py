@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from nalora_mlx.data import Example
+from nalora_mlx.data.tokenization import Example
 
 # Everywhere the same arithmetic: the tolerances are those of float32 on a CPU, on a Mac as well.
 mx.set_default_device(mx.cpu)

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.special import erfc, erfcx, expit
 
-from nalora_mlx import families
+from nalora_mlx.ops import activation_families
 
 SQRT_2_OVER_PI = np.sqrt(2 / np.pi)
 
@@ -80,22 +80,22 @@ def gelu_topk_truth(z):
 # family -> (made with parameters, phi in float64, what becomes of u in float64)
 FAMILIES = {
     "swiglu_oai": (
-        families.swiglu_oai(1.702, 7.0),
+        activation_families.swiglu_oai(1.702, 7.0),
         lambda z: np.minimum(z, 7) * expit(1.702 * np.minimum(z, 7)),
         lambda u: np.clip(u, -7, 7) + 1,
     ),
     "swiglu_input_clamped": (
-        families.swiglu_input_clamped(5.0),
+        activation_families.swiglu_input_clamped(5.0),
         lambda z: np.minimum(z, 5) * expit(np.minimum(z, 5)),
         lambda u: np.clip(u, -5, 5),
     ),
     "swiglu_output_clamped": (
-        families.swiglu_output_clamped(2.0),
+        activation_families.swiglu_output_clamped(2.0),
         lambda z: np.minimum(z * expit(z), 2),
         lambda u: np.clip(u, -2, 2),
     ),
-    "situ": (families.situ(1.5, 2.0), situ_truth, lambda u: 2 * np.tanh(u / 2)),
-    "situ without a bound on u": (families.situ(1.5, None), situ_truth, lambda u: u),
-    "xielu": (families.xielu(0.3, -0.7, 0.5, -1e-6), xielu_truth, lambda u: u),
-    "gelu_topk": (families.gelu_topk(0.5), gelu_topk_truth, lambda u: u),
+    "situ": (activation_families.situ(1.5, 2.0), situ_truth, lambda u: 2 * np.tanh(u / 2)),
+    "situ without a bound on u": (activation_families.situ(1.5, None), situ_truth, lambda u: u),
+    "xielu": (activation_families.xielu(0.3, -0.7, 0.5, -1e-6), xielu_truth, lambda u: u),
+    "gelu_topk": (activation_families.gelu_topk(0.5), gelu_topk_truth, lambda u: u),
 }

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser
-from nalora_mlx.errors import InputError
+from nalora_mlx.core.errors import InputError
 
 if TYPE_CHECKING:
-    from nalora_mlx.export.opened import Opened
+    from nalora_mlx.export.lazy_model import Opened
     from nalora_mlx.export.updates import Updates
 
 FORMATS = {
@@ -62,7 +62,7 @@ def build_parser(prog: str) -> Parser:
 def run(args: argparse.Namespace) -> None:
     """Check the flags, then write."""
     _check(args)
-    from nalora_mlx.models import check_files
+    from nalora_mlx.models.loading import check_files
 
     directory = check_files(args.model)
     if args.format in ("mlx", "peft"):
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything slow."""
-    from nalora_mlx.models import check_paths
+    from nalora_mlx.core.paths import check_paths
 
     args.output = args.output.expanduser()
     check_paths(args.model)
@@ -120,10 +120,10 @@ def _updates(args: argparse.Namespace, opened: "Opened") -> "Updates":
 
 
 def _adapter_directory(args: argparse.Namespace, directory: Path) -> None:
+    from nalora_mlx.export.lazy_model import open_model
     from nalora_mlx.export.mlx_adapter import export_mlx
-    from nalora_mlx.export.opened import open_model
     from nalora_mlx.export.peft import export_peft
-    from nalora_mlx.models import original_name
+    from nalora_mlx.models.hub import original_name
 
     opened = open_model(directory)
     updates = _updates(args, opened)
@@ -152,7 +152,7 @@ def _gguf(args: argparse.Namespace, directory: Path) -> None:
         base = None
     else:
         from nalora_mlx.export.gguf_adapter import export_gguf_lora
-        from nalora_mlx.export.opened import open_model
+        from nalora_mlx.export.lazy_model import open_model
 
         opened = open_model(directory)
         report = export_gguf_lora(opened, _updates(args, opened), args.output, overwrite=args.overwrite)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nalora_mlx.errors import InputError
+from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.gguf_architectures import Architecture, problems, tensor_rows
 from nalora_mlx.export.gguf_model import (
     GgufReport,
@@ -16,7 +16,7 @@ from nalora_mlx.export.gguf_model import (
     write_file,
 )
 from nalora_mlx.export.gguf_types import gguf
-from nalora_mlx.export.opened import Opened
+from nalora_mlx.export.lazy_model import Opened
 from nalora_mlx.export.updates import Updates, uniform
 
 Tensor = tuple[str, np.ndarray]

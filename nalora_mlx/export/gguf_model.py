@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from nalora_mlx.checkpoint import flush
-from nalora_mlx.errors import InputError
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.storage import flush
 from nalora_mlx.export.gguf_architectures import (
     ARCHITECTURES,
     Architecture,
@@ -35,7 +35,7 @@ from nalora_mlx.export.gguf_types import (
     quantize,
     type_of,
 )
-from nalora_mlx.export.opened import Opened, Source, open_model, read_config
+from nalora_mlx.export.lazy_model import Opened, Source, open_model, read_config
 from nalora_mlx.export.updates import Updates, merged
 
 CHUNK = 1 << 24  # elements converted at once, so that NumPy's float32 copies stay small beside a tensor

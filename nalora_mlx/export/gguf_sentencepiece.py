@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nalora_mlx.errors import InputError
+from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.gguf_pretokenizer import flat, refuse
 
 # Token types: the same numbers in SentencePiece and in GGUF.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nalora_mlx.errors import InputError
+from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.gguf_pretokenizer import flat, name_cuts, refuse
 from nalora_mlx.export.gguf_sentencepiece import (
     BYTE,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_mlx.errors import InputError
+from nalora_mlx.core.errors import InputError
 
 try:
     import gguf

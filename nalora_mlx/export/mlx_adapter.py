@@ -5,10 +5,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.adapters import ADAPTER_CONFIG, ADAPTER_FILE
-from nalora_mlx.checkpoint import arrays_writer, json_writer, write_directory
-from nalora_mlx.errors import InputError
-from nalora_mlx.export.opened import Opened, Source
+from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.storage import arrays_writer, json_writer, write_directory
+from nalora_mlx.export.lazy_model import Opened, Source
 from nalora_mlx.export.updates import Update, Updates, uniform
 
 

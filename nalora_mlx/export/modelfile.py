@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nalora_mlx.checkpoint import write_file
+from nalora_mlx.core.storage import write_file
 
 ROLES = ("system", "user", "assistant")
 # Texts that are in no template, one for each message of a conversation that is rendered to see what is around them.

@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.checkpoint import json_writer, write_directory
-from nalora_mlx.errors import InputError
-from nalora_mlx.export.opened import Opened
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.storage import json_writer, write_directory
+from nalora_mlx.export.lazy_model import Opened
 from nalora_mlx.export.updates import Update, Updates, misfit, refuse, uniform
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.adapters import ADAPTER_CONFIG, ADAPTER_FILE, read_description, read_weights
-from nalora_mlx.errors import InputError, listed
-from nalora_mlx.export.opened import Source
+from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, read_description, read_weights
+from nalora_mlx.core.errors import InputError, listed
+from nalora_mlx.export.lazy_model import Source
 
 
 @dataclass(frozen=True)

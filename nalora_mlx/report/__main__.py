@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.cli import Parser
-from nalora_mlx.errors import InputError
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.signals import Stopped
 from nalora_mlx.report.palette import MOST_RUNS
-from nalora_mlx.signals import Stopped
 
 PAGE = "report.html"
 NEEDED = ("matplotlib", "plotly", "jinja2")
@@ -48,9 +48,9 @@ def build_parser(prog: str) -> Parser:
 def run(args: argparse.Namespace) -> None:
     """Read, draw, write; with --watch until the runs are over."""
     _check(args)
-    from nalora_mlx.models import check_paths
+    from nalora_mlx.core.paths import check_paths
     from nalora_mlx.report.data import read_runs
-    from nalora_mlx.run_directory import REPORT
+    from nalora_mlx.runs.directory import REPORT
 
     paths = [path.expanduser() for path in args.runs]
     output = (args.output or (paths[0] if len(paths) == 1 else Path()) / REPORT).expanduser()
@@ -69,7 +69,7 @@ def write(
     runs: list[Any], output: Path, answers: list[dict[str, Any]] | None = None, refresh: float | None = None
 ) -> list[str]:
     """Write the page and the pictures, each whole or not at all; names of the pictures."""
-    from nalora_mlx.checkpoint import bytes_writer, write_file
+    from nalora_mlx.core.storage import bytes_writer, write_file
     from nalora_mlx.report.page import page
     from nalora_mlx.report.pictures import pictures
 
@@ -98,7 +98,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _check_output(output: Path) -> None:
     """Refuse a place that cannot be written, or whose page is not one of ours."""
-    from nalora_mlx.checkpoint import check_writable
+    from nalora_mlx.core.storage import check_writable
     from nalora_mlx.report.page import GENERATOR
 
     check_writable(output)
@@ -155,7 +155,7 @@ def _running(paths: list[Path]) -> bool:
 
 
 def _answers(args: argparse.Namespace, runs: list[Any]) -> list[dict[str, Any]]:
-    from nalora_mlx.models import check_paths
+    from nalora_mlx.core.paths import check_paths
     from nalora_mlx.report.answers import answers
 
     for run in runs:

@@ -23,8 +23,8 @@ def answers(
     """
     from mlx_lm import generate
 
-    from nalora_mlx.adapters import load_any_adapter
-    from nalora_mlx.models import load_model
+    from nalora_mlx.adapters.files import load_any_adapter
+    from nalora_mlx.models.loading import load_model
 
     texts: list[list[tuple[str, str]]] = [[] for _ in prompts]
     for name, adapter in [("before", None), *runs]:

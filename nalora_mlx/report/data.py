@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from nalora_mlx import checkpoint
-from nalora_mlx.errors import InputError
-from nalora_mlx.metrics import METRICS_FILE
+from nalora_mlx.adapters import files
+from nalora_mlx.core import storage
+from nalora_mlx.core.errors import InputError
 from nalora_mlx.report.series import MOST_COLUMNS, binned
-from nalora_mlx.saver import CHECKPOINTS
+from nalora_mlx.runs import checkpoints
+from nalora_mlx.runs.checkpoints import CHECKPOINTS
+from nalora_mlx.runs.metrics import METRICS_FILE
 
 SCALARS = ("loss", "learning_rate", "tokens_per_second", "peak_memory_gb", "gradient_norm")
 MOST_READ = 5 * MOST_COLUMNS  # reports of the layers, of which a heat map averages five to a column
@@ -220,12 +222,12 @@ def _channels(rows: list[dict[str, Any]]) -> dict[str, Table]:
 
 def _describe(run: RunData) -> None:
     """Settings, data, samples and environment: of run.json, and what it lacks of the adapter and a checkpoint."""
-    from nalora_mlx.record import RECORD_FILE
-    from nalora_mlx.resume import STATE_FILE
+    from nalora_mlx.runs.record import RECORD_FILE
+    from nalora_mlx.runs.resume import STATE_FILE
 
-    checkpoints = list(checkpoint.steps(run.path / CHECKPOINTS).values())
-    adapter = _object(run.path / checkpoint.ADAPTER_CONFIG)
-    state = _object(checkpoints[-1] / STATE_FILE) if checkpoints else {}
+    saved = list(checkpoints.steps(run.path / CHECKPOINTS).values())
+    adapter = _object(run.path / files.ADAPTER_CONFIG)
+    state = _object(saved[-1] / STATE_FILE) if saved else {}
     record = _object(run.path / RECORD_FILE)
     for part in (adapter, state.get("config") or {}, record.get("settings") or {}):
         run.settings |= _known(part)
@@ -254,4 +256,4 @@ def _object(path: Path) -> dict[str, Any]:
     Raises:
         InputError: there is one, and it cannot be read.
     """
-    return checkpoint.read_json(path) if path.exists() else {}
+    return storage.read_json(path) if path.exists() else {}

@@ -15,7 +15,7 @@ from mlx_lm import generate
 from mlx_lm.utils import load
 
 from nalora_mlx.__main__ import main
-from nalora_mlx.adapters import load_adapter
+from nalora_mlx.adapters.files import load_adapter
 from tests.effect import close
 from tests.interop import llama_cpp
 

@@ -3,10 +3,11 @@
 import pytest
 from mlx_lm.utils import load
 
-from nalora_mlx import checkpoint
 from nalora_mlx.__main__ import main
-from nalora_mlx.adapters import adapt, adapter_description, adapter_weights, load_adapter
-from nalora_mlx.config import NALoRAConfig
+from nalora_mlx.adapters.attach import adapt
+from nalora_mlx.adapters.files import adapter_description, adapter_weights, load_adapter
+from nalora_mlx.core import storage
+from nalora_mlx.core.config import NALoRAConfig
 from tests.conftest import random_adapters
 from tests.effect import close
 from tests.interop import llama_cpp
@@ -32,10 +33,10 @@ def adapter(base, tmp_path):
     adapt(model, NALoRAConfig(num_layers=-1, rank=4, scale=4.0))
     random_adapters(model, size=0.1)
     files = {
-        "adapters.safetensors": checkpoint.arrays_writer(adapter_weights(model)),
-        "adapter_config.json": checkpoint.json_writer(adapter_description(model)),
+        "adapters.safetensors": storage.arrays_writer(adapter_weights(model)),
+        "adapter_config.json": storage.json_writer(adapter_description(model)),
     }
-    checkpoint.write_directory(tmp_path / "adapter", files)
+    storage.write_directory(tmp_path / "adapter", files)
     return tmp_path / "adapter"
 
 

@@ -13,8 +13,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from nalora_mlx.errors import InputError
-from nalora_mlx.export.opened import Source
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.export.lazy_model import Source
 from tests.effect import relative_error
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import LONGROPE as SCALING

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from nalora_mlx.errors import InputError
+from nalora_mlx.core.errors import InputError
 from tests.effect import relative_error
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import PROMPT, build, logits, save

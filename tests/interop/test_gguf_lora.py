@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load
 
-from nalora_mlx import checkpoint
 from nalora_mlx.__main__ import main
-from nalora_mlx.adapters import adapt, adapt_dora, adapter_description, adapter_weights
-from nalora_mlx.config import NALoRAConfig
+from nalora_mlx.adapters.attach import adapt, adapt_dora
+from nalora_mlx.adapters.files import adapter_description, adapter_weights
+from nalora_mlx.core import storage
+from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export import gguf_adapter
 from nalora_mlx.export.gguf_architectures import ARCHITECTURES
 from tests.conftest import random_adapters
@@ -40,10 +41,10 @@ def prepare(tmp_path, model_type, changes, keys, attach=adapt, seed=7):
     random_adapters(model, seed=seed, size=0.1)
     model.eval()
     files = {
-        "adapters.safetensors": checkpoint.arrays_writer(adapter_weights(model)),
-        "adapter_config.json": checkpoint.json_writer(adapter_description(model)),
+        "adapters.safetensors": storage.arrays_writer(adapter_weights(model)),
+        "adapter_config.json": storage.json_writer(adapter_description(model)),
     }
-    checkpoint.write_directory(tmp_path / "adapter", files)
+    storage.write_directory(tmp_path / "adapter", files)
     return base, tmp_path / "adapter", plain, logits(model)
 
 
@@ -142,10 +143,10 @@ def test_fully_trained_weights_go_into_gguf(tmp_path):
     name = "model.layers.5.mlp.up_proj.weight"
     weight = -model.model.layers[5].mlp.up_proj.weight
     files = {
-        "adapters.safetensors": checkpoint.arrays_writer({name: weight}),
-        "adapter_config.json": checkpoint.json_writer({"fine_tune_type": "full", "num_layers": 1}),
+        "adapters.safetensors": storage.arrays_writer({name: weight}),
+        "adapter_config.json": storage.json_writer({"fine_tune_type": "full", "num_layers": 1}),
     }
-    checkpoint.write_directory(tmp_path / "full", files)
+    storage.write_directory(tmp_path / "full", files)
     model.model.layers[5].mlp.up_proj.weight = weight
     assert (
         export("gguf", base, tmp_path / "whole.gguf", "--type", "f32", "--adapter-path", tmp_path / "full")

@@ -18,7 +18,7 @@ from tokenizers import (
     trainers,
 )
 
-from nalora_mlx.errors import InputError
+from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.gguf_pretokenizer import BYTE_LEVEL, DIGITS, PRE_TOKENIZERS
 from nalora_mlx.export.gguf_tokenizer import compare_with_mlx_lm, read_vocabulary
 from tests.interop import llama_cpp

@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load
 
-from nalora_mlx import checkpoint
 from nalora_mlx.__main__ import main
-from nalora_mlx.adapters import (
-    adapt,
-    adapt_dora,
-    adapter_description,
-    adapter_weights,
-    load_any_adapter,
-)
-from nalora_mlx.config import NALoRAConfig
+from nalora_mlx.adapters.attach import adapt, adapt_dora
+from nalora_mlx.adapters.files import adapter_description, adapter_weights, load_any_adapter
+from nalora_mlx.core import storage
+from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export.peft import MODEL_TYPES
 from tests.conftest import random_adapters
 from tests.interop.gguf_models import PROMPT, build, logits, save
@@ -48,10 +43,10 @@ TOLERANCE = 1e-4
 
 def save_adapter(model, directory):
     files = {
-        "adapters.safetensors": checkpoint.arrays_writer(adapter_weights(model)),
-        "adapter_config.json": checkpoint.json_writer(adapter_description(model)),
+        "adapters.safetensors": storage.arrays_writer(adapter_weights(model)),
+        "adapter_config.json": storage.json_writer(adapter_description(model)),
     }
-    checkpoint.write_directory(directory, files)
+    storage.write_directory(directory, files)
 
 
 def export(format, base, adapter, output, *flags):

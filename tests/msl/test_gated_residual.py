@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nalora_mlx.activations import ACTIVATIONS
-from nalora_mlx.kernels import backend, fused, gated_residual, reference, selfcheck
-from nalora_mlx.kernels.fused import Operands, Variant
-from nalora_mlx.kernels.low_rank import LowRank
+from nalora_mlx.ops.activations import ACTIVATIONS
+from nalora_mlx.ops.kernels import backend, fused, gated_residual, reference, selfcheck
+from nalora_mlx.ops.kernels.fused import Operands, Variant
+from nalora_mlx.ops.kernels.low_rank import LowRank
 
 from ..truth import FAMILIES, TRUTH
 from . import lane
@@ -559,7 +559,7 @@ class Page:
 def test_doctor_tries_every_kernel(monkeypatch):
     """The page of a right machine, and of one whose kernels are wrong in one activation."""
     from nalora_mlx import doctor
-    from nalora_mlx.kernels import survey
+    from nalora_mlx.ops.kernels import survey
 
     monkeypatch.setattr(backend, "backend", lambda: "metal")
     monkeypatch.setattr(survey, "DTYPES", (mx.bfloat16,))

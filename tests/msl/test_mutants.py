@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nalora_mlx.activations import ACTIVATIONS
-from nalora_mlx.kernels import fused
-from nalora_mlx.kernels.fused import Variant
+from nalora_mlx.ops.activations import ACTIVATIONS
+from nalora_mlx.ops.kernels import fused
+from nalora_mlx.ops.kernels.fused import Variant
 
 from . import lane
 from .test_gated_residual import EXACT, check, emulated, full, guarded, operands  # noqa: F401

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nalora_mlx.activations import ACTIVATIONS
-from nalora_mlx.kernels import fused
+from nalora_mlx.ops.activations import ACTIVATIONS
+from nalora_mlx.ops.kernels import fused
 
 from . import lane
 from .test_gated_residual import EXACT, full, operands

@@ -1,0 +1,9 @@
+"""Adapters: where they go, what they compute, how they are saved, loaded and merged.
+
+May import `core`, `ops`, `data` and `models`."""
+
+from nalora_mlx.adapters.attach import AdaptReport, adapt, adapt_dora
+from nalora_mlx.adapters.files import load_adapter
+from nalora_mlx.adapters.merge import fuse_model
+
+__all__ = ["AdaptReport", "adapt", "adapt_dora", "fuse_model", "load_adapter"]

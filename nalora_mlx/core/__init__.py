@@ -1,0 +1,9 @@
+"""What every other package builds on: errors, settings, strict parsing, signals, atomic storage, terminal output.
+
+Imports no other package of the project. Importing `nalora_mlx.core` is cheap: modules that need mlx are imported
+where they are used."""
+
+from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, TrainingConfig
+from nalora_mlx.core.errors import InputError, RunError
+
+__all__ = ["InputError", "NALoRAConfig", "NAParameters", "RunConfig", "RunError", "TrainingConfig"]

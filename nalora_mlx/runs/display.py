@@ -1,0 +1,236 @@
+"""What the terminal shows: a run, with a bar over its last report, or in plain lines; and a page of checks."""
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from nalora_mlx.core.terminal import LastingConsole, colours, marked_text
+
+RECENT = 24  # losses in the little chart
+TREND = 5  # reports whose mean is compared with that of as many before
+LEVEL = 0.01  # a smaller share of change is none
+FULL = 0.9  # of the memory: from here it is marked
+MEMORY_OF_SPEED = 3600.0  # seconds of steps that the time left is told from; a step may take minutes
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def chart(values: Sequence[float]) -> str:
+    """Numbers as a line of blocks, the lowest and the highest of them at its ends; a gap where one is not finite."""
+    known = [value for value in values if math.isfinite(value)]
+    low, high = min(known, default=0), max(known, default=0)
+    unit = (high - low) / (len(BLOCKS) - 1) or 1
+    return "".join(BLOCKS[round((v - low) / unit)] if math.isfinite(v) else " " for v in values)
+
+
+def trend(values: Sequence[float]) -> str:
+    """Whether the last numbers fall or rise against those before; nothing while there are too few."""
+    if len(values) < 2 * TREND or not all(map(math.isfinite, values[-2 * TREND :])):
+        return ""
+    before, now = sum(values[-2 * TREND : -TREND]), sum(values[-TREND:])
+    if abs(now - before) <= LEVEL * abs(before):
+        return "level"
+    return "falling" if now < before else "rising"
+
+
+class Status:
+    """What is under the bar: the last report, and how it compares; a renderable of rich.
+
+    Args:
+        memory_limit: bytes that the run should stay within; None leaves them out.
+    """
+
+    def __init__(self, memory_limit: int | None = None):
+        self.memory_limit = memory_limit
+        self.losses: list[float] = []
+        self.report: dict[str, Any] = {}
+        self.valid: dict[str, Any] = {}
+        self.best_step: int | None = None
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take a metrics event."""
+        if event["split"] == "valid":
+            self.valid = event
+            if event["loss"] == event["best_loss"]:
+                self.best_step = event["step"]
+            return
+        self.report = event
+        self.losses = [*self.losses, event["loss"]][-max(RECENT, 2 * TREND) :]
+
+    def __rich__(self) -> Table:
+        """Make the lines, a name and its value on each."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column()
+        if self.report:
+            loss = Text(f"{self.report['loss']:.4f}  ", "bold")
+            loss.append(chart(self.losses[-RECENT:]), "cyan")
+            tends = trend(self.losses)
+            loss.append(f"  {tends}", {"rising": "yellow", "falling": "green"}.get(tends, ""))
+            table.add_row("loss", loss)
+        if self.valid:
+            table.add_row("validation", self._validation())
+        if self.report:
+            rate = self.report["learning_rate"]
+            table.add_row("learning rate", "none" if rate is None else f"{rate:.2e}")
+            found = mean_misalignment(self.report)
+            if found is not None:
+                table.add_row("misalignment", f"{found:.3f}, mean over the layers")
+            table.add_row(
+                "speed",
+                f"{self.report['tokens_per_second']:,.0f} tokens/s, "
+                f"{self.report['iterations_per_second']:.2f} iterations/s",
+            )
+            table.add_row("memory", self._memory(self.report["peak_memory_gb"]))
+        return table
+
+    def _validation(self) -> Text:
+        text = Text(f"{self.valid['loss']:.4f}", "bold")
+        best, now = self.valid["best_loss"], self.best_step == self.valid["step"]
+        if best is None:  # before the first update
+            text.append(f"  at iteration {self.valid['step']}")
+        elif now:
+            text.append("  the best so far", "green")
+        else:
+            place = "" if self.best_step is None else f" at iteration {self.best_step}"
+            text.append(f"  best {best:.4f}{place}")
+        return text
+
+    def _memory(self, peak: float) -> Text:
+        if self.memory_limit is None:
+            return Text(f"{peak:.2f} GB")
+        share = peak / (self.memory_limit / 1e9)
+        full = share >= FULL
+        return Text(
+            f"{used(peak, self.memory_limit)} ({share:.0%}{', nearly full' if full else ''})",
+            "bold yellow" if full else "",
+        )
+
+
+def used(peak: float, limit: int | None) -> str:
+    """Peak memory in GB, and of how much if there is a limit in bytes."""
+    return f"{peak:.2f} GB" if limit is None else f"{peak:.2f} of {limit / 1e9:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """A time in hours, minutes and seconds, such as 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def mean_misalignment(event: dict[str, Any]) -> float | None:
+    """Mean selection misalignment of the layers that have one."""
+    found = [layer["misalignment"] for layer in event["layers"].values() if "misalignment" in layer]
+    return sum(found) / len(found) if found else None
+
+
+class Display:
+    """Shows the events of `train`; usable as a listener. Use it as a context manager, so that the bar is closed.
+
+    Set `status.memory_limit` before the run to show its memory against that.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or LastingConsole(highlight=False)
+        self.progress: Progress | None = None
+        self.live: Live | None = None
+        self.draws = self.console.is_terminal and not self.console.is_dumb_terminal  # else plain lines
+        self.status = Status()
+        self.iterations = 0
+        self.last_valid: float | None = None
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = self.progress = None
+
+    def note(self, text: str) -> None:
+        """Print one line above the bar."""
+        # Not wrapped where output is piped: a line there is a record.
+        with suppress(OSError):  # the terminal is gone; the run goes on
+            self.console.print(text, markup=False, soft_wrap=not self.draws)
+
+    def masks(self, source: str, pieces: Iterable[tuple[str, bool]]) -> None:
+        """Print a row with what is trained on marked."""
+        text = marked_text(source, pieces, colours(self.console))
+        self.console.print(text, soft_wrap=not self.draws)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        kind = event["event"]
+        if kind == "start":
+            self._start(event["iterations"], event["done"])
+        elif kind == "step" and self.progress is not None:
+            self.progress.update(self.training, completed=event["step"])
+        elif kind == "validating":
+            self._validating(event["batch"], event["batches"])
+        elif kind == "metrics":
+            self._metrics(event)
+        elif kind == "notice":
+            self.note(f"note: {event['text']}")
+        elif kind == "saved":
+            self.note(f"iteration {event['step']}: saved to {event['path']}")
+
+    def _validating(self, batch: int, batches: int) -> None:
+        if self.progress is not None:
+            self.progress.update(self.validation, completed=batch, total=batches, visible=batch < batches)
+        elif batch == 1 < batches and self.last_valid is None:  # nothing else is said until it is done
+            self.note(f"validating the model as it is, {batches} batches")
+
+    def _start(self, iterations: int, done: int) -> None:
+        self.iterations = iterations
+        if not self.draws:
+            return
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+            speed_estimate_period=MEMORY_OF_SPEED,
+        )
+        self.training = self.progress.add_task("training", total=iterations, completed=done)
+        self.validation = self.progress.add_task("validating", total=1, visible=False)
+        self.live = Live(Group(self.progress, self.status), console=self.console, refresh_per_second=4)
+        self.live.start()
+
+    def _metrics(self, event: dict[str, Any]) -> None:
+        self.status.add(event)
+        step = f"iteration {event['step']:>{len(str(self.iterations))}}"
+        if event["split"] == "valid":
+            best = " (best)" if event["best_loss"] == event["loss"] else ""
+            change = "" if self.last_valid is None else f", {event['loss'] - self.last_valid:+.4f}"
+            self.last_valid = event["loss"]
+            self.note(f"{step}: validation loss {event['loss']:.4f}{change}{best}, {event['seconds']:.1f} s")
+            return
+        if self.live is not None:
+            return  # it is under the bar
+        rate = "-" if event["learning_rate"] is None else f"{event['learning_rate']:.2e}"
+        found = mean_misalignment(event)
+        left = (self.iterations - event["step"]) / event["iterations_per_second"]
+        self.note(
+            f"{step}: loss {event['loss']:.4f}, lr {rate}, "
+            f"{event['iterations_per_second']:.2f} it/s, {event['tokens_per_second']:.0f} tokens/s, "
+            f"{event['tokens']} tokens, peak {used(event['peak_memory_gb'], self.status.memory_limit)}"
+            + ("" if found is None else f", misalignment {found:.3f}")
+            + f", {event['step'] / self.iterations:.0%} done, {duration(left)} left"
+        )

@@ -1,0 +1,149 @@
+"""Services that get a run's metrics: those of mlx-lm through its own callbacks, TensorBoard through tensorboardX."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.errors import InputError, first_line
+from nalora_mlx.runs.record import record
+
+TENSORBOARD = "tensorboard"  # the service, and its directory in that of a run
+Reporter = Callable[[dict[str, Any]], None]
+
+
+def reporters(config: RunConfig, complain: Callable[[str], None] = print) -> list[Reporter]:
+    """Listeners of `train` for the services that report_to names; each of them starts with the run, not before.
+
+    Args:
+        config: the run's settings.
+        complain: told, in a sentence, when a service fails for the first time; the run goes on.
+
+    Raises:
+        InputError: no service is called that, or its package is not installed.
+    """
+    names = list(dict.fromkeys(n.strip().lower() for n in (config.report_to or "").split(",") if n.strip()))
+    found: dict[str, Reporter] = {}
+    if TENSORBOARD in names:
+        found[TENSORBOARD] = TensorBoard(Path(config.adapter_path or ".").expanduser() / TENSORBOARD)
+    for name in names:
+        if name != TENSORBOARD:
+            found[name] = Peer(name, config)
+    return [_guarded(name, reporter, complain) for name, reporter in found.items()]
+
+
+def _guarded(name: str, reporter: Reporter, complain: Callable[[str], None]) -> Reporter:
+    """A reporter whose failures, such as a lost network or a full disk, do not end the run."""
+    failed = False
+
+    def listen(event: dict[str, Any]) -> None:
+        nonlocal failed
+        try:
+            reporter(event)
+        except Exception as error:
+            if not failed:
+                failed = True
+                complain(
+                    f"note: --report-to {name} fails ({first_line(error)}); the run goes on, and metrics.jsonl has all"
+                )
+
+    return listen
+
+
+class TensorBoard:
+    """Writes TensorBoard's event files; usable as a listener of `train`.
+
+    Args:
+        directory: where they go; made when the run starts.
+
+    Raises:
+        InputError: tensorboardX is not installed.
+    """
+
+    def __init__(self, directory: Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise InputError(
+                "--report-to tensorboard: needs tensorboardX; pip install 'nalora-mlx[tensorboard]'"
+            ) from None
+        self.directory, self.new_writer = directory, SummaryWriter
+        self.writer: Any = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Write an event that has a split."""
+        if event["event"] == "start":
+            # What a resumed run had written after its checkpoint is told anew.
+            purge = event["done"] + 1 if event["done"] else None
+            self.writer = self.new_writer(str(self.directory), purge_step=purge)
+        elif self.writer is None:
+            return  # it did not start
+        elif event["event"] == "end":
+            self.writer.close()
+        elif "split" in event:
+            for tag, value in _scalars(event).items():
+                self.writer.add_scalar(tag, value, event["step"])
+            self.writer.flush()
+
+
+def _scalars(event: dict[str, Any]) -> dict[str, float]:
+    """What of a report is one number, by TensorBoard's tag."""
+    values = {f"loss/{event['split']}": event["loss"]}
+    for key in ("learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_gb"):
+        values[f"training/{key}"] = event.get(key)
+    for path, layer in event.get("layers", {}).items():
+        values[f"misalignment/{path}"] = layer.get("misalignment")
+    return {tag: value for tag, value in values.items() if value is not None}
+
+
+class Peer:
+    """Hands a run's reports to one of mlx-lm's own callbacks; usable as a listener of `train`.
+
+    Args:
+        name: of the service.
+        config: the run's settings, which the service shows.
+
+    Raises:
+        InputError: mlx-lm has no such service, or its package is not installed.
+    """
+
+    def __init__(self, name: str, config: RunConfig):
+        from mlx_lm.tuner import callbacks
+
+        known = sorted(callbacks.SUPPORT_CALLBACK)
+        if name not in known:
+            raise InputError(f"--report-to {name}: choose from {', '.join([*known, TENSORBOARD])}")
+        if getattr(callbacks, name) is None:
+            raise InputError(f"--report-to {name}: needs {name}; pip install {name}")
+        self.name, self.config = name, config
+        self.callback: Any = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Report an event of training or validation."""
+        if event["event"] == "start":
+            from mlx_lm.tuner.callbacks import get_reporting_callbacks
+
+            self.callback = get_reporting_callbacks(
+                self.name,
+                project_name=self.config.project_name,
+                log_dir=self.config.adapter_path,
+                config=record(self.config, {})["settings"],
+            )
+        elif self.callback is None:
+            return  # it did not start
+        elif event.get("split") == "train":
+            self.callback.on_train_loss_report(
+                {
+                    "iteration": event["step"],
+                    "train_loss": event["loss"],
+                    "learning_rate": event["learning_rate"],
+                    "iterations_per_second": event["iterations_per_second"],
+                    "tokens_per_second": event["tokens_per_second"],
+                    "trained_tokens": event["tokens"],
+                    "peak_memory": event["peak_memory_gb"],
+                }
+            )
+        elif event.get("split") == "valid":
+            self.callback.on_val_loss_report(
+                {"iteration": event["step"], "val_loss": event["loss"], "val_time": event["seconds"]}
+            )

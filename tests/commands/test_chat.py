@@ -1,0 +1,318 @@
+"""The chat: what it answers, against mlx-lm's own answers; what its commands do; what Ctrl-C leaves."""
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import generate
+from mlx_lm.utils import load
+from rich.console import Console
+
+from nalora_mlx.adapters.attach import adapt
+from nalora_mlx.adapters.files import adapter_description, adapter_weights
+from nalora_mlx.chat import COMMANDS, Chat, _twin
+from nalora_mlx.core.config import NALoRAConfig
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.models.conversation import Conversation
+from tests.commands.test_commands import refused, run
+from tests.conftest import random_adapters
+
+QUESTION, SECOND = "what colour is the cat one ?", "what colour is the bird two ?"
+SETTINGS = {"max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def adapter(model_directory, tmp_path_factory):
+    """An adapter of random numbers, which changes every answer."""
+    output = tmp_path_factory.mktemp("run") / "adapters"
+    output.mkdir()
+    model, _ = load(str(model_directory))
+    adapt(model, NALoRAConfig(rank=4, scale=4.0))
+    random_adapters(model, size=0.3)
+    mx.save_safetensors(str(output / "adapters.safetensors"), adapter_weights(model))
+    (output / "adapter_config.json").write_text(json.dumps(adapter_description(model)))
+    return output
+
+
+@pytest.fixture(scope="module")
+def base(model_directory):
+    return load(str(model_directory))
+
+
+@pytest.fixture(scope="module")
+def tuned(model_directory, adapter):
+    return load(str(model_directory), adapter_path=str(adapter))
+
+
+def greedy(model, *messages, tokens=8):
+    """mlx-lm's answer to messages: a leading (text,) is the system message, then user and assistant take turns."""
+    model, tokenizer = model
+    system = [{"role": "system", "content": messages[0][0]}] if isinstance(messages[0], tuple) else []
+    roles = ("user", "assistant") * len(messages)
+    turns = [{"role": r, "content": m} for r, m in zip(roles, messages[len(system) :], strict=False)]
+    prompt = tokenizer.apply_chat_template(system + turns, add_generation_prompt=True, return_dict=False)
+    return generate(model, tokenizer, prompt, max_tokens=tokens)
+
+
+def talk(base, tuned, capsys, monkeypatch, *lines, **console):
+    """Hand lines to a chat; returns what it printed, and its notes."""
+    typed = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, "/quit"))
+    conversations = [Conversation(*tuned, None), Conversation(*base, None) if base else None]
+    chat = Chat(Console(highlight=False, **console), *conversations, SETTINGS)
+    chat.typed = False
+    chat.loop()
+    done = capsys.readouterr()
+    return done.out, done.err, chat
+
+
+# --- answers ------------------------------------------------------------------------------------------------
+
+
+def test_compare_answers_as_the_base_and_as_the_tuned_model(model_directory, adapter, base, tuned):
+    flags = ["--model", model_directory, "--adapter-path", adapter, "--compare", "--max-tokens", "8"]
+    done = run("nalora_mlx.chat", *flags, text=f"{QUESTION}\n{SECOND}\n")
+    assert done.returncode == 0, done.stderr
+    first, second = [greedy(model, QUESTION) for model in (base, tuned)]
+    assert first != second
+    # each goes on from its own answer
+    third, fourth = greedy(base, QUESTION, first, SECOND), greedy(tuned, QUESTION, second, SECOND)
+    assert done.stdout == f"base:\n{first}\ntuned:\n{second}\nbase:\n{third}\ntuned:\n{fourth}\n"
+
+
+def test_the_two_models_are_of_the_same_arrays(model_directory, adapter):
+    from nalora_mlx.adapters.files import load_any_adapter
+
+    model, _ = load(str(model_directory))
+    twin = _twin(model, str(model_directory), False)
+    kept = dict(tree_flatten(model.parameters()))
+    before = mx.get_active_memory()
+    load_any_adapter(twin, adapter)
+    own = sum(a.nbytes for name, a in tree_flatten(twin.parameters()) if "lora_" in name)
+    x = mx.array([[1, 5, 11, 14]])
+    mx.eval(twin.parameters())
+    assert mx.get_active_memory() - before <= own + 4096
+    assert not mx.allclose(model(x), twin(x))
+    assert all(a is kept[name] for name, a in tree_flatten(model.parameters()))
+
+
+def test_pieces_arrive_one_by_one(tuned):
+    conversation = Conversation(*tuned, None)
+    pieces = conversation.answer(QUESTION, **SETTINGS)
+    first = next(pieces)
+    assert conversation.messages == []  # there is no answer yet, but a piece of it is here
+    rest = list(pieces)
+    assert len(rest) > 2
+    assert first + "".join(rest) == greedy(tuned, QUESTION)
+
+
+def test_history_system_and_reset(tuned, capsys, monkeypatch):
+    lines = [QUESTION, SECOND, "/system the dog", SECOND, "/reset", QUESTION, "/system", QUESTION]
+    out, err, _ = talk(None, tuned, capsys, monkeypatch, *lines)
+    first = greedy(tuned, QUESTION)
+    second = greedy(tuned, QUESTION, first, SECOND)
+    third = greedy(tuned, ("the dog",), QUESTION, first, SECOND, second, SECOND)
+    fourth = greedy(tuned, ("the dog",), QUESTION)
+    fifth = greedy(tuned, QUESTION, fourth, QUESTION)
+    assert out.splitlines() == [first, second, third, fourth, fifth]
+    assert len({greedy(tuned, (words,), QUESTION) for words in ("the dog", "two blue")} | {first}) > 1
+    assert re.sub("cut at 8 tokens; --max-tokens is the limit\n", "", err) == ""
+
+
+def test_compare_can_be_switched(base, tuned, capsys, monkeypatch):
+    lines = [QUESTION, "/compare", SECOND, "/compare", QUESTION]
+    out, err, chat = talk(base, tuned, capsys, monkeypatch, *lines)
+    first = greedy(tuned, QUESTION)
+    theirs, ours = (greedy(model, QUESTION, first, SECOND) for model in (base, tuned))
+    last = greedy(tuned, QUESTION, first, SECOND, ours, QUESTION)
+    assert out == f"{first}\nbase:\n{theirs}\ntuned:\n{ours}\n{last}\n"
+    assert [line for line in err.splitlines() if "answer" in line] == [
+        "base and tuned model both answer",
+        "the tuned model answers alone",
+    ]
+    assert not chat.comparing
+
+
+@pytest.mark.parametrize("width", [100, 60])
+def test_side_by_side_where_there_is_room(base, tuned, capsys, monkeypatch, width):
+    out, _, _ = talk(base, tuned, capsys, monkeypatch, "/compare", QUESTION, force_terminal=True, width=width)
+    screen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out)
+    theirs, ours = greedy(base, QUESTION), greedy(tuned, QUESTION)
+    side_by_side = re.search(rf"{re.escape(theirs.split()[0])} .* {re.escape(ours.split()[0])} ", screen)
+    assert bool(side_by_side) == (width == 100)
+    assert bool(re.search("base +tuned", screen)) == (width == 100)
+    if width == 60:
+        assert f"{theirs}\n" in screen
+        assert f"{ours}\n" in screen
+
+
+def test_an_answer_that_was_cut_is_marked(model_directory, base):
+    done = run("nalora_mlx.chat", "--model", model_directory, "--max-tokens", "3", text=QUESTION)
+    assert done.stdout == greedy(base, QUESTION, tokens=3) + "\n"
+    assert done.stderr == "cut at 3 tokens; --max-tokens is the limit\n"
+    whole = Conversation(*base, None)
+    assert "".join(whole.answer(QUESTION, max_tokens=3))
+    assert whole.cut
+
+
+def test_an_answer_that_ends_by_itself_is_not_marked(base):
+    conversation = Conversation(*base, None)
+    pieces = list(conversation.answer(QUESTION, max_tokens=400))
+    assert len(pieces) < 400
+    assert "".join(pieces) == greedy(base, QUESTION, tokens=400)
+    assert not conversation.cut
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_command_does_not_reach_the_model(tuned, capsys, monkeypatch):
+    out, err, chat = talk(None, tuned, capsys, monkeypatch, "/sytem the dog", "/help", "/compare", "/ x")
+    assert out == ""
+    assert chat.tuned.messages == []
+    lines = err.splitlines()
+    assert lines[0].startswith("no command /sytem; there are /system, /compare, /reset, /help, /quit")
+    assert [line.split("  ")[0] for line in lines[1:6]] == list(COMMANDS)
+    assert lines[6] == "comparing takes --model BASE with --adapter-path ADAPTER"
+    assert lines[7].startswith("no command /;")
+
+
+def test_a_message_may_begin_with_a_slash_after_a_space(tuned, capsys, monkeypatch):
+    _, _, chat = talk(None, tuned, capsys, monkeypatch, " /compare the dog")
+    assert chat.tuned.messages[0]["content"] == "/compare the dog"
+
+
+def test_a_template_without_system_messages_says_so(tuned, capsys, monkeypatch):
+    model, tokenizer = tuned
+    refusing = (
+        "{% for m in messages %}{{ raise_exception('no') if m['role'] == 'system' else 'x' }}{% endfor %}"
+    )
+    ignoring = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+    for template in (refusing, ignoring):
+        monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
+        with pytest.raises(InputError, match="takes no system message"):
+            Conversation(model, tokenizer, "the dog")
+        _, err, chat = talk(None, tuned, capsys, monkeypatch, "/system the dog")
+        assert err == "the model's chat template takes no system message\n"
+        assert chat.tuned.messages == []
+
+
+def test_what_cannot_be_compared_is_one_line(model_directory):
+    refused(["nalora_mlx.chat", "--model", model_directory, "--compare"], "--compare takes --adapter-path")
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_was_left_changes_nothing(tuned):
+    conversation = Conversation(*tuned, None)
+    first = "".join(conversation.answer(QUESTION, **SETTINGS))
+    left = conversation.answer("the dog", **SETTINGS)
+    next(left)
+    left.close()
+    assert len(conversation.messages) == 2
+    second = "".join(conversation.answer(SECOND, **SETTINGS))
+    assert second == greedy(tuned, QUESTION, first, SECOND)
+
+
+@pytest.mark.parametrize("width", [100, 60])
+def test_a_stopped_turn_is_taken_back_from_both(base, tuned, capsys, monkeypatch, width):
+    """The base had answered, the tuned model was at it: neither keeps the turn, and the next answers are right."""
+    _, _, chat = talk(
+        base, tuned, capsys, monkeypatch, "/compare", QUESTION, force_terminal=True, width=width
+    )
+    before = chat.base.messages, chat.tuned.messages
+    whole = chat.tuned.answer
+
+    def stopped(*arguments, **settings):
+        yield next(whole(*arguments, **settings))
+        raise KeyboardInterrupt
+
+    chat.typed = True
+    monkeypatch.setattr(chat.tuned, "answer", stopped)
+    chat.turn("the dog")
+    assert "stopped; this turn is forgotten" in capsys.readouterr().out
+    assert (chat.base.messages, chat.tuned.messages) == before
+    monkeypatch.undo()
+    chat.turn(SECOND)
+    for one, model in ((chat.base, base), (chat.tuned, tuned)):
+        assert one.messages[-1]["content"] == greedy(model, QUESTION, one.messages[1]["content"], SECOND)
+
+
+class Terminal:
+    """A command at a terminal of its own."""
+
+    def __init__(self, *argv, **environment):
+        self.screen = ""
+        pid, self.fd = pty.fork()
+        if pid == 0:
+            os.environ.update(environment)
+            os.execv(sys.executable, [sys.executable, *map(str, argv)])
+        self.pid = pid
+
+    def until(self, pattern, seconds=60):
+        """Read until the text since the last call matches."""
+        seen, deadline = "", time.monotonic() + seconds
+        while not re.search(pattern, seen):
+            assert time.monotonic() < deadline, (pattern, seen)
+            if select.select([self.fd], [], [], 0.1)[0]:
+                try:
+                    seen += os.read(self.fd, 4096).decode()
+                except OSError:
+                    break
+        self.screen += seen
+        assert re.search(pattern, seen), (pattern, seen)
+        return seen
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def status(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def endless(model_directory, tmp_path_factory):
+    """Flags of a chat with a model whose answers do not end."""
+    directory = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(model_directory, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": 9999}))
+    return ["--model", str(directory), "--max-tokens", "1000000"]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(endless):
+    terminal = Terminal("-m", "nalora_mlx", "chat", *endless, TERM="xterm")
+    terminal.until("/help lists")
+    terminal.type(QUESTION + "\r")
+    terminal.until(r"(\w+ ){20}")
+    terminal.type("\x03")
+    terminal.until("stopped; this turn is forgotten[^>]*> ")
+    terminal.type("/quti\x7f\x7fit\r")  # two keys back: the line can be edited
+    assert terminal.status() == 0
+
+
+def test_ctrl_c_ends_a_chat_that_is_piped(endless):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nalora_mlx.chat", *endless],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(QUESTION.encode() + b"\n")
+    process.stdin.flush()
+    process.stdout.read(50)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == b"nalora chat: interrupted: stopped by Ctrl-C"

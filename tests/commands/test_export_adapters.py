@@ -1,0 +1,471 @@
+"""`nalora export mlx` and `peft`: adapters scaled, added up and converted; what is refused; nothing half-written."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3_moe
+from mlx_lm.utils import load
+
+from nalora_mlx.__main__ import main
+from nalora_mlx.adapters.attach import adapt, adapt_dora
+from nalora_mlx.adapters.files import adapter_description, adapter_weights, load_any_adapter
+from nalora_mlx.core import storage
+from nalora_mlx.core.config import NALoRAConfig
+from nalora_mlx.export import updates
+from nalora_mlx.export.lazy_model import open_model
+from tests.conftest import build_model, llama_args, random_adapters
+from tests.effect import close
+from tests.interop import gguf_models
+
+X = mx.array([[1, 5, 11, 14, 8, 9, 30, 2]])
+MOE = llama_args(
+    model_type="qwen3_moe",
+    head_dim=8,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    norm_topk_prob=True,
+    max_position_embeddings=64,
+    rope_theta=10000.0,
+)
+ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
+
+
+def save_adapter(model, directory):
+    files = {
+        "adapters.safetensors": storage.arrays_writer(adapter_weights(model)),
+        "adapter_config.json": storage.json_writer(adapter_description(model)),
+    }
+    storage.write_directory(directory, files)
+    return directory
+
+
+def make(base, directory, attach=adapt, seed=7, **settings):
+    model, _ = load(str(base))
+    attach(model, NALoRAConfig(**{"num_layers": -1, "rank": 4, "scale": 3.0} | settings))
+    random_adapters(model, seed=seed)
+    model.eval()
+    return save_adapter(model, directory)
+
+
+def logits(base, adapter=None):
+    """In unmodified mlx-lm."""
+    model, _ = load(str(base), adapter_path=str(adapter) if adapter else None)
+    return np.array(model(X))
+
+
+def export(base, output, *flags, format="mlx"):
+    return main(["export", format, "--model", str(base), "--output", str(output), *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def moe(tokenizer_directory, tmp_path_factory):
+    directory = shutil.copytree(tokenizer_directory, tmp_path_factory.mktemp("moe") / "model")
+    model = build_model(module=qwen3_moe, args=MOE)
+    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (directory / "config.json").write_text(json.dumps(MOE))
+    return directory
+
+
+# --- one adapter -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attach", [adapt, adapt_dora])
+def test_a_checkpoint_becomes_an_adapter(model_directory, tmp_path, attach):
+    """Only the two files of mlx-lm's form are read, whatever else a checkpoint holds."""
+    adapter = make(model_directory, tmp_path / "step-0000010", attach, num_layers=2)
+    (adapter / "optimizer.safetensors").write_text("not mlx-lm's")
+    (adapter / "state.json").write_text("{")
+    assert export(model_directory, tmp_path / "out", "--adapter-path", adapter) == 0
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["adapter_config.json", "adapters.safetensors"]
+    before, after = (dict(mx.load(str(p / "adapters.safetensors"))) for p in (adapter, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+    np.testing.assert_array_equal(logits(model_directory, tmp_path / "out"), logits(model_directory, adapter))
+    again, _ = load(str(model_directory))
+    load_any_adapter(again, tmp_path / "out")
+
+
+@pytest.mark.parametrize("factor", [0.5, -1.0, 2.0])
+def test_scale(model_directory, tmp_path, factor):
+    adapter = make(model_directory, tmp_path / "a")
+    assert export(model_directory, tmp_path / "out", "--adapter-path", adapter, "--scale", factor) == 0
+    model, _ = load(str(model_directory), adapter_path=str(adapter))
+    for _, module in model.named_modules():
+        if "lora_a" in module:
+            module.scale *= factor
+    close(logits(model_directory, tmp_path / "out"), np.array(model(X)), logits(model_directory), 1e-5)
+
+
+# --- several -----------------------------------------------------------------------------------------
+
+
+def delta(base, adapter):
+    """The change of every weight, in float64."""
+    found = {}
+    content = json.loads((adapter / "adapter_config.json").read_text())["lora_parameters"]
+    arrays = {
+        k: np.array(v, np.float64) for k, v in dict(mx.load(str(adapter / "adapters.safetensors"))).items()
+    }
+    for name, a in arrays.items():
+        if name.endswith("lora_a"):
+            b = arrays[name[:-1] + "b"]
+            found[name.rpartition(".")[0]] = content["scale"] * (b @ a if a.ndim == 3 else a @ b)
+    return found
+
+
+def test_adapters_are_added_up_exactly(moe, tmp_path):
+    """Other ranks, scales, layers and modules, experts and an embedding among them."""
+    first = make(moe, tmp_path / "a", rank=2, scale=2.0, keys=("mlp.switch_mlp.gate_proj", *ATTENTION))
+    second = make(
+        moe,
+        tmp_path / "b",
+        seed=8,
+        num_layers=1,
+        rank=3,
+        scale=0.7,
+        keys=("self_attn.q_proj", "mlp.switch_mlp.up_proj"),
+    )
+    third = make(moe, tmp_path / "c", seed=9, rank=1, keys=("model.embed_tokens", "self_attn.k_proj"))
+    flags = [x for path in (first, second, third) for x in ("--adapter-path", path)]
+    weights = (0.5, -2.0, 1.0)
+    flags += [x for w in weights for x in ("--weight", w)]
+    assert export(moe, tmp_path / "sum", *flags, "--scale", 1.5) == 0
+    want: dict = {}
+    for path, weight in zip((first, second, third), weights, strict=True):
+        for name, change in delta(moe, path).items():
+            want[name] = want.get(name, 0) + 1.5 * weight * change
+    got = delta(moe, tmp_path / "sum")
+    assert want.keys() <= got.keys()
+    for name, change in got.items():
+        np.testing.assert_allclose(change, want.get(name, 0 * change), rtol=0, atol=1e-6, err_msg=name)
+    theirs = logits(moe, tmp_path / "sum")
+    ours, _ = load(str(moe))
+    load_any_adapter(ours, tmp_path / "sum")
+    ours.eval()
+    np.testing.assert_allclose(np.array(ours(X)), theirs, rtol=0, atol=2e-5)
+    assert np.abs(theirs - logits(moe)).max() > 0.1
+
+
+def test_an_adapter_minus_itself_is_the_base(model_directory, tmp_path):
+    adapter = make(model_directory, tmp_path / "a")
+    flags = ["--adapter-path", adapter, "--adapter-path", adapter, "--weight", "1", "--weight=-1"]
+    assert export(model_directory, tmp_path / "none", *flags) == 0
+    alone = logits(model_directory, adapter)  # the distance that the difference has taken back
+    close(logits(model_directory, tmp_path / "none"), logits(model_directory), alone, 1e-5)
+
+
+# --- PEFT's files, without PEFT ----------------------------------------------------------------------
+
+
+def test_the_form_of_a_peft_adapter(model_directory, tmp_path):
+    base = shutil.copytree(model_directory, tmp_path / "base")
+    (base / "README.md").write_text("---\nlibrary_name: mlx\nbase_model: somebody/original\n---\n")
+    adapter = make(base, tmp_path / "a", keys=("mlp.up_proj", "model.embed_tokens"), num_layers=1)
+    assert export(base, tmp_path / "peft", "--adapter-path", adapter, format="peft") == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "somebody/original"
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 12, "LORA")
+    assert config["target_modules"] == ["lm_head", "model.embed_tokens", "model.layers.2.mlp.up_proj"]
+    assert str(tmp_path) not in json.dumps(config)
+    arrays = dict(mx.load(str(tmp_path / "peft" / "adapter_model.safetensors")))
+    shapes = {name.removeprefix("base_model.model."): a.shape for name, a in arrays.items()}
+    assert shapes == {
+        "model.embed_tokens.lora_embedding_A": (4, 64),
+        "model.embed_tokens.lora_embedding_B": (32, 4),
+        "lm_head.lora_A.weight": (4, 32),
+        "lm_head.lora_B.weight": (64, 4),
+        "model.layers.2.mlp.up_proj.lora_A.weight": (4, 32),
+        "model.layers.2.mlp.up_proj.lora_B.weight": (48, 4),
+    }
+    assert export(base, tmp_path / "back", "--from-peft", tmp_path / "peft") == 0
+    np.testing.assert_array_equal(logits(base, tmp_path / "back"), logits(base, adapter))
+
+
+MLX = "library_name: mlx\nbase_model: "
+OURS = "library_name: mlx\ntags: [mlx, nalora-mlx]\nbase_model: a/b"
+QUANTIZED = {"quantization": {"bits": 4}}
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "card", "name"),
+    [
+        # A model of the Hub is what it is, whatever it was trained from.
+        ("me/model", {}, "base_model: a/b", "me/model"),
+        ("me/model", {}, MLX + "a/b", "me/model"),
+        ("me/model", {}, OURS, "me/model"),
+        # Quantized: the one that it was made of.
+        ("me/model-4bit", QUANTIZED, MLX + "a/b", "a/b"),
+        ("me/model-4bit", QUANTIZED, MLX + "[a/b, c/d]", "a/b"),
+        ("me/model-4bit", {"quantization_config": {"quant_method": "awq"}}, MLX + "a/b", "a/b"),
+        ("me/model-4bit", QUANTIZED, "base_model: a/b", None),
+        ("me/model-4bit", QUANTIZED, "", None),
+        # On this machine: converted by mlx-lm, or unknown.
+        (None, QUANTIZED, MLX + "a/b", "a/b"),
+        (None, {}, MLX + "a/b", "a/b"),
+        (None, {}, "base_model: a/b", None),
+        (None, {}, MLX + "/home/me/model", None),
+        (None, {}, MLX + "../model", None),
+        (None, {}, "tags: [x", None),
+        # What we have merged is no longer its base, in full precision or not.
+        (None, {}, OURS, None),
+        (None, QUANTIZED, OURS, None),
+        ("me/tuned-4bit", QUANTIZED, OURS, None),
+    ],
+)
+def test_the_name_of_the_original(tmp_path, base, config, card, name):
+    from nalora_mlx.models.hub import original_name
+
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
+    assert original_name(base or str(tmp_path), tmp_path, config) == name
+
+
+def test_a_directory_that_looks_like_a_name_is_none(tmp_path, monkeypatch):
+    from nalora_mlx.models.hub import original_name
+
+    monkeypatch.chdir(tmp_path)
+    assert original_name("me/model", tmp_path, {}) == "me/model"
+    (tmp_path / "me" / "model").mkdir(parents=True)
+    assert original_name("me/model", tmp_path / "me" / "model", {}) is None
+
+
+def peft_adapter(directory, base, **changes):
+    """A PEFT adapter, some settings of which are changed."""
+    adapter = make(base, directory / "source", keys=("mlp.up_proj",))
+    assert export(base, directory / "peft", "--adapter-path", adapter, format="peft") == 0
+    path = directory / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return directory / "peft"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+    ],
+)
+def test_what_mlx_lm_cannot_do_is_refused(model_directory, tmp_path, capsys, changes, message):
+    adapter = peft_adapter(tmp_path, model_directory, **changes)
+    assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_a_start_that_leaves_the_base_alone_is_taken(model_directory, tmp_path, start):
+    adapter = peft_adapter(tmp_path, model_directory, init_lora_weights=start)
+    assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 0
+
+
+def test_a_peft_adapter_that_does_not_fit_is_refused(model_directory, moe, tmp_path, capsys):
+    adapter = peft_adapter(tmp_path, model_directory)
+    assert export(moe, tmp_path / "out", "--from-peft", adapter) == 2
+    assert "model.layers.0.mlp.up_proj is no linear layer of the model" in capsys.readouterr().err
+    path = adapter / "adapter_model.safetensors"
+    arrays = dict(mx.load(str(path)))
+    head = {"base_model.model.lm_head.lora_A.weight": mx.ones((4, 32))}
+    head |= {"base_model.model.lm_head.lora_B.weight": mx.ones((64, 4))}
+    mx.save_safetensors(str(path), arrays | head)
+    assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 2
+    assert "its embedding is its head too" in capsys.readouterr().err
+    path.rename(adapter / "adapter_model.bin")
+    assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 2
+    assert "pickled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "attach", "message"),
+    [
+        (("mlp.switch_mlp.gate_proj",), adapt, "PEFT has no such adapter of experts"),
+        (("mlp.gate",), adapt, "is a router"),
+        (("model.embed_tokens",), adapt_dora, "DoRA of an embedding"),
+    ],
+)
+def test_what_peft_cannot_do_is_refused(moe, tmp_path, capsys, keys, attach, message):
+    adapter = make(moe, tmp_path / "a", attach, keys=keys)
+    assert export(moe, tmp_path / "out", "--adapter-path", adapter, format="peft") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+def test_flags_that_do_not_go_together(model_directory, tmp_path, capsys):
+    adapter = make(model_directory, tmp_path / "a")
+    one = ["--adapter-path", adapter]
+    cases = [
+        ("mlx", [], "has nothing to write; give --adapter-path"),
+        ("mlx", [*one, "--type", "f16"], "--type f16: is for export gguf alone"),
+        ("peft", ["--from-peft", adapter], "--from-peft: is for export mlx"),
+        ("mlx", [*one, "--from-peft", adapter], "--from-peft: is for export mlx"),
+        ("mlx", [*one, "--weight", "1", "--weight", "2"], "--weight: 2 for 1 --adapter-path"),
+        ("mlx", [*one, "--scale", "nan"], "must be finite"),
+        ("gguf-lora", [], "has nothing to write"),
+        ("mlx", ["--adapter-path", tmp_path], "has no adapter_config.json"),
+        ("mlx", ["--from-peft", tmp_path], "has no adapter_config.json"),
+    ]
+    for format, flags, message in cases:
+        assert export(model_directory, tmp_path / "out", *flags, format=format) == 2, flags
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_but_an_adapter_is_overwritten(model_directory, tmp_path, capsys):
+    adapter = make(model_directory, tmp_path / "a")
+    output = tmp_path / "out"
+    flags = ["--adapter-path", adapter]
+    assert export(model_directory, output, *flags) == 0
+    assert export(model_directory, output, *flags) == 2
+    assert "exists; choose another, or give --overwrite" in capsys.readouterr().err
+    assert export(model_directory, output, *flags, "--overwrite", "--scale", "2") == 0
+    (output / "notes.txt").write_text("mine")
+    assert export(model_directory, output, *flags, "--overwrite") == 2
+    assert "holds more than an adapter" in capsys.readouterr().err
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_all_that_does_not_fit_is_named(model_directory, tmp_path):
+    adapter = make(model_directory, tmp_path / "a", num_layers=1, keys=("mlp.up_proj", "mlp.down_proj"))
+    path = adapter / "adapters.safetensors"
+    arrays = dict(mx.load(str(path)))
+    arrays["model.layers.2.mlp.up_proj.lora_b"] = mx.zeros((4, 7))
+    arrays["model.layers.9.mlp.up_proj.lora_a"] = mx.zeros((32, 4))
+    arrays["model.norm.lora_a"], arrays["model.norm.lora_b"] = mx.zeros((32, 4)), mx.zeros((4, 32))
+    mx.save_safetensors(str(path), arrays)
+    with pytest.raises(Exception) as refused:
+        updates.read_updates(adapter, open_model(model_directory).sources)
+    for part in (
+        "model.layers.2.mlp.up_proj has factors (7, 4) and (4, 32), its weight is (48, 32)",
+        "model.layers.9.mlp.up_proj has lora_a, not lora_a, lora_b",
+        "model.norm is no linear or embedding layer",
+    ):
+        assert part in str(refused.value)
+
+
+def test_dora_and_full_weights_are_no_sums(model_directory, tmp_path, capsys):
+    dora = make(model_directory, tmp_path / "dora", adapt_dora, keys=("mlp.up_proj",))
+    assert export(model_directory, tmp_path / "out", "--adapter-path", dora, "--scale", "0.5") == 2
+    assert "a dora adapter is no sum" in capsys.readouterr().err
+    full = tmp_path / "full"
+    name = "model.layers.0.mlp.up_proj.weight"
+    files = {
+        "adapters.safetensors": storage.arrays_writer({name: mx.zeros((48, 32))}),
+        "adapter_config.json": storage.json_writer({"fine_tune_type": "full", "num_layers": 3}),
+    }
+    storage.write_directory(full, files)
+    for format in ("mlx", "peft"):
+        assert export(model_directory, tmp_path / "out", "--adapter-path", full, format=format) == 2
+        assert "fully trained weights, not an adapter" in capsys.readouterr().err
+
+
+# --- whole or absent ---------------------------------------------------------------------------------
+
+
+DIRECTORY = ((mx, "save_safetensors"), (os, "fsync"), (Path, "rename"))
+FILE = ((os, "fsync"), (os, "replace"))
+
+
+@pytest.mark.parametrize(
+    ("format", "steps"), [("mlx", DIRECTORY), ("peft", DIRECTORY), ("fuse", DIRECTORY), ("gguf-lora", FILE)]
+)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk")])
+def test_an_interrupted_export_leaves_nothing(model_directory, tmp_path, monkeypatch, format, steps, error):
+    """A whole GGUF is cut off in tests/interop/test_gguf_export.py."""
+    base, output = model_directory, tmp_path / "place" / "out"
+    if format == "gguf-lora":
+        writer = pytest.importorskip("gguf").GGUFWriter
+        steps = ((writer, "write_tensor_data"), *steps)
+        base = gguf_models.save(tmp_path / "base", *gguf_models.build("llama"))
+    adapter = make(base, tmp_path / "a")
+    where = ["--model", base, "--adapter-path", adapter]
+    where += ["--save-path", output] if format == "fuse" else ["--output", output]
+    command = [*(["fuse"] if format == "fuse" else ["export", format]), *map(str, where)]
+
+    def fail(*_, **__):
+        raise error
+
+    for place, name in steps:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fail)
+            assert main(command) in (1, 130)
+        assert list(output.parent.iterdir()) == []
+    assert main(command) == 0
+
+
+KILLED = """
+import os, signal, sys
+import mlx.core as mx
+from nalora_mlx.__main__ import main
+mx.save_safetensors = lambda path, *a, **k: (open(path, "w").write("half"), os.kill(os.getpid(), signal.SIGKILL))
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_export_leaves_only_a_temporary_name(model_directory, tmp_path):
+    adapter = make(model_directory, tmp_path / "a")
+    place = tmp_path / "place"
+    place.mkdir()
+    flags = [
+        "export",
+        "mlx",
+        "--model",
+        model_directory,
+        "--adapter-path",
+        adapter,
+        "--output",
+        place / "out",
+    ]
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, flags)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name[:5] for path in place.iterdir()] == [".out."]
+
+
+# --- the page ----------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+COMMANDS = re.findall(r"nalora (?:export|fuse) [^`\n]*", PAGE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_page_parse(line):
+    from nalora_mlx import fuse
+    from nalora_mlx.export import __main__ as export_command
+
+    _, name, *flags = line.split()
+    command = fuse if name == "fuse" else export_command
+    if "--output" in flags or name == "fuse":
+        command.build_parser(name).parse_args(flags)
+
+
+def test_the_page_names_the_types_and_models_that_there_are():
+    from nalora_mlx.export.__main__ import FORMATS, TYPES
+    from nalora_mlx.export.gguf_architectures import ARCHITECTURES
+    from nalora_mlx.export.peft import MODEL_TYPES
+
+    words = set(re.findall(r"[\w-]+", PAGE))
+    assert set(TYPES) | set(FORMATS) | set(ARCHITECTURES) | set(MODEL_TYPES) <= words
+    listed = PAGE.split("Model types: ")[1].split(";")[0]
+    assert set(re.findall(r"\w+", listed)) == set(ARCHITECTURES)
+    more = {"ernie4_5", "helium", "hunyuan_v1_dense", "nemotron", "stablelm"}
+    assert set(MODEL_TYPES) == set(ARCHITECTURES) - {"internlm2", "internlm3"} | more

@@ -1,0 +1,128 @@
+"""One save of a run, in a process that ends, or whose disk is full, at the operation that the caller names.
+
+python -m tests.core.failpoints DIRECTORY STOP
+
+DIRECTORY holds checkpoints 1 and 2; the third is saved, the first goes. STOP is the number of the operation (from 0)
+before which the process ends, or in whose middle, if it writes a file; -1 lets it end in peace. It prints how many
+operations there were. mlx writes its files itself, so that what it does counts as one operation here; the test that
+traces system calls looks inside.
+"""
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
+from nalora_mlx.core import storage
+from nalora_mlx.core.storage import arrays_writer, copy_writer, json_writer
+from nalora_mlx.runs.checkpoints import BEST_FILE, Saver
+
+
+def files(value: int) -> dict[str, storage.Writer]:
+    array = {"a": mx.full((600,), value)}
+    mx.eval(array)
+    return {ADAPTER_FILE: arrays_writer(array), ADAPTER_CONFIG: json_writer({"value": value})}
+
+
+def whole(value: int, best: Path | None) -> dict[str, storage.Writer]:
+    extra = {} if best is None else {BEST_FILE: copy_writer(best)}
+    array = {"b": mx.full((900,), value)}
+    mx.eval(array)
+    return {**files(value), **extra, "state.safetensors": arrays_writer(array)}
+
+
+def save(directory: Path, value: int) -> list[str]:
+    """Save iteration `value` as a run does after a validation that was the best; returns the notices."""
+    notices: list[str] = []
+    saver = Saver(
+        directory,
+        2,
+        lambda: files(value),
+        lambda best: whole(value, best),
+        lambda event, **content: notices.append(content["text"]) if event == "notice" else None,
+    )
+    saver.best()
+    saver.save(value)
+    return notices
+
+
+WRITES = ("save_safetensors", "write_text", "copyfile")
+
+
+class Operations:
+    """Counts what changes the disk, and does something else in the place of one operation.
+
+    `events` are the operations in their order, each a name and the paths that it is of.
+    """
+
+    def __init__(self, stop: int, instead: Callable[[], None]):
+        self.stop, self.instead, self.count = stop, instead, 0
+        self.events: list[tuple[str, list[str]]] = []
+        self.opened: dict[int, str] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+    def __enter__(self) -> "Operations":
+        self.before = [(os, "open", os.open)]
+        os.open = self.remembered(os.open)
+        for home, names in (
+            (os, ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")),
+            (mx, ("save_safetensors",)),
+            (Path, ("write_text",)),
+            (shutil, ("copyfile",)),
+        ):
+            for name in names:
+                self.before.append((home, name, getattr(home, name)))
+                setattr(home, name, self.counted(name, getattr(home, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for home, name, function in self.before:
+            setattr(home, name, function)
+
+    def remembered(self, function: Callable) -> Callable:
+        def call(path, *args, **kwargs):
+            descriptor = function(path, *args, **kwargs)
+            self.opened[descriptor] = str(path)
+            return descriptor
+
+        return call
+
+    def paths(self, name: str, args: tuple) -> list[str]:
+        if name == "fsync":
+            return [self.opened.get(args[0], "")]
+        if name in ("rename", "replace"):
+            return [str(args[0]), str(args[1])]
+        return [str(args[1] if name == "copyfile" else args[0])]
+
+    def counted(self, name: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            number, self.count = self.count, self.count + 1
+            self.events.append((name, self.paths(name, args)))
+            if number != self.stop:
+                return function(*args, **kwargs)
+            if name in WRITES:  # leave half of it there
+                path = Path(args[1] if name == "copyfile" else args[0])
+                function(*args, **kwargs)
+                os.truncate(path, path.stat().st_size // 2)
+            self.instead()
+
+        return call
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+if __name__ == "__main__":
+    mx.set_default_device(mx.cpu)
+    with Operations(int(sys.argv[2]), lambda: os._exit(9)) as operations:
+        save(Path(sys.argv[1]), 3)
+    print(operations.count)

@@ -1,0 +1,215 @@
+"""Settings: mlx_lm.lora's own flags, keys, defaults and example config; strictness; every problem in one line."""
+
+import importlib
+
+import pytest
+
+from nalora_mlx.cli import Parser, add_settings
+from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.parsing import parse_size, read_yaml
+from nalora_mlx.lora import build_parser
+
+# As people write it for mlx_lm.lora 0.32: every key of its documentation.
+MLX_LM_CONFIG = """
+model: "mlx-community/Llama-3.2-1B-Instruct-bf16"
+train: true
+fine_tune_type: lora
+optimizer: adamw
+optimizer_config:
+  adamw:
+    betas: [0.9, 0.98]
+    eps: 1e-6
+    weight_decay: 0.05
+    bias_correction: true
+data: "mlx-community/WikiSQL"
+seed: 0
+num_layers: 16
+batch_size: 4
+iters: 1000
+val_batches: 25
+learning_rate: 1e-5
+report_to: wandb
+project_name: "mine"
+steps_per_report: 10
+steps_per_eval: 200
+grad_accumulation_steps: 1
+resume_adapter_file: null
+adapter_path: "adapters"
+save_every: 100
+test: false
+test_batches: 100
+max_seq_length: 2048
+grad_checkpoint: false
+clear_cache_threshold: 0
+trust_remote_code: false
+mask_prompt: false
+lora_parameters:
+  keys: ["self_attn.q_proj", "self_attn.v_proj"]
+  rank: 8
+  scale: 20.0
+  dropout: 0.0
+lr_schedule:
+  name: cosine_decay
+  warmup: 100
+  warmup_init: 1e-7
+  arguments: [1e-5, 1000, 1e-7]
+hf_dataset:
+  path: "billsum"
+  train_split: "train[:1000]"
+  valid_split: "train[-100:]"
+  prompt_feature: "text"
+  completion_feature: "summary"
+prompt_feature: "input"
+completion_feature: "output"
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_config_of_mlx_lm_runs_unchanged(tmp_path):
+    config = load_run_config(write(tmp_path, MLX_LM_CONFIG), {})
+    config.check()
+    assert config.learning_rate == 1e-5
+    assert config.optimizer_config["adamw"]["eps"] == 1e-6
+    assert config.lr_schedule["arguments"] == [1e-5, 1000, 1e-7]
+    adapter = config.adapter_config()
+    assert adapter.keys == ("self_attn.q_proj", "self_attn.v_proj")
+    assert (adapter.rank, adapter.scale, adapter.num_layers) == (8, 20.0, 16)
+    assert not adapter.active  # it says lora, and gets plain LoRA
+
+
+def test_every_flag_and_default_of_mlx_lm():
+    peer = importlib.import_module("mlx_lm.lora")
+    ours = {option for action in build_parser("x")._actions for option in action.option_strings}
+    for action in peer.build_parser()._actions:
+        assert set(action.option_strings) <= ours, action.option_strings
+    config = RunConfig()
+    for key, default in peer.CONFIG_DEFAULTS.items():
+        if key in ("fine_tune_type", "config", "optimizer_config", "lora_parameters"):
+            continue
+        assert getattr(config, key) == default, key
+    lora = peer.CONFIG_DEFAULTS["lora_parameters"]
+    assert {key: getattr(NALoRAConfig(), key) for key in lora} == lora
+    # a declared deviation
+    assert config.fine_tune_type == "na-lora"
+
+
+def test_flags_win_over_the_file(tmp_path):
+    path = write(tmp_path, "iters: 5\nlora_parameters: {rank: 4, scale: 10}\nna_parameters: {mask: hard}\n")
+    args = build_parser("x").parse_args(
+        ["--train", "--iters", "7", "--rank", "2", "--beta", "0.5", "--no-step-scaling"]
+    )
+    config = load_run_config(path, {k: v for k, v in vars(args).items() if k != "config"})
+    adapter = config.adapter_config()
+    assert config.iters == 7
+    assert (adapter.rank, adapter.scale) == (2, 10.0)
+    assert (adapter.mask, adapter.beta, adapter.step_scaling) == ("hard", 0.5, False)
+
+
+def test_flags_of_every_kind():
+    parser = Parser(prog="x")
+    add_settings(parser, NAParameters)
+    args = parser.parse_args(["--gamma", "0", "1", "2", "--branches", "gate", "up", "--route"])
+    assert (args.gamma, args.branches, args.route) == ([0.0, 1.0, 2.0], ["gate", "up"], True)
+    assert vars(parser.parse_args([])) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1e-5", r"unknown key 'learning_rat'; did you mean 'learning_rate'\?"),
+        ("lora_layers: 4\nbatchsize: 2", r"'lora_layers'.*'batchsize'; did you mean 'batch_size'\?"),
+        ("iters: many", "iters is 'many'; it takes a whole number"),
+        ("iters: 1.5", "iters is 1.5; it takes a whole number"),
+        ("train: 1", "train is 1; it takes true or false"),
+        ("model: [a]", "model is .*it takes a text"),
+        ("a: b: c", r"config.yaml:1: not valid YAML"),
+        ("- a", "must hold 'key: value' lines"),
+        ("clear_cache_threshold: lots", "'lots' is no size"),
+        ("iters: .inf", "iters is inf; it takes a whole number"),
+        ("lora_parameters: [1, 2]", "lora_parameters is .*; it takes a mapping"),
+        ("optimizer_config: [adam]", "optimizer_config is .*; it takes a mapping"),
+    ],
+)
+def test_files_that_are_wrong(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        load_run_config(write(tmp_path, text), {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": False}, "nothing to do"),
+        ({"lora_parameters": {"rank": 0}}, "rank is 0; it must be at least 1"),
+        ({"lora_parameters": {"rank": 8, "alpha": 16}}, r"'scale' \(= alpha / rank\)"),
+        ({"lora_parameters": {"ranks": 8}}, r"did you mean 'rank'\?"),
+        ({"na_parameters": {"mask": "firm"}}, "mask is 'firm'; choose from soft, hard, off"),
+        ({"na_parameters": {"gamma": [1, 2]}}, "gamma is .* takes three numbers"),
+        ({"na_parameters": {"beta": 1}}, "beta is 1.0"),
+        ({"na_parameters": {"branches": ["down"]}}, "branches is 'down'"),
+        ({"optimizer_config": {"adamx": {}}}, "adamx"),
+        ({"batch_size": 0, "seed": -1}, r"batch_size is 0.*seed is -1"),
+        ({"lora_parameters": {"rank": 8, "scale": float("inf")}}, "scale is inf"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"fine_tune_type": "qlora"}, "fine_tune_type is 'qlora'"),
+        ({"epochs": -1.0}, "epochs is -1.0"),
+        ({"val_batches": 0}, "val_batches is 0"),
+    ],
+)
+def test_values_that_are_wrong(settings, message):
+    config = RunConfig(**({"train": True} | settings))
+    with pytest.raises(InputError, match=message) as caught:
+        config.check()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_mlx_lm_takes_too(tmp_path):
+    config = load_run_config(
+        write(tmp_path, "train: true\noptimizer: AdamW\nnum_layers: 0\nepochs: 3"), {"iters": 5}
+    )
+    config.check()
+    assert config.optimizer == "adamw"
+    assert config.epochs is None  # the flag wins over the file, under its other name too
+    assert load_run_config(None, {"epochs": 2.0}).epochs == 2.0
+
+
+def test_whole_numbers_written_as_floats_and_nulls(tmp_path):
+    config = load_run_config(write(tmp_path, "iters: 1e3\nseed: null\nepochs: 2"), {})
+    assert config.iters == 1000
+    assert isinstance(config.iters, int)
+    assert config.seed == 0
+    assert config.epochs == 2.0
+
+
+def test_the_yaml_resolver_stays_at_home(tmp_path):
+    import yaml
+
+    assert read_yaml(write(tmp_path, "a: 1e-5\nb: e5\nc: 1.e3\nd: .5e-2")) == {
+        "a": 1e-5,
+        "b": "e5",
+        "c": 1e3,
+        "d": 5e-3,
+    }
+    # mlx_lm.lora, if it was imported, has changed the global loader; ours must not have
+    assert yaml.safe_load("a: 1.5") == {"a": 1.5}
+
+
+def test_sizes():
+    assert [parse_size(s) for s in (7, "7", "1KB", "1.5GB", "2MiB", "3m")] == [
+        7,
+        7,
+        1000,
+        1_500_000_000,
+        2 * 1024**2,
+        3_000_000,
+    ]
+
+
+def test_missing_config_file(tmp_path):
+    with pytest.raises(InputError, match="no config file at"):
+        load_run_config(tmp_path / "none.yaml", {})

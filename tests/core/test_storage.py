@@ -1,0 +1,103 @@
+"""Files are there whole or not at all."""
+
+import json
+import os
+
+import mlx.core as mx
+import pytest
+
+from nalora_mlx.core import storage
+from nalora_mlx.runs import checkpoints
+
+
+def names(directory):
+    return sorted(p.name for p in directory.iterdir())
+
+
+def test_files_are_written_whole(tmp_path):
+    path = tmp_path / "a" / "x.safetensors"
+    storage.write_file(path, storage.arrays_writer({"a": mx.arange(3)}))
+    assert mx.load(str(path))["a"].tolist() == [0, 1, 2]
+    storage.write_file(path.with_name("x.json"), storage.json_writer({"b": 1, "a": "é"}))
+    assert json.loads(path.with_name("x.json").read_text()) == {"a": "é", "b": 1}
+    assert names(path.parent) == ["x.json", "x.safetensors"]
+
+
+def fail(path):
+    path.write_text("half")
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.json"
+    storage.write_file(path, storage.json_writer(1))
+    with pytest.raises(OSError, match="No space"):
+        storage.write_file(path, fail)
+    assert json.loads(path.read_text()) == 1
+    assert names(tmp_path) == ["x.json"]
+    directory = tmp_path / "step"
+    storage.write_directory(directory, {"a.json": storage.json_writer(1)})
+    with pytest.raises(OSError, match="No space"):
+        storage.write_directory(directory, {"a.json": storage.json_writer(2), "b": fail})
+    assert json.loads((directory / "a.json").read_text()) == 1
+    assert names(tmp_path) == ["step", "x.json"]
+
+
+def test_a_directory_is_replaced_whole(tmp_path):
+    directory = tmp_path / "best"
+    storage.write_directory(directory, {"a.json": storage.json_writer(1), "b.json": storage.json_writer(1)})
+    storage.write_directory(directory, {"a.json": storage.json_writer(2)})
+    assert names(directory) == ["a.json"]
+    assert names(tmp_path) == ["best"]
+
+
+def test_setting_aside_counts_up(tmp_path):
+    assert storage.set_aside(tmp_path, ("a", "b")) is None
+    for number in ("1", "2"):
+        (tmp_path / "a").write_text(number)
+        assert storage.set_aside(tmp_path, ("a", "b")) == tmp_path / "previous" / number
+        assert (tmp_path / "previous" / number / "a").read_text() == number
+    assert names(tmp_path) == ["previous"]
+
+
+def test_leftovers_of_a_process_of_the_same_number_are_in_nobodys_way(tmp_path):
+    """In a container the numbers of processes begin anew with every start."""
+    content = {"a.json": storage.json_writer(2)}
+    for kind in ("new", "old", "gone"):
+        stale = tmp_path / f".step-0000004.{os.getpid()}.{kind}"
+        stale.mkdir()
+        (stale / "stale.json").write_text("1")
+    storage.write_directory(tmp_path / "step-0000004", content)
+    assert names(tmp_path / "step-0000004") == ["a.json"]
+    storage.write_directory(tmp_path / "step-0000005", content)
+    (tmp_path / f".step-0000004.{os.getpid()}.gone").mkdir(exist_ok=True)
+    (tmp_path / f".step-0000004.{os.getpid()}.gone" / "stale.json").write_text("1")
+    checkpoints.prune_checkpoints(tmp_path, 1)
+    assert names(tmp_path) == ["step-0000005"]
+
+
+def test_a_checkpoint_between_two_renames_comes_back(tmp_path):
+    """It was moved out of the way of a new one, which never came; a pruned one stays gone, a half one is none."""
+    for step, kind in ((4, "old"), (5, "old"), (6, "gone"), (7, "new")):
+        left = tmp_path / f".step-{step:07d}.12.{kind}"
+        left.mkdir()
+        (left / "a").write_text(str(step))
+    (tmp_path / "step-0000005").mkdir()
+    (tmp_path / "step-0000005" / "a").write_text("the new one")
+    storage.clean(tmp_path)
+    assert names(tmp_path) == ["step-0000004", "step-0000005"]
+    assert (tmp_path / "step-0000004" / "a").read_text() == "4"
+    assert (tmp_path / "step-0000005" / "a").read_text() == "the new one"
+
+
+def test_setting_aside_flushes_every_directory_that_it_touches(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b").write_text("x")
+    flushed = []
+    flush = storage.flush
+    monkeypatch.setattr(storage, "flush", lambda path: (flushed.append(path), flush(path)))
+    target = storage.set_aside(tmp_path, ("a", "deep/b"))
+    assert set(flushed) >= {tmp_path, tmp_path / "deep", target.parent, target, target / "deep"}
+    last = flushed[-4:]  # after the names were moved
+    assert set(last) == {tmp_path, tmp_path / "deep", target, target / "deep"}

@@ -1,0 +1,325 @@
+"""Every row that cannot be used is found before training, named as file:line, with what to do."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nalora_mlx.__main__ import main
+from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.errors import InputError, listed, places
+from nalora_mlx.core.terminal import marked_text
+from nalora_mlx.data import sources
+from nalora_mlx.data.checks import read_rows, repeated, tokenize
+from nalora_mlx.data.formats import Features
+from nalora_mlx.data.sources import load_hub, load_hub_entry, read_jsonl, read_lines
+from nalora_mlx.data.summary import histogram, marked, summary
+from nalora_mlx.data.tokenization import Example, tokenize_rows
+from tests.data.test_tokenization import CHAT, COMPLETION, RewritingTokenizer
+
+GOOD = json.dumps(COMPLETION)
+BAD_LINES = {
+    b'{"prompt": ': "not valid JSON",
+    b"[1]": "holds a list",
+    b'"text"': "holds a str",
+    b'{"text": "\xff"}': "not UTF-8 at byte 10",
+    b'{"a": ' + b"9" * 5000 + b"}": "not valid JSON",
+    b"{" * 50_000: "not valid JSON",
+    b'{"question": "x"}': r"no known format; give 'prompt' and 'completion'.* \(found 'question'\)",
+    b'{"prompt": "x"}': "no known format",
+    b'{"prompt": 3, "completion": "x"}': "'prompt' is a int",
+    b'{"prompt": "x", "completion": null}': "'completion' is a NoneType",
+    b'{"prompt": "\\ud83d", "completion": "x"}': "'prompt' holds half of a surrogate pair",
+    b'{"prompt": "x", "completion": "y", "tools": "z"}': "'tools' is a str",
+    b'{"messages": []}': "must be a list of messages",
+    b'{"messages": [{"role": 1}]}': "must be a list of messages",
+    b'{"messages": [{"role": "user"}]}': "message 1 of 'messages' has no 'content'",
+    b'{"messages": [{"role": "user", "content": 4}]}': "the 'content' of message 1 is a int",
+    b'{"messages": [{"role": "user", "content": "\\udc00"}]}': "message 1 holds half of a surrogate pair",
+}
+
+
+def write(directory, name, lines):
+    directory.mkdir(exist_ok=True)
+    content = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    (directory / f"{name}.jsonl").write_bytes(b"\n".join(content) + b"\n")
+
+
+def read(directory, names=("train", "valid"), **settings):
+    return read_rows(RunConfig(data=str(directory), **settings), names)
+
+
+def test_all_bad_rows_are_found_at_once(tmp_path):
+    lines = [GOOD, *(line for bad in BAD_LINES for line in (bad, GOOD))]
+    write(tmp_path, "train", lines)
+    found = read(tmp_path).problems
+    assert len(found) == len(BAD_LINES)
+    by_line = {int(re.match(rf"{tmp_path}/train.jsonl:(\d+): ", text)[1]): text for text in found}
+    for number, (line, what) in enumerate(BAD_LINES.items(), 1):
+        assert re.search(what, by_line[2 * number]), (line[:50], by_line[2 * number])
+        assert re.search(r"; (each|give|it|save|mend|cut)|must be", by_line[2 * number]), by_line[2 * number]
+
+
+def test_ten_are_told_and_the_rest_is_counted(tmp_path, model_directory, capsys):
+    write(tmp_path, "train", [*["[1]"] * 14, GOOD])
+    flags = ["lora", "--train", "--model", str(model_directory), "--data", str(tmp_path)]
+    assert main([*flags, "--adapter-path", str(tmp_path / "a")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    said = "train.jsonl:1, :2, :3, :4, :5, :6, :7, :8, :9, :10 and 4 more: holds a list; each line"
+    assert said in line
+    assert line.count("holds a list") == 1
+    assert not (tmp_path / "a").exists()
+    assert listed(["a", "b"]) == "a; b"
+    assert listed(["a:1: b", "a:2: c: d", "e", "a:3: b", "f:1: b"]) == "a:1, :3, f:1: b; a:2: c: d; e"
+    assert listed([f"a:{i}: {i}" for i in range(12)]).endswith("; a:9: 9; and 2 more")
+    assert places([f"a.jsonl:{i}" for i in range(1, 13)]).endswith(":9, :10 and 2 more")
+    assert places(["a:1", "b:1", "b:2", "c"]) == "a:1, b:1, :2, c"
+
+
+def test_long_lines_are_named_and_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST_LINE", 100)
+    path = tmp_path / "train.jsonl"
+    long = b'{"text": "' + b"x" * 1000 + b'"}'
+    path.write_bytes(b"\n".join([b'{"text": "a"}', long, b'{"text": "b"}', long]))
+    rows, problems = read_lines(path)
+    assert [source for source, _ in rows] == [f"{path}:1", f"{path}:3"]
+    assert [re.sub(r".*:(\d+): .*", r"\1", p) for p in problems] == ["2", "4"]
+    assert "cut it into several" in problems[0]
+    fits = b'{"text": "' + b"x" * 88 + b'"}'
+    assert len(fits) == 100
+    path.write_bytes(fits)
+    assert len(read_jsonl(path)) == 1
+
+
+def test_a_line_of_a_hundred_megabytes_takes_no_hundred_megabytes(tmp_path):
+    path = tmp_path / "train.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(100):
+            file.write(b"x" * 2**20)
+        file.write(b'"}\n{"text": "a"}\n')
+    tracemalloc.start()
+    try:
+        rows, problems = read_lines(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [source for source, _ in rows] == [f"{path}:2"]
+    assert "longer than 32 MB" in problems[0]
+    assert peak < 90 * 2**20
+
+
+def test_lines_of_every_kind_of_end(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "b"}\n\n{"text": "c"}')
+    assert [source for source, _ in read_jsonl(path)] == [f"{path}:{n}" for n in (1, 4, 6)]
+
+
+# --- what is odd --------------------------------------------------------------------------------------------
+
+
+def test_empty_answers_strange_roles_and_repeated_rows_are_noticed(tmp_path):
+    empty = json.dumps({"prompt": "x", "completion": " "})
+    strange = json.dumps(
+        {"messages": [{"role": "asistant", "content": "a"}, {"role": "user", "content": "b"}]}
+    )
+    silent = json.dumps(
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}
+    )
+    calls = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}]
+    write(tmp_path, "train", [GOOD, empty, strange, silent, json.dumps({"messages": calls})])
+    other = json.dumps(dict(reversed(COMPLETION.items())))  # the same row, its keys in another order
+    write(tmp_path, "valid", [strange, other, json.dumps(CHAT)])
+    found = read(tmp_path)
+    assert found.problems == []
+    place = f"{tmp_path}/train.jsonl"
+    valid = f"{tmp_path}/valid.jsonl"
+    assert found.notices == [
+        f"train: 2 of 5 rows have an empty answer ({place}:2, :4); the model learns to answer nothing from them; "
+        "fill them or take them out",
+        f"train: 1 of 5 rows have roles like 'asistant' ({place}:3); did you mean 'assistant'?",
+        f"valid: 1 of 3 rows have roles like 'asistant' ({valid}:1); did you mean 'assistant'?",
+        f"valid: 2 rows are in train too ({valid}:1 is {place}:3, {valid}:2 is {place}:1); "
+        "the loss on them says little; take them out of one",
+    ]
+    assert repeated([{"train": [("a:1", COMPLETION)], "test": [("b:1", CHAT)]}]) == []
+
+
+def test_rows_that_do_not_end_are_noticed(tokenizer):
+    class Endless(RewritingTokenizer):
+        eos_token_id = 999
+
+    split = tokenize_rows(
+        [("x:1", CHAT), ("x:2", CHAT)], Endless(), Features(mask_prompt=True), 1000, "train"
+    )
+    assert any(
+        "2 of 2 rows do not end in an end-of-sequence token" in n and "x:1, :2" in n for n in split.notices
+    )
+    split = tokenize_rows([("x:1", CHAT)], tokenizer, Features(mask_prompt=True), 1000)
+    assert split.notices == []
+    # a row that is cut has no end, and is told of as cut
+    split = tokenize_rows([("x:1", COMPLETION)], tokenizer, Features(), 9)
+    assert [n for n in split.notices if "do not end" in n] == []
+
+
+def test_rows_that_the_template_refuses_are_all_named():
+    class Refusing(RewritingTokenizer):
+        def apply_chat_template(self, messages, **rest):
+            if messages[0]["content"] == "no":
+                raise ValueError("roles must alternate\nmore")
+            return super().apply_chat_template(messages, **rest)
+
+    row = {"messages": [{"role": "user", "content": "no"}, {"role": "assistant", "content": "a"}]}
+    split = tokenize_rows([("x:1", row), ("x:2", CHAT), ("x:3", row)], Refusing(), Features(), 1000)
+    assert len(split.examples) == 1
+    assert [error[:4] for error in split.errors] == ["x:1:", "x:3:"]
+    assert all("refuses this row (roles must alternate)" in error for error in split.errors)
+
+
+def test_names_of_data_sets_lead_nowhere_else():
+    for name in ("../../etc", "a/../b", "a/b/c", "/etc", "a b", "owner/..", "..", ["x"]):
+        with pytest.raises(InputError, match="no name of a Hugging Face dataset"):
+            load_hub(name, ("train",))
+        with pytest.raises(InputError, match="no name of a Hugging Face dataset"):
+            load_hub_entry({"path": name}, ("train",))
+    with pytest.raises(InputError, match="run no code"):
+        load_hub_entry({"path": "a/b", "config": {"trust_remote_code": True}}, ("train",))
+
+
+# --- what is shown ------------------------------------------------------------------------------------------
+
+
+def test_a_split_in_one_line_and_in_a_histogram(tokenizer):
+    lengths = [5] * 10 + [6] * 5 + [40]
+    examples = [Example(np.arange(n), np.arange(n) > 2, f"x:{n}") for n in lengths]
+    split = tokenize_rows([], tokenizer, Features(), 100)
+    split.examples = examples
+    assert summary("train", split) == (
+        "train: 16 rows, 120 tokens, 60% of them supervised; lengths 5 to 40, half of them up to 5, 95% up to 14"
+    )
+    lines = histogram(examples, width=10)
+    counts = [int(line.split()[-1]) for line in lines]
+    assert sum(counts) == 16
+    assert counts[0] == 15
+    assert counts[-1] == 1
+    assert lines[0].count("█") == 10
+    assert len(lines) <= 12
+    assert histogram(examples[:1]) == ["      5 to 5       " + "█" * 40 + " 1"]
+
+
+def test_masks_are_shown_in_colours_or_brackets(tokenizer):
+    split = tokenize_rows([("x:1", CHAT)], tokenizer, Features(mask_prompt=True), 1000)
+    pieces = marked(split.examples[0], tokenizer)
+    assert [text.strip() for text, supervised in pieces if supervised] == [
+        "the bird is red <|im_end|>",
+        "the dog <|im_end|>",
+    ]
+    plain = marked_text("x:1", pieces, colours=False).plain
+    assert plain.startswith("x:1\n<|im_start|> system")
+    assert plain.count("⟦") == plain.count("⟧") == 2
+    text = marked_text("x:1", pieces, colours=True)
+    assert "⟦" not in text.plain
+    assert [text.plain[s.start : s.end].strip() for s in text.spans if "green" in str(s.style)] == [
+        "the bird is red <|im_end|>",
+        "the dog <|im_end|>",
+    ]
+    # a row does not steer the terminal
+    console = Console(force_terminal=True, width=80)
+    with console.capture() as capture:
+        console.print(marked_text("x:1", [("a\x1b[2Jb\x07", True)], colours=True))
+    assert "\x1b[2J" not in capture.get()
+    assert "\\x1b[2Jb\\x07" in re.sub(r"\x1b\[[0-9;]*m", "", capture.get())
+
+
+def test_the_command_shows_masks(model_directory, data_directory, tmp_path, capsys):
+    flags = ["--model", str(model_directory), "--data", str(data_directory), "--mask-prompt", "--iters", "1"]
+    place = ["--adapter-path", str(tmp_path / "a")]
+    assert main(["lora", "--train", *flags, *place, "--show-masks", "2", "--val-batches", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("⟦") == 2
+    assert "⟦the cat is red <|im_end|>⟧" in " ".join(out.split())
+    assert "rows are in train too" in out
+
+
+@pytest.mark.parametrize(("encoding", "brackets", "bar"), [("latin-1", "[[]]", "#"), ("utf-8", "⟦⟧", "█")])
+def test_a_terminal_without_these_characters_gets_others(
+    encoding, brackets, bar, model_directory, data_directory, tmp_path
+):
+    flags = ["--model", model_directory, "--data", data_directory, "--mask-prompt", "--iters", "1"]
+    place = ["--adapter-path", tmp_path / "a", "--val-batches", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "nalora_mlx", "lora", "--train", *flags, "--show-masks", "1", *place],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.decode(encoding)
+    left, right = brackets[: len(brackets) // 2], brackets[len(brackets) // 2 :]
+    assert f"{left}the cat is red <|im_end|>{right}" in " ".join(out.split())
+    assert bar * 20 in out
+
+
+def test_doctor_leaves_no_finding_out(tmp_path, capsys):
+    write(tmp_path, "train", [*["[1]"] * 70, GOOD])
+    assert main(["doctor", "--data", str(tmp_path)]) in (1, 2)
+    out = capsys.readouterr().out
+    assert all(f"train.jsonl:{number}: holds a list" in out for number in range(1, 71))
+
+
+def test_lora_compares_with_the_test_set_and_draws_lengths(model_directory, data_directory, tmp_path, capsys):
+    data = tmp_path / "data"
+    write(data, "train", [GOOD, json.dumps(CHAT), GOOD])
+    write(data, "test", [json.dumps(CHAT)])
+    flags = ["--model", str(model_directory), "--data", str(data), "--iters", "1", "--batch-size", "2"]
+    assert main(["lora", "--train", *flags, "--adapter-path", str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    assert f"test: 1 rows are in train too ({data}/test.jsonl:1 is {data}/train.jsonl:2)" in out
+    (bar,) = [line for line in out.splitlines() if "█" in line and line.endswith(" 2")]
+    assert re.match(r" +\d+ to \d+ +█{40} 2$", bar)
+    # what is wrong with rows that this run does not use is none of its problems
+    write(data, "test", ["[1]", json.dumps(CHAT)])
+    assert read(data, ("train",), train=True).problems == []
+    assert read_rows(RunConfig(data=str(data)), ("train",), compare_with_test=True).problems == []
+
+
+def test_doctor_lists_every_finding(model_directory, tmp_path, capsys):
+    data = tmp_path / "data"
+    long = json.dumps({"prompt": "the cat " * 40, "completion": "red"})
+    write(data, "train", [GOOD, "[1]", '{"x": 1}', long, json.dumps({"prompt": "a", "completion": ""})])
+    write(data, "valid", [GOOD])
+    model = ["--model", str(model_directory)]
+    flags = ["--data", str(data), "--mask-prompt", "--max-seq-length", "30", "--show-masks", "1"]
+    assert main(["doctor", *model, *flags]) == 2
+    done = capsys.readouterr()
+    assert "2 findings that keep a run from starting" in done.err
+    for words in (
+        "finding: .*train.jsonl:2: holds a list",
+        "finding: .*train.jsonl:3: no known format",
+        "finding: train: 1 of 3 rows are longer than 30 tokens",
+        "finding: train: 1 of 3 rows have no supervised token",
+        "finding: train: 1 of .* rows have an empty answer",
+        "finding: valid: 1 rows are in train too",
+        r"train: 2 rows, \d+ tokens",
+        "█",
+        "⟦the cat is green",
+    ):
+        assert re.search(words, done.out), words
+    write(data, "train", [GOOD, json.dumps(CHAT)])
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {data}\nmask_prompt: true\n")
+    assert main(["doctor", *model, "--config", str(config)]) == 0
+    assert main(["doctor", "--data", str(tmp_path / "none")]) == 2
+
+
+def test_real_data_has_nothing_that_keeps_a_run_from_starting(tokenizer):
+    found = read("examples/bakery", ("train", "valid", "test"), mask_prompt=True)
+    assert found.problems == []
+    assert all("are in train too" not in notice for notice in found.notices)
+    splits = tokenize(found, tokenizer, 2048)
+    assert {name: bool(split.examples) for name, split in splits.items()} == dict.fromkeys(splits, True)

@@ -1,0 +1,244 @@
+"""Rows packed into one sequence train as rows of their own do, or are refused."""
+
+from itertools import chain, islice
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from nalora_mlx.adapters.attach import adapt
+from nalora_mlx.adapters.forward_pass import recomputed
+from nalora_mlx.core.config import NALoRAConfig
+from nalora_mlx.data.batches import batches_per_epoch, collate, collate_packs, pack_shapes, training_batches
+from nalora_mlx.data.packing import epoch_packs
+from nalora_mlx.data.padding import PAD_TO, padded_length
+from nalora_mlx.data.tokenization import Example
+from nalora_mlx.models.output_head import find_head
+from nalora_mlx.models.packed_attention import PackedCache, refusal
+from nalora_mlx.training.step import TrainingStep
+from tests.adapters.test_zoo import build
+from tests.conftest import build_examples, random_adapters
+
+# Full attention and windows, latent attention, experts, fused projections, sinks.
+ISOLATED = ["llama", "qwen3", "phi3", "gemma3_text", "cohere2", "olmo2", "mixtral", "deepseek_v3", "gpt_oss"]
+REFUSED = {
+    "mamba": r"keep more of earlier positions than keys and values \(ArraysCache\)",
+    "lfm2": r"keep more of earlier positions .* \(ArraysCache\)",
+    "deepseek_v32": r"keep more of earlier positions .* \(CacheList\)",
+    "gemma2": "something else after another row than alone",  # takes one mask for all sequences
+    "gpt2": "something else after another row than alone",
+    "phi3small": "something else after another row than alone",
+    "iquestloopcoder": "something else after another row than alone",
+    "gemma3n": "does not take a packed sequence .*keys_and_values",
+}
+
+
+def why_not(model, length=64):
+    head = find_head(model)
+    return refusal(model, head.hidden if head else model, length)
+
+
+@pytest.mark.parametrize("name", ISOLATED)
+def test_packed_and_unpacked_training_are_equal(name):
+    """Loss, every gradient and everything that the importance is made of, row by row and all in two sequences."""
+    model = build(name)
+    assert why_not(model) is None
+    report = adapt(model, NALoRAConfig(num_layers=-1, rank=2, scale=2.0))
+    random_adapters(model, size=0.05)
+    examples = build_examples(5, seed=4, low=5, high=14)
+    length = padded_length(examples) + 2 * PAD_TO
+    packed = collate_packs(examples, [[3, 0], [1, 4, 2]], length)
+    assert packed.tokens == sum(int(e.supervised.sum()) for e in examples)
+    captured = []
+    step = TrainingStep(model, optim.SGD(1.0), report.config, compiled=False)
+    step._update = lambda gradients, seen: captured.append(
+        {k: np.array(a) for k, a in tree_flatten((gradients, seen))}
+    )
+    model.train()
+    got, _ = step(packed, packed.tokens, None, True)
+    want, carry = 0.0, None
+    for row in range(5):
+        total, carry = step(collate(examples, [row]), packed.tokens, carry, row == 4)
+        want += total.item()
+    assert got.item() == pytest.approx(want, rel=1e-5)
+    in_one, alone = captured
+    assert in_one.keys() == alone.keys()
+    largest = max(np.abs(a).max() for k, a in alone.items() if k.startswith("0."))
+    for path, a in alone.items():
+        # a gradient relative to the largest one of the model, as float32 leaves no more of the small ones
+        size = largest if path.startswith("0.") else np.abs(a).max()
+        assert np.abs(in_one[path] - a).max() <= 1e-5 * size, path
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_cannot_be_isolated_is_refused(name):
+    import re
+
+    assert re.search(REFUSED[name], why_not(build(name)) or "no refusal")
+
+
+def test_a_faint_leak_is_found():
+    """One layer of three that mixes neighbours, and little of them."""
+
+    class Mixing(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __call__(self, x):
+            return self.inner(x + 0.05 * mx.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0)]))
+
+    model = build("llama")
+    assert why_not(model) is None
+    layer = model.model.layers[1]
+    layer.mlp = Mixing(layer.mlp)
+    assert "alone" in why_not(model)
+
+
+def test_positions_are_tried_up_to_the_length():
+    """A model whose attention changes far from the start is refused for long sequences only."""
+
+    class Late(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __call__(self, x, *rest, **more):
+            scale = mx.where(mx.arange(x.shape[1]) < 100, 1.0, 1.2)
+            return self.inner(x * scale[:, None], *rest, **more)
+
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn = Late(layer.self_attn)
+    assert why_not(model, 100) is None
+    assert "alone" in why_not(model, 120)
+
+
+def test_trying_takes_no_more_memory_than_training():
+    """Not the scores of whole sequences, which attention without gradients would hold."""
+    model = build("llama")
+    length, heads = 2048, model.args.num_attention_heads
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    assert why_not(model, length) is None
+    assert mx.get_peak_memory() - before < 2 * heads * length**2 * 4
+
+
+def test_the_mask_is_blocks_of_causal_ones():
+    segments = [1, 1, 1, 2, 2, 0]
+    cache = PackedCache(mx.array([segments]))
+    mask = np.array(cache.make_mask(6))[0, 0]
+    windowed = np.array(cache.make_mask(6, window_size=2))[0, 0]
+    for i in range(6):
+        for j in range(6):
+            assert mask[i, j] == (segments[i] == segments[j] and j <= i)
+            assert windowed[i, j] == (mask[i, j] and i - j < 2)
+
+
+def test_compiled_checkpointed_and_eager_agree():
+    found = []
+    examples = build_examples(6, seed=4, low=5, high=14)
+    packed = collate_packs(examples, [[3, 0], [1, 4, 2, 5]], 48)
+    for compiled, checkpointing in ((False, False), (True, False), (True, True), (False, True)):
+        model = build("llama")
+        mx.random.seed(1)
+        config = NALoRAConfig(num_layers=-1, rank=2, scale=2.0, mask_warmup=0)
+        adapt(model, config)
+        random_adapters(model, size=0.05)
+        step = TrainingStep(model, optim.SGD(0.1), config, compiled)
+        model.train()
+        for _ in range(2):
+            with recomputed(list(model.layers) if checkpointing else []):
+                total, _ = step(packed, packed.tokens, None, True)
+            mx.eval(step.state, total)
+        found.append({k: np.array(a) for k, a in tree_flatten(model.trainable_parameters())})
+    for other in found[1:]:
+        for path, want in found[0].items():
+            assert np.abs(other[path] - want).max() < 1e-5 * np.abs(want).max(), path
+
+
+# --- packs --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 70), min_size=1, max_size=40),
+    batch_size=st.integers(1, 5),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_of_packs_holds_every_row_once(lengths, batch_size, seed, epoch):
+    examples = [Example(np.arange(n, dtype=np.int32), np.ones(n, bool), str(n)) for n in lengths]
+    batches = epoch_packs(examples, batch_size, seed, epoch)
+    packs = [pack for batch in batches for pack in batch]
+    assert sorted(row for pack in packs for row in pack) == list(range(len(lengths)))
+    assert batches == epoch_packs(examples, batch_size, seed, epoch)
+    assert len(batches) == batches_per_epoch(examples, batch_size, packing=True)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    length = padded_length(examples)
+    filled = [sum(examples[row].inputs for row in pack) for pack in packs]
+    assert max(filled) <= length
+    # No two packs would go into one.
+    assert len(filled) < 2 or sum(sorted(filled)[:2]) > length
+    first = next(training_batches(examples, batch_size, seed, packing=True))
+    assert first.inputs.shape == (len(epoch_packs(examples, batch_size, seed, 0)[0]), length)
+
+
+def test_a_packed_sequence_is_its_rows_one_after_the_other():
+    examples = build_examples(3, low=4, high=9)
+    batch = collate_packs(examples, [[2, 0], [1]], 24)
+    for i, rows in enumerate([[2, 0], [1]]):
+        at = 0
+        for number, row in enumerate(rows, 1):
+            here = slice(at, at := at + examples[row].inputs)
+            np.testing.assert_array_equal(batch.inputs[i, here], examples[row].tokens[:-1])
+            np.testing.assert_array_equal(batch.targets[i, here], examples[row].tokens[1:])
+            np.testing.assert_array_equal(batch.supervised[i, here], examples[row].supervised[1:])
+            assert (batch.segments[i, here] == number).all()
+        assert batch.real[i].sum() == at
+        assert batch.supervised[i, at:].sum() == batch.segments[i, at:].sum() == 0
+
+
+def test_packs_are_full_and_differ_from_epoch_to_epoch():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4, 0.9, 512), 4, 512).astype(int)
+    examples = [Example(np.zeros(n, np.int32), np.ones(n, bool), "") for n in lengths]
+    epochs = [epoch_packs(examples, 4, 0, epoch) for epoch in (0, 1)]
+    packs = [pack for batch in epochs[0] for pack in batch]
+    assert sum(lengths - 1) / (len(packs) * padded_length(examples)) > 0.97
+    assert len(epochs[0]) == len(epochs[1])
+    # The longest rows meet the same others again; the batches that packs fall into are others.
+    first, second = ({frozenset(chain.from_iterable(batch)) for batch in epoch} for epoch in epochs)
+    assert not first & second
+
+
+def test_batches_of_packs_have_room_fitted_to_all_packs():
+    rng = np.random.default_rng(0)
+    examples = [
+        Example(np.ones(n, np.int32), np.arange(n) >= n - m, "")
+        for n, m in zip(rng.integers(5, 90, 80), rng.integers(1, 40, 80), strict=True)
+    ]
+    length = padded_length(examples)
+    packs = [pack for batch in epoch_packs(examples, 2, 7, 0) for pack in batch]
+    shapes = pack_shapes(examples, packs, length)
+    batches = list(islice(training_batches(examples, 2, 7, packing=True), 30))
+    for batch in batches:
+        assert batch.room == shapes.room(batch.tokens, len(batch.inputs), length)
+    assert (
+        len({batch.room for batch in batches}) <= 3
+    )  # of whole batches, one in the last place, and one beyond
+
+
+def test_a_stream_can_be_taken_up_anywhere():
+    examples = build_examples(13)
+    for packing in (False, True):
+        whole = training_batches(examples, 2, 7, packing)
+        drawn = [next(whole).rows for _ in range(20)]
+        for start in (0, 3, 6, 7, 15):
+            later = training_batches(examples, 2, 7, packing, start=start)
+            assert [next(later).rows for _ in range(20 - start)] == drawn[start:]

@@ -1,0 +1,245 @@
+"""Attention in chunks against float64 NumPy, and what a training step keeps of it."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from mlx_lm.models.base import create_causal_mask
+
+from nalora_mlx.adapters.forward_pass import recomputed
+from nalora_mlx.ops.attention import QUERIES, attention, lean_attention
+from nalora_mlx.ops.fast_math import vectorized
+
+FUSED = mx.fast.scaled_dot_product_attention
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def truth(q, k, v, do, scale, mask):
+    """Output and gradients in float64, from the derivative of a softmax; 0 of a query that sees nothing."""
+    q, k, v, do = (np.array(x.astype(mx.float32), np.float64) for x in (q, k, v, do))
+    B, H, Lq, _ = q.shape
+    group = H // k.shape[1]
+    wide_k, wide_v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    s = scale * q @ wide_k.swapaxes(-1, -2)
+    if isinstance(mask, str):
+        mask = np.tri(Lq, k.shape[2], k.shape[2] - Lq, dtype=bool)
+    seen = np.broadcast_to(True if mask is None else np.array(mask), s.shape)
+    s = np.where(seen, s, -np.inf)
+    e = np.exp(s - s.max(-1, keepdims=True, initial=-1e9))
+    p = e / np.maximum(e.sum(-1, keepdims=True), 1e-300)
+    dp = do @ wide_v.swapaxes(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
+
+    def gathered(x):  # of the query heads that share a key head
+        return x.reshape(B, -1, group, *x.shape[2:]).sum(2)
+
+    return p @ wide_v, ds @ wide_k, gathered(ds.swapaxes(-1, -2) @ q), gathered(p.swapaxes(-1, -2) @ do)
+
+
+def run(function, q, k, v, do, scale, mask):
+    out, gradients = mx.vjp(lambda *qkv: function(*qkv, scale=scale, mask=mask), [q, k, v], [do])
+    return [*out, *gradients]
+
+
+def draw(shape, dtype=mx.float32, seed=0):
+    """q, k, v and the output's gradient, for (B, H, K, Lq, Lk, D, E)."""
+    B, H, K, Lq, Lk, D, E = shape
+    keys = mx.random.split(mx.random.key(seed), 4)
+    shapes = (B, H, Lq, D), (B, K, Lk, D), (B, K, Lk, E), (B, H, Lq, E)
+    return [mx.random.normal(s, key=key).astype(dtype) for s, key in zip(shapes, keys, strict=True)]
+
+
+def error(got, want):
+    return np.abs(np.array(got.astype(mx.float32)) - want).max() / (np.abs(want).max() + 1e-30)
+
+
+def distance(got, want):
+    return np.linalg.norm(np.array(got.astype(mx.float32)) - want)
+
+
+def masks(B, H, Lq, Lk):
+    """By name: of every shape that attention is called with."""
+    rng = np.random.default_rng(1)
+    segments = mx.array(np.sort(rng.integers(0, 3, (B, Lk)), axis=1))
+    packed = (segments[:, None, :, None] == segments[:, None, None, :]) & create_causal_mask(Lk)
+    random = rng.random((B, H, Lq, Lk)) < 0.5
+    random[0, :, Lq // 2] = False  # queries that see nothing
+    return {
+        "none": None,
+        "causal": "causal",
+        "window": create_causal_mask(Lk, window_size=9)[Lk - Lq :] if Lk >= Lq else mx.array(random[0, 0]),
+        "packed": packed[:, :, Lk - Lq :] if Lk >= Lq else mx.array(random[:, :1]),
+        "padding": mx.array(rng.random((B, 1, 1, Lk)) < 0.7),
+        "every head": mx.array(random),
+        "one column": mx.array(random[:, :1, :, :1]),
+    }
+
+
+SHAPES = {
+    "one chunk": (2, 2, 2, 17, 17, 8, 8),
+    "chunks": (2, 4, 4, 2 * QUERIES + 9, 2 * QUERIES + 9, 8, 8),
+    "grouped": (2, 6, 2, QUERIES + 1, QUERIES + 1, 16, 16),
+    "one key head, other values": (1, 4, 1, QUERIES + 5, QUERIES + 5, 8, 12),
+    "more keys": (1, 4, 2, QUERIES + 3, QUERIES + 50, 8, 8),
+    "fewer keys": (1, 4, 2, QUERIES + 50, 40, 8, 8),
+    "one query": (2, 2, 1, 1, 30, 8, 8),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mask", masks(1, 1, 2, 2))
+@pytest.mark.parametrize("fast", [False, True])
+def test_output_and_gradients(shape, mask, fast):
+    shape = SHAPES[shape]
+    mask = masks(shape[0], shape[1], shape[3], shape[4])[mask]
+    arrays = draw(shape)
+    want = truth(*arrays, 0.4, mask)
+    with vectorized() if fast else mx.stream(mx.cpu):
+        got = run(attention, *arrays, 0.4, mask)
+        compiled = mx.compile(lambda *arrays: run(attention, *arrays, 0.4, mask))(*arrays)
+    for eager, traced, exact in zip(got, compiled, want, strict=True):
+        assert eager.shape == exact.shape
+        assert error(eager, exact) < 3e-6
+        assert error(traced, exact) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_it_is_no_less_accurate_than_mlx(dtype, mask):
+    shape = (2, 6, 2, 130, 130, 32, 32)
+    mask = masks(2, 6, 130, 130)[mask]
+    arrays = draw(shape, DTYPES[dtype])
+    want = truth(*arrays, 32**-0.5, mask)
+    with vectorized():
+        got, theirs = (run(f, *arrays, 32**-0.5, mask) for f in (attention, FUSED))
+    for ours, mlx, exact in zip(got, theirs, want, strict=True):
+        assert ours.dtype == DTYPES[dtype]
+        assert distance(ours, exact) < 1.2 * distance(mlx, exact)
+
+
+def test_inputs_of_two_dtypes_give_what_they_promote_to():
+    q, k, v, do = draw((1, 2, 2, 20, 20, 8, 8))
+    arrays = q, k.astype(mx.bfloat16), v.astype(mx.bfloat16), do
+    got, theirs = (run(f, *arrays, 0.3, "causal") for f in (attention, FUSED))
+    assert [x.dtype for x in got] == [x.dtype for x in theirs]
+    assert got[0].dtype == mx.float32
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e4, 1e18])
+def test_scores_of_any_size(largest):
+    """Probabilities of 0 and 1, of which none is NaN; what is NaN in the inputs does not get lost."""
+    q, k, v, do = draw((1, 2, 2, 70, 70, 8, 8))
+    q = q * largest
+    with vectorized():
+        got = run(attention, q, k, v, do, 1.0, "causal")
+        assert all(mx.all(mx.isfinite(x)).item() for x in got)
+        q[0, 0, 3, 2] = mx.nan
+        out = attention(q, k, v, scale=1.0, mask="causal")
+    assert mx.all(mx.isnan(out[0, 0, 3])).item()
+    assert mx.all(mx.isfinite(out[0, 1])).item()
+
+
+# --- in place of MLX's own ----------------------------------------------------------------------------------
+
+
+def test_mlx_gets_its_function_back():
+    with lean_attention():
+        first = mx.fast.scaled_dot_product_attention
+        assert first is not FUSED
+        with pytest.raises(ZeroDivisionError), lean_attention():
+            1 / 0  # noqa: B018
+        assert mx.fast.scaled_dot_product_attention is first
+    assert mx.fast.scaled_dot_product_attention is FUSED
+
+
+def test_what_it_cannot_take_is_left_to_mlx(monkeypatch):
+    monkeypatch.setattr("nalora_mlx.ops.attention.attention", None)
+    q, k, v, _ = draw((1, 4, 2, 20, 20, 8, 8))
+    additive = mx.random.normal((20, 20))
+    sinks = mx.random.normal((4,))
+    calls = [
+        ((q, k, v), {"mask": additive}),
+        ((q, k, v), {"mask": "causal", "sinks": sinks}),
+        ((q, k, v), {"stream": mx.cpu}),
+    ]
+    for arrays, arguments in calls:
+        want = FUSED(*arrays, scale=0.3, **arguments)
+        with lean_attention():
+            got = mx.fast.scaled_dot_product_attention(*arrays, scale=0.3, **arguments)
+        np.testing.assert_array_equal(np.array(got), np.array(want))
+    for arrays, arguments in [
+        ((q[0], k[0], v[0]), {}),
+        ((q, k, v), {"mask": "triangle"}),
+        ((q, k, v[:, :1]), {}),
+    ]:
+        with lean_attention(), pytest.raises(ValueError, match="scaled_dot_product_attention"):
+            mx.fast.scaled_dot_product_attention(*arrays, scale=0.3, **arguments)
+
+
+def tiny(layers=3, **changes):
+    mx.random.seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"rms_norm_eps": 1e-5, "vocab_size": 64, "num_hidden_layers": layers}
+    return llama.Model(llama.ModelArgs(model_type="llama", **(sizes | more | changes)))
+
+
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("changes", [{}, WINDOWS], ids=["causal", "windows"])
+def test_a_model_trains_as_without_it(changes, checkpointed):
+    tokens = mx.random.randint(0, 64, (2, QUERIES + 30), key=mx.random.key(1))
+
+    def gradients(attend):
+        model = tiny(**changes)
+        model.model.layers[0].freeze()
+
+        def loss(tokens):
+            return mx.mean(nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]))
+
+        step = mx.compile(nn.value_and_grad(model, loss), inputs=model.state, outputs=model.state)
+        layers = model.layers if checkpointed else []
+        with recomputed(layers), vectorized():
+            if not attend:
+                return dict(tree_flatten(step(tokens)))
+            with lean_attention():
+                return dict(tree_flatten(step(tokens)))
+
+    want, got = gradients(False), gradients(True)
+    assert want.keys() == got.keys()
+    assert any("q_proj" in name for name in got)
+    for name, array in want.items():
+        assert mx.abs(got[name] - array).max() <= 2e-5 * mx.abs(array).max() + 1e-7, name
+
+
+@pytest.mark.parametrize(("heads", "length", "mask"), [(8, 512, "causal"), (512, QUERIES, None)])
+def test_scores_of_no_layer_are_kept(heads, length, mask):
+    """The peak of many layers of attention grows by less than scores with each; that of MLX's own by more."""
+    scores = 4 * heads * length * length
+
+    def grown(attend):
+        def peak(layers):
+            def loss(x):
+                for _ in range(layers):
+                    x = x + attend(x, mx.sin(x), x, scale=0.3, mask=mask)
+                return mx.sum(x)
+
+            x = mx.random.normal((1, heads, length, 1))  # little beside the scores
+            step = mx.compile(mx.value_and_grad(loss))
+            mx.eval(step(x))
+            mx.synchronize()
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            mx.eval(step(x))
+            return mx.get_peak_memory() - before
+
+        # Of a layer among many: with few, how many operations MLX begins ahead of their turn still grows.
+        return (peak(24) - peak(8)) / 16 / scores
+
+    # Again where threads were late: MLX begins operations before others have given back their memory.
+    with vectorized():
+        assert min(grown(attention) for _ in range(3)) < 0.25
+        assert grown(FUSED) > 0.9

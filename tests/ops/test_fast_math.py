@@ -1,0 +1,121 @@
+"""2^x, sigmoid and log-sum-exp on the CPU against float64, and their gradients."""
+
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from scipy.special import expit, logsumexp
+
+from nalora_mlx.ops import fast_math
+from nalora_mlx.ops.cross_entropy import cross_entropy_sum
+
+
+@pytest.fixture(autouse=True)
+def vectorized():
+    with fast_math.vectorized():
+        yield
+
+
+def test_powers_of_2_have_their_digits_and_are_0_before_they_are_denormal():
+    x = np.linspace(-86, 0, 1_000_001).astype(np.float32)
+    got = np.array(fast_math.probability(mx.array(x))).astype(np.float64)
+    assert np.abs(got / np.exp2(x.astype(np.float64)) - 1).max() < 3e-7
+    far = np.array(fast_math.probability(mx.array([-86.01, -127.0, -1e30, -np.inf, np.nan])))
+    assert far[:4].tolist() == [0, 0, 0, 0]
+    assert np.isnan(far[4])
+
+
+def test_models_get_their_own_sigmoid_back():
+    own = mx.sigmoid
+    z = mx.array([-3.0, 0.5])
+    with fast_math.vectorized_models():
+        assert mx.sigmoid is not own
+        for got in (mx.sigmoid(z), mx.sigmoid(z, stream=mx.cpu)):
+            np.testing.assert_allclose(got, expit(np.array(z)), rtol=2.5e-7)
+    assert mx.sigmoid is own
+
+
+def test_sigmoid_has_its_digits_in_both_tails():
+    z = np.linspace(-87, 87, 1_000_001).astype(np.float32)
+    got = np.array(fast_math.sigmoid(mx.array(z))).astype(np.float64)
+    assert np.abs(got / expit(z.astype(np.float64)) - 1).max() < 2.5e-7
+    assert np.diff(got).min() > -1.2e-7  # rounding apart, it never falls
+
+
+@pytest.mark.parametrize("z", [-np.inf, -1e4, -90.0, -88.5, -0.0, 0.0, 88.5, 1e4, np.inf, np.nan])
+def test_sigmoid_at_the_ends(z):
+    got = fast_math.sigmoid(mx.array(z, dtype=mx.float32)).item()
+    np.testing.assert_allclose(got, expit(z), rtol=2.5e-7, atol=2e-38)
+
+
+def test_compiled_loops_of_the_sigmoid_read_no_constant_from_memory(tmp_path):
+    """A constant that MLX does not fuse makes a loop scalar, and the sigmoid four times as slow."""
+    z = mx.random.normal((64, 64))
+    mx.eval(z)  # or the graph has what makes it
+    out = mx.compile(fast_math.sigmoid)(z)
+    mx.export_to_dot(str(tmp_path / "graph.dot"), out)
+    operations = re.findall(r'label ="([^"]*)", shape=rectangle', (tmp_path / "graph.dot").read_text())
+    assert any(name.startswith("Compiled") for name in operations)
+    assert not {"Broadcast", "Full"} & set(operations)
+
+
+def test_gradient_of_the_sigmoid():
+    z = mx.array(np.linspace(-20, 20, 1001).astype(np.float32))
+    for gradient in (
+        mx.grad(lambda z: fast_math.sigmoid(z).sum()),
+        mx.compile(mx.grad(lambda z: fast_math.sigmoid(z).sum())),
+    ):
+        exact = expit(np.array(z).astype(np.float64))
+        np.testing.assert_allclose(gradient(z), exact * (1 - exact), rtol=1e-5, atol=1e-7)
+
+
+def test_tanh():
+    z = np.linspace(-50, 50, 100_001).astype(np.float32)
+    np.testing.assert_allclose(fast_math.tanh(mx.array(z)), np.tanh(z.astype(np.float64)), atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("sigmoid", mx.bfloat16), ("tanh", mx.float16), ("tanh", mx.bfloat16)]
+)
+def test_half_types_are_mlxs_own(name, dtype):
+    z = mx.random.normal((64,)).astype(dtype)
+    assert mx.array_equal(getattr(fast_math, name)(z), getattr(mx, name)(z))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_outside_of_training_the_bits_are_mlxs_own(name):
+    z, ours, theirs = mx.random.normal((4096,)), getattr(fast_math, name), getattr(mx, name)
+    assert not mx.array_equal(ours(z), theirs(z))
+    token = fast_math._on.set(False)
+    assert mx.array_equal(ours(z), theirs(z))
+    fast_math._on.reset(token)
+
+
+def test_logsumexp():
+    x = (20 * np.random.default_rng(0).standard_normal((7, 1000))).astype(np.float32)
+    x[0] += 300
+    x[1, :999] = -np.inf
+    got = np.array(fast_math.logsumexp(mx.array(x)))
+    np.testing.assert_allclose(got, logsumexp(x.astype(np.float64), axis=-1, keepdims=True), rtol=3e-7)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cross_entropy_and_its_gradient(compiled):
+    """Against float64; a row that does not count may hold NaN."""
+    rng = np.random.default_rng(1)
+    logits = (8 * rng.standard_normal((6, 500))).astype(np.float32)
+    logits[4] = np.nan
+    targets, weights = rng.integers(0, 500, 6), np.array([1, 0.5, 0, 2, 0, 1], np.float32)
+    f = mx.value_and_grad(cross_entropy_sum)
+    value, gradient = (mx.compile(f) if compiled else f)(
+        mx.array(logits), mx.array(targets), mx.array(weights)
+    )
+    exact = logits.astype(np.float64)
+    size = logsumexp(exact, axis=-1, keepdims=True)
+    losses = size[:, 0] - exact[np.arange(6), targets]
+    counts = weights > 0
+    np.testing.assert_allclose(value, (losses * weights)[counts].sum(), rtol=1e-6)
+    want = (np.exp(exact - size) - np.eye(500)[targets]) * weights[:, None]
+    want[~counts] = 0
+    np.testing.assert_allclose(gradient, want, rtol=2e-6, atol=1e-7)

@@ -1,0 +1,312 @@
+"""The documentation: every command in it runs, every flag, file and link that it names exists, every made page is new.
+
+The bash blocks of a page run in order in an empty directory of its own. Words in capitals (MODEL, DATA, RUN ...) are
+what a reader fills in, and are there; names of models on the Hub become a tiny model, and runs take a few iterations.
+"""
+
+import importlib
+import io
+import itertools
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import pytest
+
+from nalora_mlx.__main__ import main
+from nalora_mlx.cli import COMMANDS, add_common, command
+from tests.conftest import CHAT_TEMPLATE
+from tests.interop import gguf_models
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_EXAMPLES = [*PAGES, *sorted((ROOT / "examples").glob("**/README.md"))]  # links and flags are checked
+MADE = {
+    "api_reference": "docs/api.md",
+    "mac_recipes": "docs/memory.md",
+    "method_figures": "docs/images/phi.svg",
+}
+
+# Lines that no test runs: how they begin, and why.
+NOT_RUN = {
+    "pip": "installs",
+    "brew": "installs",
+    "apt": "installs",
+    "sudo": "installs",
+    "git clone": "needs the network",
+    "python3 -m venv": "makes an environment",
+    "source": "changes the shell",
+    ".": "changes the shell",
+    "ollama": "another program",
+    "llama-cli": "another program",
+    "llama-server": "another program",
+    "vllm": "another program",
+    "curl": "asks a server that is not there",
+    "open": "opens a window",
+    "bash scripts/": "long; scripts/test.sh is what runs this",
+    "python scripts/": "long, and no part of the package",
+    "python examples/": "tests/project/test_examples.py runs it",
+    "jupyter": "opens a window",
+}
+SHELL = ("mkdir", "ls", "cat", "head", "echo", "printf", "cp")  # run by bash as they are
+RUNS = ("ADAPTERS", "RUN", "RUN_A", "RUN_B", "A", "B")  # placeholders for what nalora lora has written
+HUB_NAME = re.compile(r"[A-Za-z][\w.-]*/[\w.-]+")
+# Flags of other programs that the pages name.
+FOREIGN = {
+    "--check": "our scripts",
+    "--dtype": "mlx_lm.convert",
+    "--enable-lora": "vllm",
+    "--hostfile": "mlx.launch",
+    "--lora": "llama-cli",
+    "--lora-modules": "vllm",
+    "--max-lora-rank": "vllm",
+    "--mlx-path": "mlx_lm.convert",
+    "--hf-path": "mlx_lm.convert",
+    "--train-mode": "mlx-lm-lora",
+    "--train-type": "mlx-lm-lora",
+}
+
+
+# --- what a page says to run --------------------------------------------------------------------------------
+
+
+def lines(page):
+    """The command lines of a page's bash blocks, in order."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M)
+    joined = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in joined if shlex.split(line, comments=True)]
+
+
+def why_not_run(line):
+    """Why no test runs a line; None if one does."""
+    found = [start for start in NOT_RUN if line == start or line.startswith((f"{start} ", f"{start}/"))]
+    found += [start for start in NOT_RUN if start.endswith("/") and line.startswith(start)]
+    return NOT_RUN[max(found, key=len)] if found else None
+
+
+class Reader:
+    """Does what a page says, line by line, in the current directory."""
+
+    iterations = 3
+
+    def do(self, line):
+        """Run a line, or raise AssertionError: it is unknown, or it fails."""
+        before, bar, line = line.rpartition(" | ") if " | nalora" in line else ("", "", line)
+        said = self.shell(before) if bar else "hello\n"
+        words, target = shlex.split(line, comments=True), None
+        if ">" in words:
+            place = words.index(">")
+            words, target = words[:place], words[place + 1]
+        settings = {}
+        while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            name, _, value = words.pop(0).partition("=")
+            settings[name] = value
+        if words[0] == "mlx.launch":  # that it starts workers is for test_distributed.py
+            words = words[next(i for i, word in enumerate(words) if word in ("nalora", "python")) :]
+        output = io.StringIO()
+        with mock.patch.dict(os.environ, settings), mock.patch.object(sys, "stdin", io.StringIO(said)):
+            if words[0] == "nalora" or (words[:2] == ["python", "-m"] and words[2].startswith("nalora_mlx.")):
+                words = words[1:] if words[0] == "nalora" else [words[2].split(".")[1], *words[3:]]
+                with redirect_stdout(output):
+                    status = self.nalora(words)
+            elif words[0].startswith("mlx_lm."):
+                argv = [sys.executable, "-m", words[0], *self.filled(words[1:])]
+                done = subprocess.run(argv, text=True, input=said, stdout=subprocess.PIPE)
+                status = done.returncode
+            elif words[0] in SHELL:
+                status = 0 if self.shell(line) is not None else 1
+            else:
+                raise AssertionError(f"neither run nor listed: {line}")
+        expected = 130 if words[0] == "serve" else 0  # it ends on Ctrl-C only
+        assert status == expected, f"{line}: exit status {status}\n{output.getvalue()[-2000:]}"
+        if target is not None:
+            path = Path(re.sub(r"\$\{?\w+(\[\d+\])?\}?", ".", target)).expanduser()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(output.getvalue())
+
+    def nalora(self, words):
+        """Run one of our commands in this process; its exit status."""
+        words = [words[0], *self.filled(words[1:])]
+        if words[0] == "lora":
+            words = self.shortened(words)
+        limit = mx.set_memory_limit(1 << 40)
+        mx.set_memory_limit(limit)
+        try:
+            if words[0] == "serve":
+                importlib.import_module("mlx_lm.server")
+                with mock.patch("mlx_lm.server.run"):
+                    return main(words)
+            return main(words)
+        except SystemExit as end:
+            return end.code
+        finally:
+            mx.set_memory_limit(limit)  # --memory-budget sets it for the whole process
+
+    def filled(self, words):
+        """The same words with the tiny model and its data in the place of names on the Hub."""
+        stand_ins = {"--model": "MODEL", "--data": "DATA", "--hf-path": "MODEL"}
+        for place, (flag, value) in enumerate(itertools.pairwise(words), 1):
+            if flag in stand_ins and HUB_NAME.fullmatch(value) and not Path(value).exists():
+                words = [*words[:place], stand_ins[flag], *words[place + 1 :]]
+        return words
+
+    def shortened(self, words):
+        """A run of few iterations, and of our model if the words or the config name another or none."""
+        short = []
+        for word in words:
+            if short and short[-1] in ("--iters", "--epochs"):
+                short.pop()
+            else:
+                short.append(word)
+        if "--model" not in short:
+            short += ["--model", "MODEL"]
+        if not {"--data", "--config", "-c"} & set(short):
+            short += ["--data", "DATA"]
+        Reader.iterations += 1  # a run that is resumed goes on
+        return [*short, "--iters", str(Reader.iterations)]
+
+    def shell(self, line):
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A random llama that GGUF has a place for, with a chat template."""
+    model, config = gguf_models.build("llama", num_hidden_layers=2)
+    directory = gguf_models.save(tmp_path_factory.mktemp("docs") / "tiny", model, config)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHAT_TEMPLATE}))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_model, data_directory, tmp_path_factory):
+    """What nalora lora leaves behind."""
+    output = tmp_path_factory.mktemp("run") / "adapters"
+    where = ["--model", tiny_model, "--data", data_directory, "--adapter-path", output]
+    flags = ["--iters", "4", "--steps-per-report", "2", "--num-layers", "-1", "--mask-prompt"]
+    assert main(["lora", "--train", *map(str, where), *flags]) == 0
+    return output
+
+
+@pytest.fixture
+def desk(tiny_model, data_directory, finished_run, tmp_path, monkeypatch):
+    """The directory that a reader sits in."""
+    for name, place in {"MODEL": tiny_model, "DATA": data_directory, "examples": ROOT / "examples"}.items():
+        (tmp_path / name).symlink_to(place)
+    for name in RUNS:
+        shutil.copytree(finished_run, tmp_path / name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_runs(page, desk):
+    reader = Reader()
+    for line in lines(page):
+        if "nalora" in line and why_not_run(line) is None:
+            for package in ("gguf", "xllamacpp", "matplotlib", "plotly"):
+                pytest.importorskip(package, reason=f"the extras are not installed ({package})")
+        if why_not_run(line) is None:
+            reader.do(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "frobnicate MODEL",
+        "nalora lora --train --no-such-flag",
+        "nalora lora --train --iters 5 --batch-size 0",
+        "nalora fuse --model MODEL --adapter-path nowhere",
+        "nalora nothing",
+        "mkdir /proc/nothing",
+        "echo hello | nalora chat --model NOWHERE",
+    ],
+)
+def test_a_wrong_line_is_found(line, desk):
+    assert why_not_run(line) is None
+    with pytest.raises(AssertionError):
+        Reader().do(line)
+
+
+# --- what a page names --------------------------------------------------------------------------------------
+
+
+def known_flags():
+    """The flags of all our commands."""
+    for name in COMMANDS:
+        parser = command(name).build_parser(name)
+        add_common(parser)
+        yield from (flag for action in parser._actions for flag in action.option_strings)
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_flag_of_a_page_exists(page):
+    """In the text as well, where nothing runs it; flags of our scripts are looked up in them."""
+    scripts = "".join(path.read_text() for path in (ROOT / "scripts").iterdir() if path.is_file())
+    named = set()
+    for code in re.findall(r"`[^`]+`|^```bash\n.*?^```", page.read_text(), re.S | re.M):
+        named.update(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", code))
+    known = set(known_flags()) | {"--help", "--version"} | set(FOREIGN)
+    unknown = {flag for flag in named - known if f'"{flag}"' not in scripts}
+    assert not unknown
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r'<img src="([^"]*)"', text):
+        assert (page.parent / target).is_file(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)", text):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", path.read_text(), re.M)
+            assert anchor in {
+                "#" + re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
+                for heading in headings
+            }, anchor
+    for script in re.findall(r"(?:bash|python) ((?:scripts|examples)/\S+\.(?:sh|py))", text):
+        assert (ROOT / script).exists(), script
+    for module in re.findall(r"`(nalora_mlx/[\w/]+\.\w+)`", text):
+        assert (ROOT / module).exists(), module
+
+
+def test_a_page_of_docs_is_named_where_it_can_be_found():
+    """From the README or another page."""
+    text = {page: page.read_text() for page in PAGES}
+    for page in PAGES[1:]:
+        others = [other for other in PAGES if other != page]
+        assert any(f"{page.name})" in text[other] or f"{page.name}#" in text[other] for other in others), page
+
+
+@pytest.mark.parametrize("script", MADE)
+def test_what_a_script_makes_is_up_to_date(script, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the extra report is not installed")
+    monkeypatch.setattr(sys, "argv", [script, "--check"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    assert not end.value.code
+
+
+def test_the_readme_is_short():
+    words = (ROOT / "README.md").read_text().split()
+    assert len(words) <= 1000, f"README.md has {len(words)} words: move something to docs/"
+
+
+def test_the_python_blocks_are_python():
+    for page in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M):
+            compile(block, str(page), "exec")

@@ -1,0 +1,61 @@
+"""The examples: data that is what it says, configs that load, programs that run."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from nalora_mlx.core.config import load_run_config
+from nalora_mlx.data.sources import SPLITS
+
+ROOT = Path(__file__).parents[2]
+BAKERY = ROOT / "examples" / "bakery"
+
+
+def rows(name):
+    return [json.loads(line) for line in (BAKERY / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_the_bakery_data_is_what_it_says():
+    form = re.compile((BAKERY / "format.txt").read_text().strip())
+    counts = {name: len(rows(name)) for name in SPLITS}
+    assert counts["train"] >= 200
+    assert min(counts.values()) >= 40
+    prompts = [row["prompt"] for name in SPLITS for row in rows(name)]
+    assert len(set(prompts)) == len(prompts)  # no row twice, none shared between splits
+    for name in SPLITS:
+        for row in rows(name):
+            assert set(row) == {"prompt", "completion"}
+            assert form.fullmatch(row["completion"]), row
+            # the slip says what the message says
+            customer = re.search(r"NAME: (.*)", row["completion"])[1]
+            day = re.search(r"PICKUP: (\w+)", row["completion"])[1]
+            assert customer in row["prompt"]
+            assert day in row["prompt"]
+
+
+def test_the_bakery_config_loads():
+    config = load_run_config(BAKERY / "config.yaml", {})
+    config.check()
+    assert config.fine_tune_type == "na-lora"
+    assert config.adapter_config().active
+
+
+def test_the_python_example_runs(model_directory, data_directory):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "finetune.py", str(model_directory), str(data_directory), "8"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.0.mlp: silu" in done.stdout
+    before, after = map(float, re.search(r"validation loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
+    assert after < before
+
+
+def test_the_page_of_models_is_up_to_date():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "model_table.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,269 @@
+"""The recipes in examples/: their data says what it should, their configs train, and the notebook runs."""
+
+import json
+import re
+import subprocess
+import sys
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from nalora_mlx.__main__ import main
+from nalora_mlx.core.config import load_run_config
+from nalora_mlx.data.formats import Features
+from nalora_mlx.data.sources import SPLITS, load_local
+from nalora_mlx.data.tokenization import tokenize_rows
+from tests.conftest import CHAT_TEMPLATE
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PERSONA, CONTINUATION = EXAMPLES / "persona", EXAMPLES / "continuation"
+RECIPES = ("bakery", "persona", "continuation")
+# As conftest's, but with tools and calls written out, and without a word where a call has no content.
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system {{ tools | tojson }}<|im_end|>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] if m['content'] else '' }}"
+    "{% for call in m['tool_calls'] or [] %} {{ call.function | tojson }} {% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+STRICT_TEMPLATE = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ ' ' + m['content'] }}")  # as SmolLM2's
+
+
+def texts(directory, name):
+    return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+
+
+def all_rows(directory):
+    return [row for name in SPLITS for row in texts(directory, name)]
+
+
+@pytest.fixture(scope="module")
+def tools_model(model_directory, tmp_path_factory):
+    """The tiny model with a chat template that writes tools."""
+    return with_template(model_directory, tmp_path_factory.mktemp("tools") / "model", TOOLS_TEMPLATE)
+
+
+def with_template(model_directory, target, template):
+    import shutil
+
+    shutil.copytree(model_directory, target)
+    (target / "chat_template.jinja").write_text(template)
+    return target
+
+
+def load_tokenizer(directory):
+    from mlx_lm.tokenizer_utils import load
+
+    return load(directory)
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["persona", "continuation"])
+def test_the_data_is_what_its_program_writes(recipe, tmp_path):
+    program = EXAMPLES / recipe / "make.py"
+    subprocess.run([sys.executable, program, tmp_path], check=True)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) >= 3
+    for path in written:
+        assert path.read_bytes() == (EXAMPLES / recipe / path.relative_to(tmp_path)).read_bytes(), path
+
+
+def conversation(row):
+    """What is said, called and returned in a structured row: (role, text or object) pairs."""
+    found = []
+    for message in row["messages"]:
+        if "tool_calls" in message:
+            found += [("call", call["function"]) for call in message["tool_calls"]]
+        elif message["role"] == "tool":
+            found.append(("result", json.loads(message["content"])))
+        elif message["role"] != "system":
+            found.append((message["role"], message["content"]))
+    return found
+
+
+def plain_conversation(row):
+    """The same of a row that has all of it as text."""
+    found = []
+    for message in row["messages"]:
+        assert set(message) == {"role", "content"}
+        tag = re.fullmatch(r"<tool_(call|response)>(.*)</tool_\1>", message["content"])
+        if tag:
+            kind = {("assistant", "call"): "call", ("user", "response"): "result"}[message["role"], tag[1]]
+            found.append((kind, json.loads(tag[2])))
+        elif message["role"] != "system":
+            assert "tool_" not in message["content"]
+            found.append((message["role"], message["content"]))
+    return found
+
+
+def test_both_forms_of_the_persona_tell_the_same():
+    for name in SPLITS:
+        structured, plain = texts(PERSONA, name), texts(PERSONA / "plain", name)
+        assert [conversation(row) for row in structured] == [plain_conversation(row) for row in plain]
+        system = (PERSONA / "system.txt").read_text().strip()
+        assert {row["messages"][0]["content"] for row in plain} == {system}
+
+
+def test_calls_of_the_persona_fit_its_tools():
+    python = {"string": str, "integer": int}
+    called = []
+    for row in all_rows(PERSONA):
+        tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in row["tools"]}
+        for kind, call in conversation(row):
+            if kind == "call":
+                properties = tools[call["name"]]["properties"]
+                assert set(call["arguments"]) == set(properties) == set(tools[call["name"]]["required"])
+                for key, value in call["arguments"].items():
+                    assert type(value) is python[properties[key]["type"]]
+                called.append(call["name"])
+    assert set(called) == set(tools)
+    assert min(called.count(name) for name in tools) >= 50
+
+
+def test_answers_of_the_persona_come_from_results_and_questions():
+    """Who answers speaks as Pim does; no time, berth or price is in an answer that a tool did not return."""
+    numbers = 0
+    for row in all_rows(PERSONA):
+        turns = conversation(row)
+        for (kind, what), (role, text) in pairwise(turns):
+            if role == "assistant":
+                assert "skipper" in text
+                assert kind in ("result", "user")
+                facts = re.findall(r"\d\d:\d\d|\b[ABCD]\d+\b|\d+(?= euros)", text)
+                told = json.dumps(what) if kind == "result" else ""
+                assert all(fact in told for fact in facts), (text, told)
+                numbers += len(facts)
+            elif role == "call":  # of days and places the last turn may name one of two
+                assert str(text["arguments"].get("metres") or text["arguments"]["day"]) in what
+    assert numbers > 300
+
+
+def test_the_persona_has_several_turns_and_no_row_twice():
+    seen = [json.dumps(conversation(row)) for row in all_rows(PERSONA)]
+    assert len(set(seen)) == len(seen)
+    users = [sum(role == "user" for role, _ in conversation(row)) for row in all_rows(PERSONA)]
+    assert sum(count >= 2 for count in users) > len(users) / 2
+    train = (PERSONA / "train.jsonl").read_text()
+    assert "Dunholm" not in train  # a place that valid.jsonl and test.jsonl alone have
+    assert "Dunholm" in (PERSONA / "valid.jsonl").read_text() + (PERSONA / "test.jsonl").read_text()
+
+
+def test_the_log_keeps_its_form_and_its_weather():
+    form = re.compile((CONTINUATION / "format.txt").read_text().strip())
+    seas, lamps, dates = {}, {}, []
+    for row in all_rows(CONTINUATION):
+        assert set(row) == {"text"}
+        title, _, text = row["text"].partition("Light. ")
+        assert title == "Log of Tern Rock "
+        entries = text.split("\n")
+        assert len(entries) == 2
+        assert all(form.fullmatch(entry) for entry in entries), row
+        days = [datetime.strptime(entry.split(".")[0] + " 2023", "%d %B %Y") for entry in entries]
+        assert (days[1] - days[0]).days == 1
+        dates.append(days[0])
+        glass = [int(re.search(r"Glass (\d+)", entry)[1]) for entry in entries]
+        if (tendency := re.search(r"Glass \d+, (\w+)", entries[1])[1]) == "falling":
+            assert glass[1] <= glass[0]
+        else:
+            assert glass[1] >= glass[0] if tendency == "rising" else glass[1] == glass[0]
+        for entry, day in zip(entries, days, strict=True):
+            force = int(found[1]) if (found := re.search(r"force (\d+)", entry)) else 0
+            seas.setdefault(force, set()).add(re.search(r"Sea ([a-z ]+)", entry)[1])
+            hours, minutes = map(int, re.search(r"lit (\d\d):(\d\d)", entry).groups())
+            lamps.setdefault(day.month, []).append(60 * hours + minutes)
+    assert len(set(dates)) == len(dates)  # none shared between files
+    assert all(len(words) == 1 for words in seas.values())  # a force has its sea
+    assert all(max(times) - min(times) <= 20 for times in lamps.values())  # a month has its dusk
+    assert max(lamps[12]) < min(lamps[6])
+
+
+# --- chat templates -----------------------------------------------------------------------------------------
+
+
+def test_a_template_with_tools_trains_on_every_call(tools_model):
+    """Of each row, what is trained on is the calls and the answers and nothing else, by count of words."""
+    tokenizer = load_tokenizer(tools_model)
+    rows = load_local(PERSONA, ["test"])["test"]
+    split = tokenize_rows(rows, tokenizer, Features(mask_prompt=True), 4096)
+    assert split.errors == split.notices == []
+    assert len(split) == len(rows)
+    for example, (_, row) in zip(split.examples, rows, strict=True):
+        expected = 0
+        for kind, what in conversation(row):
+            if kind in ("call", "assistant"):
+                text = what if kind == "assistant" else json.dumps(what)
+                expected += (
+                    len(tokenizer.encode(text, add_special_tokens=False)) + 1
+                )  # and the end of the turn
+        assert example.supervised.sum() == expected
+
+
+def test_a_template_without_tools_refuses_the_structured_rows_and_takes_the_plain_ones(
+    model_directory, tmp_path
+):
+    tokenizer = load_tokenizer(with_template(model_directory, tmp_path / "model", STRICT_TEMPLATE))
+    rows = load_local(PERSONA, ["test"])["test"]
+    split = tokenize_rows(rows, tokenizer, Features(mask_prompt=True), 4096)
+    with_calls = sum(any(kind == "call" for kind, _ in conversation(row)) for _, row in rows)
+    assert 0 < with_calls == len(split.errors)
+    assert "the model's chat template refuses this row" in split.errors[0]
+    plain = load_local(PERSONA / "plain", ["test"])["test"]
+    split = tokenize_rows(plain, tokenizer, Features(mask_prompt=True), 4096)
+    assert split.errors == split.notices == []
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "persona structured"])
+def test_the_recipe_trains(recipe, model_directory, tools_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(EXAMPLES.parent)  # the configs name their data from there
+    name = recipe.split()[0]
+    path = EXAMPLES / name / "config.yaml"
+    config = load_run_config(path, {})
+    config.check()
+    assert config.adapter_config().active
+    assert config.lr_schedule["arguments"][1] == config.iters - config.lr_schedule["warmup"]
+    structured = recipe == "persona structured"
+    flags = ["--model", str(tools_model if structured else model_directory), "--config", str(path)]
+    flags += ["--data", "examples/persona"] if structured else []
+    if not structured:
+        assert main(["doctor", *flags]) == 0
+    adapters = tmp_path / "adapters"
+    few = ["--iters", "2", "--val-batches", "2", "--steps-per-report", "1", "--adapter-path", str(adapters)]
+    assert main(["lora", *flags, *few]) == 0
+    records = [json.loads(line) for line in (adapters / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["split"] == "train"] == [1, 2]
+    assert (adapters / "adapters.safetensors").exists()
+    said = capsys.readouterr()
+    assert "were cut" not in said.out + said.err
+
+
+# --- the notebook -------------------------------------------------------------------------------------------
+
+SMALL = "model_name = {!r}\ndata = {!r}\niterations = 8"
+
+
+def test_the_notebook_runs(model_directory, data_directory):
+    nbformat = pytest.importorskip("nbformat", reason="the extra notebook is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="the extra notebook is not installed")
+    pytest.importorskip("ipykernel", reason="the extra notebook is not installed")
+    notebook = nbformat.read(EXAMPLES / "finetune.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(
+        not cell.outputs and cell.execution_count is None for cell in code
+    )  # committed without outputs
+    (settings,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert (EXAMPLES / re.search(r'data = "(.*)"', settings.source)[1] / "train.jsonl").exists()
+    settings.source = SMALL.format(str(model_directory), str(data_directory))
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": EXAMPLES}}).execute()
+    printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
+    before, after = map(float, re.search(r"validation loss ([\d.]+) -> ([\d.]+)", printed).groups())
+    assert after < before
+    assert len(re.findall(r"^model\.layers\.\d+\.mlp: 0\.\d+$", printed, re.M)) == 3  # misalignment per layer
+    pictures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3
+    assert "3 of 3 answers are the same after fusing" in printed

@@ -1,0 +1,282 @@
+"""The study: controls, the search for rates, scores against generation itself, tables of known numbers."""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+
+from nalora_mlx import adapt
+from nalora_mlx.data.tokenization import Example
+from nalora_mlx.models.output_head import find_head
+from tests.conftest import VOCABULARY, build_examples, build_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import study
+import study_methods
+import study_tables
+import study_tasks
+
+Q = mx.array([[0.5, 2.0, 1.0, 0.1], [3.0, 0.2, 0.4, 0.4]])
+
+
+def arguments(**changes):
+    given = {
+        "models": ["m"],
+        "tasks": ["t"],
+        "methods": ["lora"],
+        "seeds": [0, 1],
+        "rate": 4e-3,
+        "spacing": 2,
+        "iters": 10,
+        "rank": 4,
+    }
+    return argparse.Namespace(**given | changes)
+
+
+def record(method, seed, loss, rate=1e-3, **more):
+    setting = study.Setting("m", "t", method, rate, seed, 10, 4, False)
+    valid = {"loss": loss, "exact": 0.5}
+    return {**vars(setting), "key": setting.key, "valid": valid, "kl": 1.0, "curve": []} | more
+
+
+# --- controls -----------------------------------------------------------------------------------------------
+
+
+def test_controls_keep_what_they_are_to_keep():
+    random = np.array(study_methods._changed(Q, "random", 3))
+    assert np.array_equal(np.sort(random), np.sort(np.array(Q)))
+    assert np.array_equal(random, np.array(study_methods._changed(Q, "random", 3)))
+    assert not np.array_equal(random, np.array(study_methods._changed(Q, "random", 4)))
+    inverse = np.array(study_methods._changed(Q[:1], "inverse", 0))
+    assert np.allclose(inverse, [[1.0, 0.1, 0.5, 2.0]])
+    for control, power in (("mean", 1), ("rms", 2)):
+        matched = np.array(study_methods._changed(Q, control, 0))
+        assert matched.shape == Q.shape
+        assert np.ptp(matched, axis=-1).max() == 0
+        assert np.allclose((matched**power).mean(-1), (np.array(Q) ** power).mean(-1))
+
+
+@pytest.mark.parametrize("name", ["matched-mean", "matched-rms", "gate-x2"])
+def test_a_constant_gate_step_is_none_of_loras(name):
+    method = study_methods.METHODS[name]
+    s = mx.array([0.1, 0.2, 1.0, 0.4])
+    state = {"importance": s, "updates": mx.array(1.0), "mask": s / mx.mean(s)}
+    settings = study.NALoRAConfig(**dict(method.na) | {"beta": 0.0})
+    with study_methods.controlled(method.control, 0):
+        q = np.array(study_methods.importance.multiplier(state, settings))
+    assert np.ptp(q) < 1e-6
+    assert abs(q[0] - 1) > 0.05
+
+
+def test_bad_input_is_refused_before_any_run(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").touch()
+    good = ["--models", str(tmp_path), "--tasks", "orders", "--output", str(tmp_path / "runs.jsonl")]
+    for flags, said in (
+        (["--iters", "30"], "multiple of"),
+        (["--models", str(tmp_path / "none")], "holds no model"),
+        (["--tasks", "order"], "invalid choice"),
+        (["--tasks", "wikisql", "--data", str(tmp_path)], "is missing"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["study.py", "tune", *good, *flags])
+        with pytest.raises(SystemExit) as end:
+            study.main()
+        assert end.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_a_control_ends_with_its_run():
+    before = study_methods.importance.multiplier, study_methods.step.gated_mlps
+    for control in ("random", "first-half"):
+        with study_methods.controlled(control, 0):
+            assert (study_methods.importance.multiplier, study_methods.step.gated_mlps) != before
+        assert (study_methods.importance.multiplier, study_methods.step.gated_mlps) == before
+
+
+def test_a_fitted_lora_a_spans_what_the_gradient_spans():
+    model, examples = build_model(), build_examples(40)
+    batches = list(
+        itertools.islice(study_methods.training_batches(examples, 4, 1), study_methods.FIT_BATCHES)
+    )
+    truth = build_model()
+    loss = study_methods.ScoredLoss(truth)
+    summed = nn.value_and_grad(
+        truth, lambda: sum(loss(mx.array(b.inputs), *map(mx.array, b.scored())) for b in batches)
+    )
+    weights = dict(tree_flatten(summed()[1]))
+    inputs = mx.array([[5, 9, 2, 7]])
+    before = model(inputs)
+    adapt(model, study.NALoRAConfig(rank=3, num_layers=-1))
+    drawn = {path: m.lora_a for path, m in model.named_modules() if "lora_a" in m}
+    study_methods.fit(model, examples, study_methods.GATED, 4, 0)
+    assert mx.allclose(model(inputs), before, atol=1e-5)
+    for path, module in model.named_modules():
+        if "lora_a" not in module:
+            continue
+        a = np.array(module.lora_a)
+        if path.rsplit(".", 1)[-1] not in study_methods.GATED:
+            assert mx.array_equal(module.lora_a, drawn[path])
+            continue
+        gradient = np.array(weights[f"{path}.weight"], np.float64).T
+        best = (np.linalg.svd(gradient, compute_uv=False)[:3] ** 2).sum()
+        reached = (np.linalg.norm(np.linalg.qr(a)[0].T @ gradient) ** 2) / best
+        by_chance = (np.linalg.norm(np.linalg.qr(np.array(drawn[path]))[0].T @ gradient) ** 2) / best
+        assert reached > 0.7 > 0.4 > by_chance
+        norms = np.linalg.norm(a, axis=0)
+        assert np.allclose(norms, np.sqrt((np.array(drawn[path]) ** 2).sum(0).mean()), rtol=1e-4)
+
+
+# --- rates --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best", [1e-4, 4e-3, 5e-2])
+def test_the_best_rate_is_inside_its_grid(monkeypatch, best):
+    calls = []
+
+    def fake(settings, _):
+        calls.append(len(settings))
+        return [record("lora", s.seed, abs(np.log(s.rate / best)), rate=s.rate) for s in settings]
+
+    monkeypatch.setattr(study, "run_all", fake)
+    (rates,) = study.mean_losses(study.tune(arguments())).values()
+    found = min(rates, key=lambda rate: rates[rate])
+    assert abs(np.log(found / best)) <= np.log(2) / 2 + 0.01
+    assert min(rates) < found < max(rates)
+
+
+def test_confirm_refuses_the_seeds_that_rates_were_chosen_with(tmp_path):
+    tuned = tmp_path / "tune.jsonl"
+    tuned.write_text(json.dumps(record("lora", 1, 2.0)) + "\n")
+    with pytest.raises(SystemExit, match=r"seeds \[1\]"):
+        study.confirm(arguments(tuned=tuned, seeds=[1, 2]))
+    with pytest.raises(SystemExit, match=r"no runs of .*dora"):
+        study.confirm(arguments(tuned=tuned, seeds=[2], methods=["dora"]))
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    output = tmp_path / "runs.jsonl"
+    setting = study.Setting("m", "t", "lora", 1e-3, 0, 10, 4, False)
+    output.write_text(json.dumps(record("lora", 0, 2.0)) + '\n{"key": "half a li')
+    monkeypatch.setattr(study, "ProcessPoolExecutor", None)
+    with pytest.raises(TypeError):
+        study.run_all(
+            [setting, study.Setting(**vars(setting) | {"seed": 1})], arguments(output=output, jobs=1)
+        )
+    assert study.finished(output)[setting.key]["valid"]["loss"] == 2.0
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+def test_an_exact_answer_is_what_greedy_generation_gives():
+    model = build_model(gain=2.0)
+    rng = np.random.default_rng(0)
+    examples, truth = [], []
+    for i in range(12):
+        prompt = rng.integers(1, VOCABULARY, 6)
+        made = [
+            t
+            for t, _ in zip(
+                (int(t) for t, _ in generate_step(mx.array(prompt), model)), range(4), strict=False
+            )
+        ]
+        if i % 3 == 0:
+            made[i % 4] = (made[i % 4] + 1) % VOCABULARY
+        truth.append(i % 3 != 0)
+        tokens = np.array([*prompt, *made], np.int32)
+        examples.append(Example(tokens, np.arange(10) >= 6, str(i)))
+    found = study_tasks.score(find_head(model), examples, [])
+    assert found["exact"] == np.mean(truth)
+    losses = []
+    for example in examples:
+        logits = np.array(model(mx.array(example.tokens[None, :-1])))[0].astype(np.float64)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses += [-logp[i - 1, example.tokens[i]] for i in range(6, 10)]
+    assert abs(found["loss"] - np.mean(losses)) < 1e-5
+
+
+def test_a_choice_is_the_likeliest_of_its_tokens():
+    model = build_model(gain=2.0)
+    rng = np.random.default_rng(1)
+    examples, choices, truth = [], [], []
+    for i in range(10):
+        tokens = rng.integers(1, VOCABULARY, 8 + i % 3).astype(np.int32)
+        logits = np.array(model(mx.array(tokens[None, :-1])))[0, 5]
+        candidates = [int(tokens[6]), *(int(c) for c in rng.choice(VOCABULARY, 3, replace=False))]
+        examples.append(Example(tokens, np.arange(len(tokens)) >= 5, str(i)))
+        choices.append((6, candidates))
+        truth.append(logits[candidates[0]] >= max(logits[c] for c in candidates))
+    assert 0 < np.mean(truth) < 1
+    assert study_tasks.score(find_head(model), examples, choices)["accuracy"] == np.mean(truth)
+
+
+def test_choices_differ_in_one_token():
+    assert study_tasks._differing([[1, 2, 3], [1, 9, 3]], 10) == (11, [2, 9])
+    with pytest.raises(ValueError):
+        study_tasks._differing([[1, 2, 3], [4, 9, 3]], 10)
+
+
+def test_orders_are_different_ones_and_always_the_same():
+    made = study_tasks.orders()
+    prompts = [row["prompt"] for split in made.values() for row in split]
+    assert len(set(prompts)) == len(prompts) == 1650
+    assert all(json.loads(row["completion"])["size"] in study_tasks.SIZES for row in made["test"])
+    assert made == study_tasks.orders()
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_by_seed_and_relative_to_the_baseline():
+    noise = np.random.default_rng(0).normal(0, 1, 20)
+    records = [record("lora", s, 10 + noise[s]) for s in range(20)]
+    records += [record("soft", s, 10 + noise[s] - 0.1) for s in range(20)]
+    pairs = study_tables.Pairs(records, "valid")
+    found = list(pairs.differences("m", "t", "soft", "loss").values())
+    assert np.allclose(found, -100 * 0.1 / (10 + noise.mean()))
+    row = study_tables.table(pairs, "loss", "Loss").splitlines()[-1]
+    assert row.startswith("| soft | -")
+    assert "20/20" in row
+    assert "*" in row
+
+
+def test_an_interval_covers_the_mean_it_is_of():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        low, high = study_tables.interval(list(rng.normal(0.3, 1, 20)), 0.95)
+        covered += low <= 0.3 <= high
+    assert 170 <= covered <= 198
+
+
+def test_the_best_rate_of_each_method_is_compared():
+    records = [record("lora", 0, loss, rate=rate) for rate, loss in ((1e-3, 2.0), (2e-3, 1.0), (4e-3, 3.0))]
+    assert [r["valid"]["loss"] for r in study_tables.at_best_rates(records)] == [1.0]
+
+
+def test_forgetting_is_compared_where_losses_are_equal():
+    curve = [{"loss": 4.0, "kl": 0.0}, {"loss": 2.0, "kl": 1.0}, {"loss": 1.0, "kl": 3.0}]
+    assert study_tables.kl_at(curve, 3.0) == pytest.approx(0.5)
+    assert study_tables.kl_at(curve, 1.5) == pytest.approx(2.0)
+    assert study_tables.kl_at(curve, 0.5) == 3.0
+
+
+def test_the_plots_are_drawn(tmp_path):
+    curve = [
+        {"step": step, "loss": 3.0 - step / 10, "kl": 0.1, "misalignment": [0.2, 0.4]} for step in range(3)
+    ]
+    spread = {"mean": 0.5, "p10": 0.1, "p50": 0.4, "p90": 1.5}
+    records = [record("lora", 0, 2.0, curve=[{**p, "misalignment": None} for p in curve], importance={})]
+    records += [record("soft", s, 2.0, curve=curve, importance={"a": spread, "b": spread}) for s in range(2)]
+    study_tables.plot(records, tmp_path)
+    drawn = (tmp_path / "study.svg").read_text()
+    for label in ("selection misalignment", "importance / its mean", "soft"):
+        assert f"<!-- {label} -->" in drawn

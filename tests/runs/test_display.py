@@ -1,0 +1,269 @@
+"""What a run shows: the plain lines to the letter, and the screen that a terminal ends up with."""
+
+import io
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from nalora_mlx.core.terminal import colours, marked_text
+from nalora_mlx.runs.display import Display, Status, chart, duration, trend
+
+START = {"event": "start", "iterations": 100, "done": 0}
+
+
+def report(step, loss, **changes):
+    event = {
+        "event": "metrics",
+        "split": "train",
+        "step": step,
+        "loss": loss,
+        "tokens": 40 * step,
+        "tokens_per_second": 1234.4,
+        "iterations_per_second": 0.5,
+        "learning_rate": 1e-5,
+        "peak_memory_gb": 3.2,
+        "layers": {"a": {"misalignment": 0.1}, "b": {"misalignment": 0.3}, "c": {"mask": 1.0}},
+    }
+    return event | changes
+
+
+def validation(step, loss, best):
+    event = {"event": "metrics", "split": "valid", "step": step, "loss": loss, "best_loss": best}
+    return event | {"tokens": 100, "seconds": 2.04}
+
+
+EVENTS = [
+    START,
+    {"event": "validating", "batch": 1, "batches": 2},
+    {"event": "validating", "batch": 2, "batches": 2},
+    validation(0, 3.0, None),
+    {"event": "step", "step": 1, "iterations": 100},
+    report(10, 2.5),
+    validation(10, 2.25, 2.25),
+    report(20, 2.0, learning_rate=None, layers={}),
+    validation(20, 2.5, 2.25),
+    {"event": "saved", "step": 20, "path": "adapters/checkpoints/step-0000020"},
+    {"event": "notice", "text": "[bold] is no markup"},
+]
+LINES = """\
+validating the model as it is, 2 batches
+iteration   0: validation loss 3.0000, 2.0 s
+iteration  10: loss 2.5000, lr 1.00e-05, 0.50 it/s, 1234 tokens/s, 400 tokens, peak 3.20 of 16.0 GB, \
+misalignment 0.200, 10% done, 0:03:00 left
+iteration  10: validation loss 2.2500, -0.7500 (best), 2.0 s
+iteration  20: loss 2.0000, lr -, 0.50 it/s, 1234 tokens/s, 800 tokens, peak 3.20 of 16.0 GB, \
+20% done, 0:02:40 left
+iteration  20: validation loss 2.5000, +0.2500, 2.0 s
+iteration 20: saved to adapters/checkpoints/step-0000020
+note: [bold] is no markup
+"""
+
+
+def show(events, console, limit=16e9):
+    with Display(console) as display:
+        display.status.memory_limit = limit and int(limit)
+        for event in events:
+            display(event)
+    return display
+
+
+def test_plain_lines_when_piped():
+    out = io.StringIO()
+    show(EVENTS, Console(file=out, width=40))
+    assert out.getvalue() == LINES
+
+
+def test_memory_without_a_limit():
+    out = io.StringIO()
+    show([START, report(10, 2.5)], Console(file=out), limit=None)
+    assert ", peak 3.20 GB, misalignment" in out.getvalue()
+
+
+def screen(text):
+    """What a terminal shows at last: lines, with cursor-up and erase-line done as rich uses them."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|\r|\n|[^\x1b\r\n]+", text):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part.endswith("A") and part[0] == "\x1b":
+            row -= int(part[2:-1] or 1)
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] not in "\x1b\r":
+            lines[row] += part
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+from tests.runs.test_display import EVENTS, show
+show(EVENTS, None)
+"""
+
+
+def on_a_terminal(**environment):
+    """The bytes of a program that shows the events on a terminal of 100 columns."""
+    leader, follower = pty.openpty()
+    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE")}
+    settings = {**kept, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", **environment}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(tests=os.getcwd())],
+        stdout=follower,
+        stderr=follower,
+        env=settings,
+    )
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(leader, 4096)
+        except OSError:  # the end, on Linux
+            piece = b""
+        if not piece:
+            break
+        seen += piece
+    os.close(leader)
+    assert process.wait() == 0, seen.decode()
+    return seen.decode()
+
+
+def test_a_terminal_shows_the_run_at_a_glance():
+    seen = on_a_terminal()
+    lines = screen(seen)
+    assert lines[:5] == [
+        "iteration   0: validation loss 3.0000, 2.0 s",
+        "iteration  10: validation loss 2.2500, -0.7500 (best), 2.0 s",
+        "iteration  20: validation loss 2.5000, +0.2500, 2.0 s",
+        "iteration 20: saved to adapters/checkpoints/step-0000020",
+        "note: [bold] is no markup",
+    ]
+    assert re.fullmatch(r"training [━╸╺ ]+ 1/100 +1% \S+ left", lines[5])
+    assert [" ".join(line.split()) for line in lines[6:]] == [
+        "loss 2.0000 █▁",
+        "validation 2.5000 best 2.2500 at iteration 10",
+        "learning rate none",
+        "speed 1,234 tokens/s, 0.50 iterations/s",
+        "memory 3.20 of 16.0 GB (20%)",
+    ]
+    assert "\x1b[36m" in seen  # cyan
+    assert "\x1b[?25h" in seen[seen.rindex("\x1b[?25l") :]  # the cursor is back
+
+
+def test_no_color_is_respected():
+    seen = on_a_terminal(NO_COLOR="1")
+    assert not re.search(r"\x1b\[[0-9;]*(3[0-7]|9[0-7]|38|48)[0-9;]*m", seen)
+    coloured = screen(on_a_terminal())
+    assert [line for line in screen(seen) if "training" not in line] == [
+        line for line in coloured if "training" not in line
+    ]
+    assert not colours(Console(force_terminal=True, color_system="standard", no_color=True))
+    assert colours(Console(force_terminal=True, color_system="standard", no_color=False))
+    assert not colours(Console(file=io.StringIO()))
+
+
+def test_a_dumb_terminal_gets_plain_lines():
+    assert on_a_terminal(TERM="dumb").replace("\r\n", "\n") == LINES
+
+
+def test_masks_have_brackets_where_there_are_no_colours():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="standard", no_color=True)
+    with Display(console) as display:
+        display.masks("a.jsonl:1", [("who ? ", False), ("the cat", True)])
+    assert "⟦the cat⟧" in out.getvalue()
+    assert marked_text("a", [("x", True)], colours=True).plain == "a\nx"
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+def status(events, limit=10e9):
+    console = Console(file=io.StringIO(), width=100)
+    made = Status(int(limit))
+    for event in events:
+        made.add(event)
+    console.print(made)
+    return console.file.getvalue()
+
+
+def test_the_status_says_trend_best_and_full_memory():
+    falling = [report(i, 3 - 0.1 * i) for i in range(1, 11)]
+    text = status([*falling, validation(10, 2.0, 2.0)])
+    assert re.search(r"loss +2\.0000  █▇▆▆▅▄▃▃▂▁  falling", text)
+    assert re.search(r"validation +2\.0000  the best so far", text)
+    first = status([validation(0, 3.0, None), *falling])
+    assert re.search(r"validation +3\.0000  at iteration 0 *$", first, re.M), first
+    assert re.search(r"misalignment +0\.200", text)
+    assert "nearly full" not in text
+    later = status([*falling, validation(10, 2.0, 2.0), validation(15, 2.4, 2.0)])
+    assert re.search(r"validation +2\.4000  best 2\.0000 at iteration 10", later)
+    assert "rising" in status([report(i, 1 + 0.1 * i) for i in range(10)])
+    assert re.search(
+        r"memory +9\.50 of 10\.0 GB \(95%, nearly full\)", status([report(1, 2.0, peak_memory_gb=9.5)])
+    )
+
+
+def test_a_resumed_run_knows_the_best_without_its_iteration():
+    assert re.search(r"validation +2\.4000  best 2\.0000$", status([validation(15, 2.4, 2.0)]).rstrip())
+
+
+def test_chart_trend_and_duration():
+    assert chart([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert chart([1, math.nan, 2]) == "▁ █"
+    assert chart([3, 3]) == "▁▁"
+    assert trend([1.0] * 9) == ""
+    assert trend([1.0] * 5 + [1.009] * 5) == "level"
+    assert trend([1.0] * 5 + [1.02] * 5) == "rising"
+    assert trend([1.0] * 5 + [0.9] * 5) == "falling"
+    assert trend([1.0] * 9 + [math.inf]) == ""
+    assert [duration(s) for s in (0, 59.6, 3661)] == ["0:00:00", "0:01:00", "1:01:01"]
+
+
+@pytest.mark.parametrize("seconds", [1, 60, 400])
+def test_the_time_left_is_told_however_slow_a_step_is(seconds):
+    """Steps of minutes are no reason to say nothing."""
+    now = 0.0
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, get_time=lambda: now)
+    with Display(console) as display:
+        display(START)
+        display.progress.get_time = lambda: now
+        for step in (1, 2, 3):
+            now += seconds
+            display({"event": "step", "step": step, "iterations": 100})
+        assert display.progress.tasks[0].time_remaining == 97 * seconds
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_run():
+    class Gone(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    with Display() as display:
+        display.console.file = Gone()
+        display(START)
+        display(report(10, 2.0))
+        display.note("x")
+    assert display.console.quiet
+
+
+def test_nobody_reads_what_is_left_in_the_buffer():
+    code = (
+        "import sys; from nalora_mlx.core.terminal import LastingConsole; "
+        "input(); LastingConsole().print('one'); sys.stdout.write('two')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    errors = process.stderr.read()
+    assert (process.wait(60), errors) == (0, b"")

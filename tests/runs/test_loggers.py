@@ -1,0 +1,181 @@
+"""Services that get the metrics: what TensorBoard reads, what mlx-lm's callbacks receive, and what a failure costs."""
+
+import json
+import struct
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from mlx_lm.tuner import callbacks
+
+from nalora_mlx.__main__ import main
+from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.runs.loggers import reporters
+
+FLAGS = ["--batch-size", "3", "--steps-per-report", "2", "--steps-per-eval", "4", "--save-every", "4"]
+
+
+def train(model_directory, data_directory, output, *flags):
+    where = ["--model", model_directory, "--data", data_directory, "--adapter-path", output]
+    return main(["lora", "--train", *map(str, where), *FLAGS, *flags])
+
+
+def records(output, split):
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+# --- TensorBoard --------------------------------------------------------------------------------------------
+
+
+def events(path):
+    """The events of a file, by its record format: length, its checksum, data, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, place = path.read_bytes(), 0
+    while place < len(data):
+        (length,) = struct.unpack_from("<Q", data, place)
+        yield Event.FromString(data[place + 12 : place + 12 + length])
+        place += 16 + length
+
+
+def scalars(directory):
+    """{tag: {step: value}} as TensorBoard reads them: a session that starts at a step drops what was from there on."""
+    found = {}
+    for path in sorted(directory.iterdir(), key=lambda p: (p.name.split(".")[3], p.stat().st_mtime_ns)):
+        for event in events(path):
+            if event.HasField("session_log") and event.session_log.status == event.session_log.START:
+                found = {
+                    tag: {step: value for step, value in values.items() if step < event.step}
+                    for tag, values in found.items()
+                }
+            for value in event.summary.value:
+                values = found.setdefault(value.tag, {})
+                assert event.step not in values, (value.tag, event.step)  # it is told once
+                values[event.step] = value.simple_value
+    return found
+
+
+def test_tensorboard_has_the_metrics_also_after_a_resume(model_directory, data_directory, tmp_path):
+    pytest.importorskip("tensorboardX", reason="needs tensorboardX; pip install -e '.[tensorboard]'")
+    output = tmp_path / "adapters"
+    flags = ["--report-to", "tensorboard"]
+    assert train(model_directory, data_directory, output, *flags, "--iters", "8") == 0
+    # It was cut off after the checkpoint of iteration 4, so that 5 to 8 are told again.
+    checkpoint = output / "checkpoints" / "step-0000004"
+    time.sleep(1.1)  # the files' names tell seconds apart
+    assert (
+        train(model_directory, data_directory, output, *flags, "--iters", "10", "--resume", str(checkpoint))
+        == 0
+    )
+    found = scalars(output / "tensorboard")
+    files = list((output / "tensorboard").iterdir())
+    assert len(files) == 2
+    for split in ("train", "valid"):
+        told = {r["step"]: r["loss"] for r in records(output, split)}
+        assert found[f"loss/{split}"] == pytest.approx(told, rel=1e-5)
+    assert sorted(found["loss/train"]) == [2, 4, 6, 8, 10]
+    rates = {r["step"]: r["learning_rate"] for r in records(output, "train")}
+    assert found["training/learning_rate"] == pytest.approx(rates, rel=1e-5)
+    layer = "model.layers.0.mlp"
+    told = {r["step"]: r["layers"][layer]["misalignment"] for r in records(output, "train")}
+    assert found[f"misalignment/{layer}"] == pytest.approx(told, rel=1e-5)
+
+
+# --- mlx-lm's callbacks -------------------------------------------------------------------------------------
+
+
+class Service:
+    """Stands in for wandb and for swanlab: keeps what it gets."""
+
+    def __init__(self):
+        self.started, self.logged = [], []
+
+    def init(self, **settings):
+        self.started.append(settings)
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+
+def test_the_callbacks_of_mlx_lm_receive_the_metrics(model_directory, data_directory, tmp_path, monkeypatch):
+    services = {"wandb": Service(), "swanlab": Service()}
+    for name, service in services.items():
+        monkeypatch.setattr(callbacks, name, service)
+    output = tmp_path / "adapters"
+    flags = ["--iters", "4", "--report-to", "wandb, SwanLab", "--project-name", "cats"]
+    assert train(model_directory, data_directory, output, *flags) == 0
+    assert [s["project"] for service in services.values() for s in service.started] == ["cats", "cats"]
+    assert services["wandb"].started[0]["config"]["batch_size"] == 3
+    assert services["wandb"].logged == services["swanlab"].logged
+    told = {0: {}, 2: {}, 4: {}}
+    for step, values in services["wandb"].logged:
+        assert values["iteration"] == step
+        told[step] |= values
+    for record in records(output, "train"):
+        values = told[record["step"]]
+        assert values["train_loss"] == pytest.approx(record["loss"], rel=1e-5)
+        assert values["trained_tokens"] == record["tokens"]
+        assert values["peak_memory"] == pytest.approx(record["peak_memory_gb"], rel=1e-5)
+        assert values["learning_rate"] == pytest.approx(1e-5)
+    for record in records(output, "valid"):
+        assert told[record["step"]]["val_loss"] == pytest.approx(record["loss"], rel=1e-5)
+    assert len(services["wandb"].logged) == 4
+
+
+def test_nothing_starts_before_the_run(model_directory, data_directory, tmp_path, monkeypatch):
+    service = Service()
+    monkeypatch.setattr(callbacks, "wandb", service)
+    assert train(model_directory, data_directory, tmp_path / "a", "--report-to", "wandb", "--plan") == 0
+    assert service.started == []
+
+
+# --- failures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["init", "log"])
+def test_a_service_that_fails_does_not_end_the_run(
+    model_directory, data_directory, tmp_path, monkeypatch, capsys, when
+):
+    def fail(*_, **__):
+        raise ConnectionError("no network\nmore of it")
+
+    service, other = Service(), Service()
+    monkeypatch.setattr(service, when, fail)
+    monkeypatch.setattr(callbacks, "wandb", service)
+    monkeypatch.setattr(callbacks, "swanlab", other)
+    output = tmp_path / "adapters"
+    assert train(model_directory, data_directory, output, "--iters", "4", "--report-to", "wandb,swanlab") == 0
+    assert (output / "adapters.safetensors").exists()
+    out = capsys.readouterr().out
+    assert out.count("--report-to wandb fails (no network); the run goes on") == 1
+    assert len(other.logged) == 4
+    assert service.logged == []
+
+
+def test_ctrl_c_is_no_failure_of_a_service(monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(callbacks, "wandb", SimpleNamespace(init=interrupted))
+    (listen,) = reporters(RunConfig(report_to="wandb"))
+    with pytest.raises(KeyboardInterrupt):
+        listen({"event": "start", "iterations": 1, "done": 0})
+
+
+def test_what_cannot_be_reported_to_is_said_at_once(monkeypatch):
+    monkeypatch.setattr(callbacks, "wandb", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    for named, words in (
+        ("nothing", "--report-to nothing: choose from swanlab, wandb, tensorboard"),
+        ("wandb", "--report-to wandb: needs wandb; pip install wandb"),
+        (
+            "tensorboard",
+            r"--report-to tensorboard: needs tensorboardX; pip install 'nalora-mlx\[tensorboard\]'",
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            reporters(RunConfig(report_to=named))
+    assert reporters(RunConfig()) == []

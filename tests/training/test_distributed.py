@@ -1,0 +1,241 @@
+"""Two workers, through ring and MPI, against one process with the same global batches.
+
+Run as a program by both, this file trains the cases below and leaves each worker's results in a directory.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+
+from nalora_mlx.adapters.attach import adapt
+from nalora_mlx.adapters.files import adapter_weights
+from nalora_mlx.core.config import NALoRAConfig, TrainingConfig
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.data.batches import collate, evaluation_batches, training_batches
+from nalora_mlx.training import distributed
+from nalora_mlx.training.distributed import Workers
+from nalora_mlx.training.evaluation import evaluate
+from nalora_mlx.training.run import Run
+from nalora_mlx.training.trainer import train
+from tests.conftest import build_examples, build_model
+
+ROWS = 13
+HARD = {"mask": "hard", "keep_fraction": 0.5, "mask_warmup": 2}
+CASES = {
+    # 13 rows in batches of 5: the last one has 3, two for one worker and one for the other
+    "hard mask": (HARD, {"batch_size": 5}),
+    # in batches of 4: the last one has a single row, so that a worker has none
+    "accumulated": (HARD, {"batch_size": 4, "grad_accumulation_steps": 3, "grad_checkpoint": True}),
+    "packed": ({"mask_warmup": 2}, {"batch_size": 3, "packing": True}),
+}
+
+
+def run_case(name, output, stop_at=None, resume=None):
+    """Train one case, up to an iteration or from a checkpoint; what this worker has in the end."""
+    method, settings = CASES[name]
+    model = build_model()
+    mx.random.seed(11)
+    config = NALoRAConfig(num_layers=-1, rank=4, scale=4.0, **method)
+    adapt(model, config)
+    examples = build_examples(ROWS, seed=5, low=4, high=30)
+    settings = TrainingConfig(
+        iters=20, steps_per_report=5, steps_per_eval=10, save_every=10, val_batches=-1, **settings
+    )
+    events = []
+    run = Run(
+        model,
+        examples,
+        examples[:5],
+        settings,
+        optim.Adam(1e-3),
+        output,
+        [events.append],
+        resume=resume,
+        # the first worker alone hears the events, and its wish stops both
+        stop=lambda: stop_at is not None and any(event.get("step") == stop_at for event in events),
+    )
+    result = asdict(run.run())
+    arrays = {f"adapter {k}": a for k, a in adapter_weights(model).items()}
+    arrays |= {f"mask {k}": state["mask"] for k, state in run.step.importance["layers"].items()}
+    del result["seconds"], result["stopped"]
+    return arrays, {"result": result, "events": len(events)}
+
+
+def main(directory: Path) -> None:
+    """What each worker does."""
+    mx.set_default_device(mx.cpu)
+    rank = distributed.workers().rank
+    for name in CASES:
+        arrays, told = run_case(name, directory / name / f"rank-{rank}")
+        mx.save_safetensors(str(directory / f"{name}-{rank}.safetensors"), arrays)
+        (directory / f"{name}-{rank}.json").write_text(json.dumps(told))
+    name, place = "hard mask", directory / "resumed"
+    run_case(name, place / f"rank-{rank}", stop_at=10)
+    mx.eval(mx.distributed.all_sum(mx.ones(1)))  # until the checkpoint is there
+    kept = place / "rank-0" / "checkpoints" / "step-0000010"
+    arrays, told = run_case(name, place / f"rank-{rank}", resume=kept)
+    mx.save_safetensors(str(directory / f"resumed-{rank}.safetensors"), arrays)
+    (directory / f"resumed-{rank}.json").write_text(json.dumps(told))
+    examples = build_examples(ROWS, seed=5)
+    try:
+        model = build_model()
+        adapt(model, NALoRAConfig(num_layers=-1))
+        train(model, examples[rank:], config=TrainingConfig(iters=1))
+        refusal = "none"
+    except InputError as error:
+        refusal = str(error)
+    (directory / f"refusal-{rank}").write_text(refusal)
+
+
+def launch(backend, *command, **options):
+    """Run a Python command in two workers. mpirun itself for MPI: mlx.launch wants one of Open MPI 5."""
+    if backend == "mpi":
+        start = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2"]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--backend", backend]
+        start += ["-p", str(port), "--"]
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = {"MLX_MPI_LIBNAME": "libmpi.so.40"} | as_root if sys.platform == "linux" else {}
+    return subprocess.run(
+        [*start, sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module", params=["ring", "mpi"])
+def two_workers(request, tmp_path_factory):
+    """The directory that two workers have left their results in."""
+    backend = request.param
+    if backend == "mpi" and shutil.which("mpirun") is None:
+        pytest.skip("there is no mpirun here")
+    try:
+        probe = "import mlx.core as mx; assert mx.distributed.all_sum(mx.ones(1)).item() == 2; print('both')"
+        done = launch(backend, "-c", probe, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"two workers cannot be started with the {backend} backend here: {error}")
+    if done.stdout.count("both") != 2:
+        pytest.skip(
+            f"the {backend} backend does not start here: {(done.stderr or done.stdout).strip()[-200:]}"
+        )
+    directory = tmp_path_factory.mktemp(backend)
+    done = launch(
+        backend,
+        "-m",
+        "tests.training.test_distributed",
+        str(directory),
+        timeout=300,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (directory / "refusal-1").exists(), done.stdout + done.stderr
+    return directory
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_workers_equal_one(name, two_workers, tmp_path):
+    want, told = run_case(name, tmp_path)
+    found = [mx.load(str(two_workers / f"{name}-{rank}.safetensors")) for rank in (0, 1)]
+    reports = [json.loads((two_workers / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+    assert found[0].keys() == found[1].keys() == want.keys()
+    squares = np.zeros(2)
+    for path, expected in want.items():
+        ours, theirs, expected = np.array(found[0][path]), np.array(found[1][path]), np.array(expected)
+        np.testing.assert_array_equal(ours, theirs, err_msg=f"{path}: the workers differ")
+        if path.startswith("mask ") and CASES[name][0] is HARD:
+            np.testing.assert_array_equal(ours, expected)
+            assert 0 < ours.mean() < 1
+        elif path.startswith("mask "):
+            np.testing.assert_allclose(ours, expected, rtol=1e-4)
+        else:
+            squares += [np.square(ours - expected).sum(), np.square(expected).sum()]
+    assert np.sqrt(squares[0] / squares[1]) < 1e-4
+    for report in reports:
+        for key, value in told["result"].items():
+            assert report["result"][key] == pytest.approx(value, rel=1e-5), key
+    # the first worker writes and speaks, the other does neither
+    assert [report["events"] for report in reports] == [told["events"], 0]
+    written = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()}
+    theirs = two_workers / name / "rank-0"
+    assert {p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file()} == written
+    assert not (two_workers / name / "rank-1").exists()
+
+
+def test_two_workers_that_are_resumed_are_those_that_were_not_stopped(two_workers, tmp_path):
+    """To the last bit; one process alone sums in another order, and is refused."""
+    for rank in (0, 1):
+        want = mx.load(str(two_workers / f"hard mask-{rank}.safetensors"))
+        found = mx.load(str(two_workers / f"resumed-{rank}.safetensors"))
+        assert found.keys() == want.keys()
+        for path in want:
+            np.testing.assert_array_equal(np.array(found[path]), np.array(want[path]), err_msg=path)
+        results = [
+            json.loads((two_workers / f"{kind}-{rank}.json").read_text())["result"]
+            for kind in ("hard mask", "resumed")
+        ]
+        assert results[0] == results[1]
+    kept = two_workers / "resumed" / "rank-0" / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["step-0000010", "step-0000020"]
+    with pytest.raises(InputError, match=r"not the same run: workers was 2, is 1; .*--resume-anyway"):
+        run_case("hard mask", tmp_path, resume=kept / "step-0000010")
+
+
+def test_workers_with_other_data_are_refused(two_workers):
+    for rank in (0, 1):
+        assert "the workers differ in their data" in (two_workers / f"refusal-{rank}").read_text()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_shares_make_up_the_batch(packing):
+    """Every sequence is with one worker, padded alike; a worker without a sequence has padding alone."""
+    examples = build_examples(7)
+    whole = training_batches(examples, 3, 0, packing)
+    parts = [training_batches(examples, 3, 0, packing, Workers(rank, 4).share) for rank in range(4)]
+    for _ in range(6):
+        batch, shares = next(whole), [next(part) for part in parts]
+        assert {share.tokens for share in shares} == {batch.tokens}
+        assert {share.rows for share in shares} == {batch.rows}
+        for rank, share in enumerate(shares):
+            if rank < len(batch.inputs):
+                for name in ("inputs", "targets", "supervised", "real"):
+                    np.testing.assert_array_equal(getattr(share, name), getattr(batch, name)[rank::4])
+                if packing:
+                    np.testing.assert_array_equal(share.segments, batch.segments[rank::4])
+            else:
+                assert share.inputs.shape == (1, batch.inputs.shape[1])
+                assert share.real.sum() == share.supervised.sum() == 0
+
+
+def test_a_share_of_padding_alone_gives_zero():
+    model = build_model()
+    examples = build_examples(3)
+    shares = [evaluation_batches(examples, 1, -1, 0, Workers(rank, 2).share) for rank in (0, 1)]
+    mean, tokens = evaluate(model, shares[1])
+    assert mean == 0
+    assert tokens == sum(int(e.supervised.sum()) for e in examples)
+    assert collate(examples, [0, 1], Workers(1, 2).share).elsewhere == int(examples[0].supervised.sum())
+
+
+def test_one_process_alone_sums_nothing():
+    tree = {"a": mx.ones(3), "b": [mx.zeros(2)]}
+    assert Workers().sum(tree) is tree
+    assert distributed.workers() == Workers(0, 1)
+    Workers().agree({"data": []})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,669 @@
+"""The trainer against mlx-lm's own modules, against NumPy, and against itself run another way."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from scipy.special import expit
+
+from nalora_mlx.adapters.attach import adapt
+from nalora_mlx.adapters.files import adapter_weights
+from nalora_mlx.adapters.forward_pass import recomputed
+from nalora_mlx.adapters.merge import fuse_model
+from nalora_mlx.core.config import PLAIN_LORA, NALoRAConfig, TrainingConfig
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.data import batches as batching
+from nalora_mlx.training.distributed import Workers
+from nalora_mlx.training.evaluation import evaluate
+from nalora_mlx.training.step import TrainingStep
+from nalora_mlx.training.trainer import train
+from tests.conftest import VOCABULARY, build_examples, build_model, random_adapters
+from tests.training.test_importance import reference as importance_reference
+
+OFF = {"mask": "off", "step_scaling": False}
+ZERO = 1.2784645427610737  # where the derivative of SiLU is 0, and the boundary of its partition
+
+
+def adapted(model=None, **settings):
+    """The tiny llama, or another model, with adapters of fixed initial values."""
+    model = model or build_model()
+    mx.random.seed(11)
+    adapt(model, NALoRAConfig(**({"num_layers": -1, "rank": 4, "scale": 4.0} | settings)))
+    mx.eval(model.parameters())
+    return model
+
+
+def weights(model):
+    return {name: np.array(a) for name, a in adapter_weights(model).items()}
+
+
+def relative_norm(got, want):
+    keys = want.keys()
+    assert got.keys() == keys
+    difference = sum(float(((got[k] - want[k]) ** 2).sum()) for k in keys)
+    return np.sqrt(difference / sum(float((want[k] ** 2).sum()) for k in keys))
+
+
+def run(model, examples, optimizer=None, listeners=(), **settings):
+    config = TrainingConfig(**({"iters": 8, "batch_size": 3, "steps_per_report": 4} | settings))
+    return train(model, examples, (), config, optimizer or optim.Adam(1e-2), listeners=listeners)
+
+
+# --- equality with plain LoRA -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [lambda: optim.Adam(3e-3), lambda: optim.AdamW(3e-3, weight_decay=0.1)])
+def test_without_mechanisms_it_is_mlx_lms_lora(build):
+    """20 steps against a loop written here with mlx-lm's LoRALinear, on the same batches, in float32 and float64.
+
+    Rounding alone takes mlx-lm's own float32 run some 1e-4 away from float64, ten times more or less with another
+    model; ours must stay about as near, on the average of a few.
+    """
+
+    def loss(model, inputs, targets, mask):
+        return (nn.losses.cross_entropy(model(inputs), targets) * mask).sum() / mask.sum()
+
+    def theirs(seed, start, dtype):
+        model = build_model(seed)
+        model.freeze()
+        linear_to_lora_layers(model, 3, {"rank": 4, "scale": 4.0, "dropout": 0.0})
+        model.load_weights([(name, mx.array(array)) for name, array in start.items()], strict=False)
+        model.set_dtype(dtype)
+        optimizer, step = build(), nn.value_and_grad(model, loss)
+        batches = batching.training_batches(build_examples(20, seed), 3, 0)
+        for _ in range(20):
+            batch = next(batches)
+            mask = mx.array(batch.supervised).astype(dtype)
+            _, gradients = step(model, mx.array(batch.inputs), mx.array(batch.targets), mask)
+            optimizer.update(model, gradients)
+            mx.eval(model.parameters(), optimizer.state)
+        return weights(model)
+
+    ratios = []
+    for seed in range(8):
+        ours = adapted(build_model(seed), **OFF)
+        start = weights(ours)
+        run(ours, build_examples(20, seed), build(), iters=20)
+        exact = theirs(seed, start, mx.float64)
+        moved = {name: exact[name] - start[name] for name in exact}
+
+        def distance(got, exact=exact, moved=moved):
+            return relative_norm({name: moved[name] + got[name] - exact[name] for name in moved}, moved)
+
+        ratios.append(distance(weights(ours)) / distance(theirs(seed, start, mx.float32)))
+    assert np.exp(np.mean(np.log(ratios))) < 2
+
+
+# --- the method acts ----------------------------------------------------------------------------------------
+
+METHODS = {
+    "soft": {},
+    "hard": {"mask": "hard", "keep_fraction": 0.25, "preserve": "none", "step_scaling": False},
+    "sensitivity": {"statistic": "sensitivity", "preserve": "mean"},
+    "both branches": {"branches": ("gate", "up"), "preserve": "function"},
+    "step scaling": {"mask": "off", "gamma": (0.2, 1.0, 0.6)},
+}
+
+
+def gate_inputs(model, batches, projections=("gate_proj", "up_proj")):
+    """Gate pre-activations and up branches [layers][real tokens, F] of an unmodified mlx-lm model, by recording."""
+    records, sinks = [], {}
+
+    class Recorder(nn.Module):
+        def __init__(self, inner, where):
+            super().__init__()
+            self.inner = inner
+            self._where = where
+
+        def __call__(self, x):
+            y = self.inner(x)
+            sinks[self._where].append(y)
+            return y
+
+    for i, layer in enumerate(model.model.layers):
+        for name in projections:
+            sinks[i, name] = []
+            layer.mlp[name] = Recorder(layer.mlp[name], (i, name))
+    for batch in batches:
+        model(mx.array(batch.inputs))
+        real = batch.real.astype(bool)
+        records.append({key: np.array(found.pop(), dtype=np.float64)[real] for key, found in sinks.items()})
+    return [
+        tuple(np.concatenate([r[i, name] for r in records]) for name in projections)
+        for i in range(len(model.model.layers))
+    ]
+
+
+def merged_copy(model):
+    """An unmodified mlx-lm model whose weights hold what the adapted one has learned so far."""
+    copy = build_model()
+    adapt(copy, NALoRAConfig(num_layers=-1, rank=4, scale=4.0))
+    copy.load_weights(list(adapter_weights(model).items()), strict=False)
+    fuse_model(copy)
+    return copy
+
+
+def observation(z, u, statistic):
+    """Sums over tokens in float64, from the definitions."""
+    response = np.abs(expit(z) * (1 + z * expit(-z)))
+    if statistic == "sensitivity":
+        response = response * np.abs(u)
+    return {
+        "tokens": np.float64(len(z)),
+        "responsiveness": response.sum(0),
+        "beyond": np.stack([(z >= -ZERO).sum(0), (z >= ZERO).sum(0)]).astype(np.float64),
+    }
+
+
+def take_steps(settings, optimizer, steps=1, accumulate=1, checkpointing=False, compiled=True, adapters=None):
+    """Run TrainingStep by hand; returns (model, step, observations per layer and update)."""
+    examples = build_examples(18, seed=3)
+    model = adapted(**settings)
+    random_adapters(model, size=0.02) if adapters is None else model.load_weights(adapters, strict=False)
+    config = NALoRAConfig(**settings)
+    step = TrainingStep(model, optimizer, config, compiled)
+    batches = batching.training_batches(examples, 3, 0)
+    seen = []
+    model.train()
+    for _ in range(steps):
+        window = [next(batches) for _ in range(accumulate)]
+        seen.append(gate_inputs(merged_copy(model), window))
+        carry, tokens = None, sum(b.tokens for b in window)
+        for i, batch in enumerate(window, 1):
+            with recomputed(list(model.layers) if checkpointing else []):
+                total, carry = step(batch, tokens, carry, i == len(window))
+            mx.eval(step.state, total, carry)
+    observed = [[observation(z, u, config.statistic) for z, u in layers] for layers in seen]
+    return model, step, list(zip(*observed, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_each_column_moves_by_q_times_the_plain_step(name):
+    settings = METHODS[name] | {"mask_warmup": 0}
+    start = adapted(**settings)
+    before = weights(start)
+    initial = list(adapter_weights(start).items())
+    plain, _, _ = take_steps(settings | OFF, optim.Adam(1e-2), adapters=initial)
+    scaled, _, observed = take_steps(settings, optim.Adam(1e-2), adapters=initial)
+    parameters = NALoRAConfig(**settings)
+    moved_plain, moved = weights(plain), weights(scaled)
+    acted = set()
+    for layer, made in enumerate(observed):
+        q = importance_reference(list(made), parameters, made[0]["responsiveness"].shape)[-1][3]
+        for branch in parameters.branches:
+            path = f"model.layers.{layer}.mlp.{branch}_proj.lora_b"
+            acted.add(path)
+            step, whole = moved[path] - before[path], moved_plain[path] - before[path]
+            np.testing.assert_allclose(step, q * whole, rtol=1e-5, atol=0)
+            frozen = q == 0
+            np.testing.assert_array_equal(moved[path][:, frozen], before[path][:, frozen])
+            if name == "hard":
+                assert frozen.sum() == 36  # of 48 channels a quarter is kept
+                assert (step[:, ~frozen] != 0).all()
+    for path in moved:
+        if path not in acted:
+            np.testing.assert_array_equal(moved[path], moved_plain[path])
+
+
+def test_decay_acts_on_every_column_alike():
+    settings = METHODS["hard"] | {"mask_warmup": 0}
+    start = adapted(**settings)
+    random_adapters(start, size=0.5)
+    before, initial = weights(start), list(adapter_weights(start).items())
+    model, _, observed = take_steps(settings, optim.AdamW(1e-2, weight_decay=0.3), adapters=initial)
+    after = weights(model)
+    for layer, made in enumerate(observed):
+        q = importance_reference(list(made), NALoRAConfig(**settings), (48,))[-1][3]
+        path = f"model.layers.{layer}.mlp.gate_proj.lora_b"
+        np.testing.assert_allclose(
+            after[path][:, q == 0], before[path][:, q == 0] * (1 - 1e-2 * 0.3), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_importance_state_equals_float64_from_an_unmodified_model(accumulate, checkpointing, compiled):
+    """After k updates, from what an mlx-lm model with the merged weights computes on the same, padded batches."""
+    settings = {"statistic": "derivative", "mask_warmup": 1}
+    _, step, observed = take_steps(settings, optim.Adam(5e-3), 4, accumulate, checkpointing, compiled)
+    parameters = NALoRAConfig(**settings)
+    described = step.importance["layers"]
+    for layer, made in enumerate(observed):
+        s, occupancy, mask, _ = importance_reference(list(made), parameters, (48,))[-1]
+        state = described[f"model.layers.{layer}.mlp"]
+        correction = 1 - parameters.beta**4
+        assert state["updates"].item() == 4
+        np.testing.assert_allclose(np.array(state["importance"]) / correction, s, rtol=1e-5)
+        np.testing.assert_allclose(np.array(state["mask"]), mask, rtol=1e-5)
+        share = np.array(state["beyond"]) / correction
+        np.testing.assert_allclose(share[1], occupancy[2], atol=1e-6)
+        np.testing.assert_allclose(share[0], occupancy[1] + occupancy[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"route": True}, {"mask": "hard"}], ids=str)
+def test_eager_compiled_and_checkpointed_agree(settings):
+    found = []
+    for compiled, checkpointing in ((False, False), (True, False), (True, True), (False, True)):
+        model, _, _ = take_steps(
+            settings | {"mask_warmup": 1}, optim.SGD(0.05), 4, 2, checkpointing, compiled
+        )
+        found.append(weights(model))
+    for other in found[1:]:
+        assert relative_norm(other, found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_misalignment_equals_its_definition(packed):
+    """On the first row; measuring compiles nothing, and leaves parameters, optimizer and importance as they are."""
+    # Without adapters in the attention, the first layer's MLP has the same input in the base model.
+    model, step, _ = take_steps(
+        {"keys": ("mlp.gate_proj", "mlp.up_proj"), "dropout": 0.5}, optim.Adam(1e-2), 1
+    )
+    examples = build_examples(18, seed=3)
+    batch = next(batching.training_batches(examples, 3, 0, packing=packed))
+    count = 1 if batch.segments is None else batch.segments[0].max()
+    before = dict(tree_flatten([model.parameters(), step.optimizer.state, step.importance]))
+    graphs = len(step.graphs)
+    step.measure(batch)
+    assert len(step.graphs) == graphs
+    assert model.training
+    for key, array in tree_flatten([model.parameters(), step.optimizer.state, step.importance]):
+        assert key.endswith("misalignment") or mx.array_equal(array, before[key]), key
+    first = [batching.collate(examples, [row]) for row in batch.rows[:count]]
+    base, tuned = gate_inputs(build_model(), first), gate_inputs(merged_copy(model), first)
+    (z0, _), (z, u) = base[0], tuned[0]
+    feature = np.abs((z - z0) * expit(z0) * u).sum()
+    selection = np.abs(z * (expit(z) - expit(z0)) * u).sum()
+    got = step.describe()["model.layers.0.mlp"]["misalignment"]
+    assert got == pytest.approx(selection / (feature + selection), rel=1e-5)
+
+
+def test_measuring_layers_without_misalignment_asks_nothing_of_the_workers():
+    """Of several, a sum of no arrays would end the run."""
+    model = adapted()
+    step = TrainingStep(model, optim.Adam(1e-2), NALoRAConfig())
+    for state in step.importance["layers"].values():
+        del state["misalignment"]  # as with a gate of plain sigmoid
+    step.workers = Workers(0, 2)
+    step.measure(batching.collate(build_examples(2), [0, 1]))
+    assert all("misalignment" not in row for row in step.describe().values())
+
+
+def test_route_masks_the_gradient_of_lora_a_alone():
+    """From the same state with a hard mask in place: A_g gets x^T ((dz * m) B^T), all else is as without."""
+    settings = {"mask": "hard", "keep_fraction": 0.25, "mask_warmup": 0}
+    examples = build_examples(18, seed=3)
+    batch = next(batching.training_batches(examples, 3, 0))
+    mask = np.zeros(48)
+    mask[::4] = 1
+    gradients = {}
+    for route in (False, True):
+        model = adapted(**settings, route=route)
+        random_adapters(model, size=0.05)
+        step = TrainingStep(
+            model, optim.SGD(1.0), NALoRAConfig(**settings, route=route, beta=0.0), compiled=False
+        )
+        for state in step.importance["layers"].values():
+            state["mask"] = mx.array(mask.astype(np.float32))
+        captured = {}
+
+        def keep(grads, seen, captured=captured):
+            captured.update({k: np.array(v) for k, v in tree_flatten(grads)})
+
+        step._update = keep
+        step(batch, batch.tokens, None, True)
+        gradients[route] = captured
+    for name, want in gradients[False].items():
+        if name.endswith("gate_proj.lora_a"):
+            assert not np.allclose(gradients[True][name], want)
+        else:
+            np.testing.assert_allclose(gradients[True][name], want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+    # From x and dz of the first layer, which an unmodified gate shows when a zero is added to its output.
+    model = adapted(**settings)
+    random_adapters(model, size=0.05)
+    gate = model.model.layers[0].mlp["gate_proj"]
+    b = np.array(gate.lora_b, dtype=np.float64)
+    seen = {}
+
+    def loss(shift):
+        plain = merged_copy(model)
+        inner = plain.model.layers[0].mlp
+        weight = inner.gate_proj.weight
+
+        class Gate(nn.Module):
+            def __call__(self, x):
+                seen["x"] = mx.stop_gradient(x)
+                return x @ weight.T + shift
+
+        inner.gate_proj = Gate()
+        ce = nn.losses.cross_entropy(plain(mx.array(batch.inputs)), mx.array(batch.targets))
+        return (ce * mx.array(batch.supervised)).sum() / batch.tokens
+
+    dz = np.array(mx.grad(loss)(mx.zeros((*batch.inputs.shape, 48))), dtype=np.float64).reshape(-1, 48)
+    x = np.array(seen["x"], dtype=np.float64).reshape(-1, 32)
+    want = x.T @ ((dz * mask) @ (gate.scale * b).T)
+    got = gradients[True]["model.layers.0.mlp.gate_proj.lora_a"]
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
+# --- right where mlx-lm's trainer is not --------------------------------------------------------------------
+
+
+def test_accumulation_weighs_tokens_not_batches():
+    """Two batches of 3 rows with accumulation give the update of one batch of 6, unequal as they are."""
+    examples = build_examples(6, low=4, high=24, seed=5)
+    results = []
+    for size, accumulate in ((6, 1), (3, 2), (1, 6)):
+        model = adapted()
+        run(
+            model,
+            examples,
+            optim.SGD(0.1),
+            iters=accumulate,
+            batch_size=size,
+            grad_accumulation_steps=accumulate,
+        )
+        results.append(weights(model))
+    for other in results[1:]:
+        assert relative_norm(other, results[0]) < 1e-6
+
+
+def test_last_partial_window_and_batch_are_used():
+    events = []
+    model = adapted(**OFF)
+    result = run(
+        model,
+        build_examples(7),
+        iters=7,
+        batch_size=3,
+        grad_accumulation_steps=4,
+        listeners=[events.append],
+        steps_per_report=1,
+    )
+    assert result.iterations == 7
+    assert result.updates == 2
+    total = sum(int(e.supervised.sum()) for e in build_examples(7))
+    tokens = [e["tokens"] for e in events if e["event"] == "metrics"]
+    assert tokens[2] == total  # the third batch of one row completes the epoch
+    assert tokens[5] == 2 * total
+
+
+def test_epochs_count_passes():
+    assert run(adapted(), build_examples(7), epochs=2).iterations == 6
+
+
+def test_dropout_is_the_same_in_a_recomputation():
+    """mlx's own dropout draws again when a checkpointed layer runs again, which makes gradients wrong."""
+    found = []
+    for checkpointing in (False, True):
+        model = adapted(dropout=0.4)
+        run(model, build_examples(), optim.SGD(0.1), grad_checkpoint=checkpointing, iters=4, seed=3)
+        found.append(weights(model))
+    assert relative_norm(found[1], found[0]) < 1e-5
+    other = adapted(dropout=0.4)
+    run(other, build_examples(), optim.SGD(0.1), iters=4, seed=4)
+    assert relative_norm(weights(other), found[0]) > 1e-4
+
+
+def test_checkpointing_is_undone_and_handles_layers_of_several_classes():
+    class Other(type(build_model().model.layers[0])):
+        def __call__(self, x, mask=None, cache=None):
+            return super().__call__(x, mask, cache)
+
+    model = build_model()
+    odd = model.model.layers[1]
+    odd.__class__ = Other
+    calls = {cls: cls.__call__ for cls in (Other, type(model.model.layers[0]))}
+    adapt(model, NALoRAConfig(num_layers=-1))
+    random_adapters(model)
+    batch = next(batching.training_batches(build_examples(), 3, 0))
+
+    def loss(model):
+        return mx.square(model(mx.array(batch.inputs))).mean()
+
+    want = nn.value_and_grad(model, loss)(model)[1]
+    with recomputed(list(model.layers)):
+        assert Other.__call__ is not calls[Other]
+        got = nn.value_and_grad(model, loss)(model)[1]
+    for cls, call in calls.items():
+        assert cls.__call__ is call
+    for (name, a), (_, b) in zip(tree_flatten(got), tree_flatten(want), strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=2e-4, atol=1e-7, err_msg=name)
+
+
+def test_evaluation_is_the_mean_over_all_supervised_tokens(model):
+    examples = build_examples(7)
+    batches = batching.evaluation_batches(examples, 3, -1, 0)
+    loss, tokens = evaluate(model, batches)
+    total = 0.0
+    for example in examples:
+        logits = np.array(model(mx.array(example.tokens[None, :-1])), dtype=np.float64)[0]
+        log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        losses = log_z - logits[np.arange(len(logits)), example.tokens[1:]]
+        total += losses[example.supervised[1:]].sum()
+    assert tokens == sum(int(e.supervised.sum()) for e in examples)
+    assert loss == pytest.approx(total / tokens, rel=1e-6)
+
+
+def test_a_step_without_supervised_tokens_changes_nothing():
+    from nalora_mlx.data.batches import Batch
+
+    model = adapted(**OFF)
+    step = TrainingStep(model, optim.SGD(1.0))
+    before = weights(model)
+    zeros = np.zeros((2, 8), np.int32)
+    batch = Batch(zeros, zeros, np.zeros((2, 8), np.float32), np.zeros((2, 8), np.float32), (0, 1))
+    total, _ = step(batch, 0, None, True)
+    assert total.item() == 0
+    for name, array in weights(model).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_an_adapted_head_gets_its_gradient():
+    """With adapters on the embedding (which is the tied head) chunks would drop its gradient; they are not used."""
+    keys = ("mlp.gate_proj", "model.embed_tokens")
+    model = adapted(keys=keys)
+    random_adapters(model)
+    step = TrainingStep(model, optim.SGD(1.0), PLAIN_LORA, compiled=False)
+    assert step.loss.head is not None
+    assert not step.loss.head_is_frozen
+    assert TrainingStep(adapted(), optim.SGD(1.0)).loss.head_is_frozen
+    batch = next(batching.training_batches(build_examples(), 3, 0))
+
+    def full(model):
+        losses = nn.losses.cross_entropy(model(mx.array(batch.inputs)), mx.array(batch.targets))
+        return (losses * mx.array(batch.supervised)).sum() / batch.tokens
+
+    want = dict(tree_flatten(nn.value_and_grad(model, full)(model)[1]))
+    before = weights(model)
+    step(batch, batch.tokens, None, True)
+    for name, after in weights(model).items():
+        moved = before[name] - after
+        assert np.abs(moved - np.array(want[name])).max() < 1e-5 * np.abs(np.array(want[name])).max(), name
+
+
+def test_no_more_logits_than_a_tile(monkeypatch):
+    """The head is run on scored positions only, so many at a time, and on so many entries of the vocabulary."""
+    from nalora_mlx.ops import cross_entropy
+
+    monkeypatch.setattr(cross_entropy, "COLUMNS", 7)
+    step = TrainingStep(adapted(), optim.SGD(1.0), compiled=False)
+    step.loss.rows = 16
+    shapes, part = [], step.loss.head.part
+
+    def listening(hidden, which):
+        shapes.append(part(hidden, which).shape)
+        return part(hidden, which)
+
+    monkeypatch.setattr(step.loss.head, "part", listening)
+    batch = next(batching.training_batches(build_examples(40, low=30, high=40), 8, 0))
+    step(batch, batch.tokens, None, True)
+    assert max(rows for rows, _ in shapes) == 16
+    width = 2 * 7  # of few rows
+    assert {columns for _, columns in shapes} == {width, VOCABULARY % width, 16, shapes[-1][1]}
+    scored = sum(rows for rows, columns in shapes if columns == VOCABULARY % width)
+    assert 2 * batch.tokens <= scored < 1.3 * 2 * batch.tokens  # each tile and its gradient
+
+
+# --- the run as a whole -------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_saves_and_says_so(tmp_path):
+    model = adapted()
+    events = []
+    examples = build_examples(9, seed=2)
+    config = TrainingConfig(
+        iters=30, batch_size=3, steps_per_eval=10, steps_per_report=10, save_every=20, val_batches=2
+    )
+    result = train(model, examples, examples, config, optim.Adam(2e-2), tmp_path / "run", [events.append])
+    assert result.valid_loss < 0.7 * result.first_valid_loss
+    assert result.best_valid_loss == min(
+        e["loss"] for e in events if e.get("split") == "valid" and e["step"] > 0
+    )
+    found = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file())
+    assert found == [
+        "adapter_config.json",
+        "adapters.safetensors",
+        "best/adapter_config.json",
+        "best/adapters.safetensors",
+        *(
+            f"checkpoints/step-00000{step}/{name}"
+            for step in (20, 30)
+            for name in (
+                "adapter_config.json",
+                "adapters.safetensors",
+                "best.safetensors",
+                "training_state.json",
+                "training_state.safetensors",
+            )
+        ),
+    ]
+    saved = mx.load(str(tmp_path / "run" / "adapters.safetensors"))
+    for name, array in weights(model).items():
+        np.testing.assert_array_equal(np.array(saved[name]), array)
+    description = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert description["fine_tune_type"] == "lora"
+    assert "mlp.gate_proj" in description["lora_parameters"]["keys"]
+    steps = [e["step"] for e in events if e.get("split") == "valid"]
+    assert steps == [0, 10, 20, 30]
+    layer = next(e for e in events if e.get("split") == "train")["layers"]["model.layers.0.mlp"]
+    assert {"mask", "multiplier", "importance", "occupancy", "misalignment"} <= set(layer)
+    assert sum(layer["occupancy"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits():
+    found = []
+    for _ in range(2):
+        model = adapted(dropout=0.1)
+        run(model, build_examples(), iters=6)
+        found.append(weights(model))
+    for name in found[0]:
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+
+
+def test_diverging_stops_with_a_reason():
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        run(adapted(), build_examples(), optim.SGD(1e30), iters=20)
+
+
+def test_bad_settings_and_models_are_refused(model):
+    model.freeze()
+    with pytest.raises(InputError, match="call adapt first"):
+        train(model, build_examples())
+    with pytest.raises(InputError, match=r"batch_size is 0; .*iters is -1"):
+        train(adapted(), build_examples(), config=TrainingConfig(batch_size=0, iters=-1))
+    with pytest.raises(InputError, match="training set is empty"):
+        train(adapted(), [])
+
+
+# --- experts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [7, 40], ids=["unsorted", "sorted"])
+def test_importance_of_experts_counts_tokens_by_routing(length):
+    """Per expert and channel, from the routing and the weights of an unmodified model in float64; padding left out."""
+    from mlx_lm.models import mixtral
+
+    from tests.adapters.test_adapters import MIXTRAL
+
+    args = MIXTRAL | {"num_local_experts": 8}
+    plain, model = build_model(module=mixtral, args=args), build_model(module=mixtral, args=args)
+    config = NALoRAConfig(num_layers=-1, rank=2, beta=0.9)
+    adapt(model, config)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 60, (2, length + 1)).astype(np.int32)
+    real = np.ones((2, length), np.float32)
+    real[1, length // 2 :] = 0
+    heard = []
+
+    class Listening(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __call__(self, x, indices):
+            heard.append((np.array(x, np.float64), np.array(indices)))
+            return self.inner(x, indices)
+
+    for layer in plain.model.layers:
+        layer.block_sparse_moe.switch_mlp = Listening(layer.block_sparse_moe.switch_mlp)
+    plain(mx.array(tokens[:, :-1]))
+    step = TrainingStep(model, optim.SGD(0.0), config)
+    batch = batching.Batch(tokens[:, :-1], tokens[:, 1:], real, real, (0, 1))
+    total, _ = step(batch, batch.tokens, None, True)
+    mx.eval(step.state, total)
+    idle = 0
+    for layer, (x, chosen) in enumerate(heard):
+        weight = np.array(
+            plain.model.layers[layer].block_sparse_moe.switch_mlp.inner.gate_proj.weight, np.float64
+        )
+        x, chosen, keep = x.reshape(-1, 32), chosen.reshape(-1, 2), real.reshape(-1) > 0
+        state = step.importance["layers"][f"model.layers.{layer}.block_sparse_moe.switch_mlp"]
+        for expert in range(8):
+            rows = x[keep & (chosen == expert).any(axis=1)]
+            assert state["updates"][expert].item() == (len(rows) > 0)
+            z = rows @ weight[expert].T
+            want = np.abs(expit(z) * (1 + z * expit(-z))).mean(axis=0) if len(rows) else np.zeros(48)
+            idle += len(rows) == 0
+            np.testing.assert_allclose(
+                np.array(state["importance"][expert]) / (1 - 0.9), want, rtol=2e-5, atol=1e-6
+            )
+    assert idle > 0 or length > 7
+
+
+# --- memory between the steps -------------------------------------------------------------------------------
+
+
+def test_the_wired_limit_is_set_before_the_first_step(monkeypatch):
+    """As mlx-lm sets it: to what the device recommends, before anything runs; a CPU recommends nothing."""
+    happened = []
+    recommended = {**mx.device_info(), "max_recommended_working_set_size": 12345}
+    monkeypatch.setattr(mx, "device_info", lambda *_: recommended)
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: happened.append(size))
+    run(adapted(), build_examples(6), listeners=[lambda event: happened.append(event["event"])], iters=2)
+    assert happened[:2] == [12345, "start"]
+    assert happened.count(12345) == 1
+
+
+@pytest.mark.parametrize(("threshold", "keeps"), [(0, False), (10**12, True)])
+def test_the_cache_is_cleared_after_every_step_that_leaves_more_than_the_threshold(threshold, keeps):
+    kept = []
+    mx.clear_cache()
+    run(
+        adapted(),
+        build_examples(12),
+        listeners=[lambda event: kept.append(mx.get_cache_memory()) if event["event"] == "step" else None],
+        clear_cache_threshold=threshold,
+    )
+    mx.clear_cache()
+    assert len(kept) == 8
+    if keeps:
+        assert min(kept) > 10**5
+    else:
+        assert max(kept) < 10**4
