@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> None:
         )
     base = None
     if args.adapter_path:
-        base, model = model, _twin(model, args.model, args.trust_remote_code)
+        base, model = model, share_weights(model, args.model, args.trust_remote_code)
         load_any_adapter(model, Path(args.adapter_path).expanduser())
         base.eval()
     model.eval()
@@ -249,7 +249,7 @@ def run(args: argparse.Namespace) -> None:
     chat.loop()
 
 
-def _twin(model: "nn.Module", name: str, trust_remote_code: bool) -> "nn.Module":
+def share_weights(model: "nn.Module", name: str, trust_remote_code: bool) -> "nn.Module":
     """The same model once more, of the same arrays: an adapter on one of them leaves the other as it is."""
     from mlx_lm import utils
 

@@ -182,7 +182,7 @@ def _model(page: "Page", name: str, trust_remote_code: bool, config: RunConfig) 
     model, tokenizer, _ = load_model(name, trust_remote_code, config.quantize)
     size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     page.good(f"loaded: {len(model.layers)} layers, {size / 1e9:.2f} GB of weights")
-    wanted = config.adapter_config()
+    wanted = config.lora_config()
     layers = min(wanted.num_layers, len(model.layers))  # more than there are means all
     attach = adapt_dora if config.fine_tune_type == "dora" else adapt
     report = attach(model, replace(wanted, num_layers=layers))
@@ -273,7 +273,7 @@ def _memory(
     import numpy as np
 
     from nalora_mlx.data.tokenization import Example
-    from nalora_mlx.training.memory_plan import default_budget, heaviest, plan
+    from nalora_mlx.training.memory_plan import default_budget, largest_batch, plan
     from nalora_mlx.training.optimizers import build_optimizer
 
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -296,7 +296,7 @@ def _memory(
         config.optimizer_config.get(config.optimizer) or {},
     )
     with page.console.status("measuring a few training steps"):
-        found = plan(model, heaviest(examples, config), config, optimizer, budget)
+        found = plan(model, largest_batch(examples, config), config, optimizer, budget)
     first, *others = (line.removeprefix("memory: ") for line in found.lines())
     if found.fits:
         page.good(first)

@@ -175,7 +175,7 @@ def _describe_bits(config: dict[str, Any], merged: "dict[str, nn.Module]") -> No
 
 def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: str | None) -> None:
     """Put our model card in the place of mlx-lm's."""
-    from nalora_mlx.adapters.files import read_description
+    from nalora_mlx.adapters.files import read_adapter_config
     from nalora_mlx.core.paths import is_hub_name
     from nalora_mlx.core.storage import read_json
     from nalora_mlx.export.model_card import write_card
@@ -190,7 +190,7 @@ def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: s
         base=name,
         inherited=card_metadata(source),
         adapter=adapter,
-        description=read_description(adapter),
+        description=read_adapter_config(adapter),
         kept=kept,
     )
 

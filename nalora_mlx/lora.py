@@ -301,7 +301,7 @@ def _train(
 def _prepare(config: RunConfig, model: "nn.Module", display: "Display") -> dict[str, Any]:
     """Make the model trainable as the fine-tune type says; returns the content of adapter_config.json."""
     from nalora_mlx.adapters.attach import adapt, adapt_dora
-    from nalora_mlx.adapters.files import adapter_description
+    from nalora_mlx.adapters.files import adapter_config
 
     if config.fine_tune_type == "full":
         if any("scales" in module for _, module in model.named_modules()):
@@ -313,7 +313,7 @@ def _prepare(config: RunConfig, model: "nn.Module", display: "Display") -> dict[
         display.note(f"full fine-tuning of {count} layers")
         return {"fine_tune_type": "full", "num_layers": count}
     attach = adapt_dora if config.fine_tune_type == "dora" else adapt
-    report = attach(model, config.adapter_config())
+    report = attach(model, config.lora_config())
     for notice in report.notices:
         display.note(f"note: {notice}")
     for skipped in report.skipped:
@@ -327,7 +327,7 @@ def _prepare(config: RunConfig, model: "nn.Module", display: "Display") -> dict[
     )
     if config.fine_tune_type == "lora":
         display.note("note: plain LoRA, as asked; fine_tune_type na-lora (the default) gives NA-LoRA")
-    return adapter_description(model)
+    return adapter_config(model)
 
 
 def _test(config: RunConfig, model: "nn.Module", split: "Split", display: "Display") -> None:

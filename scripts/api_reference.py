@@ -2,7 +2,7 @@
 
 Usage: python scripts/api_reference.py [--check]
 
-With --check, write nothing and fail if the page is out of date.
+With --check, writes nothing and fails if the page is out of date.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ from nalora_mlx import NALoRAConfig, adapt, fuse_model, load_adapter, train
 MODULES = {
     "nalora_mlx.data.sources": ("load_local", "load_hub", "read_jsonl"),
     "nalora_mlx.data.tokenization": ("Features", "tokenize_split", "Split", "Example"),
-    "nalora_mlx.adapters.attach": ("AdaptReport", "Gated", "Skipped", "adapt_dora", "report_of"),
+    "nalora_mlx.adapters.attach": ("AdaptResult", "Gated", "Skipped", "adapt_dora", "adapt_result"),
     "nalora_mlx.training.optimizers": ("build_optimizer",),
     "nalora_mlx.runs.progress": ("TrainResult",),
     "nalora_mlx.training.evaluation": ("evaluate",),
     "nalora_mlx.data.batches": ("evaluation_batches",),
-    "nalora_mlx.training.memory_plan": ("plan", "Plan", "heaviest", "default_budget"),
+    "nalora_mlx.training.memory_plan": ("plan", "Plan", "largest_batch", "default_budget"),
     "nalora_mlx.training.memory_model": ("Size", "Peak"),
     "nalora_mlx.ops.activations": ("Activation",),
 }

@@ -437,7 +437,7 @@ def run_ours(
 
     def counting_collate(*arguments: Any, **keywords: Any) -> Any:
         batch = collate(*arguments, **keywords)
-        counters.add_batch(batch.real.size, int(batch.real.sum()))
+        counters.add_batch(batch.token_mask.size, int(batch.token_mask.sum()))
         return batch
 
     def counting_backward(*arguments: Any) -> Any:  # called once per compiled graph
@@ -507,7 +507,7 @@ def run_peft(args: argparse.Namespace, _: str, seed: int, iters: int, recorder: 
         for i, row in enumerate(rows):
             n = len(row.tokens)
             tokens[i, :n], attention_mask[i, :n] = torch.tensor(row.tokens), 1
-            labels[i, :n] = torch.where(torch.tensor(row.supervised), tokens[i, :n], -100)
+            labels[i, :n] = torch.where(torch.tensor(row.loss_mask), tokens[i, :n], -100)
         loss = adapted(input_ids=tokens, attention_mask=attention_mask, labels=labels).loss
         loss.backward()
         optimizer.step()

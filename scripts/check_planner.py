@@ -211,19 +211,19 @@ def predict(setup: dict[str, Any]) -> dict[str, Any]:
     import mlx.core as mx
     import mlx.optimizers as optim
 
-    from nalora_mlx.adapters.attach import report_of
+    from nalora_mlx.adapters.attach import adapt_result
     from nalora_mlx.core.config import PLAIN_LORA
     from nalora_mlx.training.memory_model import Planner
-    from nalora_mlx.training.memory_plan import default_budget, heaviest
+    from nalora_mlx.training.memory_plan import default_budget, largest_batch
     from nalora_mlx.training.run import recomputed_layers
     from nalora_mlx.training.step import TrainingStep
 
     model, config, examples = prepare(setup)
     weights = mx.get_active_memory()
     start = time.perf_counter()
-    report = report_of(model)
+    report = adapt_result(model)
     step = TrainingStep(model, optim.Adam(1e-5), report.config if report else PLAIN_LORA)
-    size = heaviest(examples, config)
+    size = largest_batch(examples, config)
     planner = Planner(step, recomputed_layers(model, config), config.grad_accumulation_steps > 1)
     peak = planner.peak(size, default_budget() // 2)
     seconds = time.perf_counter() - start

@@ -1,11 +1,16 @@
-"""Calculate which models fit which Macs, and write the table into docs/memory.md.
+"""Calculate which models fit which Macs, and write the table in docs/memory.md.
 
 Usage: python scripts/mac_recipes.py [--check | --verify]
 
-No model is loaded. Weights are counted from shapes. What a row needs beside them is measured by the planner, on this
-machine and in float32, on a model of random weights with all adapted layers, but an eighth as wide, heads included: it
-grows with the width, and is carried over to the whole one, and to bfloat16 by a share. --verify compares the result
-with the planner's own on a whole model; --check says whether the page is up to date, by the smallest model.
+No model weights are loaded.
+
+1. The size of weights, adapters and optimizer state is calculated from shapes.
+2. The planner measures the memory per row, in float32 on this machine, on a random model with all adapted layers but an
+   eighth of the width and of the heads. This memory is proportional to the width, so it is scaled up by eight.
+3. The memory per row is multiplied by a factor for bfloat16.
+
+--check fails if the row of the smallest model is out of date. --verify compares the calculation with the planner's
+prediction for a full-size model.
 """
 
 import argparse
@@ -34,21 +39,25 @@ from nalora_mlx.training.run import recomputed_layers  # noqa: E402
 from nalora_mlx.training.step import TrainingStep  # noqa: E402
 
 PAGE = ROOT / "docs" / "memory.md"
-PLACE = re.compile(r"(?<=<!-- scripts/mac_recipes.py -->\n).*?(?=<!-- end -->)", re.S)
+TABLE = re.compile(r"(?<=<!-- scripts/mac_recipes.py -->\n).*?(?=<!-- end -->)", re.S)
 GIB = 2**30
-# Of its memory macOS recommends a GPU to use about two thirds, and three quarters from 64 GB on.
+# Memory in GB -> the GPU memory limit that macOS recommends: two thirds, or three quarters from 64 GB.
 MACS = {16: 16 * GIB * 2 // 3, 32: 32 * GIB * 2 // 3, 64: 64 * GIB * 3 // 4}
-MARGIN = 0.9  # of that: a calculation is none of a Mac's own trials
-LENGTH, ROWS, ADAPTED = 1024, 4, 16  # of the recipes: tokens in a row, most rows in a batch, adapted layers
-HALF = 0.6  # of what float32 needs for a row: bfloat16 halves most of it, and some is float32 in any case
-PART = 8  # of the width: what is measured is an eighth as wide
-HEAD = 18 * TILE_BYTES  # what the head makes; it does not grow with the model
-TOLERANCE = 0.1  # of --check, for another version of mlx may need a little more or less
+MARGIN = 0.9  # share of that limit to use, because nothing here was measured on a Mac
+LENGTH, MAX_ROWS, ADAPTED_LAYERS = (
+    1024,
+    4,
+    16,
+)  # tokens per row, rows per batch and adapted layers of the recipes
+BFLOAT16_SHARE = 0.6  # memory per row relative to float32: most of it halves, some stays float32
+WIDTH_DIVISOR = 8  # the measured model has an eighth of the width
+HEAD_BYTES = 18 * TILE_BYTES  # memory of the output head, which does not grow with the model
+TOLERANCE = 0.1  # of --check, because memory use varies slightly between versions of mlx
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the published config of a Qwen3 model says."""
+    """The sizes in the published config of a Qwen3 model."""
 
     hidden: int
     layers: int
@@ -56,15 +65,15 @@ class Shape:
     heads: int
     tied: bool
 
-    def config(self, part: int = 1, layers: int | None = None, vocabulary: int = 151936) -> dict[str, Any]:
-        """Settings of mlx-lm's module, of a model that is a part as wide."""
+    def config(self, divisor: int = 1, layers: int | None = None, vocabulary: int = 151936) -> dict[str, Any]:
+        """Return the mlx-lm config, with the width and the number of heads divided by `divisor`."""
         return {
             "model_type": "qwen3",
-            "hidden_size": self.hidden // part,
+            "hidden_size": self.hidden // divisor,
             "num_hidden_layers": layers or self.layers,
-            "intermediate_size": self.intermediate // part,
-            "num_attention_heads": self.heads // part,
-            "num_key_value_heads": 8 // part,
+            "intermediate_size": self.intermediate // divisor,
+            "num_attention_heads": self.heads // divisor,
+            "num_key_value_heads": 8 // divisor,
             "head_dim": 128,
             "vocab_size": vocabulary,
             "rms_norm_eps": 1e-6,
@@ -85,7 +94,7 @@ SHAPES = {
 
 
 def build(config: dict[str, Any], bits: int = 16, dtype: mx.Dtype = mx.bfloat16) -> nn.Module:
-    """A model whose arrays are not computed yet, so that it takes no memory."""
+    """Create a model without evaluating its arrays, so that it takes no memory."""
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(dtype)
@@ -95,28 +104,35 @@ def build(config: dict[str, Any], bits: int = 16, dtype: mx.Dtype = mx.bfloat16)
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays, which need not have been computed."""
+    """Return the size of all arrays in bytes, without evaluating them."""
     return sum(array.nbytes for _, array in tree_flatten(tree))
 
 
-def fixed(shape: Shape, bits: int, dtype: mx.Dtype) -> int:
-    """Weights, adapters, their gradients, two moments of Adam, and the updated values: what does not grow."""
+def fixed_bytes(shape: Shape, bits: int, dtype: mx.Dtype) -> int:
+    """Return the memory that does not depend on the batch.
+
+    It holds the weights, the output head's arrays, and the adapters with their gradients, two Adam moments and updated
+    values.
+    """
     model = build(shape.config(), bits, dtype)
     adapt_lazily(model)
-    return nbytes(model.parameters()) + 4 * nbytes(model.trainable_parameters()) + HEAD
+    return nbytes(model.parameters()) + 4 * nbytes(model.trainable_parameters()) + HEAD_BYTES
 
 
 def adapt_lazily(model: nn.Module) -> None:
-    """Count adapters as plain LoRA does, which computes nothing; `adapt` would try each gated MLP."""
+    """Attach plain LoRA without evaluating anything. `adapt` would run each gated MLP to verify it."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     model.freeze()
-    linear_to_lora_layers(model, min(ADAPTED, len(model.layers)), {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    layers = min(ADAPTED_LAYERS, len(model.layers))
+    linear_to_lora_layers(model, layers, {"rank": 8, "scale": 20.0, "dropout": 0.0})
 
 
-def measured(config: dict[str, Any], dtype: mx.Dtype, checkpoint: bool, size: Size, layers: int = -1) -> Peak:
-    """What the planner finds for a model of random weights."""
-    gc.collect()  # a model that was measured before is in the circles of its training step
+def planned_peak(
+    config: dict[str, Any], dtype: mx.Dtype, checkpoint: bool, size: Size, layers: int = -1
+) -> Peak:
+    """Return the planner's peak for a model with random weights."""
+    gc.collect()  # the previous model is part of reference cycles
     mx.random.seed(0)
     model = build(config, dtype=dtype)
     mx.eval(model.parameters())
@@ -127,15 +143,16 @@ def measured(config: dict[str, Any], dtype: mx.Dtype, checkpoint: bool, size: Si
 
 @cache
 def row_bytes(name: str, checkpoint: bool) -> float:
-    """Bytes that a row of LENGTH tokens needs in the whole model, in float32."""
+    """Return the memory per row of LENGTH tokens in the full-size model, in float32."""
     print(f"measuring {name}", file=sys.stderr)
-    config = SHAPES[name].config(PART, min(ADAPTED, SHAPES[name].layers), vocabulary=1000)
-    found = measured(config, mx.float32, checkpoint, Size(2, LENGTH, 2 * LENGTH))
-    return PART * (found.per_token * LENGTH + found.per_square * LENGTH**2)
+    layers = min(ADAPTED_LAYERS, SHAPES[name].layers)
+    config = SHAPES[name].config(WIDTH_DIVISOR, layers, vocabulary=1000)
+    peak = planned_peak(config, mx.float32, checkpoint, Size(2, LENGTH, 2 * LENGTH))
+    return WIDTH_DIVISOR * (peak.per_token * LENGTH + peak.per_square * LENGTH**2)
 
 
 def table() -> str:
-    """Recipes for each Mac: the models that fit, with as many rows as they take."""
+    """Return the table: for each Mac the models that fit, with the largest batch."""
     lines = [
         "| Mac | budget | model | weights | rows x tokens | flags | calculated peak |",
         "|---|---|---|---|---|---|---|",
@@ -149,52 +166,65 @@ def table() -> str:
 
 
 def recipe(name: str, bits: int, budget: int) -> str | None:
-    """One line: without recomputation if that takes a whole batch, else with it; None if nothing fits."""
-    base = fixed(SHAPES[name], bits, mx.bfloat16)
+    """Return the last cells of a table row, or None if not even one row fits.
+
+    Gradient checkpointing is used only if a full batch does not fit without it.
+    """
+    base = fixed_bytes(SHAPES[name], bits, mx.bfloat16)
     for checkpoint in (False, True):
-        each = HALF * row_bytes(name, checkpoint)
-        rows = min(ROWS, int((budget - base) // each))
-        if rows == ROWS or (checkpoint and rows > 0):
-            flags = ["--grad-checkpoint"] * checkpoint
-            flags += [f"--batch-size {rows}"] * (rows < ROWS)
-            said = f"`{' '.join(flags)}`" if flags else "none"
-            kind = "bfloat16" if bits == 16 else f"{bits} bits"
-            peak = (base + rows * each) / 1e9
-            return f"{name} | {kind} | {rows} x {LENGTH} | {said} | {peak:.1f} GB"
+        per_row = BFLOAT16_SHARE * row_bytes(name, checkpoint)
+        rows = min(MAX_ROWS, int((budget - base) // per_row))
+        if rows == MAX_ROWS or (checkpoint and rows > 0):
+            flags = []
+            if checkpoint:
+                flags.append("--grad-checkpoint")
+            if rows < MAX_ROWS:
+                flags.append(f"--batch-size {rows}")
+            flags_cell = f"`{' '.join(flags)}`" if flags else "none"
+            weights = "bfloat16" if bits == 16 else f"{bits} bits"
+            peak = (base + rows * per_row) / 1e9
+            return f"{name} | {weights} | {rows} x {LENGTH} | {flags_cell} | {peak:.1f} GB"
     return None
 
 
 def verify() -> None:
-    """A whole Qwen3-0.6B of random float32 weights: calculated, and as the planner finds it."""
+    """Print the calculated peak and the planner's for a full-size Qwen3-0.6B with random float32 weights."""
     name = "Qwen3-0.6B"
     for checkpoint in (False, True):
-        ours = fixed(SHAPES[name], 16, mx.float32) + 2 * row_bytes(name, checkpoint)
+        calculated = fixed_bytes(SHAPES[name], 16, mx.float32) + 2 * row_bytes(name, checkpoint)
         size = Size(2, LENGTH, 2 * LENGTH)
-        theirs = measured(SHAPES[name].config(), mx.float32, checkpoint, size, ADAPTED).of(2, LENGTH)
+        peak = planned_peak(SHAPES[name].config(), mx.float32, checkpoint, size, ADAPTED_LAYERS)
+        planned = peak.of(2, LENGTH)
         print(
-            f"checkpoint {checkpoint}: calculated {ours / 1e9:.2f} GB, the planner {theirs / 1e9:.2f} GB, "
-            f"ratio {ours / theirs:.2f}"
+            f"checkpoint {checkpoint}: calculated {calculated / 1e9:.2f} GB, planner {planned / 1e9:.2f} GB, "
+            f"ratio {calculated / planned:.2f}"
         )
 
 
+def check(page: str) -> None:
+    """Exit with an error if the row of the smallest model has changed, allowing for TOLERANCE in the peak."""
+    written = TABLE.search(page)[0]  # type: ignore[index]
+    row = re.search(r"\| (Qwen3-0.6B \| bfloat16 .*) \|\n", written)[1]  # type: ignore[index]
+    new_row = recipe("Qwen3-0.6B", 16, int(MARGIN * MACS[16])) or ""
+    peak, new_peak = (float(line.split()[-2]) for line in (row, new_row))
+    same = row.rsplit("|", 1)[0] == new_row.rsplit("|", 1)[0] and abs(peak / new_peak - 1) <= TOLERANCE
+    sys.exit(0 if same else f"{PAGE.relative_to(ROOT)} is out of date: {row} is now {new_row}")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write docs/memory.md anew, which takes some minutes.")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--check", action="store_true", help="only say whether the page is up to date")
-    only.add_argument("--verify", action="store_true", help="only hold the calculation against whole models")
+    parser = argparse.ArgumentParser(description="Update the table in docs/memory.md (takes some minutes).")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="only check whether the table is up to date")
+    mode.add_argument(
+        "--verify", action="store_true", help="only compare with the planner on a full-size model"
+    )
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
     if args.verify:
         verify()
-        sys.exit()
-    text = PAGE.read_text()
-    if args.check:
-        written = PLACE.search(text)[0]  # type: ignore[index]
-        row = re.search(r"\| (Qwen3-0.6B \| bfloat16 .*) \|\n", written)[1]  # type: ignore[index]
-        now = recipe("Qwen3-0.6B", 16, int(MARGIN * MACS[16])) or ""
-        then, today = (float(said.split()[-2]) for said in (row, now))
-        same = row.rsplit("|", 1)[0] == now.rsplit("|", 1)[0] and abs(then / today - 1) <= TOLERANCE
-        sys.exit(0 if same else f"{PAGE.relative_to(ROOT)} is out of date: {row} is now {now}")
-    made = table()
-    PAGE.write_text(PLACE.sub(lambda _: made, PAGE.read_text()))
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    elif args.check:
+        check(PAGE.read_text())
+    else:
+        new_table = table()
+        PAGE.write_text(TABLE.sub(lambda _: new_table, PAGE.read_text()))
+        print(f"wrote {PAGE.relative_to(ROOT)}")

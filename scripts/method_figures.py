@@ -1,8 +1,9 @@
-"""Draw docs/images/phi.svg: phi, phi', rho and kappa of each activation, with the regions of its partition.
+"""Draw docs/images/phi.svg, with phi, phi', rho and kappa of each activation and the regions of its partition.
 
 Usage: python scripts/method_figures.py [--check]
 
---check only says whether the picture was drawn from what the activations are now, by this script.
+With --check, draws nothing and fails if the figure is out of date. The SVG's description records its source: this script
+and sampled values of the activations.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from nalora_mlx.ops.activations import ACTIVATIONS, Activation  # noqa: E402
 
-PICTURE = ROOT / "docs" / "images" / "phi.svg"
+FIGURE = ROOT / "docs" / "images" / "phi.svg"
 Z = np.linspace(-4, 4, 401)
 FORMULAS = {
     "silu": r"SiLU: $\phi = z\,\sigma(z)$",
@@ -30,60 +31,60 @@ FORMULAS = {
 }
 CURVES = ("phi", "derivative", "selection", "homogeneity")
 SYMBOLS = {"phi": r"$\phi$", "derivative": r"$\phi'$", "selection": r"$\rho$", "homogeneity": r"$\kappa$"}
-COLOURS = {"phi": "#1b1b1b", "derivative": "#0072b2", "selection": "#009e73", "homogeneity": "#d55e00"}
+COLORS = {"phi": "#1b1b1b", "derivative": "#0072b2", "selection": "#009e73", "homogeneity": "#d55e00"}
 SHADES = {"suppressed": "#d9d9d9", "dead": "#d9d9d9", "transition": "#fff1c9", "homogeneous": "#dcebf7"}
 
 
 def curve(activation: Activation, name: str, z: np.ndarray) -> np.ndarray | None:
-    """Values of one function of an activation; None if it has none."""
+    """Return the values of one of an activation's functions, or None if the activation does not have it."""
     function = getattr(activation, name)
     return None if function is None else np.array(function(mx.array(z.astype(np.float32))))
 
 
 def source() -> str:
-    """What the picture is made from: values at a few points, the partitions, and this script."""
+    """Return a text that changes if the figure does: a hash of this script, the partitions, and sampled values."""
     points = np.array([-3.3, -1.1, -0.4, 0.6, 2.7])
-    said = [hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]]
-    for row in ACTIVATIONS.values():
-        said += [row.name, *row.regions, *(f"{b:.3f}" for b in row.boundaries)]
+    parts = [hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]]
+    for activation in ACTIVATIONS.values():
+        parts += [activation.name, *activation.regions, *(f"{b:.3f}" for b in activation.boundaries)]
         for name in CURVES:
-            values = curve(row, name, points)
-            said.append(name if values is None else name + "".join(f" {value:+.3f}" for value in values))
-    return "; ".join(said)
+            values = curve(activation, name, points)
+            parts.append(name if values is None else name + "".join(f" {value:+.3f}" for value in values))
+    return "; ".join(parts)
 
 
 def draw() -> None:
-    """Draw and write."""
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    pyplot.rcParams["svg.hashsalt"] = "phi"  # the same text each time
+    pyplot.rcParams["svg.hashsalt"] = "phi"  # makes the output reproducible
     figure, grid = pyplot.subplots(3, 2, figsize=(10, 10.5), sharex=True, layout="constrained")
-    for axes, row in zip(grid.flat, ACTIVATIONS.values(), strict=True):
-        edges = [Z[0], *row.boundaries, Z[-1]]
-        for region, low, high in zip(row.regions, edges, edges[1:], strict=False):
+    for axes, activation in zip(grid.flat, ACTIVATIONS.values(), strict=True):
+        edges = [Z[0], *activation.boundaries, Z[-1]]
+        for region, low, high in zip(activation.regions, edges, edges[1:], strict=False):
             axes.axvspan(low, high, color=SHADES[region], linewidth=0)
             axes.text((low + high) / 2, -1.85, region, ha="center", fontsize=8, color="#444444")
         axes.axhline(0, color="#888888", linewidth=0.6)
         for name in CURVES:
-            values = curve(row, name, Z)
+            values = curve(activation, name, Z)
             if values is not None:
                 style = "--" if name == "homogeneity" else "-"
-                axes.plot(Z, values, style, color=COLOURS[name], linewidth=1.6, label=SYMBOLS[name])
-        axes.set(title=FORMULAS[row.name], ylim=(-2, 3), xlim=(Z[0], Z[-1]))
+                axes.plot(Z, values, style, color=COLORS[name], linewidth=1.6, label=SYMBOLS[name])
+        axes.set(title=FORMULAS[activation.name], ylim=(-2, 3), xlim=(Z[0], Z[-1]))
         axes.legend(loc="upper left", fontsize=9, framealpha=0.9)
     for axes in grid[-1]:
         axes.set_xlabel("z")
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, metadata={"Date": None, "Description": source()})
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, metadata={"Date": None, "Description": source()})
 
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
+        up_to_date = FIGURE.exists() and source() in FIGURE.read_text()
         sys.exit(
             0
-            if PICTURE.exists() and source() in PICTURE.read_text()
-            else f"{PICTURE.relative_to(ROOT)} is out of date"
+            if up_to_date
+            else f"{FIGURE.relative_to(ROOT)} is out of date; run python scripts/method_figures.py"
         )
     draw()
-    print(f"wrote {PICTURE.relative_to(ROOT)}")
+    print(f"wrote {FIGURE.relative_to(ROOT)}")

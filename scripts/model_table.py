@@ -1,8 +1,9 @@
-"""Write docs/models.md: every model module of mlx-lm, its gated MLPs, and what NA-LoRA does with them.
+"""Write docs/models.md, a table of the gated MLPs in every model of mlx-lm and whether NA-LoRA supports them.
 
 Usage: python scripts/model_table.py [--check]
 
-Builds the miniature of each model (tests/zoo) and adapts it; --check only says whether the page is up to date.
+Builds the miniature of each model in tests/zoo and adapts it. With --check, writes nothing and fails if the page is out
+of date.
 """
 
 import importlib.metadata
@@ -21,8 +22,8 @@ from tests.adapters.test_zoo import ZOO, build  # noqa: E402
 PAGE = ROOT / "docs" / "models.md"
 HEAD = """# Gated MLPs in mlx-lm {version}
 
-The gated MLPs of every model module of mlx-lm, in miniature, and what `adapt` does with them. "yes" means that NA-LoRA
-acts on them; the tests compare each of these rows with mlx-lm's own adapters. `scripts/model_table.py` makes this page.
+The gated MLPs in every model of mlx-lm, and whether NA-LoRA supports them ("yes"). `scripts/model_table.py` generates
+this page by adapting a miniature of each model. The tests compare each row with mlx-lm's own adapters.
 
 | model | gated MLPs | layout | activation | experts | NA-LoRA |
 |---|---|---|---|---|---|
@@ -30,10 +31,13 @@ acts on them; the tests compare each of these rows with mlx-lm's own adapters. `
 
 
 def rows(name: str) -> list[tuple[str, ...]]:
-    """Table rows of one model: paths with * for the layer, layout, activation, experts, verdict."""
+    """Return the table rows of a model: name, path, layout, activation, number of experts, NA-LoRA.
+
+    Layers that differ only in their indices share a row, with * in the path.
+    """
     kinds = ZOO[name].gated
     if not kinds:
-        return [(name, "none", "", "", "", "plain LoRA: nothing to act on")]
+        return [(name, "none", "", "", "", "plain LoRA: no gated MLPs")]
     broken = ZOO[name].no_forward or ZOO[name].no_freeze
     if broken:
         return [
@@ -43,32 +47,32 @@ def rows(name: str) -> list[tuple[str, ...]]:
         report = adapt(build(name), NALoRAConfig(num_layers=-1, rank=2))
     except InputError as error:
         return [(name, "", "", "", "", str(error))]
-    found = [(_star(g.path), g.layout, g.activation, str(g.experts or ""), "yes") for g in report.gated]
-    found += [(_star(s.path), "", "", "", s.reason) for s in report.skipped]
-    return [(name, *row) for row in dict.fromkeys(found)]
+    cells = [
+        (without_indices(g.path), g.layout, g.activation, str(g.experts or ""), "yes") for g in report.gated
+    ]
+    cells += [(without_indices(s.path), "", "", "", s.reason) for s in report.skipped]
+    return [(name, *row) for row in dict.fromkeys(cells)]
 
 
-def _star(path: str) -> str:
+def without_indices(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
 def page() -> str:
-    """The whole page."""
     table = [row for name in sorted(ZOO, key=str.lower) for row in rows(name)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
-    acted = {row[0] for row in table if row[5] == "yes"}
+    supported = {row[0] for row in table if row[5] == "yes"}
     gated = {name for name, row in ZOO.items() if row.gated}
-    totals = (
-        f"\n{len(ZOO)} models, {len(gated)} of them with gated MLPs; NA-LoRA acts on those of {len(acted)}.\n"
-    )
+    totals = f"\n{len(ZOO)} models, {len(gated)} with gated MLPs, {len(supported)} supported by NA-LoRA.\n"
     return HEAD.format(version=importlib.metadata.version("mlx-lm")) + "\n".join(lines) + "\n" + totals
 
 
 if __name__ == "__main__":
     text = page()
     if "--check" in sys.argv:
+        up_to_date = PAGE.exists() and PAGE.read_text() == text
         sys.exit(
-            0 if PAGE.exists() and PAGE.read_text() == text else f"{PAGE.relative_to(ROOT)} is out of date"
+            0 if up_to_date else f"{PAGE.relative_to(ROOT)} is out of date; run python scripts/model_table.py"
         )
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(text)

@@ -38,7 +38,7 @@ from study_tasks import FORGETTING, FROM_FILES, GENERATED, SPLITS, Task, score, 
 
 from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, train
 from nalora_mlx.adapters.attach import adapt_dora
-from nalora_mlx.models.output_head import find_head
+from nalora_mlx.models.output_head import find_output_head
 
 # A method's grid is a part of these; neighbours are a factor of the root of 2 apart.
 RATES = [float(f"{1e-4 * 2 ** (k / 2):.3g}") for k in range(-4, 22)]
@@ -125,7 +125,7 @@ def run(setting: Setting, data: str) -> dict[str, Any]:
     (adapt_dora if method.dora else adapt)(model, config)
     if method.fitted:
         fit(model, task.splits["train"], method.fitted, BATCH, setting.seed)
-    head = find_head(model)
+    head = find_output_head(model)
     assert head is not None
     curve: list[dict[str, Any]] = []
     layers: dict[str, Any] = {}

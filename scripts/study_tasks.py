@@ -22,7 +22,7 @@ from study_models import sources
 
 from nalora_mlx.data.batches import sorted_batches
 from nalora_mlx.data.tokenization import Example
-from nalora_mlx.models.output_head import Head
+from nalora_mlx.models.output_head import OutputHead
 
 SPLITS = ("train", "valid", "test")
 MOST_TOKENS = 256  # rows that are longer are left out
@@ -179,7 +179,7 @@ def _differing(completions: list[list[int]], start: int) -> tuple[int, list[int]
 
 
 def score(
-    head: Head, examples: Sequence[Example], choices: Sequence[tuple[int, list[int]]]
+    head: OutputHead, examples: Sequence[Example], choices: Sequence[tuple[int, list[int]]]
 ) -> dict[str, float]:
     """Mean loss over supervised tokens, share of completions generated exactly, and of right choices.
 
@@ -194,9 +194,9 @@ def score(
         inputs = np.zeros((len(batch), length), np.int32)
         for i, row in enumerate(batch):
             inputs[i, : examples[row].inputs] = examples[row].tokens[:-1]
-        where = [(i, np.flatnonzero(examples[row].supervised) - 1) for i, row in enumerate(batch)]
+        where = [(i, np.flatnonzero(examples[row].loss_mask) - 1) for i, row in enumerate(batch)]
         flat = np.concatenate([i * length + at for i, at in where])
-        targets = np.concatenate([examples[row].tokens[examples[row].supervised] for row in batch])
+        targets = np.concatenate([examples[row].tokens[examples[row].loss_mask] for row in batch])
         hidden = head.hidden(mx.array(inputs))
         logits = head.logits(hidden.reshape(-1, hidden.shape[-1])[mx.array(flat)]).astype(mx.float32)
         losses = (

@@ -2,8 +2,8 @@
 
 May import `core`, `ops`, `data` and `models`."""
 
-from nalora_mlx.adapters.attach import AdaptReport, adapt, adapt_dora
+from nalora_mlx.adapters.attach import AdaptResult, adapt, adapt_dora
 from nalora_mlx.adapters.files import load_adapter
 from nalora_mlx.adapters.merge import fuse_model
 
-__all__ = ["AdaptReport", "adapt", "adapt_dora", "fuse_model", "load_adapter"]
+__all__ = ["AdaptResult", "adapt", "adapt_dora", "fuse_model", "load_adapter"]

@@ -37,7 +37,7 @@ class Skipped:
 
 
 @dataclass
-class AdaptReport:
+class AdaptResult:
     """What `adapt` did.
 
     Attributes:
@@ -57,7 +57,7 @@ class AdaptReport:
     notices: list[str] = field(default_factory=list)
 
 
-def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptReport:
+def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptResult:
     """Attach NA-LoRA adapters to any mlx-lm model, in place, and freeze the rest.
 
     The model's function does not change: lora_b is zero, and each gated MLP is rebuilt only if it gives the
@@ -90,11 +90,11 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptReport:
         report.plain.append(path)
     if not report.gated and config.active:
         report.notices.append("no gate projection is adapted, so NA-LoRA acts nowhere: this is plain LoRA")
-    model.adapt_report = report
+    model.adapt_result = report
     return report
 
 
-def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptReport:
+def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptResult:
     """Attach mlx-lm's DoRA adapters to linear and embedding layers, in place, and freeze the rest.
 
     NA-LoRA does not act on them: DoRA rescales whole output channels, gates included.
@@ -115,22 +115,22 @@ def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptReport:
         adapter.dropout = Dropout(config.dropout, index)
         replace_module(model, path, adapter)
         report.plain.append(path)
-    model.adapt_report = report
+    model.adapt_result = report
     return report
 
 
-def _start(model: nn.Module, config: NALoRAConfig, kind: str) -> tuple[dict[str, nn.Module], AdaptReport]:
+def _start(model: nn.Module, config: NALoRAConfig, kind: str) -> tuple[dict[str, nn.Module], AdaptResult]:
     """The modules to adapt, and a report that says so much."""
-    if report_of(model) is not None or any("lora_a" in module for _, module in model.named_modules()):
+    if adapt_result(model) is not None or any("lora_a" in module for _, module in model.named_modules()):
         raise InputError("the model is adapted already; fuse_model or load it again first")
     targets = select(model, config)
     resolved = replace(config, keys=targets.keys, num_layers=targets.num_layers)
-    return targets.modules, AdaptReport(kind, resolved, notices=list(targets.notices))
+    return targets.modules, AdaptResult(kind, resolved, notices=list(targets.notices))
 
 
-def report_of(model: nn.Module) -> AdaptReport | None:
+def adapt_result(model: nn.Module) -> AdaptResult | None:
     """The report of the `adapt` that made this model what it is, or None."""
-    return getattr(model, "adapt_report", None)
+    return getattr(model, "adapt_result", None)
 
 
 def gated_mlps(model: nn.Module) -> list[GatedMLP]:
@@ -163,7 +163,7 @@ def _adapt_gated(
     model: nn.Module,
     match: Match,
     adapters: dict[str, nn.Module],
-    report: AdaptReport,
+    report: AdaptResult,
     dtype: mx.Dtype,
     chosen: bool,
 ) -> None:

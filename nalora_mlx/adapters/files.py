@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from nalora_mlx.adapters.attach import AdaptReport, adapt, adapt_dora, report_of
+from nalora_mlx.adapters.attach import AdaptResult, adapt, adapt_dora, adapt_result
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.core.errors import InputError, listed
@@ -53,9 +53,9 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-def adapter_description(model: nn.Module) -> dict[str, Any]:
+def adapter_config(model: nn.Module) -> dict[str, Any]:
     """The content of adapter_config.json: what an unmodified mlx-lm needs, and our settings under one key."""
-    report = report_of(model)
+    report = adapt_result(model)
     if report is None:
         raise InputError("the model has no adapters; call adapt first")
     config = report.config
@@ -105,7 +105,7 @@ def _load(model: nn.Module, path: Path, wanted: dict[str, mx.array], whole: bool
     model.load_weights([(name, a.astype(wanted[name].dtype)) for name, a in loaded.items()], strict=False)
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> AdaptReport:
+def load_adapter(model: nn.Module, directory: str | Path) -> AdaptResult:
     """Adapt a base model as a saved LoRA adapter says, and load its weights.
 
     Args:
@@ -119,10 +119,10 @@ def load_adapter(model: nn.Module, directory: str | Path) -> AdaptReport:
 
 
 def _attach(
-    model: nn.Module, directory: Path, kinds: dict[str, Callable[[nn.Module, NALoRAConfig], AdaptReport]]
-) -> AdaptReport:
+    model: nn.Module, directory: Path, kinds: dict[str, Callable[[nn.Module, NALoRAConfig], AdaptResult]]
+) -> AdaptResult:
     """Adapt a model as adapter_config.json says, and load the weights, which are looked at first."""
-    content = read_description(directory)
+    content = read_adapter_config(directory)
     kind = content.get("fine_tune_type", "lora")
     if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"{directory / ADAPTER_CONFIG}: holds {kind!r}, not {' or '.join(kinds)}")
@@ -169,13 +169,13 @@ def load_any_adapter(model: nn.Module, directory: Path) -> None:
     Raises:
         InputError: something is missing or does not fit the model.
     """
-    if read_description(directory).get("fine_tune_type") == "full":
+    if read_adapter_config(directory).get("fine_tune_type") == "full":
         _load(model, directory / ADAPTER_FILE, dict(tree_flatten(model.parameters())), whole=False)
     else:
         _attach(model, directory, {"lora": adapt, "dora": adapt_dora})
 
 
-def read_description(directory: Path) -> dict[str, Any]:
+def read_adapter_config(directory: Path) -> dict[str, Any]:
     """Read adapter_config.json of a saved adapter.
 
     Raises:

@@ -62,7 +62,7 @@ class Adapter(nn.Module):
         self.dropout = dropout
         self.scale = scale
 
-    def times_a(self, x: mx.array, a: mx.array, *where: Any) -> mx.array:
+    def down_project(self, x: mx.array, a: mx.array, *where: Any) -> mx.array:
         """x A; [..., D] -> [..., r]."""
         raise NotImplementedError
 
@@ -82,10 +82,10 @@ class Adapter(nn.Module):
         base = self.linear(x, *where)
         dropped = self.dropout(x).astype(dtype)
         if route is None:
-            return LowRank(base, self.scale, self.times_a(dropped, a, *where), b, None, None, *where)
+            return LowRank(base, self.scale, self.down_project(dropped, a, *where), b, None, None, *where)
         stop = mx.stop_gradient
-        low = self.times_a(dropped, stop(a), *where)
-        routed = self.times_a(stop(dropped), a, *where)
+        low = self.down_project(dropped, stop(a), *where)
+        routed = self.down_project(stop(dropped), a, *where)
         return LowRank(base, self.scale, low, b, routed, route, *where)
 
     def __call__(self, x: mx.array, *where: Any, **sorting: bool) -> mx.array:
@@ -126,7 +126,7 @@ class LoRALinear(Adapter):
         self.lora_a = mx.random.uniform(-bound, bound, (dims, rank))
         self.lora_b = mx.zeros((rank, layouts.output_dims(linear)))
 
-    def times_a(self, x, a, *where):  # noqa: D102
+    def down_project(self, x, a, *where):  # noqa: D102
         return x @ a
 
     def channel_factor(self, q):  # noqa: D102
@@ -146,7 +146,7 @@ class LoRASwitchLinear(Adapter):
         self.lora_a = mx.random.uniform(-bound, bound, (experts, rank, dims))
         self.lora_b = mx.zeros((experts, linear.output_dims, rank))
 
-    def times_a(self, x, a, experts, is_sorted=False):  # noqa: D102
+    def down_project(self, x, a, experts, is_sorted=False):  # noqa: D102
         return mx.gather_mm(x, a.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=is_sorted)
 
     def channel_factor(self, q):  # noqa: D102

@@ -2,7 +2,7 @@
 
 import mlx.nn as nn
 
-from nalora_mlx.adapters.attach import gated_mlps, replace_module, report_of
+from nalora_mlx.adapters.attach import adapt_result, gated_mlps, replace_module
 from nalora_mlx.adapters.gated_mlps import GatedMLP
 from nalora_mlx.adapters.layers import QUANTIZED, quantized_like
 
@@ -25,8 +25,8 @@ def fuse_model(model: nn.Module, bits: int | None = 8, dequantize: bool = False)
     for path, module in list(model.named_modules()):
         if (fused := fuse_module(module, bits, dequantize)) is not module:
             replace_module(model, path, fused)
-    if report_of(model) is not None:
-        del model.adapt_report
+    if adapt_result(model) is not None:
+        del model.adapt_result
     return {path: module for path, module in model.named_modules() if path in merged}
 
 

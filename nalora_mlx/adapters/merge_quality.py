@@ -33,7 +33,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Kept:
+class MergeQuality:
     """How far models are from base + adapter (p): mean over positions of KL(p || q) in nats, and equal first choices.
 
     `loss` and `agreement` are those of the merged model, `effect` and `base_agreement` those of the base alone.
@@ -107,11 +107,11 @@ class Reference:
     tuned: list[mx.array]
     base: list[mx.array]
 
-    def compare(self, fused: nn.Module) -> Kept:
+    def compare(self, fused: nn.Module) -> MergeQuality:
         """Measure what a merged model keeps."""
         loss, agreement = _distance(self.tuned, log_probabilities(fused, self.texts))
         effect, base_agreement = _distance(self.tuned, self.base)
-        return Kept(loss, agreement, effect, base_agreement, sum(len(p) for p in self.tuned))
+        return MergeQuality(loss, agreement, effect, base_agreement, sum(len(p) for p in self.tuned))
 
 
 def take_reference(model: nn.Module, tokenizer: Any) -> Reference:

@@ -272,7 +272,7 @@ class RunConfig(TrainingConfig):
                 found.append(f"optimizer_config names {name!r}{nearest(name, OPTIMIZERS)}")
         if self.fine_tune_type in ("na-lora", "lora", "dora"):
             try:
-                self.adapter_config()
+                self.lora_config()
             except InputError as error:
                 found.append(str(error))
         return found
@@ -283,7 +283,7 @@ class RunConfig(TrainingConfig):
         if found:
             raise InputError("; ".join(found))
 
-    def adapter_config(self) -> NALoRAConfig:
+    def lora_config(self) -> NALoRAConfig:
         """Build the adapter's settings; plain LoRA and DoRA have both mechanisms off.
 
         Raises:

@@ -239,7 +239,7 @@ def clean(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def set_aside(directory: Path, paths: Sequence[str | Path]) -> Path | None:
+def move_aside(directory: Path, paths: Sequence[str | Path]) -> Path | None:
     """Move files of an earlier run, named relative to its directory, to directory/previous/N.
 
     Returns:
@@ -262,7 +262,7 @@ def set_aside(directory: Path, paths: Sequence[str | Path]) -> Path | None:
 
 
 @contextmanager
-def claim(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path) -> Iterator[None]:
     """Keep a directory for one process at a time; the system ends the claim with the process, however it dies.
 
     Raises:

@@ -25,30 +25,30 @@ class Batch:
         rows: indices into the split's examples.
         segments: int32, which row of its sequence an input belongs to, from 1; 0 for padding. None if not packed.
         elsewhere: supervised tokens of the batch that other workers have.
-        room: for scored positions, see `Shapes.room`; 0 for as many as there are.
+        room: for scored positions, see `Shapes.loss_capacity`; 0 for as many as there are.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
-    supervised: np.ndarray
-    real: np.ndarray
+    loss_mask: np.ndarray
+    token_mask: np.ndarray
     rows: tuple[int, ...]
-    segments: np.ndarray | None = None
-    elsewhere: int = 0
-    room: int = 0
+    segment_ids: np.ndarray | None = None
+    remote_tokens: int = 0
+    loss_capacity: int = 0
 
     @property
     def tokens(self) -> int:
         """Supervised tokens in the whole batch."""
-        return int(self.supervised.sum()) + self.elsewhere
+        return int(self.loss_mask.sum()) + self.remote_tokens
 
     def scored(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where the loss is: positions in the flattened [B L], their targets, and weights, 1 or 0; [S] each.
 
         S is `room`, so that few sizes occur; weight 0 fills.
         """
-        positions = np.flatnonzero(self.supervised).astype(np.int32)
-        size = max(self.room, positions.size, 1)
+        positions = np.flatnonzero(self.loss_mask).astype(np.int32)
+        size = max(self.loss_capacity, positions.size, 1)
         rows = np.zeros(size, np.int32)
         rows[: positions.size] = positions
         weights = np.zeros(size, np.float32)
@@ -63,7 +63,7 @@ ALL = slice(None)
 
 def shapes_of(examples: Iterable[Example]) -> Shapes:
     """The shapes of batches with one row a sequence."""
-    sizes = [(example.inputs, int(example.supervised[1:].sum())) for example in examples]
+    sizes = [(example.inputs, int(example.loss_mask[1:].sum())) for example in examples]
     return fitted(*zip(*sizes, strict=True))
 
 
@@ -95,14 +95,14 @@ def _collate(
             here = slice(start, start + example.inputs)
             inputs[i, here] = example.tokens[:-1]
             targets[i, here] = example.tokens[1:]
-            supervised[i, here] = example.supervised[1:]
+            supervised[i, here] = example.loss_mask[1:]
             real[i, here] = 1
             start += example.inputs
     rows = tuple(int(row) for rows in sequences for row in rows)
-    tokens = sum(int(examples[row].supervised[1:].sum()) for row in rows)
+    tokens = sum(int(examples[row].loss_mask[1:].sum()) for row in rows)
     own = int(supervised.sum())
-    room = shapes.room(own, len(mine), length)
-    return Batch(inputs, targets, supervised, real, rows, elsewhere=tokens - own, room=room)
+    room = shapes.loss_capacity(own, len(mine), length)
+    return Batch(inputs, targets, supervised, real, rows, remote_tokens=tokens - own, loss_capacity=room)
 
 
 def sorted_batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
@@ -194,10 +194,10 @@ def collate_packs(
     for i, pack in enumerate(packs[share]):
         ends = np.cumsum([examples[row].inputs for row in pack])
         segments[i, : ends[-1]] = 1 + np.searchsorted(ends, np.arange(ends[-1]), side="right")
-    return replace(batch, segments=segments)
+    return replace(batch, segment_ids=segments)
 
 
 def pack_shapes(examples: Sequence[Example], packs: Sequences, length: int) -> Shapes:
     """The shapes of batches of packs, all of one length."""
-    supervised = [sum(int(examples[row].supervised[1:].sum()) for row in pack) for pack in packs]
+    supervised = [sum(int(examples[row].loss_mask[1:].sum()) for row in pack) for pack in packs]
     return fitted([length] * len(packs), supervised)

@@ -43,7 +43,7 @@ class Shapes:
         """The length to which sequences are padded of which the longest has so many inputs."""
         return self.lengths[bisect.bisect_left(self.lengths, inputs)]
 
-    def room(self, supervised: int, sequences: int, length: int) -> int:
+    def loss_capacity(self, supervised: int, sequences: int, length: int) -> int:
         """Room for the scored positions of a batch: as usual for its size, or that doubled or halved until it is right.
 
         Every position of it costs a row of logits, and every size another graph.

@@ -19,7 +19,7 @@ BARS = 12  # rows of a histogram
 def summary(name: str, split: Split) -> str:
     """One line on a split: rows, tokens, the share that is supervised, and lengths."""
     lengths = np.array([len(example.tokens) for example in split.examples])
-    supervised = sum(int(example.supervised.sum()) for example in split.examples)
+    supervised = sum(int(example.loss_mask.sum()) for example in split.examples)
     low, middle, high, top = np.quantile(lengths, (0, 0.5, 0.95, 1)).astype(int).tolist()
     return (
         f"{name}: {len(split)} rows, {lengths.sum()} tokens, {supervised / lengths.sum():.0%} of them supervised; "
@@ -43,7 +43,7 @@ def histogram(examples: Sequence[Example], width: int = 40) -> list[str]:
 
 def marked(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     """The text of a row in pieces, each with whether it is supervised."""
-    flags = example.supervised
+    flags = example.loss_mask
     edges = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist(), len(flags)]
     return [
         (tokenizer.decode(example.tokens[a:b].tolist()), bool(flags[a])) for a, b in itertools.pairwise(edges)

@@ -22,7 +22,7 @@ class Example:
     """One tokenized row: token ids [n], supervised flags [n] (never the first), and where it came from."""
 
     tokens: np.ndarray
-    supervised: np.ndarray
+    loss_mask: np.ndarray
     source: str
 
     @property

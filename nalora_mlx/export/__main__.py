@@ -10,7 +10,7 @@ from nalora_mlx.cli import Parser
 from nalora_mlx.core.errors import InputError
 
 if TYPE_CHECKING:
-    from nalora_mlx.export.lazy_model import Opened
+    from nalora_mlx.export.lazy_model import LazyModel
     from nalora_mlx.export.updates import Updates
 
 FORMATS = {
@@ -106,7 +106,7 @@ def _names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-def _updates(args: argparse.Namespace, opened: "Opened") -> "Updates":
+def _updates(args: argparse.Namespace, opened: "LazyModel") -> "Updates":
     """The sum of the adapters that were given."""
     from nalora_mlx.export.peft import read_peft
     from nalora_mlx.export.updates import combine, read_updates

@@ -16,14 +16,14 @@ from nalora_mlx.export.gguf_model import (
     write_file,
 )
 from nalora_mlx.export.gguf_types import gguf
-from nalora_mlx.export.lazy_model import Opened
+from nalora_mlx.export.lazy_model import LazyModel
 from nalora_mlx.export.updates import Updates, uniform
 
 Tensor = tuple[str, np.ndarray]
 
 
 def export_gguf_lora(
-    opened: Opened, updates: Updates, output: Path, *, overwrite: bool = False, name: str = ""
+    opened: LazyModel, updates: Updates, output: Path, *, overwrite: bool = False, name: str = ""
 ) -> GgufReport:
     """Write a LoRA adapter for a GGUF of its base model; float32.
 
@@ -55,7 +55,7 @@ def export_gguf_lora(
     return GgufReport(output, output.stat().st_size, len(tensors), arch.gguf, "f32", [])
 
 
-def _tensors(arch: Architecture, opened: Opened, updates: Updates) -> Iterator[Tensor]:
+def _tensors(arch: Architecture, opened: LazyModel, updates: Updates) -> Iterator[Tensor]:
     names = name_map(arch, opened.args)
     for path, update in updates.by_path.items():
         left, right = np.array(update.left), np.array(update.right)

@@ -35,7 +35,7 @@ from nalora_mlx.export.gguf_types import (
     quantize,
     type_of,
 )
-from nalora_mlx.export.lazy_model import Opened, Source, open_model, read_config
+from nalora_mlx.export.lazy_model import LazyModel, Source, open_model, read_config
 from nalora_mlx.export.updates import Updates, merged
 
 CHUNK = 1 << 24  # elements converted at once, so that NumPy's float32 copies stay small beside a tensor
@@ -108,7 +108,7 @@ def export_gguf(
     output: Path | str,
     type: str = "f16",
     *,
-    updates: Callable[[Opened], Updates] | None = None,
+    updates: Callable[[LazyModel], Updates] | None = None,
     overwrite: bool = False,
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -154,7 +154,7 @@ class Plan:
     """What an export would write of a model: its weights, the tensors they become, and its tokens."""
 
     arch: Architecture
-    opened: Opened
+    opened: LazyModel
     tensors: list[Planned]
     vocabulary: Vocabulary
 

@@ -53,7 +53,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LazyModel:
     """A model that is open for reading.
 
     `args` is its ModelArgs, `sources` its tensors by path, `layers` the paths of its layers, first to last;
@@ -87,7 +87,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def open_model(directory: Path) -> Opened:
+def open_model(directory: Path) -> LazyModel:
     """Open a model as mlx-lm does, with lazy weights.
 
     mlx-lm's own classes say which tensors there must be, in which shapes, and how each is quantized.
@@ -124,7 +124,7 @@ def open_model(directory: Path) -> Opened:
         raise InputError(f"{directory}: mlx-lm cannot open this model: {error}") from error
     paths = {id(module): path for path, module in model.named_modules()}
     layers = [paths[id(layer)] for layer in model.layers]
-    return Opened(directory, config, model.args, _sources(model), layers, problems)
+    return LazyModel(directory, config, model.args, _sources(model), layers, problems)
 
 
 def _sources(model: nn.Module) -> dict[str, Source]:

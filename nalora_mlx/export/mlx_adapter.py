@@ -8,11 +8,11 @@ import mlx.core as mx
 from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.storage import arrays_writer, json_writer, write_directory
-from nalora_mlx.export.lazy_model import Opened, Source
+from nalora_mlx.export.lazy_model import LazyModel, Source
 from nalora_mlx.export.updates import Update, Updates, uniform
 
 
-def export_mlx(opened: Opened, updates: Updates, output: Path) -> int:
+def export_mlx(opened: LazyModel, updates: Updates, output: Path) -> int:
     """Write an adapter for `mlx_lm --adapter-path`, and for ours; returns the number of modules.
 
     mlx-lm makes one adapter of one rank for every key in every one of the last layers, so modules of these that have
@@ -43,7 +43,7 @@ def export_mlx(opened: Opened, updates: Updates, output: Path) -> int:
     return len(by_path)
 
 
-def _keys(opened: Opened, by_path: dict[str, Update]) -> tuple[list[str], int]:
+def _keys(opened: LazyModel, by_path: dict[str, Update]) -> tuple[list[str], int]:
     """Keys and number of layers from which mlx-lm makes at least these modules."""
     keys, first = set(), len(opened.layers)
     for path in by_path:

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.storage import json_writer, write_directory
-from nalora_mlx.export.lazy_model import Opened
+from nalora_mlx.export.lazy_model import LazyModel
 from nalora_mlx.export.updates import Update, Updates, misfit, refuse, uniform
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -45,7 +45,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def export_peft(opened: Opened, updates: Updates, output: Path, base: str | None) -> int:
+def export_peft(opened: LazyModel, updates: Updates, output: Path, base: str | None) -> int:
     """Write an adapter that `peft.PeftModel.from_pretrained` loads; returns the number of modules.
 
     lora_A is right, lora_B is left, lora_alpha = scale r; an embedding's are transposed. Where the embedding is the
@@ -99,7 +99,7 @@ def export_peft(opened: Opened, updates: Updates, output: Path, base: str | None
     return len(by_path)
 
 
-def _check(opened: Opened, updates: Updates) -> None:
+def _check(opened: LazyModel, updates: Updates) -> None:
     model_type = opened.config["model_type"]
     if model_type not in MODEL_TYPES:
         raise InputError(
@@ -127,7 +127,7 @@ def _check(opened: Opened, updates: Updates) -> None:
 # --- and back ----------------------------------------------------------------------------------------
 
 
-def read_peft(directory: Path, opened: Opened) -> Updates:
+def read_peft(directory: Path, opened: LazyModel) -> Updates:
     """Read a PEFT LoRA or DoRA for a model.
 
     Raises:
@@ -220,7 +220,7 @@ def _patterned(pattern: dict[str, Any] | None, module: str) -> Iterator[Any]:
             yield value
 
 
-def _untie(opened: Opened, found: dict[str, Update], problems: list[str]) -> None:
+def _untie(opened: LazyModel, found: dict[str, Update], problems: list[str]) -> None:
     """Where the embedding is the head too, mlx-lm has one adapter for both; PEFT must have the same on both."""
     if "lm_head.weight" in opened.sources:
         return

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, read_description, read_weights
+from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config, read_weights
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.export.lazy_model import Source
 
@@ -54,7 +54,7 @@ def read_updates(directory: Path, sources: Mapping[str, Source]) -> Updates:
     Raises:
         InputError: something is missing, or lists the arrays that do not fit the model.
     """
-    content = read_description(directory)
+    content = read_adapter_config(directory)
     path = directory / ADAPTER_CONFIG
     kind = content.get("fine_tune_type", "lora")
     arrays = {name: a.astype(mx.float32) for name, a in read_weights(directory / ADAPTER_FILE).items()}

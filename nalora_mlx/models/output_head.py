@@ -15,7 +15,7 @@ import mlx.nn as nn
 Forward = Callable[..., mx.array]
 
 
-class Head:
+class OutputHead:
     """A model in two parts: tokens -> hidden states, hidden states -> logits.
 
     Args:
@@ -54,7 +54,7 @@ class Head:
             # Not [0], which MLX makes a gather, with a sum of scattered elements for a gradient.
             return self.forward(mx.zeros((1, 1), mx.int32)).squeeze(0)
 
-    def part(self, hidden: mx.array, which: Any) -> mx.array:
+    def logits_for(self, hidden: mx.array, which: Any) -> mx.array:
         """Logits [S, v] of some entries of the vocabulary, a slice or their indices [v]."""
         assert self.projection is not None
         with _cut(self.projection, self.vocabulary, which):
@@ -102,7 +102,7 @@ def _answering(
             setattr(cls, method, original)
 
 
-def find_head(model: nn.Module, forward: Forward | None = None) -> Head | None:
+def find_output_head(model: nn.Module, forward: Forward | None = None) -> OutputHead | None:
     """Find where a model can be cut, the outermost place at which the cut is exact; None if there is none.
 
     Args:
@@ -118,7 +118,7 @@ def find_head(model: nn.Module, forward: Forward | None = None) -> Head | None:
         model.train(training)
 
 
-def _first_exact(model: nn.Module, forward: Forward) -> Head | None:
+def _first_exact(model: nn.Module, forward: Forward) -> OutputHead | None:
     tokens = mx.array([[1, 2, 3, 4]])
     try:
         want = forward(tokens)
@@ -129,14 +129,16 @@ def _first_exact(model: nn.Module, forward: Forward) -> Head | None:
     for path in sorted(modules, key=lambda path: path.count(".")):
         if any(part.isdigit() for part in path.split(".")):
             continue  # a layer: what follows it is no head
-        head = Head(modules[path], forward, want.shape[-1])
+        head = OutputHead(modules[path], forward, want.shape[-1])
         if _is_exact(head, tokens, want):
             head.projection = _find_projection(head, model, tokens, want)
             return head
     return None
 
 
-def _find_projection(head: Head, model: nn.Module, tokens: mx.array, want: mx.array) -> nn.Module | None:
+def _find_projection(
+    head: OutputHead, model: nn.Module, tokens: mx.array, want: mx.array
+) -> nn.Module | None:
     hidden = head.hidden(tokens)[0]
     part = mx.array([head.vocabulary - 1, 0, 1, 0])
     for module in model.modules():
@@ -144,14 +146,14 @@ def _find_projection(head: Head, model: nn.Module, tokens: mx.array, want: mx.ar
             continue
         head.projection = module
         try:
-            if _alike_for_all(head, hidden) and _agree(head.part(hidden, part), want[0][:, part]):
+            if _alike_for_all(head, hidden) and _agree(head.logits_for(hidden, part), want[0][:, part]):
                 return module
         except Exception:  # not what makes the logits
             continue
     return None
 
 
-def _alike_for_all(head: Head, hidden: mx.array) -> bool:
+def _alike_for_all(head: OutputHead, hidden: mx.array) -> bool:
     """Whether what follows the projection treats all entries of the vocabulary alike, so that some may be left out.
 
     Not so where entries are addressed by number: beyond the end of an array MLX does not look where it writes.
@@ -166,7 +168,7 @@ def _alike_for_all(head: Head, hidden: mx.array) -> bool:
     return _agree(back[..., ::-1], there)
 
 
-def _is_exact(head: Head, tokens: mx.array, want: mx.array) -> bool:
+def _is_exact(head: OutputHead, tokens: mx.array, want: mx.array) -> bool:
     try:
         hidden = head.hidden(tokens)
         if not isinstance(hidden, mx.array) or hidden.ndim != 3 or hidden.shape[:2] != tokens.shape:

@@ -45,7 +45,7 @@ def packed_caches(model: nn.Module, segments: mx.array) -> list[PackedCache]:
     return [PackedCache(segments)] * len(make_prompt_cache(model))
 
 
-def refusal(model: nn.Module, hidden: Callable[..., mx.array], length: int) -> str | None:
+def packing_error(model: nn.Module, hidden: Callable[..., mx.array], length: int) -> str | None:
     """Say why rows cannot be packed for this model; None if they can.
 
     Short rows far into sequences of this length, after other rows, must give what they give alone.

@@ -84,7 +84,7 @@ class Activation:
         u = u.astype(mx.float32)
         return u if self.up is None else self.up(u)
 
-    def beyond(self, z: mx.array, boundary: float) -> mx.array:
+    def above_boundary(self, z: mx.array, boundary: float) -> mx.array:
         """Whether each z lies above a boundary of the partition, as the row defines it; bool, shape of z."""
         return z >= boundary if self.left_closed else z > boundary
 

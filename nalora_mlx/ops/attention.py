@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from nalora_mlx.ops.fast_math import LOG2_E, probability
+from nalora_mlx.ops.fast_math import LOG2_E, exp2_nonpositive
 
 QUERIES = 128  # of a chunk at least: in fewer, graphs grow, and with them the time to compile them
 CHUNKS = 16  # of a sequence at most, so that graphs stay small
@@ -120,9 +120,9 @@ def attention(
             if outputs:  # only after the chunk before, or MLX would hold the scores of several
                 here = mx.depends([here], [outputs[-1]])[0]
             s = scores(here, k[:, :, : chunk.keys], chunk)
-            # Above all that is hidden: of a query that sees nothing every probability is 0.
+            # Above all that is hidden: of a query that sees nothing every exp2_nonpositive is 0.
             largest = mx.maximum(mx.max(s, axis=-1, keepdims=True), _HIDDEN / 10)
-            p = probability(s - largest)
+            p = exp2_nonpositive(s - largest)
             total = mx.maximum(mx.sum(p, axis=-1, keepdims=True), 1e-30)
             o = (p.reshape(B, K, -1, chunk.keys) @ v[:, :, : chunk.keys]).reshape(B, K, G, -1, E)
             outputs.append((o / total).astype(dtype))
@@ -145,7 +145,7 @@ def attention(
                 here, slope = mx.depends([here, slope], [dqs[-1], *sums])
             seen = slice(chunk.keys)
             largest, inverse = mx.split(sizes[:, :, :, chunk.start : chunk.end], 2, axis=-1)
-            e = probability(scores(here, k[:, :, seen], chunk) - largest)
+            e = exp2_nonpositive(scores(here, k[:, :, seen], chunk) - largest)
             # Reshaped between: as two outputs of one kernel, both would take ten times as long on a CPU.
             e = e.reshape(B, K, -1, chunk.keys)
             inverse = inverse.reshape(B, K, -1, 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.ops.fast_math import LOG2_E, logsumexp, probability
+from nalora_mlx.ops.fast_math import LOG2_E, exp2_nonpositive, logsumexp
 
 # A tile of float32 logits, [rows, columns], is to stay in a processor's cache, and each of its sides long enough for
 # products to be fast. MLX begins operations before those before them have ended: a dozen tiles are alive at a time.
@@ -43,7 +43,9 @@ def _cross_entropies(logits: mx.array, targets: mx.array) -> mx.array:
         d, (_, size) = cotangents[0], outputs
         hit = mx.arange(logits.shape[-1])[None, :] == targets
         # where, not a product: what stands beside an unscored position may be NaN
-        return mx.where(d == 0, 0, d * (probability((logits - size) * LOG2_E) - hit)), mx.zeros_like(targets)
+        return mx.where(d == 0, 0, d * (exp2_nonpositive((logits - size) * LOG2_E) - hit)), mx.zeros_like(
+            targets
+        )
 
     return function(logits, targets)[0][:, 0]
 
@@ -127,7 +129,7 @@ def _block(
         values = logits.astype(mx.float32)
         before, largest = largest, mx.maximum(largest, mx.max(values, axis=-1, keepdims=True))
         hit = mx.arange(which.start, which.stop)[None, :] == targets[:, None]
-        e = mx.where(hit, 0, probability((values - largest) * LOG2_E))
+        e = mx.where(hit, 0, exp2_nonpositive((values - largest) * LOG2_E))
         shrink = mx.exp(before - largest)
         others = others * shrink + mx.sum(e, axis=-1, keepdims=True)
         done = [others]

@@ -62,7 +62,7 @@ def _power_of_2(rounded: mx.array) -> mx.array:
     return mx.view(mx.view(rounded, mx.int32) << 23, mx.float32)
 
 
-def probability(x: mx.array) -> mx.array:
+def exp2_nonpositive(x: mx.array) -> mx.array:
     """2^x for float32 x <= 0, relative error 3e-7; 0 below -86, for products with less are denormal and slow.
 
     2^x = 2^n 2^f with n = round(x) and |f| <= 1/2, 2^f by the polynomial of degree 5 of least relative error, 7.5e-8,
@@ -84,7 +84,7 @@ def logsumexp(x: mx.array) -> mx.array:
     if not _pays(x):
         return mx.logsumexp(x, axis=-1, keepdims=True)
     largest = mx.max(x, axis=-1, keepdims=True)
-    return largest + mx.log(mx.sum(probability((x - largest) * LOG2_E), axis=-1, keepdims=True))
+    return largest + mx.log(mx.sum(exp2_nonpositive((x - largest) * LOG2_E), axis=-1, keepdims=True))
 
 
 @_custom_function

@@ -42,15 +42,15 @@ def holds_run(output: Path) -> bool:
     return False
 
 
-def tidy(output: Path) -> None:
+def remove_partial_files(output: Path) -> None:
     """Remove what a run that was killed while writing left half done; nobody else may be writing there."""
     for place in (output, output / CHECKPOINTS, output / BEST):
         storage.clean(place)
 
 
-def make_way(output: Path) -> Path | None:
+def archive_previous_run(output: Path) -> Path | None:
     """Move the run that a directory holds to previous/N; where it is now, None if there was none."""
-    return storage.set_aside(output, RUN_FILES) if holds_run(output) else None
+    return storage.move_aside(output, RUN_FILES) if holds_run(output) else None
 
 
 def rewind(output: Path, source: Path, iteration: int) -> Path | None:
@@ -75,7 +75,7 @@ def rewind(output: Path, source: Path, iteration: int) -> Path | None:
         gone += RUN_FILES
     run = source.parent.parent
     records = run / METRICS_FILE
-    aside = storage.set_aside(output, gone)
+    aside = storage.move_aside(output, gone)
     if aside is not None and records.exists() and own:
         storage.write_file(aside / METRICS_FILE, storage.copy_writer(records))
     if not (output / BEST).exists() and (source / BEST_FILE).exists():

@@ -70,7 +70,7 @@ def _data_identity(examples: Sequence[Example]) -> dict[str, Any]:
     for example in examples:
         digest.update(len(example.tokens).to_bytes(8, "little"))
         digest.update(example.tokens.tobytes())
-        digest.update(example.supervised.tobytes())
+        digest.update(example.loss_mask.tobytes())
     return {"rows": len(examples), "tokens": digest.hexdigest()[:16]}
 
 

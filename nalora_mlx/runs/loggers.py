@@ -28,7 +28,7 @@ def reporters(config: RunConfig, complain: Callable[[str], None] = print) -> lis
         found[TENSORBOARD] = TensorBoard(Path(config.adapter_path or ".").expanduser() / TENSORBOARD)
     for name in names:
         if name != TENSORBOARD:
-            found[name] = Peer(name, config)
+            found[name] = MlxLmCallback(name, config)
     return [_guarded(name, reporter, complain) for name, reporter in found.items()]
 
 
@@ -96,7 +96,7 @@ def _scalars(event: dict[str, Any]) -> dict[str, float]:
     return {tag: value for tag, value in values.items() if value is not None}
 
 
-class Peer:
+class MlxLmCallback:
     """Hands a run's reports to one of mlx-lm's own callbacks; usable as a listener of `train`.
 
     Args:

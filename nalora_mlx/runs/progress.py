@@ -79,7 +79,7 @@ class Progress:
             self.loss_tokens += tokens
             self.tokens += tokens
 
-    def spiked(self, loss: float) -> bool:
+    def record_loss(self, loss: float) -> bool:
         """Take the mean loss of the batch just counted; True at every third jump within a hundred batches.
 
         A jump is a loss above three halves of the usual (the median) and far outside its usual spread.
@@ -97,12 +97,12 @@ class Progress:
         self.spikes = []
         return True
 
-    def reported(self) -> None:
+    def start_interval(self) -> None:
         """Take the mean loss since the last report for the report, and begin anew."""
         self.train_loss = self.loss_sum / self.loss_tokens if self.loss_tokens else None
         self.loss_sum, self.loss_tokens, self.loss_steps, self.loss_seconds = 0.0, 0, 0, 0.0
 
-    def validated(self, loss: float) -> bool:
+    def record_validation(self, loss: float) -> bool:
         """Take a validation loss; True where it is the best after training has begun."""
         self.valid_loss = loss if math.isfinite(loss) else None
         if self.iteration == 0:

@@ -56,7 +56,7 @@ def record(config: RunConfig, splits: Mapping[str, Split]) -> dict[str, Any]:
     """The content of run.json; paths of the machine are cut to their last part."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if config.fine_tune_type != "full":  # with the defaults: the adapter's own file comes at the end only
-        adapter = config.adapter_config()
+        adapter = config.lora_config()
         settings |= {"lora_parameters": adapter.lora_parameters, "na_parameters": adapter.na_parameters}
     settings["optimizer_config"] = config.optimizer_config.get(config.optimizer) or {}
     for name in ("adapter_path", "resume", "resume_adapter_file", "report_to", "project_name"):
@@ -129,7 +129,7 @@ def lengths(examples: Sequence[Example]) -> dict[str, Any]:
     return {
         "rows": len(found),
         "tokens": int(found.sum()),
-        "supervised": int(sum(example.supervised.sum() for example in examples)),
+        "supervised": int(sum(example.loss_mask.sum() for example in examples)),
         "shortest": low,
         "median": middle,
         "p95": high,

@@ -18,7 +18,7 @@ def windows(batches: Iterator[Batch], iterations: int, size: int) -> Iterator[Wi
         yield window
 
 
-def ahead(items: Iterator[Window]) -> Generator[Window, None, None]:
+def prefetch(items: Iterator[Window]) -> Generator[Window, None, None]:
     """The same windows in the same order, each made in a thread while the one before it is in use.
 
     What making one raises is raised where it is asked for. Close it, so that the thread ends.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # What a layer's forward saw, summed over tokens (and over micro-batches, experts apart):
 #   tokens          sum w                                        [...]
 #   responsiveness  sum w |phi'(z)|, or sum w |phi'(z) u|        [..., F]
-#   beyond          sum w [z above boundary i], R - 1 rows       [R-1, ..., F]   (absent without a partition)
+#   above_boundary          sum w [z above boundary i], R - 1 rows       [R-1, ..., F]   (absent without a partition)
 #   misalignment    sums of the diagnostic, see `misalignment`   [2]             (only where it is measured)
 WEAK = 0.1  # a mask below this leaves a channel hardly any step
 Observation = dict[str, mx.array]
@@ -41,7 +41,9 @@ def init(shape: tuple[int, ...], regions: int, self_gated: bool = True) -> Layer
         "mask": mx.ones(shape),  # [..., F] m as last computed
     }
     if regions:
-        state["beyond"] = mx.zeros((regions - 1, *shape))  # raw average of the share above each boundary
+        state["above_boundary"] = mx.zeros(
+            (regions - 1, *shape)
+        )  # raw average of the share above each boundary
     if self_gated:
         state["misalignment"] = mx.zeros(2)  # as last measured: a diagnostic, never smoothed
     return state
@@ -62,8 +64,8 @@ def observe(state: LayerState, seen: Observation, beta: float) -> LayerState:
     new = dict(state)
     new["importance"] = average(state["importance"], seen["responsiveness"])
     new["updates"] = state["updates"] + any_token.astype(mx.float32)
-    if "beyond" in state:
-        new["beyond"] = average(state["beyond"], seen["beyond"])
+    if "above_boundary" in state:
+        new["above_boundary"] = average(state["above_boundary"], seen["above_boundary"])
     return new
 
 
@@ -80,10 +82,10 @@ def importance(state: LayerState, beta: float) -> mx.array:
 
 def occupancy(state: LayerState, beta: float) -> mx.array:
     """Smoothed fraction p_{R,c} of tokens in each region of the partition; [R, ..., F], sums to 1 over R."""
-    beyond = state["beyond"] / _correction(state, beta)  # [R-1, ..., F], decreasing in R
-    edge = mx.ones_like(beyond[:1])
-    upper = mx.concatenate([beyond, mx.zeros_like(edge)])
-    return mx.concatenate([edge, beyond]) - upper
+    above_boundary = state["above_boundary"] / _correction(state, beta)  # [R-1, ..., F], decreasing in R
+    edge = mx.ones_like(above_boundary[:1])
+    upper = mx.concatenate([above_boundary, mx.zeros_like(edge)])
+    return mx.concatenate([edge, above_boundary]) - upper
 
 
 def mask(s: mx.array, parameters: NAParameters) -> mx.array:
@@ -123,7 +125,7 @@ def step_scale(state: LayerState, parameters: NAParameters) -> mx.array | None:
 
     A partition of two regions (dead, homogeneous) takes the first and the last gamma.
     """
-    if not parameters.step_scaling or "beyond" not in state:
+    if not parameters.step_scaling or "above_boundary" not in state:
         return None
     p = occupancy(state, parameters.beta)  # [R, ..., F]
     gamma = parameters.gamma if p.shape[0] == 3 else (parameters.gamma[0], parameters.gamma[-1])

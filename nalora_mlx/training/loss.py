@@ -6,7 +6,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from nalora_mlx.models.output_head import find_head
+from nalora_mlx.models.output_head import find_output_head
 from nalora_mlx.models.packed_attention import packed_caches
 from nalora_mlx.ops.cross_entropy import ROWS, cross_entropy_sum, gather_rows, tiled_cross_entropy_sum
 
@@ -22,7 +22,7 @@ class ScoredLoss:
     def __init__(self, model: nn.Module, forward: Callable[[mx.array], mx.array] | None = None):
         self.model = model
         self.forward = forward or model
-        self.head = find_head(model, forward)
+        self.head = find_output_head(model, forward)
         self.rows = ROWS
         inside = {id(m) for layer in model.layers for _, m in layer.named_modules()}
         self.head_is_frozen = not any(
@@ -58,5 +58,5 @@ class ScoredLoss:
         if not self.head_is_frozen or self.head.projection is None:
             return cross_entropy_sum(self.head.logits(hidden), targets, weights)
         return tiled_cross_entropy_sum(
-            self.head.part, self.head.vocabulary, hidden, targets, weights, self.rows, with_gradient
+            self.head.logits_for, self.head.vocabulary, hidden, targets, weights, self.rows, with_gradient
         )

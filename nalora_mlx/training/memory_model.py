@@ -37,7 +37,7 @@ MOST = 2**20  # rows, or tokens: as good as without limit
 
 
 @dataclass(frozen=True)
-class Size:
+class BatchShape:
     """What a batch is to memory: rows, tokens in each, scored positions in all, and whether rows are packed."""
 
     rows: int
@@ -50,7 +50,7 @@ class Size:
         """Positions in the batch, padding included."""
         return self.rows * self.length
 
-    def with_shape(self, rows: int, length: int) -> "Size":
+    def with_shape(self, rows: int, length: int) -> "BatchShape":
         """As many scored positions per token in another shape."""
         return replace(
             self, rows=rows, length=length, scored=round(self.scored * rows * length / self.tokens)
@@ -104,7 +104,7 @@ class Planner:
         self.step, self.layers, self.accumulating = step, list(layers), accumulating
         self.kept = 0  # bytes that are there for no other reason than to be put back
 
-    def peak(self, size: Size, safe: int = 0) -> Peak:
+    def peak(self, size: BatchShape, safe: int = 0) -> Peak:
         """Find the peak's parts for batches of about this size.
 
         Args:
@@ -134,7 +134,7 @@ class Planner:
             found = replace(found, base=found.base + nbytes(self.step.model.trainable_parameters()))
         return found
 
-    def _measure(self, trial: Size, real: Size, update: bool) -> int:
+    def _measure(self, trial: BatchShape, real: BatchShape, update: bool) -> int:
         """Peak memory of a step of a trial, in bytes: of the larger of two, as the first is held up by compiling."""
         step, loss, peaks = self.step, self.step.loss, []
         rows, loss.rows = loss.rows, max(1, round(loss.rows * min(1, trial.tokens / real.tokens)))
@@ -171,7 +171,7 @@ class Planner:
             mx.reset_peak_memory()
 
 
-def _trials(size: Size) -> list[Size]:
+def _trials(size: BatchShape) -> list[BatchShape]:
     """Three shapes that tell tokens from squares, the largest last, of half the tokens if there are enough."""
     if size.rows == 1:
         parts = (0.125, 0.25, 0.5) if size.length >= 2 * ENOUGH else (0.25, 0.5, 0.75)
@@ -181,7 +181,7 @@ def _trials(size: Size) -> list[Size]:
     return [size.with_shape(rows, half), size.with_shape(2 * rows, half), size.with_shape(rows, 2 * half)]
 
 
-def _solved(trials: Sequence[Size], peaks: Sequence[int]) -> tuple[float, float, float]:
+def _solved(trials: Sequence[BatchShape], peaks: Sequence[int]) -> tuple[float, float, float]:
     """The base, the part per token and the part per square, none of them negative; they meet a fourth peak."""
     features = np.array([[1, trial.tokens, trial.tokens * trial.length] for trial in trials], np.float64)
     weights = np.array([1, 1, 1, WEIGHT])[: len(trials)]
@@ -196,7 +196,7 @@ def _solved(trials: Sequence[Size], peaks: Sequence[int]) -> tuple[float, float,
         kept.remove(negative[-1])
 
 
-def _trial(size: Size) -> Batch:
+def _trial(size: BatchShape) -> Batch:
     """A batch of a size, of tokens that do not matter."""
     shape = (size.rows, size.length)
     supervised = np.zeros(size.tokens, np.float32)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from nalora_mlx.adapters.attach import report_of
+from nalora_mlx.adapters.attach import adapt_result
 from nalora_mlx.core.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.batches import epoch_batches, pack_shapes, shapes_of
@@ -20,7 +20,7 @@ from nalora_mlx.data.padding import PAD_TO, padded_length
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.ops.cross_entropy import TILE_BYTES
 from nalora_mlx.training.distributed import ALONE, Workers
-from nalora_mlx.training.memory_model import Peak, Planner, Size, nbytes
+from nalora_mlx.training.memory_model import BatchShape, Peak, Planner, nbytes
 from nalora_mlx.training.run import recomputed_layers
 from nalora_mlx.training.step import TrainingStep
 
@@ -29,9 +29,11 @@ RAM_SHARE = 0.8  # of a machine without a recommended working set
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-def heaviest(examples: Sequence[Example], config: TrainingConfig, workers: Workers = ALONE) -> Size:
+def largest_batch(
+    examples: Sequence[Example], config: TrainingConfig, workers: Workers = ALONE
+) -> BatchShape:
     """The size of the batch in the first epoch that needs most: most tokens, and of those most scored ones."""
-    supervised = [int(example.supervised[1:].sum()) for example in examples]
+    supervised = [int(example.loss_mask[1:].sum()) for example in examples]
     sizes = []
     if config.packing:
         length = padded_length(examples)
@@ -39,18 +41,20 @@ def heaviest(examples: Sequence[Example], config: TrainingConfig, workers: Worke
         shapes = pack_shapes(examples, [pack for packs in batches for pack in packs], length)
         for packs in batches:
             scored = sum(supervised[row] for pack in packs for row in pack)
-            sizes.append(Size(len(packs), length, shapes.room(scored, len(packs), length), True))
+            sizes.append(
+                BatchShape(len(packs), length, shapes.loss_capacity(scored, len(packs), length), True)
+            )
     else:
         shapes = shapes_of(examples)
         for rows in epoch_batches(examples, config.batch_size, config.seed, 0):
             length = shapes.length(max(examples[row].inputs for row in rows))
             scored = sum(supervised[row] for row in rows)
-            sizes.append(Size(len(rows), length, shapes.room(scored, len(rows), length)))
+            sizes.append(BatchShape(len(rows), length, shapes.loss_capacity(scored, len(rows), length)))
     most = max(sizes, key=lambda size: (size.tokens, size.length, size.scored))
     return most.with_shape(math.ceil(most.rows / workers.size), most.length)
 
 
-def at_most(model: nn.Module, size: Size) -> float:
+def upper_bound_bytes(model: nn.Module, size: BatchShape) -> float:
     """Bytes that a step surely stays below, from shapes alone; infinite where the model does not say its heads.
 
     Every layer is taken to keep eight times what its projections and norms put out, and its attention scores, and the
@@ -92,7 +96,7 @@ class Plan:
         checkpointed: the peak with gradient checkpointing, None if that is on.
     """
 
-    size: Size
+    size: BatchShape
     peak: Peak
     budget: int
     weights: int
@@ -145,18 +149,18 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, size: Size, config: TrainingConfig, optimizer: optim.Optimizer, budget: int
+    model: nn.Module, size: BatchShape, config: TrainingConfig, optimizer: optim.Optimizer, budget: int
 ) -> Plan:
     """Find out what a run will need; the model stays as it is.
 
     Args:
         model: as it will be trained.
-        size: of the largest batch, see `heaviest`.
+        size: of the largest batch, see `largest_batch`.
         config: the run's settings.
         optimizer: one like the run's, not that itself.
         budget: bytes to stay within.
     """
-    report = report_of(model)
+    report = adapt_result(model)
     step = TrainingStep(model, optimizer, report.config if report else PLAIN_LORA, grad_clip=config.grad_clip)
     accumulating = config.grad_accumulation_steps > 1
     peak = Planner(step, recomputed_layers(model, config), accumulating).peak(size, budget // 2)
@@ -184,8 +188,8 @@ def advice(
         InputError: it needs more memory than the machine has, and more than the budget that was given.
     """
     budget = config.memory_budget or default_budget()
-    size = heaviest(examples, config, workers)
-    if not config.plan and at_most(model, size) <= budget:
+    size = largest_batch(examples, config, workers)
+    if not config.plan and upper_bound_bytes(model, size) <= budget:
         return []
     found = plan(model, size, config, new_optimizer(), budget)
     remedies = "what would fit: " + "; or ".join(found.remedies())

@@ -14,8 +14,8 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from nalora_mlx.adapters.attach import report_of
-from nalora_mlx.adapters.files import adapter_description, adapter_weights
+from nalora_mlx.adapters.attach import adapt_result
+from nalora_mlx.adapters.files import adapter_config, adapter_weights
 from nalora_mlx.adapters.forward_pass import recomputed
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import PLAIN_LORA, RunConfig, TrainingConfig
@@ -24,12 +24,18 @@ from nalora_mlx.data.batches import Batch, batches_per_epoch, evaluation_batches
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.checkpoints import CHECKPOINTS, Saver
-from nalora_mlx.runs.directory import check_space, holds_run, make_way, rewind, tidy
+from nalora_mlx.runs.directory import (
+    archive_previous_run,
+    check_space,
+    holds_run,
+    remove_partial_files,
+    rewind,
+)
 from nalora_mlx.runs.fingerprint import identity
 from nalora_mlx.runs.progress import Progress, TrainResult
 from nalora_mlx.runs.resume import adapter_files, checkpoint_files, restore
 from nalora_mlx.training import distributed
-from nalora_mlx.training.accumulation import ahead, windows
+from nalora_mlx.training.accumulation import prefetch, windows
 from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.step import TrainingStep
 
@@ -56,7 +62,7 @@ class Run:
         resume_anyway: bool = False,
         stop: Callable[[], bool] | None = None,
     ):
-        report = report_of(model)
+        report = adapt_result(model)
         self.model, self.config, self.stop = model, config, stop
         self.workers = distributed.workers()
         speaks = self.workers.rank == 0
@@ -82,7 +88,7 @@ class Run:
         self.saver: Saver | None = None
         if output is None and resume is None:
             return
-        description = description or (adapter_description(model) if report else None)
+        description = description or (adapter_config(model) if report else None)
         known = identity(model, self.optimizer, description, config, train_set, valid_set, self.workers.size)
         trees = {"optimizer": self.optimizer.state, "importance": self.step.importance}
         if self.source is not None:
@@ -134,16 +140,16 @@ class Run:
         Raises:
             InputError: another run is writing into the output directory.
         """
-        with storage.claim(self.saver.output) if self.saver is not None else nullcontext():
+        with storage.lock_directory(self.saver.output) if self.saver is not None else nullcontext():
             if self.saver is not None:
-                self.take(self.saver)
+                self.prepare_output(self.saver)
             return self.train()
 
-    def take(self, saver: Saver) -> None:
+    def prepare_output(self, saver: Saver) -> None:
         """Make the output directory this run's; what was in it is moved aside, not lost."""
-        tidy(saver.output)
+        remove_partial_files(saver.output)
         if self.source is None:
-            aside = make_way(saver.output)
+            aside = archive_previous_run(saver.output)
             if aside is not None:
                 self.notices.append(f"moved the run that was in {saver.output} to {aside}")
             return
@@ -176,7 +182,7 @@ class Run:
         )
         stopped = self.reason_to_stop()
         left = 0 if stopped else self.iterations - progress.iteration
-        with closing(ahead(windows(batches, left, config.grad_accumulation_steps))) as made:
+        with closing(prefetch(windows(batches, left, config.grad_accumulation_steps))) as made:
             for window in made:
                 first = progress.iteration + 1
                 self.update(window)
@@ -226,15 +232,15 @@ class Run:
             progress.count(loss, batch.tokens, time.perf_counter() - tic)
             if suspect is None and not self.step.health["finite"].item():
                 suspect = (batch, loss)
-            if math.isfinite(loss) and progress.spiked(loss / max(batch.tokens, 1)):
+            if math.isfinite(loss) and progress.record_loss(loss / max(batch.tokens, 1)):
                 self.notice_spikes(batch)
             self.tell("step", step=iteration, iterations=self.iterations)
             if position == len(window):
-                self.settle(suspect)
+                self.finish_update(suspect)
             if self.reports(iteration):
                 self.report()
 
-    def settle(self, suspect: tuple[Batch, float] | None) -> None:
+    def finish_update(self, suspect: tuple[Batch, float] | None) -> None:
         """Count an update that was applied, or one that was not, because of a batch and its loss.
 
         Raises:
@@ -295,7 +301,7 @@ class Run:
             "tokens_per_second": p.loss_tokens / p.loss_seconds,
             "iterations_per_second": p.loss_steps / p.loss_seconds,
         }
-        p.reported()
+        p.start_interval()
         self.tell(
             "metrics",
             split="train",
@@ -330,7 +336,7 @@ class Run:
             self.workers,
         )
         before = (progress.best_valid_loss, progress.best_iteration)
-        if progress.validated(loss) and self.saver is not None and not self.saver.best():
+        if progress.record_validation(loss) and self.saver is not None and not self.saver.best():
             progress.best_valid_loss, progress.best_iteration = before  # it says what is on the disk
         if not math.isfinite(loss):
             self.tell("notice", text=f"iteration {progress.iteration}: the validation loss is {loss}")

@@ -109,9 +109,9 @@ class TrainingStep:
         # Each worker draws its own dropout.
         entropy = (*seed, self.workers.rank) if self.workers.rank else seed
         word = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        segments = None if batch.segments is None else mx.array(batch.segments)
+        segments = None if batch.segment_ids is None else mx.array(batch.segment_ids)
         scored = [mx.array(a) for a in batch.scored()]
-        arrays = [mx.array(batch.inputs), *scored, segments, mx.array(batch.real)]
+        arrays = [mx.array(batch.inputs), *scored, segments, mx.array(batch.token_mask)]
         weight, key = mx.array(1 / max(window_tokens, 1)), mx.random.key(word)
         shape = (batch.inputs.shape, scored[0].shape, segments is None, carry is None)
         backward = self._graph(shape) if self.compiled else self._backward
@@ -214,9 +214,9 @@ class TrainingStep:
             return
         part = (slice(0, 1), slice(0, PROBED))
         arguments = {}
-        if batch.segments is not None:
-            arguments["cache"] = packed_caches(self.model, mx.array(batch.segments[part]))
-        this = ForwardPass(weights=mx.array(batch.real[part]), diagnose=True)
+        if batch.segment_ids is not None:
+            arguments["cache"] = packed_caches(self.model, mx.array(batch.segment_ids[part]))
+        this = ForwardPass(weights=mx.array(batch.token_mask[part]), diagnose=True)
         training = self.model.training
         self.model.eval()  # no dropout
         with forward_pass(this):  # lazy: what is not measured, as the logits, is never computed
@@ -250,7 +250,7 @@ class TrainingStep:
             scale = importance.step_scale(state, self.parameters)
             if scale is not None:
                 row["step_scale"] = _spread(np.array(scale))
-            if "beyond" in state:
+            if "above_boundary" in state:
                 occupancy = np.array(importance.occupancy(state, self.parameters.beta))
                 names = self.gated[path].activation.regions
                 row["occupancy"] = dict(zip(names, occupancy.mean(axis=-1).tolist(), strict=True))

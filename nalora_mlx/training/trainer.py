@@ -10,14 +10,14 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from nalora_mlx.adapters.attach import report_of
+from nalora_mlx.adapters.attach import adapt_result
 from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.core.config import TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.padding import padded_length
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.models import packed_attention
-from nalora_mlx.models.output_head import find_head
+from nalora_mlx.models.output_head import find_output_head
 from nalora_mlx.runs.progress import TrainResult
 from nalora_mlx.training import distributed
 from nalora_mlx.training.run import Listener, Run
@@ -64,7 +64,7 @@ def train(
     """
     config = config or TrainingConfig()
     check(model, train_set, valid_set, config)
-    if output is not None and description is None and report_of(model) is None:
+    if output is not None and description is None and adapt_result(model) is None:
         raise InputError(
             "the model was not adapted here; give the content of adapter_config.json as description"
         )
@@ -98,13 +98,15 @@ def check(
         raise InputError("nothing to train: the model is frozen; call adapt first")
     distributed.workers().agree(
         {
-            "data": (array for row in train_set for array in (row.tokens, row.supervised)),
+            "data": (array for row in train_set for array in (row.tokens, row.loss_mask)),
             "weights": (np.array(array.astype(mx.float32)) for array in weights.values()),
             "settings": (repr(getattr(config, f.name)).encode() for f in fields(TrainingConfig)),
         }
     )
     if config.packing:
-        head = find_head(model)
-        reason = packed_attention.refusal(model, head.hidden if head else model, padded_length(train_set))
+        head = find_output_head(model)
+        reason = packed_attention.packing_error(
+            model, head.hidden if head else model, padded_length(train_set)
+        )
         if reason:
             raise InputError(f"packing would mix rows with this model: {reason}; leave it out")

@@ -12,8 +12,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from nalora_mlx.adapters import layouts
-from nalora_mlx.adapters.attach import adapt, adapt_dora, gated_mlps, report_of
-from nalora_mlx.adapters.files import adapter_description, adapter_weights, load_adapter, load_weights
+from nalora_mlx.adapters.attach import adapt, adapt_dora, adapt_result, gated_mlps
+from nalora_mlx.adapters.files import adapter_config, adapter_weights, load_adapter, load_weights
 from nalora_mlx.adapters.gated_mlps import GatedMLP
 from nalora_mlx.adapters.layers import Dropout, LoRASwitchLinear, dequantized
 from nalora_mlx.adapters.merge import fuse_model, fuse_module
@@ -192,7 +192,7 @@ def test_function_and_gradients_equal_mlx_lm(keys):
     ours, theirs = build_model(), build_model()
     adapt(ours, NALoRAConfig(num_layers=2, rank=4, scale=3.0, keys=keys))
     theirs.freeze()
-    settings = {"rank": 4, "scale": 3.0, "dropout": 0.0, "keys": report_of(ours).config.keys}
+    settings = {"rank": 4, "scale": 3.0, "dropout": 0.0, "keys": adapt_result(ours).config.keys}
     linear_to_lora_layers(theirs, 2, settings)
     random_adapters(ours)
     weights = adapter_weights(ours)
@@ -218,7 +218,7 @@ def test_fuse_restores_the_tree_and_keeps_the_function(model):
     assert tree(model) == before_tree
     assert len(merged) == 3 * 7
     close(logits(model), adapted, plain, 1e-5)
-    assert report_of(model) is None
+    assert adapt_result(model) is None
     adapt(model)  # and it can be adapted again
 
 
@@ -297,7 +297,7 @@ def save(model, directory):
         directory,
         {
             "adapters.safetensors": storage.arrays_writer(adapter_weights(model)),
-            "adapter_config.json": storage.json_writer(adapter_description(model)),
+            "adapter_config.json": storage.json_writer(adapter_config(model)),
         },
     )
 
@@ -395,8 +395,8 @@ def test_float16_gradients_do_not_underflow(size):
 def test_dora_is_mlx_lms(model):
     report = adapt_dora(model, NALoRAConfig(num_layers=1))
     assert gated_mlps(model) == []
-    assert adapter_description(model)["fine_tune_type"] == "dora"
-    assert report_of(model).plain == report.plain
+    assert adapter_config(model)["fine_tune_type"] == "dora"
+    assert adapt_result(model).plain == report.plain
     random_adapters(model)
     adapted = logits(model)
     fuse_model(model)

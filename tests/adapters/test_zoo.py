@@ -224,7 +224,7 @@ def test_the_loss_where_it_counts_is_the_full_one(name, monkeypatch):
         hidden = scored.head.hidden(mx.array(batch.inputs))
         hidden = hidden.reshape(-1, hidden.shape[-1])[arrays[0]]
         head = scored.head
-        return tiled_cross_entropy_sum(head.part, head.vocabulary, hidden, *arrays[1:], rows=5)
+        return tiled_cross_entropy_sum(head.logits_for, head.vocabulary, hidden, *arrays[1:], rows=5)
 
     want, want_gradients = nn.value_and_grad(model, in_full)(model)
     got, got_gradients = nn.value_and_grad(model, in_part)(model)
@@ -315,5 +315,5 @@ def test_a_module_that_runs_several_times_is_seen_once_per_token():
     real = np.ones((2, 17), np.float32)
     step(Batch(TOKENS[:, :-1], TOKENS[:, 1:], real, real, (0, 1)), 34, None, True)
     for state in step.importance["layers"].values():
-        assert np.array(state["beyond"]).min() >= 0
-        assert np.array(state["beyond"]).max() <= 1 + 1e-6
+        assert np.array(state["above_boundary"]).min() >= 0
+        assert np.array(state["above_boundary"]).max() <= 1 + 1e-6

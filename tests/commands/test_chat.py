@@ -19,8 +19,8 @@ from mlx_lm.utils import load
 from rich.console import Console
 
 from nalora_mlx.adapters.attach import adapt
-from nalora_mlx.adapters.files import adapter_description, adapter_weights
-from nalora_mlx.chat import COMMANDS, Chat, _twin
+from nalora_mlx.adapters.files import adapter_config, adapter_weights
+from nalora_mlx.chat import COMMANDS, Chat, share_weights
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.models.conversation import Conversation
@@ -40,7 +40,7 @@ def adapter(model_directory, tmp_path_factory):
     adapt(model, NALoRAConfig(rank=4, scale=4.0))
     random_adapters(model, size=0.3)
     mx.save_safetensors(str(output / "adapters.safetensors"), adapter_weights(model))
-    (output / "adapter_config.json").write_text(json.dumps(adapter_description(model)))
+    (output / "adapter_config.json").write_text(json.dumps(adapter_config(model)))
     return output
 
 
@@ -94,7 +94,7 @@ def test_the_two_models_are_of_the_same_arrays(model_directory, adapter):
     from nalora_mlx.adapters.files import load_any_adapter
 
     model, _ = load(str(model_directory))
-    twin = _twin(model, str(model_directory), False)
+    twin = share_weights(model, str(model_directory), False)
     kept = dict(tree_flatten(model.parameters()))
     before = mx.get_active_memory()
     load_any_adapter(twin, adapter)

@@ -18,7 +18,7 @@ from mlx_lm.utils import load
 
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters.attach import adapt, adapt_dora
-from nalora_mlx.adapters.files import adapter_description, adapter_weights, load_any_adapter
+from nalora_mlx.adapters.files import adapter_config, adapter_weights, load_any_adapter
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export import updates
@@ -46,7 +46,7 @@ ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
 def save_adapter(model, directory):
     files = {
         "adapters.safetensors": storage.arrays_writer(adapter_weights(model)),
-        "adapter_config.json": storage.json_writer(adapter_description(model)),
+        "adapter_config.json": storage.json_writer(adapter_config(model)),
     }
     storage.write_directory(directory, files)
     return directory

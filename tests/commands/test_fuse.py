@@ -19,7 +19,7 @@ from mlx_lm.utils import dequantize_model, load
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters import merge_quality
 from nalora_mlx.adapters.attach import adapt, adapt_dora
-from nalora_mlx.adapters.files import adapter_description, adapter_weights, load_adapter
+from nalora_mlx.adapters.files import adapter_config, adapter_weights, load_adapter
 from nalora_mlx.adapters.merge import fuse_model
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
@@ -87,7 +87,7 @@ def save_both(tokenizer_directory, tmp_path, model, size, config=WIDE | QUANTIZE
 def save_adapter(model, directory):
     files = {
         "adapters.safetensors": storage.arrays_writer(adapter_weights(model)),
-        "adapter_config.json": storage.json_writer(adapter_description(model)),
+        "adapter_config.json": storage.json_writer(adapter_config(model)),
     }
     storage.write_directory(directory, files)
     return directory

@@ -254,7 +254,7 @@ def test_config_files(content, tmp_path):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """A whole adapter of the tiny llama."""
-    from nalora_mlx.adapters.files import adapter_description
+    from nalora_mlx.adapters.files import adapter_config
     from nalora_mlx.core.config import NALoRAConfig
 
     model = build_model()
@@ -262,7 +262,7 @@ def adapter(tmp_path_factory):
     random_adapters(model)
     directory = tmp_path_factory.mktemp("adapter")
     mx.save_safetensors(str(directory / "adapters.safetensors"), adapter_weights(model), {"format": "mlx"})
-    (directory / "adapter_config.json").write_text(json.dumps(adapter_description(model)))
+    (directory / "adapter_config.json").write_text(json.dumps(adapter_config(model)))
     return directory
 
 
@@ -286,7 +286,7 @@ def test_adapter_configs(data, adapter, broken):
         says = json.loads(content)
         loaded = mx.load(str(adapter / "adapters.safetensors"))
         if says.get("fine_tune_type", "lora") == "lora":
-            assert model.adapt_report.config.scale == says["lora_parameters"]["scale"]
+            assert model.adapt_result.config.scale == says["lora_parameters"]["scale"]
             got = adapter_weights(model)
             assert got.keys() == loaded.keys()
             for name in got:

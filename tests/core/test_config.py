@@ -77,7 +77,7 @@ def test_a_config_of_mlx_lm_runs_unchanged(tmp_path):
     assert config.learning_rate == 1e-5
     assert config.optimizer_config["adamw"]["eps"] == 1e-6
     assert config.lr_schedule["arguments"] == [1e-5, 1000, 1e-7]
-    adapter = config.adapter_config()
+    adapter = config.lora_config()
     assert adapter.keys == ("self_attn.q_proj", "self_attn.v_proj")
     assert (adapter.rank, adapter.scale, adapter.num_layers) == (8, 20.0, 16)
     assert not adapter.active  # it says lora, and gets plain LoRA
@@ -105,7 +105,7 @@ def test_flags_win_over_the_file(tmp_path):
         ["--train", "--iters", "7", "--rank", "2", "--beta", "0.5", "--no-step-scaling"]
     )
     config = load_run_config(path, {k: v for k, v in vars(args).items() if k != "config"})
-    adapter = config.adapter_config()
+    adapter = config.lora_config()
     assert config.iters == 7
     assert (adapter.rank, adapter.scale) == (2, 10.0)
     assert (adapter.mask, adapter.beta, adapter.step_scaling) == ("hard", 0.5, False)

@@ -18,7 +18,7 @@ import pytest
 from nalora_mlx.core import storage
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.runs import checkpoints
-from nalora_mlx.runs.directory import tidy
+from nalora_mlx.runs.directory import remove_partial_files
 from tests.core.failpoints import WRITES, Operations, files, full, save, whole
 
 
@@ -63,7 +63,7 @@ def check(directory, pairs=True):
 def check_after_death(directory):
     """What the next start finds, tidies up, and can save."""
     check(directory)
-    tidy(directory)
+    remove_partial_files(directory)
     steps = check(directory)
     assert not [p for p in directory.rglob("*") if p.name.startswith(".")]
     assert save(directory, 3) == []
@@ -338,15 +338,15 @@ def test_leftovers_of_others_stay(tmp_path):
 def test_a_directory_has_one_run_at_a_time(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from nalora_mlx.core import storage\n"
-        "with storage.claim(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+        "with storage.lock_directory(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "mine\n"
-    with pytest.raises(InputError, match="another run is writing there"), storage.claim(tmp_path):
+    with pytest.raises(InputError, match="another run is writing there"), storage.lock_directory(tmp_path):
         pass
     process.kill()
     process.communicate()
-    with storage.claim(tmp_path):
+    with storage.lock_directory(tmp_path):
         pass
 
 
@@ -355,7 +355,7 @@ def test_a_look_at_the_lock_is_no_run(tmp_path):
     descriptor = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     threading.Timer(0.2, os.close, (descriptor,)).start()
-    with storage.claim(tmp_path):
+    with storage.lock_directory(tmp_path):
         pass
 
 

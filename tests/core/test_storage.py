@@ -52,10 +52,10 @@ def test_a_directory_is_replaced_whole(tmp_path):
 
 
 def test_setting_aside_counts_up(tmp_path):
-    assert storage.set_aside(tmp_path, ("a", "b")) is None
+    assert storage.move_aside(tmp_path, ("a", "b")) is None
     for number in ("1", "2"):
         (tmp_path / "a").write_text(number)
-        assert storage.set_aside(tmp_path, ("a", "b")) == tmp_path / "previous" / number
+        assert storage.move_aside(tmp_path, ("a", "b")) == tmp_path / "previous" / number
         assert (tmp_path / "previous" / number / "a").read_text() == number
     assert names(tmp_path) == ["previous"]
 
@@ -97,7 +97,7 @@ def test_setting_aside_flushes_every_directory_that_it_touches(tmp_path, monkeyp
     flushed = []
     flush = storage.flush
     monkeypatch.setattr(storage, "flush", lambda path: (flushed.append(path), flush(path)))
-    target = storage.set_aside(tmp_path, ("a", "deep/b"))
+    target = storage.move_aside(tmp_path, ("a", "deep/b"))
     assert set(flushed) >= {tmp_path, tmp_path / "deep", target.parent, target, target / "deep"}
     last = flushed[-4:]  # after the names were moved
     assert set(last) == {tmp_path, tmp_path / "deep", target, target / "deep"}

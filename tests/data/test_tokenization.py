@@ -43,7 +43,7 @@ def one(row, tokenizer, mask_prompt=False, longest=100):
 
 
 def words(example, tokenizer):
-    return tokenizer.decode([int(t) for t, s in zip(example.tokens, example.supervised, strict=True) if s])
+    return tokenizer.decode([int(t) for t, s in zip(example.tokens, example.loss_mask, strict=True) if s])
 
 
 # --- formats and masks --------------------------------------------------------------------------------------
@@ -57,21 +57,21 @@ def test_completions_have_mlx_lms_tokens_and_mask(tokenizer, mask_prompt):
     example = one(COMPLETION, tokenizer, mask_prompt)
     assert example.tokens.tolist() == tokens
     # mlx-lm supervises the token at `offset` and all after it, and (its error) one pad token after the end
-    assert np.flatnonzero(example.supervised).tolist() == list(range(max(offset, 1), len(tokens)))
+    assert np.flatnonzero(example.loss_mask).tolist() == list(range(max(offset, 1), len(tokens)))
 
 
 def test_chat_without_a_mask_is_mlx_lms(tokenizer):
     tokens, _ = ChatDataset([CHAT], tokenizer).process(CHAT)
     example = one(CHAT, tokenizer)
     assert example.tokens.tolist() == tokens
-    assert example.supervised.sum() == len(tokens) - 1
+    assert example.loss_mask.sum() == len(tokens) - 1
 
 
 def test_masked_chat_trains_on_every_assistant_turn(tokenizer):
     example = one(CHAT, tokenizer, mask_prompt=True)
     assert words(example, tokenizer) == "the bird is red <|im_end|> the dog <|im_end|>"
     _, offset = ChatDataset([CHAT], tokenizer, mask_prompt=True).process(CHAT)
-    last = np.flatnonzero(example.supervised)[-3:]
+    last = np.flatnonzero(example.loss_mask)[-3:]
     assert last[0] == offset
 
 
@@ -91,14 +91,14 @@ class RewritingTokenizer:
 def test_a_template_that_rewrites_earlier_turns_falls_back_to_the_last(tokenizer):
     split = tokenize_split([("x:1", CHAT)], RewritingTokenizer(), Features(mask_prompt=True), 1000)
     example = split.examples[0]
-    told = "".join(chr(t) for t, s in zip(example.tokens, example.supervised, strict=True) if s and t > 3)
+    told = "".join(chr(t) for t, s in zip(example.tokens, example.loss_mask, strict=True) if s and t > 3)
     assert told == "the dog"
     assert "1 of 1 rows have earlier turns that the chat template rewrites (x:1)" in split.notices[0]
 
 
 def rendered(messages, mask_prompt=True, tokenizer=None):
     example = one({"messages": messages}, tokenizer or RewritingTokenizer(), mask_prompt, longest=1000)
-    return "".join(chr(t) for t, s in zip(example.tokens, example.supervised, strict=True) if s and t > 3)
+    return "".join(chr(t) for t, s in zip(example.tokens, example.loss_mask, strict=True) if s and t > 3)
 
 
 def test_what_a_person_says_last_is_not_trained_on():
@@ -361,10 +361,10 @@ def test_collate_shifts_pads_and_weighs(lengths, seed):
         n = len(example.tokens) - 1
         np.testing.assert_array_equal(batch.inputs[i, :n], example.tokens[:-1])
         np.testing.assert_array_equal(batch.targets[i, :n], example.tokens[1:])
-        np.testing.assert_array_equal(batch.supervised[i, :n], example.supervised[1:])
+        np.testing.assert_array_equal(batch.loss_mask[i, :n], example.loss_mask[1:])
         # no pad token is supervised, none is real
-        assert batch.supervised[i, n:].sum() == 0
-        assert batch.real[i].sum() == n
+        assert batch.loss_mask[i, n:].sum() == 0
+        assert batch.token_mask[i].sum() == n
 
 
 def test_padding_is_little_on_lengths_like_those_of_chats():
@@ -373,8 +373,8 @@ def test_padding_is_little_on_lengths_like_those_of_chats():
     examples = [Example(np.zeros(n, np.int32), np.ones(n, bool), "") for n in lengths]
     real = total = 0
     for batch in itertools.islice(training_batches(examples, 8, 0), batches_per_epoch(examples, 8)):
-        real += batch.real.sum()
-        total += batch.real.size
+        real += batch.token_mask.sum()
+        total += batch.token_mask.size
     assert real / total > 0.85  # mlx-lm's batches of such rows are half padding
 
 
@@ -433,7 +433,7 @@ def test_there_is_room_for_all_that_is_scored_and_mostly_the_same(rows, data):
     length = data.draw(st.sampled_from(shapes.lengths))
     sequences = data.draw(st.integers(1, 8))
     supervised = data.draw(st.integers(0, sequences * length))
-    room = shapes.room(supervised, sequences, length)
+    room = shapes.loss_capacity(supervised, sequences, length)
     assert supervised <= room <= sequences * length
     own = [b for one, (_, b) in zip(inputs, rows, strict=True) if shapes.length(one) == length]
     usual = sequences * np.mean(own) + 2.5 * sequences**0.5 * np.std(own)
@@ -446,17 +446,19 @@ def test_batches_keep_the_shapes_of_all_rows():
     shapes = shapes_of(examples)
     for batch in itertools.islice(training_batches(examples, 4, 0), 30):
         assert batch.inputs.shape[1] in shapes.lengths
-        assert batch.room == shapes.room(batch.tokens, len(batch.rows), batch.inputs.shape[1])
+        assert batch.loss_capacity == shapes.loss_capacity(
+            batch.tokens, len(batch.rows), batch.inputs.shape[1]
+        )
     chosen = evaluation_batches(examples, 4, 5, 0)
     inputs, supervised = (
         [int(n) for batch in chosen for n in array(batch).sum(axis=1)]
-        for array in (lambda batch: batch.real, lambda batch: batch.supervised)
+        for array in (lambda batch: batch.token_mask, lambda batch: batch.loss_mask)
     )
     own = fitted(inputs, supervised)
     for batch in chosen:
         length = batch.inputs.shape[1]
-        assert length == own.length(int(batch.real.sum(axis=1).max()))
-        assert batch.room == own.room(batch.tokens, len(batch.rows), length)
+        assert length == own.length(int(batch.token_mask.sum(axis=1).max()))
+        assert batch.loss_capacity == own.loss_capacity(batch.tokens, len(batch.rows), length)
 
 
 def test_epochs_differ_and_follow_each_other():

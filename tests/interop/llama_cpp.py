@@ -95,7 +95,7 @@ def library() -> ctypes.CDLL:
     for name, (result, *arguments) in FUNCTIONS.items():
         function = getattr(llama, name)
         function.restype, function.argtypes = result, arguments
-    # Kept on the library, or the callback would be collected and called all the same.
+    # MergeQuality on the library, or the callback would be collected and called all the same.
     llama.silent = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)(lambda level, text, data: None)
     llama.llama_log_set(ctypes.cast(llama.silent, c_void_p), None)
     llama.llama_backend_init()

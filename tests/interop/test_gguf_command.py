@@ -5,7 +5,7 @@ from mlx_lm.utils import load
 
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters.attach import adapt
-from nalora_mlx.adapters.files import adapter_description, adapter_weights, load_adapter
+from nalora_mlx.adapters.files import adapter_config, adapter_weights, load_adapter
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
 from tests.conftest import random_adapters
@@ -34,7 +34,7 @@ def adapter(base, tmp_path):
     random_adapters(model, size=0.1)
     files = {
         "adapters.safetensors": storage.arrays_writer(adapter_weights(model)),
-        "adapter_config.json": storage.json_writer(adapter_description(model)),
+        "adapter_config.json": storage.json_writer(adapter_config(model)),
     }
     storage.write_directory(tmp_path / "adapter", files)
     return tmp_path / "adapter"

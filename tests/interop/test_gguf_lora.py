@@ -6,7 +6,7 @@ from mlx_lm.utils import load
 
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters.attach import adapt, adapt_dora
-from nalora_mlx.adapters.files import adapter_description, adapter_weights
+from nalora_mlx.adapters.files import adapter_config, adapter_weights
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export import gguf_adapter
@@ -42,7 +42,7 @@ def prepare(tmp_path, model_type, changes, keys, attach=adapt, seed=7):
     model.eval()
     files = {
         "adapters.safetensors": storage.arrays_writer(adapter_weights(model)),
-        "adapter_config.json": storage.json_writer(adapter_description(model)),
+        "adapter_config.json": storage.json_writer(adapter_config(model)),
     }
     storage.write_directory(tmp_path / "adapter", files)
     return base, tmp_path / "adapter", plain, logits(model)

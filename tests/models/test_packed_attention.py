@@ -18,8 +18,8 @@ from nalora_mlx.data.batches import batches_per_epoch, collate, collate_packs, p
 from nalora_mlx.data.packing import epoch_packs
 from nalora_mlx.data.padding import PAD_TO, padded_length
 from nalora_mlx.data.tokenization import Example
-from nalora_mlx.models.output_head import find_head
-from nalora_mlx.models.packed_attention import PackedCache, refusal
+from nalora_mlx.models.output_head import find_output_head
+from nalora_mlx.models.packed_attention import PackedCache, packing_error
 from nalora_mlx.training.step import TrainingStep
 from tests.adapters.test_zoo import build
 from tests.conftest import build_examples, random_adapters
@@ -39,8 +39,8 @@ REFUSED = {
 
 
 def why_not(model, length=64):
-    head = find_head(model)
-    return refusal(model, head.hidden if head else model, length)
+    head = find_output_head(model)
+    return packing_error(model, head.hidden if head else model, length)
 
 
 @pytest.mark.parametrize("name", ISOLATED)
@@ -53,7 +53,7 @@ def test_packed_and_unpacked_training_are_equal(name):
     examples = build_examples(5, seed=4, low=5, high=14)
     length = padded_length(examples) + 2 * PAD_TO
     packed = collate_packs(examples, [[3, 0], [1, 4, 2]], length)
-    assert packed.tokens == sum(int(e.supervised.sum()) for e in examples)
+    assert packed.tokens == sum(int(e.loss_mask.sum()) for e in examples)
     captured = []
     step = TrainingStep(model, optim.SGD(1.0), report.config, compiled=False)
     step._update = lambda gradients, seen: captured.append(
@@ -198,10 +198,10 @@ def test_a_packed_sequence_is_its_rows_one_after_the_other():
             here = slice(at, at := at + examples[row].inputs)
             np.testing.assert_array_equal(batch.inputs[i, here], examples[row].tokens[:-1])
             np.testing.assert_array_equal(batch.targets[i, here], examples[row].tokens[1:])
-            np.testing.assert_array_equal(batch.supervised[i, here], examples[row].supervised[1:])
-            assert (batch.segments[i, here] == number).all()
-        assert batch.real[i].sum() == at
-        assert batch.supervised[i, at:].sum() == batch.segments[i, at:].sum() == 0
+            np.testing.assert_array_equal(batch.loss_mask[i, here], examples[row].loss_mask[1:])
+            assert (batch.segment_ids[i, here] == number).all()
+        assert batch.token_mask[i].sum() == at
+        assert batch.loss_mask[i, at:].sum() == batch.segment_ids[i, at:].sum() == 0
 
 
 def test_packs_are_full_and_differ_from_epoch_to_epoch():
@@ -228,9 +228,9 @@ def test_batches_of_packs_have_room_fitted_to_all_packs():
     shapes = pack_shapes(examples, packs, length)
     batches = list(islice(training_batches(examples, 2, 7, packing=True), 30))
     for batch in batches:
-        assert batch.room == shapes.room(batch.tokens, len(batch.inputs), length)
+        assert batch.loss_capacity == shapes.loss_capacity(batch.tokens, len(batch.inputs), length)
     assert (
-        len({batch.room for batch in batches}) <= 3
+        len({batch.loss_capacity for batch in batches}) <= 3
     )  # of whole batches, one in the last place, and one beyond
 
 

@@ -70,10 +70,10 @@ def float64(a):
 
 def halves(variant, arrays):
     """Gate and up in float64 from the arrays that hold them."""
-    if variant.halves == "separate":
+    if variant.gate_up_layout == "separate":
         return [float64(a) for a in arrays]
     both = np.split(float64(arrays[0]), 2, axis=-1)
-    return both if variant.halves == "gate first" else both[::-1]
+    return both if variant.gate_up_layout == "gate first" else both[::-1]
 
 
 def pre_activations(variant, o, experts):
@@ -89,8 +89,8 @@ def pre_activations(variant, o, experts):
             else:
                 b = float64(b)
                 width = b.shape[1]
-                if variant.halves != "separate":
-                    first = (i == 0) == (variant.halves == "gate first")
+                if variant.gate_up_layout != "separate":
+                    first = (i == 0) == (variant.gate_up_layout == "gate first")
                     b = b[:, : width // 2] if first else b[:, width // 2 :]
                 b = b[experts]  # [N, F, R]
                 products[i] = scale * np.einsum("nr,nfr->nf", low, b)
@@ -98,7 +98,11 @@ def pre_activations(variant, o, experts):
     for base, product, magnitude in zip((g0, u0), products, magnitudes, strict=True):
         out.append(base + product)
         sizes.append(np.abs(base) + magnitude)
-    z0 = g0 if o.z0 is None else halves(variant, [o.z0] * (2 if variant.halves == "separate" else 1))[0]
+    z0 = (
+        g0
+        if o.z0 is None
+        else halves(variant, [o.z0] * (2 if variant.gate_up_layout == "separate" else 1))[0]
+    )
     return z0, *out, *sizes
 
 
@@ -186,7 +190,7 @@ def operands(variant, rows, features, rank, dtype=mx.float32, experts=None, seed
     def normal(*shape, dtype=dtype, size=1.0):
         return mx.array((size * rng.standard_normal(shape)).astype(np.float32)).astype(dtype)
 
-    count = 2 if variant.halves == "separate" else 1
+    count = 2 if variant.gate_up_layout == "separate" else 1
     width = features * (3 - count)
     shape = (rank, width) if experts is None else (variant.experts, width, rank)
     o = Operands(
@@ -250,7 +254,7 @@ def test_one_projection_for_both(side):
         check(EXACT["gelu_tanh"], variant, *operands(variant, rows, features, 4))
 
 
-@pytest.mark.parametrize("side", fused.HALVES)
+@pytest.mark.parametrize("side", fused.GATE_UP_LAYOUTS)
 def test_experts(side):
     """Rows of several experts, one of them with none, in tiles of one expert each."""
     variant = full(ACTIVATIONS["silu"], halves=side, experts=4)
@@ -455,7 +459,7 @@ def test_no_statistic_without_weights(monkeypatch):
     variant = full(ACTIVATIONS["silu"])
     projections, _, _ = selfcheck.example(variant, mx.float32, mx.float32, 4, 12)
     monkeypatch.setattr(backend, "backend", lambda: "metal")
-    kinds = {backend.kind_of("metal", one, projections) for one in (variant, variant.quiet)}
+    kinds = {backend.kind_of("metal", one, projections) for one in (variant, variant.without_statistics)}
     monkeypatch.setattr(backend, "checked", kinds)
     h, seen = gated_residual.gated_residual(variant, projections)
     assert seen == {}

@@ -54,7 +54,7 @@ def with_experts():
     return "silu", variant, *operands(variant, 120, 11, 4, experts=experts), experts
 
 
-def quiet():
+def without_statistics():
     variant = Variant(ACTIVATIONS["silu"])
     return "silu", variant, *operands(variant, 70, 11, 4)
 
@@ -105,7 +105,7 @@ MUTANTS = [
     ("forward", "(1 + BOUNDARIES) * plane", "BOUNDARIES * plane", plain),
     ("forward", "tiles[3 * tile] : 0", "tiles[3 * tile] / 2 : 0", with_experts),
     ("forward", "tiles[3 * tile + 1] :", "tiles[3 * tile + 1] + 1 :", with_experts),
-    ("forward", "at.channel == 0 && tile == 0", "false", quiet),
+    ("forward", "at.channel == 0 && tile == 0", "false", without_statistics),
     # backward
     ("backward", "metal::min(rows, (tile + 1) * TILE)", "(tile + 1) * TILE", plain),
     ("backward", "metal::min(rows, (tile + 1) * TILE)", "metal::min(rows - 1, (tile + 1) * TILE)", plain),
@@ -157,8 +157,8 @@ MUTANTS = [
     ("common", "slope = s * sigmoid(-z);", "slope = s;", activation("sigmoid")),
     (
         "common",
-        "const float m = at_most(z, c[1]);",
-        "const float m = at_most(z, c[0]);",
+        "const float m = upper_bound_bytes(z, c[1]);",
+        "const float m = upper_bound_bytes(z, c[0]);",
         activation("swiglu_oai"),
     ),
     ("common", "CLAMPED_UP(1, 1.0f)", "CLAMPED_UP(1, 0.0f)", activation("swiglu_oai")),

@@ -50,7 +50,7 @@ def samples():
     for dtype in (mx.float32, mx.bfloat16):
         for name in ("silu", "gelu", "situ", "swiglu_oai", "xielu"):
             yield name, dtype, 16, "separate", 0
-        for side in fused.HALVES:
+        for side in fused.GATE_UP_LAYOUTS:
             yield "silu", dtype, 4, side, 3
         yield "silu", dtype, 0, "separate", 0
 
@@ -166,7 +166,7 @@ def test_an_installed_wheel_has_the_kernels(tmp_path):
 # --- CUDA -----------------------------------------------------------------------------------------------------
 
 SIGNATURE = """
-template <typename T, typename L, int RANK, int TILE, int HALVES, bool EXPERTS, int STATISTIC, int BOUNDARIES,
+template <typename T, typename L, int RANK, int TILE, int GATE_UP_LAYOUTS, bool EXPERTS, int STATISTIC, int BOUNDARIES,
           bool CLOSED, bool DIAGNOSE>
 __global__ void {name}(const T* g0, const T* u0, const T* z0, const L* ag, const L* au, const L* bg, const L* bu,
                        const float* w, const float* p, const int* tiles, const T* dh, const int* g0_shape, T* h,

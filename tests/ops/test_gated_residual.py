@@ -17,7 +17,7 @@ from nalora_mlx import NALoRAConfig, adapt
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.ops.activations import ACTIVATIONS
 from nalora_mlx.ops.kernels import backend, reference, selfcheck
-from nalora_mlx.ops.kernels.fused import HALVES, Variant
+from nalora_mlx.ops.kernels.fused import GATE_UP_LAYOUTS, Variant
 from nalora_mlx.ops.kernels.gated_residual import gated_residual
 from nalora_mlx.ops.kernels.low_rank import LowRank
 from tests.conftest import build_model
@@ -95,18 +95,18 @@ def exact_projections(variant, projections):
         base, low = base.reshape(len(base), -1), low.reshape(len(low), -1)
         product = low @ b if p.experts is None else np.einsum("nr,nfr->nf", low, b[np.array(p.experts)])
         found.append((base, base + p.scale * product))
-    if variant.halves == "separate":
+    if variant.gate_up_layout == "separate":
         return found[0][0], found[0][1], found[1][1]
     (base, y) = found[0]
     (z0, _), (z, u) = np.split(base, 2, axis=-1), np.split(y, 2, axis=-1)
-    if variant.halves == "up first":
+    if variant.gate_up_layout == "up first":
         return np.split(base, 2, axis=-1)[1], u, z
     return z0, z, u
 
 
 @pytest.mark.parametrize("statistic", ["derivative", "sensitivity"])
 @pytest.mark.parametrize("experts", [0, 3])
-@pytest.mark.parametrize("side", HALVES)
+@pytest.mark.parametrize("side", GATE_UP_LAYOUTS)
 @pytest.mark.parametrize("name", ["silu", "gelu", "relu"])
 def test_statistics_are_those_of_float64(name, side, experts, statistic):
     """Within a few ulp of the sums, misalignment included; counts exactly."""
@@ -129,7 +129,7 @@ def test_statistics_are_those_of_float64(name, side, experts, statistic):
 
     close(seen["responsiveness"], total(np.abs(slope(z) * (u if statistic == "sensitivity" else 1))))
     above = np.stack([total((z >= b if row.left_closed else z > b) * 1.0) for b in row.boundaries])
-    np.testing.assert_array_equal(np.array(seen["beyond"]), above)
+    np.testing.assert_array_equal(np.array(seen["above_boundary"]), above)
     feature, selected = (z - z0) * selection(z0) * u, z * (selection(z) - selection(z0)) * u
     close(seen["misalignment"][0], (w * np.abs(feature)).sum())
     close(seen["misalignment"][1], (w * np.abs(selected)).sum())
@@ -170,11 +170,11 @@ def test_no_statistic_without_weights():
     projections, _, _ = inputs(variant)
     h, seen = gated_residual(variant, projections)
     assert seen == {}
-    assert mx.array_equal(h, gated_residual(variant.quiet, projections)[0])
+    assert mx.array_equal(h, gated_residual(variant.without_statistics, projections)[0])
 
 
 @pytest.mark.parametrize("experts", [0, 3])
-@pytest.mark.parametrize("side", HALVES)
+@pytest.mark.parametrize("side", GATE_UP_LAYOUTS)
 def test_chunks_change_nothing(monkeypatch, side, experts):
     row = ACTIVATIONS["silu"]
     variant = Variant(row, side, "sensitivity", row.boundaries, diagnose=True, experts=experts)
@@ -441,7 +441,7 @@ def test_which_kernel_runs_an_operation():
     assert backend.kind_of("metal", sparse, projections) is None
 
 
-@pytest.mark.parametrize("side", HALVES)
+@pytest.mark.parametrize("side", GATE_UP_LAYOUTS)
 def test_no_kernel_gets_an_array_that_metal_would_make_constant(side):
     """Of fewer than eight elements: neither the bases nor the gradient of h, which is half of joined ones."""
     variant = Variant(ACTIVATIONS["silu"], side)

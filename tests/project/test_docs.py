@@ -280,8 +280,8 @@ def test_every_link_of_a_page_leads_somewhere(page):
             }, anchor
     for script in re.findall(r"(?:bash|python) ((?:scripts|examples)/\S+\.(?:sh|py))", text):
         assert (ROOT / script).exists(), script
-    for module in re.findall(r"`(nalora_mlx/[\w/]+\.\w+)`", text):
-        assert (ROOT / module).exists(), module
+    for named in re.findall(r"`((?:nalora_mlx|tests|scripts|examples)/[\w/]+(?:\.\w+)?)`", text):
+        assert (ROOT / named).exists(), named
 
 
 def test_a_page_of_docs_is_named_where_it_can_be_found():

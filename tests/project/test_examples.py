@@ -39,7 +39,7 @@ def test_the_bakery_config_loads():
     config = load_run_config(BAKERY / "config.yaml", {})
     config.check()
     assert config.fine_tune_type == "na-lora"
-    assert config.adapter_config().active
+    assert config.lora_config().active
 
 
 def test_the_python_example_runs(model_directory, data_directory):

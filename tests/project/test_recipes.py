@@ -198,7 +198,7 @@ def test_a_template_with_tools_trains_on_every_call(tools_model):
                 expected += (
                     len(tokenizer.encode(text, add_special_tokens=False)) + 1
                 )  # and the end of the turn
-        assert example.supervised.sum() == expected
+        assert example.loss_mask.sum() == expected
 
 
 def test_a_template_without_tools_refuses_the_structured_rows_and_takes_the_plain_ones(
@@ -225,7 +225,7 @@ def test_the_recipe_trains(recipe, model_directory, tools_model, tmp_path, monke
     path = EXAMPLES / name / "config.yaml"
     config = load_run_config(path, {})
     config.check()
-    assert config.adapter_config().active
+    assert config.lora_config().active
     assert config.lr_schedule["arguments"][1] == config.iters - config.lr_schedule["warmup"]
     structured = recipe == "persona structured"
     flags = ["--model", str(tools_model if structured else model_directory), "--config", str(path)]

@@ -15,7 +15,7 @@ from mlx_lm.generate import generate_step
 
 from nalora_mlx import adapt
 from nalora_mlx.data.tokenization import Example
-from nalora_mlx.models.output_head import find_head
+from nalora_mlx.models.output_head import find_output_head
 from tests.conftest import VOCABULARY, build_examples, build_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -193,7 +193,7 @@ def test_an_exact_answer_is_what_greedy_generation_gives():
         truth.append(i % 3 != 0)
         tokens = np.array([*prompt, *made], np.int32)
         examples.append(Example(tokens, np.arange(10) >= 6, str(i)))
-    found = study_tasks.score(find_head(model), examples, [])
+    found = study_tasks.score(find_output_head(model), examples, [])
     assert found["exact"] == np.mean(truth)
     losses = []
     for example in examples:
@@ -215,7 +215,7 @@ def test_a_choice_is_the_likeliest_of_its_tokens():
         choices.append((6, candidates))
         truth.append(logits[candidates[0]] >= max(logits[c] for c in candidates))
     assert 0 < np.mean(truth) < 1
-    assert study_tasks.score(find_head(model), examples, choices)["accuracy"] == np.mean(truth)
+    assert study_tasks.score(find_output_head(model), examples, choices)["accuracy"] == np.mean(truth)
 
 
 def test_choices_differ_in_one_token():

@@ -20,7 +20,7 @@ pytest.importorskip("plotly", reason="the extra report is not installed")
 
 from matplotlib.axes import Axes
 
-from nalora_mlx.adapters.attach import report_of as model_report
+from nalora_mlx.adapters.attach import adapt_result as model_report
 from nalora_mlx.report import data, tables
 from nalora_mlx.report.data import read_run, read_runs, short_layers
 from nalora_mlx.report.page import page
@@ -148,7 +148,7 @@ def test_what_a_step_tells_of_its_layers(mask):
     beyond = np.sort(rng.random((2, 48)), axis=0)[::-1]
     k = 3
     state |= {"importance": mx.array(s * (1 - 0.9**k)), "updates": mx.array(float(k)), "mask": mx.array(m)}
-    state["beyond"] = mx.array(beyond * (1 - 0.9**k))
+    state["above_boundary"] = mx.array(beyond * (1 - 0.9**k))
     told = step.describe()["model.layers.1.mlp"]
     assert told["sparsity"] == pytest.approx(np.mean(m < 0.1), abs=1e-6)
     assert told["sparsity"] == pytest.approx({"soft": told["sparsity"], "hard": 0.75, "off": 0}[mask])

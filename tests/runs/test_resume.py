@@ -165,7 +165,7 @@ def changed_row(rows):
     row = rows[3]
     tokens = row.tokens.copy()
     tokens[-1] += 1
-    return [*rows[:3], type(row)(tokens, row.supervised, row.source), *rows[4:]]
+    return [*rows[:3], type(row)(tokens, row.loss_mask, row.source), *rows[4:]]
 
 
 REFUSED = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nalora_mlx.data.batches import training_batches
-from nalora_mlx.training.accumulation import ahead, windows
+from nalora_mlx.training.accumulation import prefetch, windows
 from tests.conftest import build_examples
 
 EXAMPLES = build_examples(11)
@@ -21,7 +21,7 @@ def test_they_are_the_same_in_the_same_order(packing, start):
     def batches():
         return training_batches(EXAMPLES, 3, 7, packing, start=start)
 
-    made = list(ahead(windows(batches(), 10, 4)))
+    made = list(prefetch(windows(batches(), 10, 4)))
     assert [len(window) for window in made] == [4, 4, 2]
     wanted = list(islice(batches(), 10))
     for batch, other in zip((b for window in made for b in window), wanted, strict=True):
@@ -38,12 +38,12 @@ def test_the_next_one_is_made_while_one_is_in_use():
             made.append((number, threading.current_thread()))
             yield [number]
 
-    with closing(ahead(slow())) as windows:
+    with closing(prefetch(slow())) as windows:
         assert next(windows) == [0]
         deadline = time.monotonic() + 10
         while len(made) < 2 and time.monotonic() < deadline:
             time.sleep(0.001)
-        assert [number for number, _ in made] == [0, 1]  # one ahead, and no more
+        assert [number for number, _ in made] == [0, 1]  # one prefetch, and no more
         assert threading.current_thread() not in [thread for _, thread in made]
 
 
@@ -53,7 +53,7 @@ def test_what_goes_wrong_is_raised_where_the_window_is_asked_for():
         raise KeyError("row 7")
 
     threads = threading.active_count()
-    made = ahead(broken())
+    made = prefetch(broken())
     assert next(made) == ["good"]
     with pytest.raises(KeyError, match="row 7"):
         next(made)
@@ -61,7 +61,7 @@ def test_what_goes_wrong_is_raised_where_the_window_is_asked_for():
 
 
 def first_window(ending=None):
-    with closing(ahead(windows(training_batches(EXAMPLES, 2, 0), 1000, 2))) as made:
+    with closing(prefetch(windows(training_batches(EXAMPLES, 2, 0), 1000, 2))) as made:
         for window in made:
             if ending is not None:
                 raise ending

@@ -214,10 +214,10 @@ def test_shares_make_up_the_batch(packing):
                 for name in ("inputs", "targets", "supervised", "real"):
                     np.testing.assert_array_equal(getattr(share, name), getattr(batch, name)[rank::4])
                 if packing:
-                    np.testing.assert_array_equal(share.segments, batch.segments[rank::4])
+                    np.testing.assert_array_equal(share.segment_ids, batch.segment_ids[rank::4])
             else:
                 assert share.inputs.shape == (1, batch.inputs.shape[1])
-                assert share.real.sum() == share.supervised.sum() == 0
+                assert share.token_mask.sum() == share.loss_mask.sum() == 0
 
 
 def test_a_share_of_padding_alone_gives_zero():
@@ -226,8 +226,8 @@ def test_a_share_of_padding_alone_gives_zero():
     shares = [evaluation_batches(examples, 1, -1, 0, Workers(rank, 2).share) for rank in (0, 1)]
     mean, tokens = evaluate(model, shares[1])
     assert mean == 0
-    assert tokens == sum(int(e.supervised.sum()) for e in examples)
-    assert collate(examples, [0, 1], Workers(1, 2).share).elsewhere == int(examples[0].supervised.sum())
+    assert tokens == sum(int(e.loss_mask.sum()) for e in examples)
+    assert collate(examples, [0, 1], Workers(1, 2).share).remote_tokens == int(examples[0].loss_mask.sum())
 
 
 def test_one_process_alone_sums_nothing():

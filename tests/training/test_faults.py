@@ -56,7 +56,7 @@ def rows(count=12, poisoned=()):
         tokens = np.minimum(example.tokens, POISON - 1)
         if i in poisoned:
             tokens[1] = POISON
-        examples.append(Example(tokens, example.supervised, f"train.jsonl:{i + 1}"))
+        examples.append(Example(tokens, example.loss_mask, f"train.jsonl:{i + 1}"))
     return examples
 
 
@@ -234,7 +234,7 @@ def test_a_run_in_python_is_refused_where_another_one_writes(tmp_path):
     output = tmp_path / "a"
     watched(adapted(), rows(), output, iters=2)
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
-    with storage.claim(output), pytest.raises(InputError, match="another run is writing there"):
+    with storage.lock_directory(output), pytest.raises(InputError, match="another run is writing there"):
         watched(adapted(), rows(), output, iters=2)
     (tmp_path / "b" / "best").mkdir(parents=True)
     (tmp_path / "b" / "best" / "theirs").write_text("x")
@@ -372,14 +372,14 @@ def test_jumps_are_reported_when_they_repeat():
         if iteration in (70, 120, 160, 300, 320):
             loss *= 5  # three within a hundred, then two
         progress.count(loss, 1, 0.1)
-        if progress.spiked(loss):
+        if progress.record_loss(loss):
             said.append(iteration)
     assert said == [160]
     assert len(progress.recent) == SPIKE_HISTORY
     falling = Progress()
     for iteration in range(300):
         falling.count(1, 1, 0.1)
-        assert not falling.spiked(8 * 0.98**iteration + rng.random())
+        assert not falling.record_loss(8 * 0.98**iteration + rng.random())
 
 
 def test_a_run_stops_when_validation_gets_no_better(tmp_path):

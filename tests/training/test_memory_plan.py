@@ -20,8 +20,8 @@ from nalora_mlx.data.padding import PAD_TO
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.training import memory_plan
 from nalora_mlx.training.distributed import Workers
-from nalora_mlx.training.memory_model import Peak, Planner, Size, _solved, _trials
-from nalora_mlx.training.memory_plan import Plan, advice, at_most, heaviest, plan
+from nalora_mlx.training.memory_model import BatchShape, Peak, Planner, _solved, _trials
+from nalora_mlx.training.memory_plan import Plan, advice, largest_batch, plan, upper_bound_bytes
 from nalora_mlx.training.run import recomputed_layers
 from nalora_mlx.training.step import TrainingStep
 from nalora_mlx.training.trainer import train
@@ -86,9 +86,9 @@ def test_the_peak_is_predicted(name):
     config = RunConfig(batch_size=6, **changes)
     # MLX begins operations before others are done, as far as there is time: on a busy machine peaks vary.
     for attempt in range(3):
-        found = plan(built, heaviest(examples, config), config, optim.Adam(1e-3), 2**40)
+        found = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), 2**40)
         assert (found.size.rows, found.size.length) == (6, length)
-        assert at_most(built, found.size) > found.needed
+        assert upper_bound_bytes(built, found.size) > found.needed
         want = measured(built, examples, config)
         assert want > 3 * mx.get_active_memory()  # or this would say nothing
         if attempt == 2 or abs(found.needed / want - 1) <= 0.15:
@@ -109,7 +109,7 @@ def test_the_peak_of_an_update_is_predicted(full):
     config = RunConfig(batch_size=2)
     trained = sum(array.nbytes for _, array in tree_flatten(built.trainable_parameters()))
     gc.collect()  # other tests' models
-    found = plan(built, heaviest(examples, config), config, optim.Adam(1e-3), 2**40)
+    found = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), 2**40)
     want = measured(built, examples, config)
     # On a busy machine MLX frees later: the rest of a step then comes near the update.
     assert found.needed == pytest.approx(found.peak.update, rel=0.06)
@@ -167,7 +167,7 @@ def test_planning_leaves_no_trace():
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("length", [64, 1024])
 def test_trials_are_smaller_than_the_batch(rows, length):
-    size = Size(rows, length, rows * length // 2)
+    size = BatchShape(rows, length, rows * length // 2)
     trials = _trials(size)
     assert len({(trial.rows, trial.length) for trial in trials}) == 3
     for trial in trials:
@@ -186,7 +186,7 @@ def test_trials_are_smaller_than_the_batch(rows, length):
 )
 def test_the_parts_are_found_again(parts, rows, length):
     """From peaks of exactly that form; none of them ever negative, whatever the peaks."""
-    trials = _trials(Size(rows, length, 8))
+    trials = _trials(BatchShape(rows, length, 8))
     peak = Peak(*parts, update=0)
     found = Peak(*_solved(trials, [peak.of(t.rows, t.length) for t in trials]), update=0)
     assert found.of(rows, length) == pytest.approx(peak.of(rows, length), rel=1e-4)
@@ -205,7 +205,7 @@ def test_the_head_shrinks_with_the_tokens():
             return super().__call__(inputs, *rest)
 
     loss.__class__ = Listening
-    Planner(step).peak(Size(32, 256, 4096))
+    Planner(step).peak(BatchShape(32, 256, 4096))
     assert loss.rows == before > 64
     assert seen == [(tokens, max(1, round(before * tokens / 8192))) for tokens, _ in seen]
     assert sum(tokens for tokens, _ in seen) < 8192
@@ -213,7 +213,7 @@ def test_the_head_shrinks_with_the_tokens():
 
 def test_a_batch_that_surely_fits_is_run_itself(monkeypatch):
     """However wrong small trials are, the prediction is then right; and where it might not fit, it does not run."""
-    size, truth = Size(8, 128, 512), 5_000_000
+    size, truth = BatchShape(8, 128, 512), 5_000_000
     for accumulating in (False, True):
         planner = Planner(TrainingStep(model(), optim.Adam(1e-3), NALoRAConfig()), (), accumulating)
         tried = []
@@ -258,7 +258,7 @@ def test_no_budget_fits_nothing():
     assert peak.rows_within(10**9, 64) == 0
     assert peak.length_within(10**9, 4) == 0
     assert peak.rows_within(1_150_000_000, 64) == 0  # the update alone takes more
-    found = Plan(Size(4, 64, 10), peak, 10**9, 5 * 10**8, peak)
+    found = Plan(BatchShape(4, 64, 10), peak, 10**9, 5 * 10**8, peak)
     assert found.remedies() == ["--quantize 4, or a smaller model"]
     assert "does not fit" in found.lines()[0]
 
@@ -270,11 +270,11 @@ def test_what_is_advised_fits():
     examples = [
         Example(tokens, tokens % 2 == 0, str(i)) for i in range(8)
     ]  # a shorter row has the same share
-    whole = plan(built, heaviest(examples, config), config, optim.Adam(1e-3), 2**40)
+    whole = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), 2**40)
     assert whole.fits
     spare = whole.needed - whole.peak.base
     budget = round(whole.peak.base + 0.6 * spare)
-    tight = plan(built, heaviest(examples, config), config, optim.Adam(1e-3), budget)
+    tight = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), budget)
     assert not tight.fits
     advised = " or ".join(tight.remedies())
     assert advised.startswith("--batch-size ")
@@ -283,15 +283,15 @@ def test_what_is_advised_fits():
     assert 2 <= fewer <= 6
     again = plan(
         built,
-        heaviest(examples, replace(config, batch_size=fewer)),
+        largest_batch(examples, replace(config, batch_size=fewer)),
         replace(config, batch_size=fewer),
         optim.Adam(1e-3),
         budget,
     )
     assert again.needed == pytest.approx(budget, rel=0.3)
     longest = int(advised.split("--max-seq-length ")[1])
-    cut = [Example(e.tokens[:longest], e.supervised[:longest], e.source) for e in examples]
-    assert plan(built, heaviest(cut, config), config, optim.Adam(1e-3), budget).needed == pytest.approx(
+    cut = [Example(e.tokens[:longest], e.loss_mask[:longest], e.source) for e in examples]
+    assert plan(built, largest_batch(cut, config), config, optim.Adam(1e-3), budget).needed == pytest.approx(
         budget, rel=0.3
     )
 
@@ -323,12 +323,14 @@ def test_the_heaviest_batch():
         for n, s in ((10, 2), (11, 9), (60, 3), (50, 40), (20, 5))
     ]
     config = TrainingConfig(batch_size=2)
-    found = heaviest(examples, config)
+    found = largest_batch(examples, config)
     # The longest row is in a batch of its own, the last one: fewer tokens than two shorter rows.
     assert [len(rows) for rows in epoch_batches(examples, 2, 0, 0) if 2 in rows] == [1]
-    assert found == Size(2, 56, shapes_of(examples).room(40 + 5, 2, 56))
-    assert heaviest(examples, config, Workers(0, 2)) == replace(found, rows=1, scored=round(found.scored / 2))
-    packed = heaviest(examples, replace(config, packing=True))
+    assert found == BatchShape(2, 56, shapes_of(examples).loss_capacity(40 + 5, 2, 56))
+    assert largest_batch(examples, config, Workers(0, 2)) == replace(
+        found, rows=1, scored=round(found.scored / 2)
+    )
+    packed = largest_batch(examples, replace(config, packing=True))
     assert (packed.rows, packed.length, packed.packed) == (2, 64, True)
 
 
@@ -346,6 +348,6 @@ def test_no_bound_by_shapes_is_below_the_peak_of_experts():
     args = llama_args(model_type="mixtral", num_local_experts=8, num_experts_per_tok=8, intermediate_size=256)
     built = build_model(module=mixtral, args=args)
     adapt(built, NALoRAConfig(num_layers=-1))
-    size = Size(8, 256, 64)
+    size = BatchShape(8, 256, 64)
     found = plan(built, size, TrainingConfig(), optim.Adam(1e-3), 2**40)
-    assert found.needed < memory_plan.at_most(built, size) - 16 * memory_plan.TILE_BYTES
+    assert found.needed < memory_plan.upper_bound_bytes(built, size) - 16 * memory_plan.TILE_BYTES

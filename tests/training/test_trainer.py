@@ -78,7 +78,7 @@ def test_without_mechanisms_it_is_mlx_lms_lora(build):
         batches = batching.training_batches(build_examples(20, seed), 3, 0)
         for _ in range(20):
             batch = next(batches)
-            mask = mx.array(batch.supervised).astype(dtype)
+            mask = mx.array(batch.loss_mask).astype(dtype)
             _, gradients = step(model, mx.array(batch.inputs), mx.array(batch.targets), mask)
             optimizer.update(model, gradients)
             mx.eval(model.parameters(), optimizer.state)
@@ -131,7 +131,7 @@ def gate_inputs(model, batches, projections=("gate_proj", "up_proj")):
             layer.mlp[name] = Recorder(layer.mlp[name], (i, name))
     for batch in batches:
         model(mx.array(batch.inputs))
-        real = batch.real.astype(bool)
+        real = batch.token_mask.astype(bool)
         records.append({key: np.array(found.pop(), dtype=np.float64)[real] for key, found in sinks.items()})
     return [
         tuple(np.concatenate([r[i, name] for r in records]) for name in projections)
@@ -241,7 +241,7 @@ def test_importance_state_equals_float64_from_an_unmodified_model(accumulate, ch
         assert state["updates"].item() == 4
         np.testing.assert_allclose(np.array(state["importance"]) / correction, s, rtol=1e-5)
         np.testing.assert_allclose(np.array(state["mask"]), mask, rtol=1e-5)
-        share = np.array(state["beyond"]) / correction
+        share = np.array(state["above_boundary"]) / correction
         np.testing.assert_allclose(share[1], occupancy[2], atol=1e-6)
         np.testing.assert_allclose(share[0], occupancy[1] + occupancy[2], atol=1e-6)
 
@@ -267,7 +267,7 @@ def test_misalignment_equals_its_definition(packed):
     )
     examples = build_examples(18, seed=3)
     batch = next(batching.training_batches(examples, 3, 0, packing=packed))
-    count = 1 if batch.segments is None else batch.segments[0].max()
+    count = 1 if batch.segment_ids is None else batch.segment_ids[0].max()
     before = dict(tree_flatten([model.parameters(), step.optimizer.state, step.importance]))
     graphs = len(step.graphs)
     step.measure(batch)
@@ -343,7 +343,7 @@ def test_route_masks_the_gradient_of_lora_a_alone():
 
         inner.gate_proj = Gate()
         ce = nn.losses.cross_entropy(plain(mx.array(batch.inputs)), mx.array(batch.targets))
-        return (ce * mx.array(batch.supervised)).sum() / batch.tokens
+        return (ce * mx.array(batch.loss_mask)).sum() / batch.tokens
 
     dz = np.array(mx.grad(loss)(mx.zeros((*batch.inputs.shape, 48))), dtype=np.float64).reshape(-1, 48)
     x = np.array(seen["x"], dtype=np.float64).reshape(-1, 32)
@@ -388,7 +388,7 @@ def test_last_partial_window_and_batch_are_used():
     )
     assert result.iterations == 7
     assert result.updates == 2
-    total = sum(int(e.supervised.sum()) for e in build_examples(7))
+    total = sum(int(e.loss_mask.sum()) for e in build_examples(7))
     tokens = [e["tokens"] for e in events if e["event"] == "metrics"]
     assert tokens[2] == total  # the third batch of one row completes the epoch
     assert tokens[5] == 2 * total
@@ -446,8 +446,8 @@ def test_evaluation_is_the_mean_over_all_supervised_tokens(model):
         logits = np.array(model(mx.array(example.tokens[None, :-1])), dtype=np.float64)[0]
         log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
         losses = log_z - logits[np.arange(len(logits)), example.tokens[1:]]
-        total += losses[example.supervised[1:]].sum()
-    assert tokens == sum(int(e.supervised.sum()) for e in examples)
+        total += losses[example.loss_mask[1:]].sum()
+    assert tokens == sum(int(e.loss_mask.sum()) for e in examples)
     assert loss == pytest.approx(total / tokens, rel=1e-6)
 
 
@@ -478,7 +478,7 @@ def test_an_adapted_head_gets_its_gradient():
 
     def full(model):
         losses = nn.losses.cross_entropy(model(mx.array(batch.inputs)), mx.array(batch.targets))
-        return (losses * mx.array(batch.supervised)).sum() / batch.tokens
+        return (losses * mx.array(batch.loss_mask)).sum() / batch.tokens
 
     want = dict(tree_flatten(nn.value_and_grad(model, full)(model)[1]))
     before = weights(model)
@@ -495,7 +495,7 @@ def test_no_more_logits_than_a_tile(monkeypatch):
     monkeypatch.setattr(cross_entropy, "COLUMNS", 7)
     step = TrainingStep(adapted(), optim.SGD(1.0), compiled=False)
     step.loss.rows = 16
-    shapes, part = [], step.loss.head.part
+    shapes, part = [], step.loss.head.logits_for
 
     def listening(hidden, which):
         shapes.append(part(hidden, which).shape)

@@ -49,7 +49,7 @@ def kind_of(backend: str, variant: Variant, projections: tuple[LowRank, ...]) ->
         return None
     if first.experts is not None and not first.is_sorted:
         return None
-    if first.base.size < fused.SMALLEST * (1 if variant.halves == "separate" else 2):  # of h, [N, F]
+    if first.base.size < fused.SMALLEST * (1 if variant.gate_up_layout == "separate" else 2):  # of h, [N, F]
         return None
     dtype = first.base.dtype
     if not fused.fits(projections):

@@ -21,7 +21,7 @@ MAX_RANK = 16  # above this the product inside the kernel is bound by arithmetic
 SMALLEST = 8  # elements; MLX hands smaller arrays to a Metal kernel in another address space
 
 STATISTICS = (None, "derivative", "sensitivity")
-HALVES = ("separate", "gate first", "up first")  # how gate and up stand in the arrays they come in
+GATE_UP_LAYOUTS = ("separate", "gate first", "up first")  # how gate and up stand in the arrays they come in
 INPUTS = ("g0", "u0", "z0", "ag", "au", "bg", "bu", "w", "p", "tiles")
 
 
@@ -31,7 +31,7 @@ class Variant:
 
     Attributes:
         activation: a row of the table, with `kernel` set.
-        halves: one of HALVES.
+        gate_up_layout: one of GATE_UP_LAYOUTS.
         statistic: one of STATISTICS.
         boundaries: of the partition, at most two.
         diagnose: whether to sum what selection misalignment needs.
@@ -40,7 +40,7 @@ class Variant:
     """
 
     activation: Activation
-    halves: str = "separate"
+    gate_up_layout: str = "separate"
     statistic: str | None = None
     boundaries: tuple[float, ...] = ()
     diagnose: bool = False
@@ -48,7 +48,7 @@ class Variant:
     precise: bool = field(default=True, compare=False)
 
     @property
-    def quiet(self) -> "Variant":
+    def without_statistics(self) -> "Variant":
         """The same without statistics."""
         return replace(self, statistic=None, boundaries=(), diagnose=False)
 
@@ -99,7 +99,7 @@ def backward(backend: str, variant: Variant, operands: Operands, dh: mx.array) -
     """Run the backward kernel: the gradients of the bases, in their shapes, from that of h, [N, F]."""
     rows, features = _size(variant, operands)
     dtype = operands.bases[0].dtype
-    if variant.halves == "separate":
+    if variant.gate_up_layout == "separate":
         (d,) = _call(backend, "backward", variant, operands, (dh,), [(2, rows, features)], [dtype])
         # Views of it: d[0] would be a copy.
         return tuple(half.reshape(rows, features) for half in mx.split(d, 2))
@@ -134,7 +134,7 @@ def expert_tiles(experts: mx.array, count: int) -> mx.array:
 
 def _size(variant: Variant, operands: Operands) -> tuple[int, int]:
     rows, width = operands.bases[0].shape
-    return rows, width if variant.halves == "separate" else width // 2
+    return rows, width if variant.gate_up_layout == "separate" else width // 2
 
 
 def _tile_count(operands: Operands) -> int:
@@ -170,7 +170,7 @@ def _call(
         ("L", operands.lows[0].dtype if operands.lows else mx.float32),
         ("RANK", rank),
         ("TILE", TILE),
-        ("HALVES", HALVES.index(variant.halves)),
+        ("HALVES", GATE_UP_LAYOUTS.index(variant.gate_up_layout)),
         ("EXPERTS", variant.experts > 0),
     ]
     if direction == "forward":

@@ -39,7 +39,7 @@ def gated_residual(
         |z (rho(z) - rho(z0)) u| with delta = z - z0; tokens [E] (with experts).
     """
     if variant.statistic is None or weights is None:
-        variant = variant.quiet
+        variant = variant.without_statistics
     if variant.activation.selection is None:
         variant = replace(variant, diagnose=False)
     shape = projections[0].base.shape
@@ -56,13 +56,13 @@ def gated_residual(
         count = len(variant.boundaries)
         seen["responsiveness"] = sums[0]
         if count:
-            seen["beyond"] = mx.stack(sums[1 : 1 + count])
+            seen["above_boundary"] = mx.stack(sums[1 : 1 + count])
         if variant.diagnose:
             seen["misalignment"] = mx.stack(sums[1 + count :])
         if experts is not None:
             rows = mx.where(weights > 0, weights, 0)
             seen["tokens"] = mx.zeros((variant.experts,)).at[experts.reshape(-1)].add(rows)
-    features = shape[-1] if variant.halves == "separate" else shape[-1] // 2
+    features = shape[-1] if variant.gate_up_layout == "separate" else shape[-1] // 2
     return h.reshape(*shape[:-1], features), seen
 
 
@@ -72,10 +72,10 @@ def _rows(array: mx.array) -> mx.array:
 
 def _split(variant: Variant, arrays: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
     """The gate's and the up branch's part of what the projections make."""
-    if variant.halves == "separate":
+    if variant.gate_up_layout == "separate":
         return arrays[0], arrays[1]
     first, second = mx.split(arrays[0], 2, axis=-1)
-    return (first, second) if variant.halves == "gate first" else (second, first)
+    return (first, second) if variant.gate_up_layout == "gate first" else (second, first)
 
 
 def _tuple(arrays: mx.array | Sequence[mx.array]) -> tuple[mx.array, ...]:
@@ -94,7 +94,7 @@ def by_reference(
     experts = None if projections[0].experts is None else projections[0].experts.reshape(-1)
     bases = tuple(_rows(p.base) for p in projections)
     rows = bases[0].shape[0]
-    features = bases[0].shape[-1] // (1 if variant.halves == "separate" else 2)
+    features = bases[0].shape[-1] // (1 if variant.gate_up_layout == "separate" else 2)
 
     def product(*ys: mx.array) -> mx.array:
         z, u = _split(variant, ys)

@@ -82,7 +82,7 @@ def statistics(
         response = response * mx.abs(u)
     sums = [total(response)]
     z = z.astype(mx.float32)
-    sums += [total(activation.beyond(z, b).astype(mx.float32)) for b in boundaries]
+    sums += [total(activation.above_boundary(z, b).astype(mx.float32)) for b in boundaries]
     if z0 is not None and activation.selection is not None:
         z0 = z0.astype(mx.float32)
         frozen = activation.selection(z0)

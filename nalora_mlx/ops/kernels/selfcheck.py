@@ -43,7 +43,7 @@ def prepare(variant: Variant, dtype: mx.Dtype, low_dtype: mx.Dtype, rank: int) -
         return
     ranks = {0, rank if rank <= fused.MAX_RANK else 0}
     diagnosing = [replace(variant, diagnose=True)] if variant.activation.selection else []
-    for one in (variant, *diagnosing, variant.quiet):
+    for one in (variant, *diagnosing, variant.without_statistics):
         for inside in ranks:
             kind = chosen, one, dtype, low_dtype if inside else None, inside
             if kind in checked or chosen in refused:
@@ -106,7 +106,7 @@ def example(
     z and u are odd multiples of 1/16 below 16: exact in each dtype, and never at a kink or boundary of an activation.
     """
     rows = fused.TILE + 5
-    joined = variant.halves != "separate"
+    joined = variant.gate_up_layout != "separate"
     width = 2 * features if joined else features
     keys = iter(mx.random.split(mx.random.key(0), 16))  # keys of its own: the global state stays as it is
 

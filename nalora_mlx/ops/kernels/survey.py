@@ -37,7 +37,7 @@ def faults(backend: str) -> Iterator[tuple[str, str | None]]:
         yield family.name, fault(kind(backend, variant, mx.bfloat16, 8))
     row = ACTIVATIONS["silu"]
     yield "silu without statistics", fault(kind(backend, Variant(row), mx.bfloat16, 8))
-    for halves in fused.HALVES:
+    for halves in fused.GATE_UP_LAYOUTS:
         for experts in (0, EXPERTS):
             variant = Variant(row, halves, "sensitivity", row.boundaries, True, experts)
             for dtype in (mx.float32, mx.bfloat16):
