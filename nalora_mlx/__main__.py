@@ -8,11 +8,11 @@ from nalora_mlx.core.parsing import nearest
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit status."""
+    """Run a command; return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("usage: nalora COMMAND [flags]; nalora COMMAND --help lists them\n")
+        print("usage: nalora COMMAND [flags]; nalora COMMAND --help lists the flags\n")
         print("\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()))
         return 0 if argv else EXIT_USAGE
     if argv[0] == "--version":

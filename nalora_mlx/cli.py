@@ -1,49 +1,51 @@
-"""What all commands share: one-line errors, exit statuses, and flags made from settings. Imports nothing heavy."""
+"""Code that all commands share: one-line errors, exit statuses, and flags. Imports nothing heavy."""
 
 import argparse
 import dataclasses
 import importlib
 import io
+import json
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from nalora_mlx import __version__
 from nalora_mlx.core.errors import InputError, RunError
-from nalora_mlx.core.parsing import did_you_mean
+from nalora_mlx.core.parsing import base_types, did_you_mean
+from nalora_mlx.core.paths import check_paths, expanded
 from nalora_mlx.core.signals import SIGNALS, Stopped
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 COMMANDS = {
-    "lora": "fine-tune a model, evaluate it",
-    "fuse": "merge adapters into the weights",
-    "export": "write what other tools read: GGUF, PEFT, mlx-lm",
+    "lora": "fine-tune and evaluate a model",
+    "fuse": "merge an adapter into the weights of its base model",
+    "export": "write GGUF, PEFT and mlx-lm files",
     "generate": "answer one prompt",
-    "chat": "talk to a model, or to base and tuned side by side",
-    "serve": "answer over HTTP, as OpenAI's interface does",
-    "report": "show a run, or compare several: an HTML page and pictures",
-    "doctor": "check the machine, and what NA-LoRA would do with a model",
-    "completion": "print what lets a shell complete these commands and their flags",
+    "chat": "chat with a model, or with base and tuned model side by side",
+    "serve": "start an OpenAI-compatible HTTP server",
+    "report": "write an HTML report of one run, or of several compared",
+    "doctor": "check the machine, and a run before it starts",
+    "completion": "print a completion script for a shell",
 }
-PACKAGES = ("export", "report")  # the commands that are more than one file
+PACKAGES = ("export", "report")  # commands that are packages
 
 
 def command(name: str) -> ModuleType:
-    """The module of a command: build_parser(prog) makes its parser, run(args) does it."""
+    """Import the module of a command; it has `build_parser(prog)` and `run(args)`."""
     return importlib.import_module(f"nalora_mlx.{name}" + (".__main__" if name in PACKAGES else ""))
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser that prints errors as one line."""
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Print one line, with the flag that may be meant, and exit with status 2."""
+        """Print the error in one line, suggest the nearest flag, and exit with status 2."""
         if message.startswith("unrecognized arguments:"):
             flags = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
             message += next(filter(None, (did_you_mean(flag, _flags(self)) for flag in flags)), "")
@@ -51,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _flags(parser: argparse.ArgumentParser) -> list[str]:
-    """All flags of a parser and of those below it."""
+    """Return all flags of a parser and its subparsers."""
     flags = [flag for action in parser._actions for flag in action.option_strings]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -62,10 +64,10 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
 def execute(
     prog: str, build_parser: Callable[[str], Parser], run: Callable[..., None], argv: list[str]
 ) -> int:
-    """Parse the arguments and run a command; every error becomes one line on stderr and an exit status.
+    """Parse the arguments and run a command. Errors become one line on stderr, unless --debug is given.
 
-    0 done, 1 failed while running, 2 usage or bad input, 130 after Ctrl-C, 143 after SIGTERM; --debug lets a
-    traceback through.
+    Returns:
+        The exit status: 0 success, 1 failure while running, 2 usage or bad input, 130 Ctrl-C, 143 SIGTERM.
     """
     parser = build_parser(prog)
     add_common(parser)
@@ -73,9 +75,8 @@ def execute(
     debug = vars(args).pop("debug")
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a row may hold what the terminal's encoding has not
+        # Data may contain characters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run(args)
         return 0
@@ -99,7 +100,7 @@ def execute(
 
 
 def add_common(parser: Parser) -> None:
-    """Add the flags that every command has."""
+    """Add the flags of every command."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument(
         "--version", action="version", version=f"nalora {__version__}", help="show the version and exit"
@@ -117,47 +118,53 @@ def _fail(prog: str, what: str, message: str, status: int) -> int:
 
 
 def add_settings(parser: argparse._ActionsContainer, settings: type, skip: tuple[str, ...] = ()) -> None:
-    """Add a flag for each field of a settings dataclass; a flag that is not given leaves no trace.
+    """Add a flag for each field of a settings dataclass; a flag that is not given is absent from the result.
 
-    The dataclass's metadata holds help, choices and nargs; its defaults are shown in the help and stay there.
+    Types come from the fields' annotations; help texts, choices and the like from their metadata. Defaults are shown in
+    the help, but the parser does not set them.
     """
+    types = get_type_hints(settings)
     for field in dataclasses.fields(settings):
         metadata = field.metadata
         if field.name in skip or metadata.get("yaml_only"):
             continue
         flag = "--" + field.name.replace("_", "-")
-        text = metadata["help"]
-        if field.default is not None:
-            default = field.default
-            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            text += f" (default: {str(shown).lower() if isinstance(shown, bool) else shown})"
+        text = metadata["help"] + _default_text(field.default)
         options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-        declared = str(field.type).removesuffix(" | None")
-        if declared == "bool":
+        kind = base_types(types[field.name])[0]
+        if get_origin(kind) is tuple:  # argparse converts item by item
+            kind = get_args(kind)[0]
+        if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
             continue
-        if metadata.get("choices"):
-            options["choices"] = metadata["choices"]
-        if metadata.get("nargs"):
-            options["nargs"] = metadata["nargs"]
-            declared = declared.removeprefix("tuple[").split(",")[0]
-        if "const" in metadata:  # the value of a flag that is given without one
-            options["const"] = metadata["const"]
-            options["metavar"] = "PATH"
-        if not metadata.get("size"):
-            options["type"] = {"int": int, "float": float}.get(declared, str)
-        if metadata.get("size") or declared in ("int", "float"):
-            options["metavar"] = "SIZE" if metadata.get("size") else "N"
+        options |= {name: metadata[name] for name in ("choices", "nargs") if name in metadata}
+        if "const" in metadata:  # the value of the flag without an argument
+            options |= {"const": metadata["const"], "metavar": "PATH"}
+        if metadata.get("size"):  # `coerce` parses it
+            options["metavar"] = "SIZE"
+        else:
+            options["type"] = kind
+            if kind in (int, float):
+                options["metavar"] = "N"
         parser.add_argument(flag, **options)
 
 
-def add_passed_on(
+def _default_text(default: Any) -> str:
+    """Return a default for the help text; nothing for None, whose meaning the help text says itself."""
+    if default is None:
+        return ""
+    if isinstance(default, bool):
+        return f" (default: {str(default).lower()})"
+    return f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+
+def add_forwarded(
     parser: Parser,
     values: Sequence[tuple[tuple[str, ...], str, type]],
     lists: Sequence[tuple[tuple[str, ...], str]],
     switches: Sequence[tuple[tuple[str, ...], str]],
 ) -> None:
-    """Add flags that another program parses again; one that is not given leaves no trace."""
+    """Add flags that mlx-lm parses again; a flag that is not given is absent from the result."""
     for names, text, kind in values:
         parser.add_argument(*names, help=text, type=kind, metavar="X", default=argparse.SUPPRESS)
     for names, text in lists:
@@ -166,8 +173,42 @@ def add_passed_on(
         parser.add_argument(*names, help=text, action="store_true", default=argparse.SUPPRESS)
 
 
-def passed_on(given: Mapping[str, Any]) -> list[str]:
-    """The command line that says the same to that program."""
+def check_forwarded(given: Mapping[str, Any], json_flag: str) -> None:
+    """Check what can be checked quickly of flags for mlx-lm: paths of models and adapter, and a JSON value.
+
+    Raises:
+        InputError: names the flag.
+    """
+    check_paths(given.get("model"), given.get("adapter_path"))
+    check_paths(given.get("draft_model"), flag="--draft-model")
+    try:
+        json.loads(given.get(json_flag.removeprefix("--").replace("-", "_"), "{}"))
+    except ValueError as error:
+        raise InputError(f"{json_flag} is not valid JSON ({error})") from None
+
+
+def prepare_forwarded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the files of models and adapter before mlx-lm loads them; return the flags with ~ expanded.
+
+    Raises:
+        InputError: names the file and what is wrong with it.
+    """
+    from nalora_mlx.adapters.files import check_adapter
+    from nalora_mlx.models.loading import check_files
+
+    for name, check in (
+        ("model", check_files),
+        ("adapter_path", check_adapter),
+        ("draft_model", check_files),
+    ):
+        if name in given:
+            check(given[name])
+    paths = ("model", "adapter_path", "draft_model")
+    return {name: str(expanded(value)) if name in paths else value for name, value in given.items()}
+
+
+def forwarded_argv(given: Mapping[str, Any]) -> list[str]:
+    """Return flags as command-line arguments for mlx-lm."""
     argv = []
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
@@ -176,20 +217,5 @@ def passed_on(given: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, list):
             argv += [flag, *value]
         else:
-            argv.append(f"{flag}={value}")  # with =, a value may begin with a dash
+            argv.append(f"{flag}={value}")  # with =, because a value may start with a dash
     return argv
-
-
-def check_content(model: str | None, adapter: str | None = None) -> None:
-    """Look into a model and an adapter from strangers before mlx-lm makes anything of them.
-
-    Raises:
-        InputError: what is wrong with which file.
-    """
-    from nalora_mlx.adapters.files import check_adapter
-    from nalora_mlx.models.loading import check_files
-
-    if model is not None:
-        check_files(model)
-    if adapter is not None:
-        check_adapter(adapter)

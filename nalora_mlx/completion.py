@@ -1,4 +1,4 @@
-"""`nalora completion`: the script that lets a shell complete nalora's commands and flags, made by shtab."""
+"""`nalora completion`: print a script that lets a shell complete nalora's commands and flags, made by shtab."""
 
 import argparse
 import sys
@@ -7,34 +7,34 @@ from typing import Any
 
 from nalora_mlx.cli import COMMANDS, Parser, add_common, command
 
-# Where each shell looks for the script when it starts.
+# Where each shell looks for completion scripts when it starts.
 PLACES = {
-    "bash": "~/.local/share/bash-completion/completions/nalora (needs the package bash-completion)",
-    "zsh": "a directory of $fpath, as _nalora",
+    "bash": "~/.local/share/bash-completion/completions/nalora (needs bash-completion)",
+    "zsh": "_nalora in a directory of $fpath",
     "fish": "~/.config/fish/completions/nalora.fish",
 }
 
 
 def build_parser(prog: str) -> Parser:
-    """Take the shell."""
+    """Build a parser that takes the shell."""
     places = "; ".join(f"{shell}: {place}" for shell, place in PLACES.items())
     parser = Parser(
         prog=prog,
-        description=f"Print a completion script. Where it goes, to be read at each start: {places}.",
+        description=f"Print a completion script. Save it where your shell looks for it: {places}.",
     )
-    parser.add_argument("shell", choices=tuple(PLACES), help="the shell to print it for")
+    parser.add_argument("shell", choices=tuple(PLACES), help="shell to print the script for")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the script."""
+    """Print the completion script."""
     import shtab
 
     print(shtab.complete(_whole_parser(shtab.FILE), args.shell))
 
 
 def _whole_parser(file: Any) -> argparse.ArgumentParser:
-    """One parser with all commands; a value that is free text is completed as a file, since most such are paths."""
+    """Return one parser with all commands. Free text is completed as a file name, since most of it is paths."""
     whole = Parser(prog="nalora")
     add_common(whole)
     group = whole.add_subparsers(dest="command")

@@ -1,4 +1,4 @@
-"""`nalora fuse`: merge adapters into the weights of a model."""
+"""`nalora fuse`: merge an adapter into the weights of its base model."""
 
 import argparse
 import sys
@@ -12,82 +12,104 @@ from nalora_mlx.core.paths import check_paths
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from nalora_mlx.adapters.merge_quality import MergeQuality
+
 
 def build_parser(prog: str) -> Parser:
-    """Take the flags of mlx_lm.fuse, and ours."""
-    parser = Parser(prog=prog, description="Merge fine-tuned adapters into the weights of their base model.")
+    """Build a parser with the flags of mlx_lm.fuse and our own."""
+    parser = Parser(prog=prog, description="Merge an adapter into the weights of its base model.")
     add = parser.add_argument
     add(
         "--model", default="mlx_model", help="base model: directory or Hugging Face repo (default: mlx_model)"
     )
     add("--save-path", default="fused_model", help="directory to write (default: fused_model)")
     add("--adapter-path", default="adapters", help="directory of the adapter (default: adapters)")
-    add("--upload-repo", help="Hugging Face repo to upload the fused model to")
+    add("--upload-repo", help="Hugging Face repo to upload the merged model to")
     add(
         "--bits",
         default="8",
-        help="on a quantized base: bits of the adapted layers, or 'same' as before, which mostly loses the "
-        "update at 4 bits (default: 8)",
+        help="bits of the merged layers of a quantized base, or 'same' to keep the base's; 4 bits lose most of the "
+        "update (default: 8)",
     )
     add("--dequantize", action="store_true", help="write a model without quantized layers")
-    add("--force", action="store_true", help="write a model that loses most of what the adapter does")
-    add("--export-gguf", action="store_true", help="write the fused model as GGUF (f16) as well")
-    add("--gguf-path", default="ggml-model-f16.gguf", help="its name (default: ggml-model-f16.gguf)")
-    add("--overwrite", action="store_true", help="replace what is at --save-path")
-    add("--trust-remote-code", action="store_true", help="run code that the model brings along")
+    add("--force", action="store_true", help="write the model even if it loses most of the adapter's effect")
+    add("--export-gguf", action="store_true", help="also write the merged model as GGUF (f16)")
+    add(
+        "--gguf-path",
+        default="ggml-model-f16.gguf",
+        help="name of the GGUF file (default: ggml-model-f16.gguf)",
+    )
+    add("--overwrite", action="store_true", help="replace the model at --save-path")
+    add("--trust-remote-code", action="store_true", help="run Python code from the model's repo")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, merge, measure, write."""
+    """Load the model and its adapter, merge them, measure what the merge keeps, and write the result."""
     target = Path(args.save_path).expanduser().resolve()
     _check(args, target)
-    from mlx_lm.utils import dequantize_model, save
+    from mlx_lm.utils import save
 
     from nalora_mlx.adapters.files import load_any_adapter
-    from nalora_mlx.adapters.merge import fuse_model
-    from nalora_mlx.adapters.merge_quality import take_reference
+    from nalora_mlx.adapters.merge import check_bits, dequantize_scaled_experts
     from nalora_mlx.core.storage import new_directory
     from nalora_mlx.models.loading import load_model, local_directory
 
+    bits = None if args.bits == "same" else int(args.bits)
     model, tokenizer, config = load_model(args.model, args.trust_remote_code)
     source = local_directory(args.model)
     if args.export_gguf:
         _check_gguf(target, args.gguf_path, source)
     if args.dequantize:
-        _dequantize_scaled_experts(model)
+        dequantize_scaled_experts(model)
     load_any_adapter(model, Path(args.adapter_path).expanduser())
     if not args.dequantize:
-        _check_layers(model, args.bits)
+        check_bits(model, bits)
     model.eval()
-    print("merging, and comparing answers before and after, which may take a minute", flush=True)
-    adapted = any("lora_a" in module for _, module in model.named_modules())
-    reference = take_reference(model, tokenizer) if adapted else None
-    merged = fuse_model(model, None if args.bits == "same" else int(args.bits), args.dequantize)
-    if args.dequantize:
-        model = dequantize_model(model)
-        config.pop("quantization", None)
-        config.pop("quantization_config", None)
-    else:
-        _describe_bits(config, merged)
-    kept = reference.compare(model) if reference else None
-    if kept:
-        print(f"kept: {kept}")
-        if kept.mostly_lost and not args.force:
-            raise InputError(_refusal(args, str(kept), "quantization" in config))
+    print("merging, and comparing answers before and after; this may take a minute", flush=True)
+    model, merged, quality = _merge(model, tokenizer, config, bits, args.dequantize)
+    if quality:
+        print(f"kept: {quality}")
+        if quality.mostly_lost and not args.force:
+            raise InputError(_lost_message(args, quality, "quantization" in config))
     with new_directory(target) as temporary:
         save(temporary, source, model, tokenizer, config, donate_model=False)
-        _write_card(args, temporary, source, str(kept) if kept else None)
-    what = f"merged {len(merged)} layers into" if merged else "wrote the fully trained weights to"
-    print(f"{what} {args.save_path}")
+        _write_card(args, temporary, source, str(quality) if quality else None)
+    done = f"merged {len(merged)} layers into" if merged else "wrote the fully trained weights to"
+    print(f"{done} {args.save_path}")
     if args.export_gguf:
         _export_gguf(target, args.gguf_path, tokenizer)
     if args.upload_repo:
         _upload(target, args.upload_repo)
 
 
+def _merge(
+    model: "nn.Module", tokenizer: Any, config: dict[str, Any], bits: int | None, dequantize: bool
+) -> "tuple[nn.Module, dict[str, nn.Module], MergeQuality | None]":
+    """Merge the adapters of a model and describe the result in its config, both in place.
+
+    Returns:
+        The model, the merged layers by path, and the merge's quality; None if the model has no adapters.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    from nalora_mlx.adapters.merge import fuse_model, record_bits
+    from nalora_mlx.adapters.merge_quality import take_reference
+
+    adapted = any("lora_a" in module for _, module in model.named_modules())
+    reference = take_reference(model, tokenizer) if adapted else None
+    merged = fuse_model(model, bits, dequantize)
+    if dequantize:
+        model = dequantize_model(model)
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+    else:
+        record_bits(config, merged)
+    return model, merged, reference.compare(model) if reference else None
+
+
 def _check(args: argparse.Namespace, target: Path) -> None:
-    """Refuse what can be refused before anything slow."""
+    """Check the flags and the output directory, before anything slow."""
     if args.bits not in ("same", "2", "3", "4", "5", "6", "8"):
         raise InputError(f"--bits {args.bits}: choose 2, 3, 4, 5, 6, 8 or same")
     _check_target(target, args)
@@ -105,76 +127,32 @@ def _check(args: argparse.Namespace, target: Path) -> None:
 
 
 def _check_target(target: Path, args: argparse.Namespace) -> None:
-    """Refuse to write over anything but a model, and over that unless asked."""
+    """Raise InputError if the output directory exists, unless it is a model and --overwrite is given."""
     if not target.exists():
         return
     if not args.overwrite:
         raise InputError(f"--save-path {args.save_path}: exists; choose another, or give --overwrite")
     if not (target / "config.json").is_file() or any(path.is_dir() for path in target.iterdir()):
         raise InputError(
-            f"--save-path {args.save_path}: holds more than a model, and is not overwritten; choose another"
+            f"--save-path {args.save_path}: holds more than a model and is not overwritten; choose another"
         )
 
 
-def _dequantize_scaled_experts(model: "nn.Module") -> None:
-    """Make experts dense that have a scale for each expert, which mlx-lm's dequantize_model leaves out."""
-    from mlx.utils import tree_unflatten
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
-    from nalora_mlx.adapters.layers import dequantized
-
-    made = []
-    for path, old in model.named_modules():
-        if isinstance(old, QuantizedSwitchLinear) and old.global_scale is not None:
-            new = SwitchLinear(1, 1, 1, bias=False)
-            new.weight = dequantized(old)
-            if "bias" in old:
-                new.bias = old.bias
-            made.append((path, new))
-    model.update_modules(tree_unflatten(made))
-
-
-def _check_layers(model: "nn.Module", bits: str) -> None:
-    """Refuse to merge into a quantized layer that has no such bits."""
-    for path, module in model.named_modules():
-        base = module.get("linear", module.get("embedding")) if "lora_a" in module else None
-        if base is None or "scales" not in base:
-            continue
-        columns = base.scales.shape[-1] * base.group_size
-        if base.get("global_scale") is not None:
-            raise InputError(f"--bits {bits}: {path} has a scale for each expert; give --dequantize")
-        if bits != "same" and base.mode != "affine" and columns % 32:
-            raise InputError(
-                f"--bits {bits}: {path} has rows of {columns}, no multiple of the 32 that share a scale at these "
-                "bits; give --bits same or --dequantize"
-            )
-
-
-def _refusal(args: argparse.Namespace, kept: str, quantized: bool) -> str:
-    """Why a merge that loses the effect is not written, and what could help."""
-    lost = f"the merged model loses most of what the adapter does ({kept})"
+def _lost_message(args: argparse.Namespace, quality: "MergeQuality", quantized: bool) -> str:
+    """Say that a merge loses most of the adapter's effect, and what to do."""
+    lost = f"the merged model loses most of the adapter's effect ({quality})"
     if quantized:
         better = "--dequantize" if args.bits == "8" else "--bits 8 or --dequantize"
-        return f"--bits {args.bits}: {lost}; give {better}, or --force to write it all the same"
+        return f"--bits {args.bits}: {lost}; give {better}, or --force to write it anyway"
     flag = "--dequantize" if args.dequantize else f"--model {args.model}"
     return (
-        f"{flag}: {lost}, for the update is finer than weights of 16 bits; use the adapter unmerged, or give "
-        "--force to write it all the same"
+        f"{flag}: {lost}, because the update is smaller than 16-bit weights can represent; use the adapter unmerged, "
+        "or give --force to write it anyway"
     )
 
 
-def _describe_bits(config: dict[str, Any], merged: "dict[str, nn.Module]") -> None:
-    """Tell the config about layers whose bits differ from the model's, so that mlx-lm loads them."""
-    quantization = config.get("quantization")
-    if not quantization:
-        return
-    for path, layer in merged.items():
-        if "scales" in layer:
-            quantization[path] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-
-
 def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: str | None) -> None:
-    """Put our model card in the place of mlx-lm's."""
+    """Replace mlx-lm's model card with our own."""
     from nalora_mlx.adapters.files import read_adapter_config
     from nalora_mlx.core.paths import is_hub_name
     from nalora_mlx.core.storage import read_json
@@ -190,16 +168,16 @@ def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: s
         base=name,
         inherited=card_metadata(source),
         adapter=adapter,
-        description=read_adapter_config(adapter),
-        kept=kept,
+        adapter_config=read_adapter_config(adapter),
+        merge_quality=kept,
     )
 
 
 def _check_gguf(target: Path, name: str, base: Path) -> None:
-    """Refuse here, not after the model is written: the merged model will have the base's form and tokens."""
+    """Check the GGUF export before the merge: the merged model has the base's architecture and tokenizer."""
     from nalora_mlx.export.gguf_model import check_output, plan_gguf
 
-    if not (target / name).is_relative_to(target):  # what is in the directory goes with it
+    if not (target / name).is_relative_to(target):  # a file inside it is replaced with the directory
         check_output(target / name, overwrite=False)
     plan_gguf(base, "f16")
 
@@ -216,7 +194,7 @@ def _export_gguf(model: Path, name: str, tokenizer: Any) -> None:
 
 
 def _upload(directory: Path, repo: str) -> None:
-    """Put a directory on the Hub; what is written here stays, whatever becomes of it."""
+    """Upload a model to the Hub; the local copy stays even if the upload fails."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -225,7 +203,7 @@ def _upload(directory: Path, repo: str) -> None:
         api.upload_folder(folder_path=directory, repo_id=repo, commit_message="Upload with nalora fuse")
     except Exception as error:
         raise RunError(
-            f"uploading to {repo} failed, the model is in {directory}: {first_line(error)}"
+            f"uploading to {repo} failed ({first_line(error)}); the model is in {directory}"
         ) from error
     print(f"uploaded to https://huggingface.co/{repo}")
 

@@ -1,83 +1,72 @@
-"""`nalora generate`: answer one prompt, by mlx-lm's own generator, with its flags."""
+"""`nalora generate`: answer one prompt with mlx-lm's generator and its flags."""
 
 import argparse
 import importlib
-import json
 import sys
 from pathlib import Path
 from unittest import mock
 
-from nalora_mlx.cli import Parser, add_passed_on, check_content, passed_on
+from nalora_mlx.cli import Parser, add_forwarded, check_forwarded, forwarded_argv, prepare_forwarded
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.core.paths import check_paths, expanded
 
-# The flags of mlx_lm.generate: (names, what they do, type). All are handed on as they are; a test holds the two equal.
-# They are repeated here because importing mlx-lm takes longer than a --help may take.
+# The flags of mlx_lm.generate: (names, help, type). They are repeated here because importing mlx-lm is too slow for
+# --help. All are forwarded unchanged; a test checks that the list is complete.
 VALUES = (
     (("--model",), "local model directory or Hugging Face repo", str),
     (("--adapter-path",), "directory of a trained adapter", str),
-    (("--prompt", "-p"), "the message; '-' reads it from standard input", str),
-    (("--system-prompt",), "system message of the chat template", str),
-    (("--prefill-response",), "beginning of the answer", str),
-    (("--max-tokens", "-m"), "longest answer in tokens (100)", int),
-    (("--temp",), "sampling temperature (0: greedy)", float),
-    (("--top-p",), "sampling top-p (1)", float),
-    (("--min-p",), "sampling min-p (0: off)", float),
-    (("--top-k",), "sampling top-k (0: off)", int),
-    (("--xtc-probability",), "probability of XTC sampling (0)", float),
-    (("--xtc-threshold",), "threshold of XTC sampling (0.1)", float),
-    (("--min-tokens-to-keep",), "fewest tokens that min-p keeps (1)", int),
+    (("--prompt", "-p"), "message to answer; - reads it from standard input", str),
+    (("--system-prompt",), "system message", str),
+    (("--prefill-response",), "start of the answer", str),
+    (("--max-tokens", "-m"), "maximum length of the answer (default: 100)", int),
+    (("--temp",), "sampling temperature (default: 0, greedy)", float),
+    (("--top-p",), "top-p sampling threshold (default: 1)", float),
+    (("--min-p",), "min-p sampling threshold (default: 0, off)", float),
+    (("--top-k",), "top-k sampling cutoff (default: 0, off)", int),
+    (("--xtc-probability",), "XTC sampling probability (default: 0)", float),
+    (("--xtc-threshold",), "XTC sampling threshold (default: 0.1)", float),
+    (("--min-tokens-to-keep",), "minimum number of tokens that min-p keeps (default: 1)", int),
     (("--seed",), "seed of the sampler", int),
-    (("--chat-template-config",), "JSON of further arguments for the chat template", str),
-    (("--verbose",), "False prints the answer alone (True)", str),
-    (("--max-kv-size",), "longest key-value cache in tokens", int),
-    (("--prefill-step-size",), "prompt tokens processed at a time (2048)", int),
+    (("--chat-template-config",), "JSON object of extra arguments for the chat template", str),
+    (("--verbose",), "False prints only the answer (default: True)", str),
+    (("--max-kv-size",), "maximum size of the key-value cache, in tokens", int),
+    (("--prefill-step-size",), "prompt tokens processed per step (default: 2048)", int),
     (("--prompt-cache-file",), "file of a saved key-value cache", str),
-    (("--kv-bits",), "bits of a quantized key-value cache", int),
-    (("--kv-group-size",), "its group size (64)", int),
-    (("--quantized-kv-start",), "token from which it is quantized (5000)", int),
+    (("--kv-bits",), "quantize the key-value cache to this many bits", int),
+    (("--kv-group-size",), "group size of the quantized key-value cache (default: 64)", int),
+    (("--quantized-kv-start",), "quantize the key-value cache from this token on (default: 5000)", int),
     (("--draft-model",), "model for speculative decoding", str),
-    (("--num-draft-tokens",), "tokens that it drafts (3)", int),
+    (("--num-draft-tokens",), "tokens drafted per step (default: 3)", int),
 )
 LISTS = (
-    (("--extra-eos-token",), "further tokens that end an answer"),
-    (("--image",), "image files for the placeholders of the prompt, in order"),
+    (("--extra-eos-token",), "additional end-of-sequence tokens"),
+    (("--image",), "image files, in the order of their placeholders in the prompt"),
 )
 SWITCHES = (
-    (("--trust-remote-code",), "run code that the model brings along"),
-    (("--ignore-chat-template",), "use the prompt as it is"),
+    (("--trust-remote-code",), "run Python code from the model's repo"),
+    (("--ignore-chat-template",), "use the prompt without a chat template"),
     (("--use-default-chat-template",), "use the default chat template"),
-    (("--quantize-activations", "-qa"), "quantize activations as their layer is"),
+    (("--quantize-activations", "-qa"), "quantize activations with the settings of their layer"),
 )
 
 
 def build_parser(prog: str) -> Parser:
-    """Take the flags of mlx_lm.generate, which parses them again."""
+    """Build a parser with the flags of mlx_lm.generate, which parses them again."""
     parser = Parser(prog=prog, description="Answer one prompt with a model, with or without an adapter.")
-    add_passed_on(parser, VALUES, LISTS, SWITCHES)
+    add_forwarded(parser, VALUES, LISTS, SWITCHES)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the paths, then hand everything to mlx_lm.generate."""
+    """Check the flags and forward them to mlx_lm.generate."""
     given = vars(args)
-    check_paths(given.get("model"), given.get("adapter_path"))
-    check_paths(given.get("draft_model"), flag="--draft-model")
+    check_forwarded(given, "--chat-template-config")
     if not Path(given.get("prompt_cache_file", ".")).exists():
         raise InputError(f"--prompt-cache-file {given['prompt_cache_file']}: no such file")
-    try:
-        json.loads(given.get("chat_template_config", "{}"))
-    except ValueError as error:
-        raise InputError(f"--chat-template-config is no JSON ({error})") from None
-    check_content(given.get("model"), given.get("adapter_path"))
-    check_content(given.get("draft_model"))
-    for name in ("model", "adapter_path", "draft_model"):
-        if name in given:
-            given[name] = str(expanded(given[name]))
-    # By module path: mlx_lm's own attribute of this name is a function.
-    peer = importlib.import_module("mlx_lm.generate")
-    with mock.patch.object(sys, "argv", ["nalora generate", *passed_on(given)]):
-        peer.main()
+    argv = ["nalora generate", *forwarded_argv(prepare_forwarded(given))]
+    # `mlx_lm.generate` is also a function; import_module returns the module.
+    mlx_lm_generate = importlib.import_module("mlx_lm.generate")
+    with mock.patch.object(sys, "argv", argv):
+        mlx_lm_generate.main()
 
 
 if __name__ == "__main__":

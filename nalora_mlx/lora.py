@@ -1,37 +1,39 @@
-"""`nalora lora`: fine-tune a model with NA-LoRA (or LoRA, DoRA, all weights) and evaluate it."""
+"""`nalora lora`: fine-tune a model with NA-LoRA, LoRA, DoRA or all of its weights, and evaluate it."""
 
 import argparse
 import math
-import os
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser, add_settings
-from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
-from nalora_mlx.core.errors import InputError, first_line, listed
+from nalora_mlx.core.background import in_background
+from nalora_mlx.core.config import METHOD_LABELS, NALoRAConfig, NAParameters, RunConfig, load_run_config
+from nalora_mlx.core.errors import InputError, listed
+from nalora_mlx.core.power import keep_awake
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from nalora_mlx.data.checks import Rows
+    from nalora_mlx.core.signals import StopRequest
+    from nalora_mlx.data.checks import RunData
     from nalora_mlx.data.tokenization import Split
     from nalora_mlx.runs.display import Display
+    from nalora_mlx.runs.progress import TrainResult
+    from nalora_mlx.training.events import Listener
+    from nalora_mlx.training.loss import SupervisedLoss
 
-T = TypeVar("T")
-AGAIN = "the same command with --resume goes on from there"
+CONTINUE = "the same command with --resume continues from there"
 
 
 def build_parser(prog: str) -> Parser:
-    """Make a flag of every setting; the YAML-only ones are those of mlx_lm.lora."""
+    """Add a flag for every setting; the YAML-only ones are those of mlx_lm.lora."""
     parser = Parser(prog=prog, description="Fine-tune a model with NA-LoRA, and evaluate it.")
     parser.add_argument(
-        "-c", "--config", type=Path, help="YAML file of settings, as of mlx_lm.lora; flags win"
+        "-c", "--config", type=Path, help="YAML file of settings, as for mlx_lm.lora; flags override it"
     )
     add_settings(parser.add_argument_group("run"), RunConfig)
     lora = parser.add_argument_group("adapter (lora_parameters in YAML)")
@@ -43,60 +45,47 @@ def build_parser(prog: str) -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read, check, load, train, test."""
+    """Read and check everything, load the model, then plan, train and test."""
     flags = vars(args)
     config = load_run_config(flags.pop("config"), flags)
     config.check()
     if config.plan:
-        config.train, config.test = True, False  # all that comes before training, and no test
-    from nalora_mlx.data.sources import SPLITS
+        config.train, config.test = True, False  # --plan does all that precedes training, and nothing else
+    with open_display() as display, keep_awake():
+        rows = read_data(config, display)
+        from nalora_mlx.runs.resume import find_start
 
-    names = [n for n in SPLITS if (n == "test" and config.test) or (n != "test" and config.train)]
-    with _display() as display, _awake():
-        rows = _read(config, names, display)
-        start = _start(config)
+        start = find_start(config, output_directory(config)) if config.train else None
         from nalora_mlx.data.checks import tokenize
-        from nalora_mlx.models.loading import is_quantized, load_module, load_tokenizer
-        from nalora_mlx.training.out_of_memory import memory_advice
+        from nalora_mlx.models.loading import is_quantized, is_slow_on_cpu, load_module, load_tokenizer
+        from nalora_mlx.training.out_of_memory import explain_out_of_memory
 
         display.note(f"loading {config.model}")
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        tokenized = _in_background(lambda: tokenize(rows, tokenizer, config.max_seq_length))
-        model, description = load_module(config.model, config.trust_remote_code, config.quantize)
-        if _slow_on_cpu(model):
+        tokenized = in_background(lambda: tokenize(rows, tokenizer, config.max_seq_length))
+        model, model_config = load_module(config.model, config.trust_remote_code, config.quantize)
+        if is_slow_on_cpu(model):
             display.note(
-                "note: half-precision weights are some fifty times slower than float32 on a CPU; "
+                "note: half-precision weights are about fifty times slower than float32 on a CPU; "
                 "mlx_lm.convert --dtype float32 makes a float32 copy"
             )
-        splits = _checked(config, tokenized(), tokenizer, display)
-        begun = threading.Event()
-        with memory_advice(config, _output(config), is_quantized(description), start, begun):
+        splits = check_splits(config, tokenized(), tokenizer, display)
+        started = threading.Event()
+        quantized = is_quantized(model_config)
+        with explain_out_of_memory(config, output_directory(config), quantized, start, started):
+            loss = None
             if config.train:
-                _train(config, model, splits, display, start, begun)
+                loss = train_model(config, model, splits, display, start, started)
             elif config.adapter_path:
                 from nalora_mlx.adapters.files import load_any_adapter
 
                 load_any_adapter(model, Path(config.adapter_path).expanduser())
             if config.test:
-                _test(config, model, splits["test"], display)
+                test_model(config, model, splits["test"], display, loss)
 
 
-def _in_background(work: Callable[[], T]) -> Callable[[], T]:
-    """Start work in a thread, for which a process that ends does not wait; its result or exception when asked."""
-    future: Future[T] = Future()
-
-    def thread() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=thread, daemon=True).start()
-    return future.result
-
-
-def _display() -> "Display":
-    """What shows the run: only on the first of several workers."""
+def open_display() -> "Display":
+    """Return the display of the run; it is silent on all workers but the first."""
     from rich.console import Console
 
     from nalora_mlx.runs.display import Display
@@ -105,27 +94,19 @@ def _display() -> "Display":
     return Display(Console(quiet=True)) if workers().rank else Display()
 
 
-def _slow_on_cpu(model: "nn.Module") -> bool:
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    half = (mx.float16, mx.bfloat16)
-    return mx.default_device() == mx.Device(mx.cpu) and any(
-        array.dtype in half for _, array in tree_flatten(model.parameters())
-    )
-
-
 # --- data ---------------------------------------------------------------------------------------------------
 
 
-def _read(config: RunConfig, names: list[str], display: "Display") -> "Rows":
-    """The rows of the splits that are needed, before anything slow is loaded; notices of what is odd in them.
+def read_data(config: RunConfig, display: "Display") -> "RunData":
+    """Read the splits that the run needs and show notices, before anything slow is loaded.
 
     Raises:
         InputError: lists the rows that cannot be used.
     """
     from nalora_mlx.data.checks import read_rows
+    from nalora_mlx.data.sources import SPLITS
 
+    names = [name for name in SPLITS if (config.test if name == "test" else config.train)]
     rows = read_rows(config, names, compare_with_test=config.train)
     if rows.problems:
         raise InputError(listed(rows.problems))
@@ -134,15 +115,15 @@ def _read(config: RunConfig, names: list[str], display: "Display") -> "Rows":
     return rows
 
 
-def _checked(
+def check_splits(
     config: RunConfig, splits: "dict[str, Split]", tokenizer: Any, display: "Display"
 ) -> "dict[str, Split]":
-    """The tokenized splits, when a person was told of them.
+    """Show what the tokenized splits hold, and return them.
 
     Raises:
         InputError: lists the rows that cannot be used.
     """
-    from nalora_mlx.data.summary import histogram, marked, summary
+    from nalora_mlx.data.summary import histogram, mask_pieces, summary
 
     if errors := [error for split in splits.values() for error in split.errors]:
         raise InputError(listed(errors))
@@ -154,141 +135,168 @@ def _checked(
         for notice in split.notices:
             display.note(f"note: {notice}")
     if config.train and not splits["valid"].examples:
-        display.note("note: no validation set (valid.jsonl), so there is no validation and no best adapter")
+        display.note("note: no validation set (valid.jsonl): no validation, and no best adapter")
     for example in next(iter(splits.values())).examples[: config.show_masks]:
-        display.masks(example.source, marked(example, tokenizer))
+        display.masks(example.source, mask_pieces(example, tokenizer))
     return splits
 
 
-# --- train and test -----------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
-def _output(config: RunConfig) -> Path:
+def output_directory(config: RunConfig) -> Path:
+    """Return the run's directory."""
     return Path(config.adapter_path or ".").expanduser()
 
 
-def _start(config: RunConfig) -> Path | None:
-    """What training starts from: a checkpoint, or adapter weights of a file or of an adapter's directory.
-
-    Raises:
-        InputError: it is not there, or the adapter's directory cannot take a run.
-    """
-    if not config.train:
-        return None
-    from nalora_mlx.core.storage import check_writable
-    from nalora_mlx.runs.directory import holds_run
-    from nalora_mlx.runs.resume import find, read_state
-
-    output = _output(config)
-    check_writable(output)
-    holds_run(output)
-    if config.resume is not None:
-        checkpoint = find(config.resume, output)
-        read_state(checkpoint)
-        return checkpoint
-    if config.resume_adapter_file is None:
-        return None
-    path = Path(config.resume_adapter_file).expanduser()
-    if path.is_dir():
-        path = path / "adapters.safetensors"
-    if not path.exists():
-        raise InputError(f"--resume-adapter-file {config.resume_adapter_file}: no adapters.safetensors there")
-    return path
-
-
-def _train(
+def train_model(
     config: RunConfig,
     model: "nn.Module",
     splits: "dict[str, Split]",
     display: "Display",
     start: Path | None,
-    begun: threading.Event,
-) -> None:
-    """Plan and train; sets `begun` when the output directory is this run's."""
+    started: threading.Event,
+) -> "SupervisedLoss":
+    """Attach adapters, plan the memory and train; with --plan only plan. Return the model's loss.
+
+    `started` is set once the output directory is this run's own.
+    """
     import mlx.core as mx
 
     from nalora_mlx.adapters.files import adapter_weights, load_weights
-    from nalora_mlx.core import storage
-    from nalora_mlx.core.signals import SIGNALS, Stopped, stoppable
-    from nalora_mlx.runs import checkpoints
+    from nalora_mlx.training.distributed import workers
+    from nalora_mlx.training.loss import SupervisedLoss
+    from nalora_mlx.training.memory_plan import default_budget, memory_advice
+    from nalora_mlx.training.optimizers import configured_optimizer
+    from nalora_mlx.training.trainer import train
+
+    mx.random.seed(config.seed)
+    optimizer = configured_optimizer(config)
+    adapter_config = attach_adapters(config, model, display)
+    if start is not None and config.resume is None:
+        load_weights(model, start)
+        mx.eval(model.parameters())  # read now: the file may be moved aside next
+        display.note(f"starting from {start}")
+    trainable = sum(array.size for array in adapter_weights(model).values())
+    display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
+    display.status.memory_limit = default_budget()
+    loss = SupervisedLoss(model)
+    examples = splits["train"].examples
+    for line in memory_advice(model, examples, config, lambda: configured_optimizer(config), workers(), loss):
+        display.note(line)
+    if config.plan:
+        return loss
+    if config.memory_budget is not None:
+        mx.set_memory_limit(config.memory_budget)  # near it, MLX waits for running work and frees memory
+    if config.resume is not None:
+        display.note(f"resuming from {start}")
+    with interruptible(output_directory(config), display) as stop:
+        result = train(
+            model,
+            examples,
+            splits["valid"].examples,
+            config,
+            optimizer,
+            output_directory(config),
+            make_listeners(config, splits, display, started),
+            adapter_config,
+            start if config.resume is not None else None,
+            config.resume_anyway,
+            stop,
+            loss,
+        )
+    show_result(config, result, stop, display)
+    return loss
+
+
+def attach_adapters(config: RunConfig, model: "nn.Module", display: "Display") -> dict[str, Any]:
+    """Make the model trainable as the fine-tune type says; return the content of adapter_config.json."""
+    import json
+
+    from nalora_mlx.adapters.attach import adapt, adapt_dora, unfreeze_layers
+    from nalora_mlx.adapters.files import adapter_config
+
+    if config.fine_tune_type == "full":
+        count = unfreeze_layers(model, config.num_layers)
+        display.note(f"full fine-tuning of {count} layers")
+        return {"fine_tune_type": "full", "num_layers": count}
+    attach = adapt_dora if config.fine_tune_type == "dora" else adapt
+    result = attach(model, config.lora_config())
+    for notice in result.notices:
+        display.note(f"note: {notice}")
+    for skipped in result.skipped:
+        display.note(f"note: {skipped.path}: {skipped.reason}")
+    activations = ", ".join(sorted({mlp.activation for mlp in result.gated}))
+    display.note(
+        f"{METHOD_LABELS[config.fine_tune_type]} of rank {result.config.rank} on {result.config.num_layers} layers: "
+        f"{len(result.gated)} gated MLPs{f' ({activations})' if activations else ''}, "
+        f"{len(result.plain)} other modules"
+    )
+    if config.fine_tune_type == "lora":
+        display.note("note: plain LoRA, as requested; fine_tune_type na-lora (the default) gives NA-LoRA")
+    content = adapter_config(model)
+    json.dumps(content)  # fails here, not after an hour, if JSON cannot hold it
+    return content
+
+
+def make_listeners(
+    config: RunConfig, splits: "dict[str, Split]", display: "Display", started: threading.Event
+) -> "list[Listener]":
+    """Return the listeners of the run; none on workers other than the first."""
     from nalora_mlx.runs.loggers import reporters
     from nalora_mlx.runs.metrics import METRICS_FILE, MetricsFile
     from nalora_mlx.runs.record import RECORD_FILE, RecordFile
-    from nalora_mlx.training import distributed
-    from nalora_mlx.training.memory_plan import advice, default_budget
-    from nalora_mlx.training.optimizers import build_optimizer
-    from nalora_mlx.training.run import Listener
-    from nalora_mlx.training.trainer import train
+    from nalora_mlx.training.distributed import workers
 
-    output = _output(config)
-    mx.random.seed(config.seed)
-    settings = config.optimizer_config.get(config.optimizer) or {}
+    if workers().rank:
+        return []
+    output = output_directory(config)
+    record = RecordFile(output / RECORD_FILE, config, splits, display.note)
+    metrics = MetricsFile(output / METRICS_FILE, display.note)
+    return [lambda _: started.set(), display, record, metrics, *reporters(config, display.note)]
 
-    def new_optimizer() -> Any:
-        return build_optimizer(config.optimizer, config.learning_rate, config.lr_schedule, settings)
 
-    try:  # some settings fail in a step only
-        one = {"one": mx.ones((1, 1))}
-        mx.eval(new_optimizer().apply_gradients(one, one))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"optimizer_config.{config.optimizer}: {first_line(error)}") from None
-    optimizer = new_optimizer()
-    description = _prepare(config, model, display)
-    if start is not None and config.resume is None:
-        load_weights(model, start)
-        mx.eval(model.parameters())  # read now: the file may be set aside next
-        display.note(f"starting from {start}")
-    display.status.memory_limit = default_budget()
-    storage.json_writer(description)  # fails here, not after an hour, if it holds what JSON cannot
-    trainable = sum(array.size for array in adapter_weights(model).values())
-    display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
-    for line in advice(model, splits["train"].examples, config, new_optimizer, distributed.workers()):
-        display.note(line)
-    if config.plan:
-        return
-    if config.memory_budget is not None:
-        mx.set_memory_limit(config.memory_budget)  # near it MLX waits for what is under way and frees it
-
-    if config.resume is not None:
-        display.note(f"resuming from {start}")
-    listeners: list[Listener] = []
-    if distributed.workers().rank == 0:
-        record = RecordFile(output / RECORD_FILE, config, splits, display.note)
-        metrics = MetricsFile(output / METRICS_FILE, display.note)
-        listeners = [lambda _: begun.set(), display, record, metrics, *reporters(config, display.note)]
+@contextmanager
+def interruptible(output: Path, display: "Display") -> "Iterator[StopRequest]":
+    """Let a first signal finish the update and save, and a second one end the process at once."""
+    from nalora_mlx.core.signals import SIGNALS, stoppable
+    from nalora_mlx.runs.checkpoints import CHECKPOINTS, steps
 
     def first(number: int) -> None:
         display.note(f"{SIGNALS[number]}: finishing this update and saving; once more ends the run at once")
 
     def second(number: int) -> None:
-        found = list(checkpoints.steps(output / "checkpoints"))
-        kept = f"the checkpoint of iteration {found[-1]} is whole; {AGAIN}" if found else "nothing was saved"
-        print(f"nalora lora: {SIGNALS[number]}: ended at once; {kept}", file=sys.stderr)
+        found = list(steps(output / CHECKPOINTS))
+        saved = (
+            f"the checkpoint of iteration {found[-1]} is complete; {CONTINUE}"
+            if found
+            else "nothing was saved"
+        )
+        print(f"nalora lora: {SIGNALS[number]}: ended at once; {saved}", file=sys.stderr)
 
     with stoppable(first, second) as stop:
-        result = train(
-            model,
-            splits["train"].examples,
-            splits["valid"].examples,
-            config,
-            optimizer,
-            output,
-            listeners,
-            description,
-            start if config.resume is not None else None,
-            config.resume_anyway,
-            stop,
-        )
+        yield stop
+
+
+def show_result(config: RunConfig, result: "TrainResult", stop: "StopRequest", display: "Display") -> None:
+    """Show how the run ended.
+
+    Raises:
+        Stopped: a signal ended it.
+    """
+    from nalora_mlx.core.signals import Stopped
+
+    output = output_directory(config)
     if stop.number is not None and result.stopped:
-        done = f"at iteration {result.iterations}, saved in {output}; {AGAIN}"
+        done = f"at iteration {result.iterations}, saved in {output}; {CONTINUE}"
         raise Stopped(stop.number, f"stopped {done if result.iterations else 'before the first update'}")
     if result.stopped:
         display.note(f"stopped at iteration {result.iterations}: {result.stopped}")
     if result.skipped:
-        display.note(f"note: {result.skipped} updates were not applied, see above")
+        display.note(f"note: {result.skipped} updates were skipped, see above")
     if result.best_valid_loss is not None:
         before, after = (
-            "no number" if loss is None else f"{loss:.4f}"
+            "NaN or infinite" if loss is None else f"{loss:.4f}"
             for loss in (result.first_valid_loss, result.valid_loss)
         )
         display.note(
@@ -298,71 +306,33 @@ def _train(
     display.note(f"done in {result.seconds:.0f} s: adapter in {output}")
 
 
-def _prepare(config: RunConfig, model: "nn.Module", display: "Display") -> dict[str, Any]:
-    """Make the model trainable as the fine-tune type says; returns the content of adapter_config.json."""
-    from nalora_mlx.adapters.attach import adapt, adapt_dora
-    from nalora_mlx.adapters.files import adapter_config
-
-    if config.fine_tune_type == "full":
-        if any("scales" in module for _, module in model.named_modules()):
-            raise InputError("--fine-tune-type full: the model is quantized, and only adapters train on it")
-        model.freeze()
-        count = min(config.num_layers, len(model.layers)) if config.num_layers > 0 else len(model.layers)
-        for layer in model.layers[len(model.layers) - count :]:
-            layer.unfreeze()
-        display.note(f"full fine-tuning of {count} layers")
-        return {"fine_tune_type": "full", "num_layers": count}
-    attach = adapt_dora if config.fine_tune_type == "dora" else adapt
-    report = attach(model, config.lora_config())
-    for notice in report.notices:
-        display.note(f"note: {notice}")
-    for skipped in report.skipped:
-        display.note(f"note: {skipped.path}: {skipped.reason}")
-    names = {"na-lora": "NA-LoRA", "lora": "LoRA", "dora": "DoRA"}
-    display.note(
-        f"{names[config.fine_tune_type]} of rank {report.config.rank} on {report.config.num_layers} layers: "
-        f"{len(report.gated)} gated MLPs"
-        + (f" ({', '.join(sorted({g.activation for g in report.gated}))})" if report.gated else "")
-        + f", {len(report.plain)} other modules"
-    )
-    if config.fine_tune_type == "lora":
-        display.note("note: plain LoRA, as asked; fine_tune_type na-lora (the default) gives NA-LoRA")
-    return adapter_config(model)
+# --- test ---------------------------------------------------------------------------------------------------
 
 
-def _test(config: RunConfig, model: "nn.Module", split: "Split", display: "Display") -> None:
+def test_model(
+    config: RunConfig,
+    model: "nn.Module",
+    split: "Split",
+    display: "Display",
+    loss: "SupervisedLoss | None",
+) -> None:
+    """Compute the loss on the test set, show it, and add it to the metrics."""
     from nalora_mlx.data.batches import evaluation_batches
-    from nalora_mlx.runs.metrics import MetricsFile
-    from nalora_mlx.training import distributed
+    from nalora_mlx.runs.metrics import METRICS_FILE, MetricsFile
+    from nalora_mlx.training.distributed import workers
     from nalora_mlx.training.evaluation import evaluate
 
-    workers = distributed.workers()
+    world = workers()
     batches = evaluation_batches(
-        split.examples, config.batch_size, config.test_batches, config.seed, workers.share
+        split.examples, config.batch_size, config.test_batches, config.seed, world.share
     )
-    loss, tokens = evaluate(model, batches, workers=workers)
-    display.note(f"test loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}, over {tokens} tokens")
+    value, tokens = evaluate(model, batches, loss=loss, workers=world)
+    display.note(f"test loss {value:.4f}, perplexity {math.exp(min(value, 700)):.3f}, over {tokens} tokens")
     output = Path(config.adapter_path).expanduser()
-    if config.adapter_path and output.is_dir() and workers.rank == 0:
-        record = {"event": "metrics", "split": "test", "loss": loss, "tokens": tokens}
-        MetricsFile(output / "metrics.jsonl")(record)
-
-
-@contextmanager
-def _awake() -> Iterator[None]:
-    """Keep a Mac from sleeping while the run goes on."""
-    if sys.platform != "darwin":
-        yield
-        return
-    try:
-        process = subprocess.Popen(["caffeinate", "-i", "-w", str(os.getpid())])
-    except OSError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        process.terminate()
+    if config.adapter_path and output.is_dir() and world.rank == 0:
+        MetricsFile(output / METRICS_FILE)(
+            {"event": "metrics", "split": "test", "loss": value, "tokens": tokens}
+        )
 
 
 if __name__ == "__main__":

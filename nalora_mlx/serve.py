@@ -1,9 +1,8 @@
-"""`nalora serve`: mlx-lm's OpenAI-compatible server on one model, with or without an adapter."""
+"""`nalora serve`: mlx-lm's OpenAI-compatible server for one model, with or without an adapter."""
 
 import argparse
 import errno
 import importlib
-import json
 import signal
 import socket
 import sys
@@ -11,99 +10,91 @@ from functools import partial
 from typing import Any, NoReturn
 from unittest import mock
 
-from nalora_mlx.cli import Parser, add_passed_on, check_content, passed_on
+from nalora_mlx.cli import Parser, add_forwarded, check_forwarded, forwarded_argv, prepare_forwarded
 from nalora_mlx.core.errors import InputError, first_line
-from nalora_mlx.core.paths import check_paths, expanded
 from nalora_mlx.core.signals import Stopped
 
-HOST, PORT = "127.0.0.1", 8080  # those of mlx_lm.server: this machine alone
+HOST, PORT = "127.0.0.1", 8080  # defaults of mlx_lm.server; reachable from this machine only
 
-# The flags of mlx_lm.server: (names, what they do, type). All are handed on as they are; a test holds the two equal.
+# The flags of mlx_lm.server: (names, help, type). All are forwarded unchanged; a test checks that the list is complete.
 VALUES = (
     (("--adapter-path",), "directory of a trained adapter", str),
     (
         ("--host",),
-        f"address to listen on ({HOST}: this machine alone; 0.0.0.0: everyone who reaches it)",
+        f"address to listen on; 0.0.0.0 accepts connections from other machines (default: {HOST}, this machine only)",
         str,
     ),
-    (("--port",), f"port to listen on ({PORT})", int),
-    (("--allowed-origins",), "web origins that may ask, with commas between them (*)", str),
+    (("--port",), f"port to listen on (default: {PORT})", int),
+    (("--allowed-origins",), "allowed web origins, separated by commas (default: *)", str),
     (("--draft-model",), "model for speculative decoding", str),
-    (("--num-draft-tokens",), "tokens that it drafts (3)", int),
-    (("--log-level",), "DEBUG, INFO, WARNING, ERROR or CRITICAL (INFO)", str),
-    (("--chat-template",), "chat template, in the place of the model's own", str),
-    (("--temp",), "sampling temperature of a request that names none (0: greedy)", float),
-    (("--top-p",), "sampling top-p (1)", float),
-    (("--top-k",), "sampling top-k (0: off)", int),
-    (("--min-p",), "sampling min-p (0: off)", float),
-    (("--max-tokens",), "longest answer in tokens (512)", int),
-    (("--chat-template-args",), "JSON of further arguments for the chat template", str),
-    (("--decode-concurrency",), "answers that are generated together (32)", int),
-    (("--prompt-concurrency",), "prompts that are read together (8)", int),
-    (("--prefill-step-size",), "prompt tokens processed at a time (2048)", int),
-    (("--prompt-cache-size",), "key-value caches that are kept (10)", int),
-    (("--prompt-cache-bytes",), "most memory that they may take, such as 2GB", str),
-    (("--kv-bits",), "bits of a quantized key-value cache; requests then wait for each other", int),
-    (("--kv-group-size",), "its group size (64)", int),
-    (("--quantized-kv-start",), "token from which it is quantized (5000)", int),
+    (("--num-draft-tokens",), "tokens drafted per step (default: 3)", int),
+    (("--log-level",), "DEBUG, INFO, WARNING, ERROR or CRITICAL (default: INFO)", str),
+    (("--chat-template",), "chat template to use instead of the model's", str),
+    (("--temp",), "sampling temperature of requests without one (default: 0, greedy)", float),
+    (("--top-p",), "top-p sampling threshold of requests without one (default: 1)", float),
+    (("--top-k",), "top-k sampling cutoff of requests without one (default: 0, off)", int),
+    (("--min-p",), "min-p sampling threshold of requests without one (default: 0, off)", float),
+    (("--max-tokens",), "maximum length of an answer, for requests without one (default: 512)", int),
+    (("--chat-template-args",), "JSON object of extra arguments for the chat template", str),
+    (("--decode-concurrency",), "answers generated in parallel (default: 32)", int),
+    (("--prompt-concurrency",), "prompts processed in parallel (default: 8)", int),
+    (("--prefill-step-size",), "prompt tokens processed per step (default: 2048)", int),
+    (("--prompt-cache-size",), "maximum number of key-value caches to keep (default: 10)", int),
+    (("--prompt-cache-bytes",), "maximum memory of the kept key-value caches, such as 2GB", str),
+    (("--kv-bits",), "quantize the key-value cache to this many bits; disables parallel requests", int),
+    (("--kv-group-size",), "group size of the quantized key-value cache (default: 64)", int),
+    (("--quantized-kv-start",), "quantize the key-value cache from this token on (default: 5000)", int),
 )
 SWITCHES = (
-    (("--trust-remote-code",), "run code that the model brings along"),
+    (("--trust-remote-code",), "run Python code from the model's repo"),
     (("--use-default-chat-template",), "use the default chat template"),
 )
 
 
 def build_parser(prog: str) -> Parser:
-    """Take the flags of mlx_lm.server for one machine, which parses them again."""
+    """Build a parser with the single-machine flags of mlx_lm.server, which parses them again."""
     parser = Parser(
         prog=prog,
-        description="Answer over HTTP as OpenAI's interface does (/v1/chat/completions and others), by mlx-lm's "
-        "server. Every request is answered by this model and adapter, whatever model it names.",
+        description="Start mlx-lm's OpenAI-compatible HTTP server (/v1/chat/completions and others) for one model. "
+        "Every request is answered by this model and adapter, whatever model it names.",
     )
     parser.add_argument(
         "--model", required=True, metavar="X", help="local model directory or Hugging Face repo"
     )
-    add_passed_on(parser, VALUES, (), SWITCHES)
+    add_forwarded(parser, VALUES, (), SWITCHES)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check paths and port, then load the model and serve until Ctrl-C or SIGTERM."""
+    """Check the flags, load the model and serve until Ctrl-C or SIGTERM."""
     given = vars(args)
     host, port = given.get("host", HOST), given.get("port", PORT)
-    check_paths(given["model"], given.get("adapter_path"))
-    check_paths(given.get("draft_model"), flag="--draft-model")
-    _check_json(given.get("chat_template_args", "{}"))
+    check_forwarded(given, "--chat-template-args")
     _check_address(host, port)
-    check_content(given["model"], given.get("adapter_path"))
-    check_content(given.get("draft_model"))
-    for name in ("model", "adapter_path", "draft_model"):
-        if name in given:
-            given[name] = str(expanded(given[name]))
-    peer = importlib.import_module("mlx_lm.server")
+    given = prepare_forwarded(given)
+    server = importlib.import_module("mlx_lm.server")
     stopped_by = []
 
     def stop(number: int, _frame: Any) -> NoReturn:
-        # The server ends its threads in order on this, and on nothing else.
+        # The server only shuts down its threads properly on KeyboardInterrupt.
         stopped_by.append(number)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    provider = _one_model(server.ModelProvider, given, f"http://{host}:{port}/v1")
     with (
-        mock.patch.object(sys, "argv", ["nalora serve", *passed_on(given)]),
-        mock.patch.object(
-            peer, "ModelProvider", _one_model(peer.ModelProvider, given, f"http://{host}:{port}/v1")
-        ),
-        mock.patch.object(peer, "scan_cache_dir", partial(_downloaded, given["model"])),
+        mock.patch.object(sys, "argv", ["nalora serve", *forwarded_argv(given)]),
+        mock.patch.object(server, "ModelProvider", provider),
+        mock.patch.object(server, "scan_cache_dir", partial(_scan_cache, given["model"])),
     ):
-        peer.main()
+        server.main()
     if stopped_by:
         raise Stopped(signal.SIGTERM, "stopped by SIGTERM")
-    raise KeyboardInterrupt  # it returns on nothing else
+    raise KeyboardInterrupt  # main() returns after nothing else
 
 
 def _one_model(provider: type, given: dict[str, Any], address: str) -> type:
-    """mlx-lm's provider of models for one model, which is loaded before the port is opened."""
+    """Return a subclass of mlx-lm's model provider that loads one model at once and serves no other."""
     import mlx.core as mx
 
     class OneModel(provider):
@@ -111,7 +102,7 @@ def _one_model(provider: type, given: dict[str, Any], address: str) -> type:
             super().__init__(args)
             try:
                 self.load_default()
-                # Another thread generates, and what is not computed yet belongs to this one.
+                # Another thread generates, and only this one can evaluate what is still lazy here.
                 mx.eval([model.state for model in (self.model, self.draft_model) if model is not None])
             except Exception as error:
                 raise InputError(
@@ -123,14 +114,14 @@ def _one_model(provider: type, given: dict[str, Any], address: str) -> type:
             )
 
         def load(self, *_requested: Any) -> tuple[Any, Any]:
-            # mlx-lm would fetch whatever model or adapter a request names, and drop ours for it.
+            # mlx-lm would replace our model with any model or adapter that a request names.
             return super().load("default_model", None, "default_model")
 
     return OneModel
 
 
-def _downloaded(name: str) -> argparse.Namespace:
-    """What the Hub's cache holds of the model that is served; mlx-lm lists the whole cache, and fails without one."""
+def _scan_cache(name: str) -> argparse.Namespace:
+    """Return the Hub cache's entries for the served model; mlx-lm's own scan lists all and fails without a cache."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -141,17 +132,10 @@ def _downloaded(name: str) -> argparse.Namespace:
     return argparse.Namespace(repos=[repo for repo in repos if repo.repo_id == name])
 
 
-def _check_json(text: str) -> None:
-    try:
-        json.loads(text)
-    except ValueError as error:
-        raise InputError(f"--chat-template-args is no JSON ({error})") from None
-
-
 def _check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be had, before the model is loaded."""
+    """Raise InputError if the address cannot be bound, before the model is loaded."""
     if not 0 < port < 65536:
-        raise InputError(f"--port {port}: choose one from 1 to 65535")
+        raise InputError(f"--port {port}: must be from 1 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -163,8 +147,8 @@ def _check_address(host: str, port: int) -> None:
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise InputError(
-                    f"--host {host}: not an address of this machine; {HOST} is this machine alone, 0.0.0.0 everyone "
-                    "who reaches it"
+                    f"--host {host}: not an address of this machine; use {HOST} for this machine only, or 0.0.0.0 to "
+                    "accept connections from others"
                 ) from None
             raise InputError(f"--port {port}: {error.strerror}; choose another --port") from None
 

@@ -39,7 +39,7 @@ MODULES = {
     "nalora_mlx.training.evaluation": ("evaluate",),
     "nalora_mlx.data.batches": ("evaluation_batches",),
     "nalora_mlx.training.memory_plan": ("plan", "Plan", "largest_batch", "default_budget"),
-    "nalora_mlx.training.memory_model": ("Size", "Peak"),
+    "nalora_mlx.training.memory_model": ("BatchShape", "PeakMemory"),
     "nalora_mlx.ops.activations": ("Activation",),
 }
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")

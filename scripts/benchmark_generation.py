@@ -33,7 +33,7 @@ def main() -> int:
     for name, speeds in rates.items():
         median = statistics.median(speeds)
         print(f"{name:<6}{median:8.1f} tokens per second, {min(speeds):.1f} to {max(speeds):.1f}")
-    print(f"fused over base: {ratio:.3f}")
+    print(f"ratio, fused / base: {ratio:.3f}")
     return 0
 
 

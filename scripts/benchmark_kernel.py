@@ -162,7 +162,7 @@ class Case:
         weights = mx.ones((self.tokens,))
         route = (mx.arange(self.features) % 2).astype(mx.float32) if name == WITH_ROUTE else None
         mx.eval(weights, *([] if route is None else [route]))
-        selfcheck.prepare(variant, self.dtype, self.low_dtype, self.rank)
+        selfcheck.verify_kernels(variant, self.dtype, self.low_dtype, self.rank)
 
         def fused_product(gate: LowRank, up: LowRank) -> tuple[mx.array, dict[str, mx.array]]:
             return gated_residual.gated_residual(variant, (gate, up), weights)

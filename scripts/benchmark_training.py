@@ -497,7 +497,7 @@ def run_peft(args: argparse.Namespace, _: str, seed: int, iters: int, recorder: 
     examples = load_examples(args, tokenizer, seed)
     optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], LEARNING_RATE)
     rng, size = random.Random(seed), batch_size(args)
-    counters, supervised = Counters(), 0
+    counters, trained_tokens = Counters(), 0
     recorder.start()
     for iteration in range(1, iters + 1):
         rows = [examples[rng.randrange(len(examples))] for _ in range(size)]
@@ -512,10 +512,10 @@ def run_peft(args: argparse.Namespace, _: str, seed: int, iters: int, recorder: 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        supervised += int((labels[:, 1:] >= 0).sum())
+        trained_tokens += int((labels[:, 1:] >= 0).sum())
         counters.add_batch(attention_mask.numel(), int(attention_mask.sum()))
         if iteration % args.report == 0:
-            recorder.record(iteration, supervised)
+            recorder.record(iteration, trained_tokens)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     return {
         "above_weights_gb": None,  # PyTorch does not track memory on a CPU

@@ -213,7 +213,7 @@ def predict(setup: dict[str, Any]) -> dict[str, Any]:
 
     from nalora_mlx.adapters.attach import adapt_result
     from nalora_mlx.core.config import PLAIN_LORA
-    from nalora_mlx.training.memory_model import Planner
+    from nalora_mlx.training.memory_model import PeakProfiler
     from nalora_mlx.training.memory_plan import default_budget, largest_batch
     from nalora_mlx.training.run import recomputed_layers
     from nalora_mlx.training.step import TrainingStep
@@ -223,11 +223,11 @@ def predict(setup: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     report = adapt_result(model)
     step = TrainingStep(model, optim.Adam(1e-5), report.config if report else PLAIN_LORA)
-    size = largest_batch(examples, config)
-    planner = Planner(step, recomputed_layers(model, config), config.grad_accumulation_steps > 1)
-    peak = planner.peak(size, default_budget() // 2)
+    shape = largest_batch(examples, config)
+    profiler = PeakProfiler(step, recomputed_layers(model, config), config.grad_accumulation_steps > 1)
+    peak = profiler.profile(shape, default_budget() // 2)
     seconds = time.perf_counter() - start
-    extrapolated = planner.peak(size).of(size.rows, size.length)
+    extrapolated = profiler.profile(shape).at(shape.rows, shape.length)
     parts = {
         "base": peak.base,
         "per_token": peak.per_token,
@@ -235,7 +235,7 @@ def predict(setup: dict[str, Any]) -> dict[str, Any]:
         "update": peak.update,
     }
     return {
-        "predicted": peak.of(size.rows, size.length),
+        "predicted": peak.at(shape.rows, shape.length),
         "extrapolated": extrapolated,
         "weights": weights,
         "planning_s": seconds,

@@ -35,12 +35,8 @@ FLAGS = [
     *("--learning-rate", "4e-3", "--rank", "16", "--scale", "4", "--dropout", "0.1"),
     *("--grad-accumulation-steps", "2", "--mask-warmup", "3"),
 ]
-NOT_REPRODUCIBLE = (
-    "tokens_per_second",
-    "iterations_per_second",
-    "seconds",
-    "peak_memory_gb",
-)  # in metrics.jsonl
+# Fields of metrics.jsonl that differ from run to run.
+NOT_REPRODUCIBLE = ("tokens_per_second", "iterations_per_second", "seconds", "peak_memory_gb")
 
 
 def make_model(directory: Path) -> None:

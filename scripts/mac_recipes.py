@@ -34,7 +34,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from nalora_mlx.adapters.attach import adapt  # noqa: E402
 from nalora_mlx.core.config import NALoRAConfig, TrainingConfig  # noqa: E402
 from nalora_mlx.ops.cross_entropy import TILE_BYTES  # noqa: E402
-from nalora_mlx.training.memory_model import Peak, Planner, Size  # noqa: E402
+from nalora_mlx.training.memory_model import PeakMemory, PeakProfiler, BatchShape  # noqa: E402
 from nalora_mlx.training.run import recomputed_layers  # noqa: E402
 from nalora_mlx.training.step import TrainingStep  # noqa: E402
 
@@ -44,11 +44,9 @@ GIB = 2**30
 # Memory in GB -> the GPU memory limit that macOS recommends: two thirds, or three quarters from 64 GB.
 MACS = {16: 16 * GIB * 2 // 3, 32: 32 * GIB * 2 // 3, 64: 64 * GIB * 3 // 4}
 MARGIN = 0.9  # share of that limit to use, because nothing here was measured on a Mac
-LENGTH, MAX_ROWS, ADAPTED_LAYERS = (
-    1024,
-    4,
-    16,
-)  # tokens per row, rows per batch and adapted layers of the recipes
+LENGTH = 1024  # tokens per row
+MAX_ROWS = 4  # rows per batch
+ADAPTED_LAYERS = 16
 BFLOAT16_SHARE = 0.6  # memory per row relative to float32: most of it halves, some stays float32
 WIDTH_DIVISOR = 8  # the measured model has an eighth of the width
 HEAD_BYTES = 18 * TILE_BYTES  # memory of the output head, which does not grow with the model
@@ -129,8 +127,8 @@ def adapt_lazily(model: nn.Module) -> None:
 
 
 def planned_peak(
-    config: dict[str, Any], dtype: mx.Dtype, checkpoint: bool, size: Size, layers: int = -1
-) -> Peak:
+    config: dict[str, Any], dtype: mx.Dtype, checkpoint: bool, shape: BatchShape, layers: int = -1
+) -> PeakMemory:
     """Return the planner's peak for a model with random weights."""
     gc.collect()  # the previous model is part of reference cycles
     mx.random.seed(0)
@@ -138,7 +136,8 @@ def planned_peak(
     mx.eval(model.parameters())
     report = adapt(model, NALoRAConfig(num_layers=layers))
     step = TrainingStep(model, optim.Adam(1e-5), report.config)
-    return Planner(step, recomputed_layers(model, TrainingConfig(grad_checkpoint=checkpoint))).peak(size)
+    recomputed = recomputed_layers(model, TrainingConfig(grad_checkpoint=checkpoint))
+    return PeakProfiler(step, recomputed).profile(shape)
 
 
 @cache
@@ -147,7 +146,7 @@ def row_bytes(name: str, checkpoint: bool) -> float:
     print(f"measuring {name}", file=sys.stderr)
     layers = min(ADAPTED_LAYERS, SHAPES[name].layers)
     config = SHAPES[name].config(WIDTH_DIVISOR, layers, vocabulary=1000)
-    peak = planned_peak(config, mx.float32, checkpoint, Size(2, LENGTH, 2 * LENGTH))
+    peak = planned_peak(config, mx.float32, checkpoint, BatchShape(2, LENGTH, 2 * LENGTH))
     return WIDTH_DIVISOR * (peak.per_token * LENGTH + peak.per_square * LENGTH**2)
 
 
@@ -192,9 +191,9 @@ def verify() -> None:
     name = "Qwen3-0.6B"
     for checkpoint in (False, True):
         calculated = fixed_bytes(SHAPES[name], 16, mx.float32) + 2 * row_bytes(name, checkpoint)
-        size = Size(2, LENGTH, 2 * LENGTH)
-        peak = planned_peak(SHAPES[name].config(), mx.float32, checkpoint, size, ADAPTED_LAYERS)
-        planned = peak.of(2, LENGTH)
+        shape = BatchShape(2, LENGTH, 2 * LENGTH)
+        peak = planned_peak(SHAPES[name].config(), mx.float32, checkpoint, shape, ADAPTED_LAYERS)
+        planned = peak.at(2, LENGTH)
         print(
             f"checkpoint {checkpoint}: calculated {calculated / 1e9:.2f} GB, planner {planned / 1e9:.2f} GB, "
             f"ratio {calculated / planned:.2f}"

@@ -2,8 +2,8 @@
 
 Usage: python scripts/method_figures.py [--check]
 
-With --check, draws nothing and fails if the figure is out of date. The SVG's description records its source: this script
-and sampled values of the activations.
+With --check, draws nothing and fails if the figure is out of date. The description in the SVG records what it was made
+from: this script and sampled values of the activations.
 """
 
 import hashlib

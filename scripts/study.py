@@ -1,15 +1,17 @@
-"""Does NA-LoRA beat LoRA, and by which of its parts? A grid of runs with the project's trainer.
+"""Compare fine-tuning methods over models, tasks, learning rates and seeds.
 
-    python scripts/study.py tune --tasks orders --output study-runs/tune.jsonl            the best rate of each method
-    python scripts/study.py confirm --tuned study-runs/tune.jsonl --output study-runs/confirm.jsonl
-    python scripts/study_tables.py study-runs/confirm.jsonl                               tables and plots
+    python scripts/study.py tune --tasks orders --output study-runs/tune.jsonl
+    python scripts/study.py confirm --tasks orders --tuned study-runs/tune.jsonl --output study-runs/confirm.jsonl
+    python scripts/study_tables.py study-runs/confirm.jsonl
 
-`tune` trains every method on every model and task with a few seeds and learning rates, and adds rates until the best
-one, by validation loss, is not at the edge of its grid. `confirm` trains each method at its best rate with other
-seeds and reads the test split, once. Every run is one line of JSON, appended when it is done; a run that is in the
-file is not done again, so that a study which was interrupted goes on where it was. docs/study.md has the protocol.
+1. `tune` trains every method on every model and task with a few seeds and learning rates. It extends the grid until the
+   learning rate with the lowest validation loss is not at its edge.
+2. `confirm` trains each method at its best learning rate with other seeds, and evaluates once on the test split.
+3. `study_tables.py` makes tables and plots from the results.
 
-All methods have the same adapters, and the same order of rows for a seed; Adam with bias correction; warm-up, cosine.
+Each finished run appends one line of JSON to the output. Runs that are already in the file are skipped, so an
+interrupted study can be continued. All methods adapt the same layers and, for the same seed, see the rows in the same
+order. The optimizer is Adam with bias correction, with warmup and cosine decay. docs/study.md describes the protocol.
 """
 
 import argparse
@@ -32,21 +34,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from study_methods import METHODS, Method, controlled, fit
-from study_models import LENGTH, rows_of, sources
-from study_tasks import FORGETTING, FROM_FILES, GENERATED, SPLITS, Task, score, tokenized
+from study_methods import METHODS, Method, apply_control, fit_lora_a
+from study_models import LENGTH, python_sources, split_into_rows
+from study_tasks import FORGETTING, FROM_FILES, GENERATED, SPLITS, Task, score, tokenize_task
 
 from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, train
 from nalora_mlx.adapters.attach import adapt_dora
 from nalora_mlx.models.output_head import find_output_head
 
-# A method's grid is a part of these; neighbours are a factor of the root of 2 apart.
+# All learning rates that a grid can contain, a factor of sqrt(2) apart.
 RATES = [float(f"{1e-4 * 2 ** (k / 2):.3g}") for k in range(-4, 22)]
 ROWS = {"train": 2000, "valid": 150, "test": 300}
-TEXT_ROWS = 8  # of LENGTH tokens, on which forgetting is measured
+TEXT_ROWS = 8  # rows of LENGTH tokens to measure forgetting on
 BATCH = 8
-EVALUATIONS = 4
-WATCHED = 8  # validation batches of those evaluations; at the end all rows count
+EVALUATIONS = 4  # evaluations during training
+VALIDATION_BATCHES = 8  # batches per evaluation during training; the final evaluation uses all rows
 
 
 # --- one run ------------------------------------------------------------------------------------------------
@@ -54,7 +56,18 @@ WATCHED = 8  # validation batches of those evaluations; at the end all rows coun
 
 @dataclass(frozen=True)
 class Setting:
-    """All that decides a run."""
+    """The settings of a run.
+
+    Attributes:
+        model: directory of the model.
+        task: name of the task.
+        method: a key of METHODS.
+        rate: learning rate.
+        seed: seed of the adapters and of the order of rows.
+        iters: number of batches.
+        rank: rank of the adapters.
+        final: whether to evaluate on the test split.
+    """
 
     model: str
     task: str
@@ -63,68 +76,76 @@ class Setting:
     seed: int
     iters: int
     rank: int
-    final: bool  # whether the test split is read
+    final: bool
 
     @property
     def key(self) -> str:
-        """A name for it and for what is the same in all runs of this program; the same in every file."""
-        constants = [BATCH, ROWS, EVALUATIONS, WATCHED, TEXT_ROWS, LENGTH]
+        """Return a hash of the settings and of this script's constants, which identifies the run in result files."""
+        constants = [BATCH, ROWS, EVALUATIONS, VALIDATION_BATCHES, TEXT_ROWS, LENGTH]
         text = json.dumps([asdict(self), constants], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache
-def _task(model: str, task: str, data: str) -> Task:
+def _load_task(model: str, task: str, data: str) -> Task:
     from mlx_lm.utils import load_tokenizer
 
-    return tokenized(task, data, load_tokenizer(Path(model)), ROWS)
+    return tokenize_task(task, data, load_tokenizer(Path(model)), ROWS)
 
 
-def _load(model: str) -> nn.Module:
+def _load_model(path: str) -> nn.Module:
     from mlx_lm import load
 
-    return load(model)[0]
+    return load(path)[0]
 
 
 @cache
-def _text(model: str) -> tuple[mx.array, mx.array, mx.array]:
-    """Unrelated text: token ids [N, L], those that follow, and the base model's log-probabilities [N, L, V]."""
+def _unrelated_text(model: str) -> tuple[mx.array, mx.array, mx.array]:
+    """Return inputs [N, L], targets [N, L], and the base model's log-probabilities [N, L, V] of unrelated text."""
     from mlx_lm.utils import load_tokenizer
 
-    texts = [text for path, text in sources(held_out=True) if set(path.parts) & set(FORGETTING)]
-    rows = rows_of(texts, load_tokenizer(Path(model)), LENGTH)
-    chosen = np.stack([rows[i].tokens for i in np.linspace(0, len(rows) - 1, TEXT_ROWS).astype(int)])
-    tokens = mx.array(chosen)
-    base = _load(model)
+    texts = [text for path, text in python_sources(held_out=True) if set(path.parts) & set(FORGETTING)]
+    rows = split_into_rows(texts, load_tokenizer(Path(model)), LENGTH)
+    tokens = mx.array(
+        np.stack([rows[i].tokens for i in np.linspace(0, len(rows) - 1, TEXT_ROWS).astype(int)])
+    )
+    base = _load_model(model)
     base.eval()
-    logits = base(tokens[:, :-1]).astype(mx.float32)
-    known = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    mx.eval(known)
-    return tokens[:, :-1], tokens[:, 1:], known
+    log_probabilities = _log_softmax(base(tokens[:, :-1]))
+    mx.eval(log_probabilities)
+    return tokens[:, :-1], tokens[:, 1:], log_probabilities
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def forgetting(model: nn.Module, name: str) -> dict[str, float]:
-    """KL(base || model) in nats a token, and the rise of the loss, on text that no task has to do with."""
-    inputs, targets, known = _text(name)
-    logits = model(inputs).astype(mx.float32)
-    now = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    kl = mx.mean(mx.sum(mx.exp(known) * (known - now), axis=-1))
-    rise = mx.mean(mx.take_along_axis(known - now, targets[..., None], axis=-1))
+    """Measure forgetting on unrelated text.
+
+    Returns:
+        "kl", KL(base || model) in nats per token, and "rise", the increase of the loss.
+    """
+    inputs, targets, base = _unrelated_text(name)
+    tuned = _log_softmax(model(inputs))
+    kl = mx.mean(mx.sum(mx.exp(base) * (base - tuned), axis=-1))
+    rise = mx.mean(mx.take_along_axis(base - tuned, targets[..., None], axis=-1))
     return {"kl": float(kl), "rise": float(rise)}
 
 
 def run(setting: Setting, data: str) -> dict[str, Any]:
-    """Train and evaluate once."""
-    tic = time.perf_counter()
-    method, task = METHODS[setting.method], _task(setting.model, setting.task, data)
-    model = _load(setting.model)
+    """Train and evaluate once. Return the record of the run."""
+    start = time.perf_counter()
+    method, task = METHODS[setting.method], _load_task(setting.model, setting.task, data)
+    model = _load_model(setting.model)
     mx.random.seed(setting.seed)
     config = NALoRAConfig(
         rank=setting.rank, scale=2.0 * method.scale(setting.rank), num_layers=-1, **dict(method.na)
     )
     (adapt_dora if method.dora else adapt)(model, config)
     if method.fitted:
-        fit(model, task.splits["train"], method.fitted, BATCH, setting.seed)
+        fit_lora_a(model, task.splits["train"], method.fitted, BATCH, setting.seed)
     head = find_output_head(model)
     assert head is not None
     curve: list[dict[str, Any]] = []
@@ -140,26 +161,26 @@ def run(setting: Setting, data: str) -> dict[str, Any]:
             if layers:
                 curve[-1]["misalignment"] = [row.get("misalignment") for row in layers.values()]
 
-    every = setting.iters // EVALUATIONS
+    interval = setting.iters // EVALUATIONS
     training = TrainingConfig(
         batch_size=BATCH,
         iters=setting.iters,
-        steps_per_report=every,
-        steps_per_eval=every,
-        val_batches=WATCHED,
+        steps_per_report=interval,
+        steps_per_eval=interval,
+        val_batches=VALIDATION_BATCHES,
         seed=setting.seed,
     )
-    with controlled(method.control, setting.seed):
+    with apply_control(method.control, setting.seed):
         result = train(
             model,
             task.splits["train"],
             task.splits["valid"],
             config=training,
-            optimizer=optimizer(setting, method),
+            optimizer=build_optimizer(setting, method),
             listeners=[listen],
         )
     if len(curve) != EVALUATIONS + 1 and not result.stopped:
-        raise RuntimeError(f"{len(curve)} evaluations of {EVALUATIONS + 1}")
+        raise RuntimeError(f"got {len(curve)} evaluations, expected {EVALUATIONS + 1}")
     model.eval()
     splits = ("valid", "test") if setting.final else ("valid",)
     scores = {split: score(head, task.splits[split], task.choices[split]) for split in splits}
@@ -170,12 +191,12 @@ def run(setting: Setting, data: str) -> dict[str, Any]:
         **forgetting(model, setting.model),
         "curve": curve,
         "importance": {path: row["importance"] for path, row in layers.items()},
-        "seconds": round(time.perf_counter() - tic, 2),
+        "seconds": round(time.perf_counter() - start, 2),
     }
 
 
-def optimizer(setting: Setting, method: Method) -> optim.Optimizer:
-    """Adam; the rate warms up over a tenth of the run and then falls to a tenth as a cosine."""
+def build_optimizer(setting: Setting, method: Method) -> optim.Optimizer:
+    """Return Adam with linear warmup over a tenth of the run, then cosine decay to a tenth of the learning rate."""
 
     def adam(rate: float) -> optim.Optimizer:
         warmup = setting.iters // 10
@@ -196,8 +217,8 @@ def optimizer(setting: Setting, method: Method) -> optim.Optimizer:
 # --- the grid -----------------------------------------------------------------------------------------------
 
 
-def finished(path: Path) -> dict[str, dict[str, Any]]:
-    """Runs of a file by key; half a line at its end is left out."""
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a result file by key, ignoring an incomplete last line."""
     if not path.exists():
         return {}
     records = {}
@@ -211,12 +232,16 @@ def finished(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def run_all(settings: list[Setting], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Do what is not done yet, in several processes; results in the order of the settings."""
-    done = finished(args.output)
-    waiting = [s for s in settings if s.key not in done]
+    """Run the settings that are not in the output yet, in parallel processes.
+
+    Returns:
+        The records of all settings, in their order.
+    """
+    done = read_results(args.output)
+    waiting = [setting for setting in settings if setting.key not in done]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    tic = time.perf_counter()
-    # Each process has its share of the cores: small matrices gain little from a second one.
+    start = time.perf_counter()
+    # Divide the cores among the processes. Small matrices gain little from more threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     context = multiprocessing.get_context("spawn")
     with (
@@ -228,99 +253,113 @@ def run_all(settings: list[Setting], args: argparse.Namespace) -> list[dict[str,
             setting = futures[future]
             try:
                 record = future.result()
-            except FloatingPointError:  # the rate is too high for it
+            except FloatingPointError:  # the learning rate is too high
                 record = {
                     "key": setting.key,
                     **asdict(setting),
                     "valid": {"loss": math.inf},
                     "diverged": True,
                 }
-            file.write(json.dumps(_plain(record)) + "\n")
+            file.write(json.dumps(_for_json(record)) + "\n")
             file.flush()
             done[setting.key] = record
-            left = (time.perf_counter() - tic) / count * (len(waiting) - count)
+            left = (time.perf_counter() - start) / count * (len(waiting) - count)
             print(
                 f"{count}/{len(waiting)}, {left / 60:.0f} min left: {Path(setting.model).name} {setting.task} "
                 f"{setting.method} {setting.rate:.2g} seed {setting.seed}: {record['valid']['loss']:.4f}",
                 file=sys.stderr,
                 flush=True,
             )
-    return [done[s.key] for s in settings]
+    return [done[setting.key] for setting in settings]
 
 
-def _plain(value: Any) -> Any:
-    """Six digits; JSON has no infinity."""
+def _for_json(value: Any) -> Any:
+    """Round floats to six digits. Replace infinity and NaN, which JSON does not have, by 1e9."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else 1e9
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        return {key: _for_json(item) for key, item in value.items()}
+    return [_for_json(item) for item in value] if isinstance(value, list) else value
 
 
-Place = tuple[str, str, str]  # model, task, method
+Combination = tuple[str, str, str]  # model, task, method
 
 
-def places_of(args: argparse.Namespace) -> list[Place]:
+def combinations(args: argparse.Namespace) -> list[Combination]:
     return [(model, task, name) for model in args.models for task in args.tasks for name in args.methods]
 
 
-def mean_losses(records: list[dict[str, Any]]) -> dict[Place, dict[float, float]]:
-    """Mean validation loss of each model, task and method at each rate."""
-    losses: dict[Place, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+def mean_losses(records: list[dict[str, Any]]) -> dict[Combination, dict[float, float]]:
+    """Return the mean validation loss of each combination at each learning rate."""
+    losses: dict[Combination, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
         losses[r["model"], r["task"], r["method"]][r["rate"]].append(r["valid"]["loss"])
     return {
-        place: {rate: statistics.mean(values) for rate, values in rates.items()}
-        for place, rates in losses.items()
+        combination: {rate: statistics.mean(values) for rate, values in rates.items()}
+        for combination, rates in losses.items()
     }
 
 
+def best_rate(mean_by_rate: dict[float, float]) -> float:
+    """Return the learning rate with the lowest mean loss."""
+    return min(mean_by_rate, key=lambda rate: mean_by_rate[rate])
+
+
 def tune(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs at more and more rates, until the best rate of each model, task and method is not at the edge."""
+    """Run each combination on a grid of learning rates.
+
+    1. Start with three rates around --rate.
+    2. If the best rate of a combination is at the edge of its grid, extend the grid there and run again.
+    3. Repeat until no grid is extended.
+
+    Returns:
+        The records of all runs.
+    """
     middle = min(range(len(RATES)), key=lambda i: abs(math.log(RATES[i] / args.rate)))
-    grid = {place: {middle - args.spacing, middle, middle + args.spacing} for place in places_of(args)}
-    waiting, records = list(grid), []
+    # combination -> indices into RATES
+    grids = {c: {middle - args.spacing, middle, middle + args.spacing} for c in combinations(args)}
+    waiting, records = list(grids), []
     while waiting:
         settings = [
-            Setting(*place, RATES[i], seed, args.iters, args.rank, False)
+            Setting(*combination, RATES[i], seed, args.iters, args.rank, False)
             for seed in args.seeds
-            for place in waiting
-            for i in sorted(grid[place])
+            for combination in waiting
+            for i in sorted(grids[combination])
         ]
-        found = run_all(settings, args)
-        records += found
-        means, still = mean_losses(found), []
-        for place in waiting:
-            at = min(sorted(grid[place]), key=lambda i: means[place][RATES[i]])
-            beyond = at + (args.spacing if at == max(grid[place]) else -args.spacing)
-            if at in (min(grid[place]), max(grid[place])) and 0 <= beyond < len(RATES):
-                grid[place].add(beyond)
-                still.append(place)
-        waiting = still
+        results = run_all(settings, args)
+        records += results
+        means, extended = mean_losses(results), []
+        for combination in waiting:
+            grid, best = grids[combination], RATES.index(best_rate(means[combination]))
+            new = best + (args.spacing if best == max(grid) else -args.spacing)
+            if best in (min(grid), max(grid)) and 0 <= new < len(RATES):
+                grid.add(new)
+                extended.append(combination)
+        waiting = extended
     return records
 
 
 def confirm(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs with other seeds at the best rates of a file of `tune`, with the test split."""
-    tuned = [r for r in finished(args.tuned).values() if (r["iters"], r["rank"]) == (args.iters, args.rank)]
+    """Run each combination at its best learning rate in --tuned, with other seeds, and evaluate on the test split."""
+    results = read_results(args.tuned).values()
+    tuned = [r for r in results if (r["iters"], r["rank"]) == (args.iters, args.rank)]
     means = mean_losses(tuned)
-    if missing := [place for place in places_of(args) if place not in means]:
-        raise SystemExit(f"error: {args.tuned} has no runs of {missing[0]}; run tune with them first")
+    if missing := [c for c in combinations(args) if c not in means]:
+        raise SystemExit(
+            f"error: {args.tuned} has no runs of {', '.join(missing[0])}; run tune on them first"
+        )
     if used := {r["seed"] for r in tuned}.intersection(args.seeds):
-        raise SystemExit(f"error: rates were chosen with seeds {sorted(used)}; give others")
-    best = {place: min(means[place], key=lambda rate: means[place][rate]) for place in places_of(args)}
-    return run_all(
-        [
-            Setting(*place, best[place], seed, args.iters, args.rank, True)
-            for seed in args.seeds
-            for place in places_of(args)
-        ],
-        args,
-    )
+        raise SystemExit(f"error: --seeds: seeds {sorted(used)} were used to tune; choose others")
+    settings = [
+        Setting(*combination, best_rate(means[combination]), seed, args.iters, args.rank, True)
+        for seed in args.seeds
+        for combination in combinations(args)
+    ]
+    return run_all(settings, args)
 
 
-def numbers(text: str) -> list[int]:
-    """Seeds: 3, or 100-119."""
+def parse_seeds(text: str) -> list[int]:
+    """Parse "3" or "100-119"."""
     first, _, last = text.partition("-")
     return list(range(int(first), int(last or first) + 1))
 
@@ -331,28 +370,35 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["study-runs/small-swiglu", "study-runs/small-geglu"])
     parser.add_argument("--tasks", nargs="+", required=True, choices=(*FROM_FILES, *GENERATED))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora", "na-lora"])
-    parser.add_argument("--seeds", type=numbers, help="like 0-2 (default: 0-2 to tune, 100-119 to confirm)")
-    parser.add_argument("--rate", type=float, default=4e-3, help="middle of the first grid (default: 4e-3)")
     parser.add_argument(
-        "--spacing", type=int, default=2, help="neighbouring rates are 2^(this/2) apart (default: 2)"
+        "--seeds", type=parse_seeds, help="for example 0-2 (default: 0-2 for tune, 100-119 for confirm)"
+    )
+    parser.add_argument("--rate", type=float, default=4e-3, help="middle of the initial grid (default: 4e-3)")
+    parser.add_argument(
+        "--spacing",
+        type=int,
+        default=2,
+        help="N: neighboring rates are a factor of 2^(N/2) apart (default: 2)",
     )
     parser.add_argument("--iters", type=int, default=120, help=f"batches of {BATCH} rows (default: 120)")
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--tuned", type=Path, help="results of tune, for confirm")
-    parser.add_argument("--output", type=Path, required=True, help="file of results, one JSON object a line")
+    parser.add_argument("--tuned", type=Path, help="results of tune, required for confirm")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="append results to this file, as JSON lines"
+    )
     parser.add_argument(
         "--data", default="../shared/data", help="directory of the tasks that are not generated"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of parallel runs")
     args = parser.parse_args()
-    args.seeds = args.seeds or (numbers("0-2") if args.stage == "tune" else numbers("100-119"))
+    args.seeds = args.seeds or parse_seeds("0-2" if args.stage == "tune" else "100-119")
     if args.stage == "confirm" and args.tuned is None:
         parser.error("confirm needs --tuned")
     if args.iters < 20 or args.iters % EVALUATIONS:
-        parser.error(f"--iters is {args.iters}; it must be a multiple of {EVALUATIONS}, and at least 20")
+        parser.error(f"--iters is {args.iters}; it must be a multiple of {EVALUATIONS} and at least 20")
     for model in args.models:
         if not (Path(model) / "config.json").exists():
-            parser.error(f"{model} holds no model; scripts/study_models.py makes one")
+            parser.error(f"--models {model}: no config.json found; scripts/study_models.py makes a model")
     files = [
         Path(args.data) / task / f"{split}.jsonl"
         for task in args.tasks
@@ -362,11 +408,11 @@ def main() -> int:
     if missing := [str(file) for file in files if not file.exists()]:
         parser.error(f"--data {args.data}: {missing[0]} is missing")
     if args.tuned is not None and not args.tuned.exists():
-        parser.error(f"--tuned {args.tuned}: no such file; tune writes it")
+        parser.error(f"--tuned {args.tuned}: no such file; run tune first")
     records = tune(args) if args.stage == "tune" else confirm(args)
-    for place, rates in mean_losses(records).items():
-        best = min(rates, key=lambda rate: rates[rate])
-        print(f"{Path(place[0]).name} {place[1]} {place[2]}: {best:.3g}, validation loss {rates[best]:.4f}")
+    for (model, task, method), rates in mean_losses(records).items():
+        best = best_rate(rates)
+        print(f"{Path(model).name} {task} {method}: best rate {best:.3g}, validation loss {rates[best]:.4f}")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""The methods of the study: NA-LoRA with one part changed at a time, controls, and peers.
+"""The methods of the study: LoRA, NA-LoRA and variants of its parts, controls, and other LoRA methods.
 
-A control keeps the sizes of the steps and changes which channels get them, or gives the gate's steps a constant size.
-A fitted method is plain LoRA whose lora_a starts in the input directions in which the loss falls fastest; for the gate,
-whose gradient is dh u phi'(z), these are the directions to which its responsive channels answer.
+Controls keep the step sizes but assign them to other channels, or use a constant step size for the gate. Fitted methods
+are plain LoRA with lora_a initialized to the input directions in which the loss decreases fastest. For the gate, whose
+gradient is dh u phi'(z), these are the directions that its responsive channels respond to.
 """
 
 import itertools
@@ -21,25 +21,34 @@ from mlx.utils import tree_flatten
 from nalora_mlx.data.batches import training_batches
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.training import importance, step
-from nalora_mlx.training.loss import ScoredLoss
+from nalora_mlx.training.loss import SupervisedLoss
 
-FIT_BATCHES = 4  # whose gradient a fitted lora_a spans
+FIT_BATCHES = 4  # batches whose gradient determines a fitted lora_a
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained: NA settings, what a control makes of the multipliers, and what a peer does otherwise."""
+    """A fine-tuning method.
+
+    Attributes:
+        na: NALoRAConfig settings; by default plain LoRA.
+        control: how to change the channel multipliers, see `apply_control`.
+        dora: whether to use DoRA adapters.
+        scale: rank -> scale of the update relative to alpha / rank.
+        b_rate: learning rate of lora_b relative to that of lora_a.
+        fitted: projections whose lora_a is fitted to the gradient.
+    """
 
     na: tuple[tuple[str, Any], ...] = (("mask", "off"), ("step_scaling", False))
     control: str | None = None
     dora: bool = False
-    scale: Callable[[int], float] = lambda rank: 1.0  # of the update, relative to alpha / rank
-    b_rate: float = 1.0  # learning rate of lora_b, relative to that of lora_a
-    fitted: tuple[str, ...] = ()  # projections whose lora_a is fitted to the gradient
+    scale: Callable[[int], float] = lambda rank: 1.0
+    b_rate: float = 1.0
+    fitted: tuple[str, ...] = ()
 
 
-def na(control: str | None = None, **settings: Any) -> Method:
-    """NA-LoRA with settings other than the defaults of `base`."""
+def na_lora(control: str | None = None, **settings: Any) -> Method:
+    """Return NA-LoRA with the given settings; all others have the defaults of NALoRAConfig."""
     return Method(tuple(sorted(settings.items())), control)
 
 
@@ -50,46 +59,46 @@ GATED = ("gate_proj", "up_proj")
 
 METHODS: dict[str, Method] = {
     "lora": Method(),
-    "na-lora": na(),  # the defaults of config.py
-    # which parts of it
-    "soft": na(**BASE),
-    "soft+scaling": na(**PAPER),
-    "scaling": na(**{**PAPER, "mask": "off"}),
-    "sensitivity": na(**{**BASE, "statistic": "sensitivity"}),
-    "hard": na(**{**BASE, "mask": "hard"}),
-    "hard-sensitivity": na(**{**BASE, "mask": "hard", "statistic": "sensitivity"}),
-    "soft-mean": na(**{**BASE, "preserve": "mean"}),
-    "soft-function": na(**{**BASE, "preserve": "function"}),
-    "soft-none": na(**{**BASE, "preserve": "none"}),
-    "sensitivity-mean": na(**{**BASE, "statistic": "sensitivity", "preserve": "mean"}),
-    "gate+up": na(**{**BASE, "branches": ("gate", "up")}),
-    "sensitivity-gate+up": na(**{**BASE, "statistic": "sensitivity", "branches": ("gate", "up")}),
-    "route": na(**{**BASE, "route": True}),
-    "beta-0": na(**{**BASE, "beta": 0.0}),
-    "beta-0.99": na(**{**BASE, "beta": 0.99}),
-    "refresh-20": na(**{**BASE, "mask_every": 20}),
-    "hard-0.25": na(**{**BASE, "mask": "hard", "keep_fraction": 0.25}),
-    "hard-0.75": na(**{**BASE, "mask": "hard", "keep_fraction": 0.75}),
-    "first-half": na(control="first-half", **BASE),
-    "last-half": na(control="last-half", **BASE),
-    # controls: the same multipliers, given to other channels, or to none
-    "random": na(control="random", **BASE),
-    "inverse": na(control="inverse", **BASE),
-    "observed": na(control="x1", **BASE),  # plain LoRA whose misalignment is measured
-    # LoRA whose gate step is constant: as large as that of "soft" in the mean, of "soft-mean" in RMS
-    "matched-mean": na(control="mean", **BASE),
-    "matched-rms": na(control="rms", **{**BASE, "preserve": "mean"}),
-    # how much there is to win or lose: no steps of the gate, larger ones
-    "gate-x0": na(control="x0", **BASE),
-    "gate-x2": na(control="x2", **BASE),
-    "gate-x4": na(control="x4", **BASE),
-    "up-x2": na(control="x2", **{**BASE, "branches": ("up",)}),
-    "gate+up-x2": na(control="x2", **{**BASE, "branches": ("gate", "up")}),
-    # lora_a fitted to the gradient
+    "na-lora": na_lora(),  # the defaults
+    # variants of its parts
+    "soft": na_lora(**BASE),
+    "soft+scaling": na_lora(**PAPER),
+    "scaling": na_lora(**{**PAPER, "mask": "off"}),
+    "sensitivity": na_lora(**{**BASE, "statistic": "sensitivity"}),
+    "hard": na_lora(**{**BASE, "mask": "hard"}),
+    "hard-sensitivity": na_lora(**{**BASE, "mask": "hard", "statistic": "sensitivity"}),
+    "soft-mean": na_lora(**{**BASE, "preserve": "mean"}),
+    "soft-function": na_lora(**{**BASE, "preserve": "function"}),
+    "soft-none": na_lora(**{**BASE, "preserve": "none"}),
+    "sensitivity-mean": na_lora(**{**BASE, "statistic": "sensitivity", "preserve": "mean"}),
+    "gate+up": na_lora(**{**BASE, "branches": ("gate", "up")}),
+    "sensitivity-gate+up": na_lora(**{**BASE, "statistic": "sensitivity", "branches": ("gate", "up")}),
+    "route": na_lora(**{**BASE, "route": True}),
+    "beta-0": na_lora(**{**BASE, "beta": 0.0}),
+    "beta-0.99": na_lora(**{**BASE, "beta": 0.99}),
+    "refresh-20": na_lora(**{**BASE, "mask_every": 20}),
+    "hard-0.25": na_lora(**{**BASE, "mask": "hard", "keep_fraction": 0.25}),
+    "hard-0.75": na_lora(**{**BASE, "mask": "hard", "keep_fraction": 0.75}),
+    "first-half": na_lora(control="first-half", **BASE),
+    "last-half": na_lora(control="last-half", **BASE),
+    # controls: the multipliers of "soft" permuted, reversed, or all 1
+    "random": na_lora(control="random", **BASE),
+    "inverse": na_lora(control="inverse", **BASE),
+    "observed": na_lora(control="x1", **BASE),  # plain LoRA with measured misalignment
+    # controls: a constant gate step, with the mean of "soft" or the RMS of "soft-mean"
+    "matched-mean": na_lora(control="mean", **BASE),
+    "matched-rms": na_lora(control="rms", **{**BASE, "preserve": "mean"}),
+    # how much the gate's step size matters: none, twice, four times
+    "gate-x0": na_lora(control="x0", **BASE),
+    "gate-x2": na_lora(control="x2", **BASE),
+    "gate-x4": na_lora(control="x4", **BASE),
+    "up-x2": na_lora(control="x2", **{**BASE, "branches": ("up",)}),
+    "gate+up-x2": na_lora(control="x2", **{**BASE, "branches": ("gate", "up")}),
+    # fitted lora_a
     "fitted-gate": Method(fitted=GATED[:1]),
     "fitted-gate+up": Method(fitted=GATED),
     "fitted-all": Method(fitted=(*GATED, "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")),
-    # peers
+    # other LoRA methods
     "rslora": Method(scale=lambda rank: math.sqrt(rank)),
     "lora+": Method(b_rate=16.0),
     "lora+4": Method(b_rate=4.0),
@@ -98,69 +107,101 @@ METHODS: dict[str, Method] = {
 
 
 @contextmanager
-def controlled(control: str | None, seed: int) -> Iterator[None]:
-    """Change what the multipliers of the channels' steps are, or in which layers they act."""
+def apply_control(control: str | None, seed: int) -> Iterator[None]:
+    """Patch the trainer to change the channel multipliers, or the layers that they apply to.
+
+    Args:
+        control: "first-half" or "last-half" of the layers, or a control of `control_multiplier`. None changes nothing.
+        seed: of the "random" control.
+    """
     if control is None:
         yield
         return
     if control.endswith("-half"):
-        find = step.gated_mlps
+        gated_mlps = step.gated_mlps
 
         def half(model: nn.Module) -> list[Any]:
-            found = list(find(model))
-            middle = len(found) // 2
-            return found[:middle] if control == "first-half" else found[middle:]
+            mlps = list(gated_mlps(model))
+            middle = len(mlps) // 2
+            return mlps[:middle] if control == "first-half" else mlps[middle:]
 
         with patch.object(step, "gated_mlps", half):
             yield
         return
     multiplier = importance.multiplier
 
-    def changed(state: Any, parameters: Any) -> mx.array:
-        return _changed(multiplier(state, parameters), control, seed)
+    def changed_multiplier(state: Any, parameters: Any) -> mx.array:
+        return control_multiplier(multiplier(state, parameters), control, seed)
 
-    with patch.object(importance, "multiplier", changed):
+    with patch.object(importance, "multiplier", changed_multiplier):
         yield
 
 
-def _changed(q: mx.array, control: str, seed: int) -> mx.array:
-    """The multipliers q [..., F] of a control."""
-    if control == "random":  # the same channels in every step
+def control_multiplier(q: mx.array, control: str, seed: int) -> mx.array:
+    """Return the multipliers that a control uses in place of q [..., F].
+
+    Args:
+        q: the multipliers of NA-LoRA.
+        control: "random" permutes the channels, the same way in every step. "inverse" gives the k-th smallest
+            multiplier to the channel with the k-th largest. "x<number>" is a constant. "mean" and "rms" are the mean
+            and the root mean square of q.
+        seed: of "random".
+    """
+    if control == "random":
         return q[..., mx.array(np.random.default_rng(seed).permutation(q.shape[-1]))]
-    if control == "inverse":  # what the k-th largest had goes to the k-th smallest
+    if control == "inverse":
         order = mx.argsort(q, axis=-1)
         return mx.put_along_axis(q, order, mx.sort(q, axis=-1)[..., ::-1], axis=-1)
     if control.startswith("x"):
         return float(control[1:]) * mx.ones_like(q)
-    square = control == "rms"
-    size = mx.mean(mx.square(q) if square else q, axis=-1, keepdims=True)
-    return mx.broadcast_to(mx.sqrt(size) if square else size, q.shape)
+    if control == "rms":
+        size = mx.sqrt(mx.mean(mx.square(q), axis=-1, keepdims=True))
+    else:
+        size = mx.mean(q, axis=-1, keepdims=True)
+    return mx.broadcast_to(size, q.shape)
 
 
-def fit(model: nn.Module, examples: Sequence[Example], names: tuple[str, ...], batch: int, seed: int) -> None:
-    """Let lora_a of some projections start in the leading input directions of the loss's gradient.
+def fit_lora_a(
+    model: nn.Module, examples: Sequence[Example], names: tuple[str, ...], batch: int, seed: int
+) -> None:
+    """Initialize lora_a of some projections to the leading input directions of the loss gradient.
 
-    With G [D, F] the gradient of a frozen weight over FIT_BATCHES batches, d lora_a = s G B^T and d lora_b = s A^T G.
-    So subspace iteration finds G's leading left singular vectors without G: B random, A from the first pass, B from A,
-    A from B. Columns of lora_a keep their mean norm, and lora_b is zero again, so that the model is the same. The
-    passes cost 3 FIT_BATCHES training steps, which are not counted as steps of the run.
+    Let G [D, F] be the gradient of a frozen weight over FIT_BATCHES batches. The gradients of the adapter are
+    d lora_a = s G B^T and d lora_b = s A^T G. Subspace iteration therefore finds the leading left singular vectors of G
+    without computing G:
+
+    1. Set B to random values and A to zero.
+    2. Set A to an orthonormal basis of d lora_a.
+    3. Set B to an orthonormal basis of d lora_b.
+    4. Set A to an orthonormal basis of d lora_a.
+    5. Scale A to its original mean column norm and set B to zero, so the model's function does not change.
+
+    The cost, three passes over FIT_BATCHES batches, does not count as training steps.
+
+    Args:
+        model: adapted model.
+        examples: training rows.
+        names: names of the projections.
+        batch: rows per batch.
+        seed: of the batches and of B.
     """
     adapters = {
         path: module
         for path, module in model.named_modules()
         if "lora_a" in module and path.rsplit(".", 1)[-1] in names
     }
-    loss = ScoredLoss(model)
-    value: Any = nn.value_and_grad(model, lambda *arrays: loss(*arrays))
+    loss = SupervisedLoss(model)
+    loss_and_gradient: Any = nn.value_and_grad(model, lambda *arrays: loss(*arrays))
     batches = list(itertools.islice(training_batches(examples, batch, seed + 1), FIT_BATCHES))
     rng = np.random.default_rng(seed)
     norms = {path: mx.sqrt(mx.mean(mx.sum(mx.square(m.lora_a), axis=0))) for path, m in adapters.items()}
 
     def gradients(leaf: str) -> dict[str, mx.array]:
-        """The gradient of one leaf of each adapter, summed over the batches."""
+        """Return the gradient of lora_a or lora_b for each adapter, summed over the batches."""
         total: dict[str, mx.array] = {}
         for one in batches:
-            flat: Any = dict(tree_flatten(value(mx.array(one.inputs), *map(mx.array, one.scored()))[1]))
+            _, gradient = loss_and_gradient(mx.array(one.inputs), *map(mx.array, one.loss_positions()))
+            flat: Any = dict(tree_flatten(gradient))
             for path in adapters:
                 total[path] = total.get(path, mx.array(0.0)) + flat[f"{path}.{leaf}"]
             mx.eval(total)

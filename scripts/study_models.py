@@ -1,13 +1,15 @@
-"""The models of the study: two small ones pretrained on text that comes with Python, and a cut of a large one.
+"""Make the models of the study: two small pretrained ones, and the first layers of a larger one.
 
     python scripts/study_models.py small-swiglu study-runs/small-swiglu
     python scripts/study_models.py small-geglu study-runs/small-geglu
     python scripts/study_models.py cut study-runs/smollm2-8 --model demo/model --layers 8
 
-The small models (1.1 million parameters, 4 layers, of Llama's and of Gemma's form) learn the sources and the language
-reference of the Python that runs this, minutes each on one core. The packages in HELD_OUT are left out: they are what
-forgetting is measured on. A cut is the first layers of a model with its own head; its layers are trained on the same
-text for a short time, so that they make sense without those that are gone.
+The small models have 1.1 million parameters in 4 layers, with the architecture of Llama or Gemma. They are pretrained
+on the source code and the language reference of the running Python, which takes minutes on one core. The packages in
+HELD_OUT are excluded, because forgetting is measured on them.
+
+"cut" keeps the first layers and the output head of a model. Its layers are trained briefly on the same text to make up
+for the removed layers.
 """
 
 import argparse
@@ -29,12 +31,12 @@ from nalora_mlx import TrainingConfig, train
 from nalora_mlx.data.tokenization import Example
 
 HELD_OUT = ("asyncio", "email", "json", "logging", "unittest", "xml")
-LEFT_OUT = ("encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo")
+EXCLUDED = ("encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo")
 VOCABULARY = 2048
-LENGTH = 128  # tokens of a row
+LENGTH = 128  # tokens per row
 END = "<|end|>"
 
-SIZE = {
+SMALL_CONFIG = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 4,
@@ -49,18 +51,18 @@ SIZE = {
     "bos_token_id": None,
     "eos_token_id": 0,
 }
-SMALL = {"small-swiglu": "llama", "small-geglu": "gemma"}  # activations: SiLU, GELU
+SMALL_MODELS = {"small-swiglu": "llama", "small-geglu": "gemma"}  # model types, with SiLU and GELU
 
 
 # --- text ---------------------------------------------------------------------------------------------------
 
 
-def sources(held_out: bool) -> Iterator[tuple[Path, str]]:
-    """Python's own modules, sorted by path: those of the held-out packages, or all others."""
+def python_sources(held_out: bool) -> Iterator[tuple[Path, str]]:
+    """Yield the path and text of standard library modules: those in held-out packages, or all others."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if not set(parts).intersection(LEFT_OUT) and (parts[0] in HELD_OUT) == held_out:
+        if not set(parts).intersection(EXCLUDED) and (parts[0] in HELD_OUT) == held_out:
             try:
                 text = path.read_text(encoding="utf-8")
                 ast.parse(text)
@@ -69,15 +71,15 @@ def sources(held_out: bool) -> Iterator[tuple[Path, str]]:
             yield path, text
 
 
-def topics() -> list[str]:
-    """The language reference as `help()` shows it, in English."""
+def language_reference() -> list[str]:
+    """Return the chapters of the language reference, in English, as `help()` shows them."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
 
 
-def rows_of(texts: list[str], tokenizer: Any, length: int) -> list[Example]:
-    """Texts one after the other, cut into rows of `length` predicted tokens."""
+def split_into_rows(texts: list[str], tokenizer: Any, length: int) -> list[Example]:
+    """Concatenate tokenized texts and cut them into rows of `length` predicted tokens."""
     tokens: list[int] = []
     for text in texts:
         tokens += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
@@ -93,7 +95,7 @@ def rows_of(texts: list[str], tokenizer: Any, length: int) -> list[Example]:
 
 
 def make_tokenizer(texts: list[str], path: Path) -> Any:
-    """A byte-level BPE tokenizer, trained and saved."""
+    """Train a byte-level BPE tokenizer and save it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -114,22 +116,22 @@ def make_tokenizer(texts: list[str], path: Path) -> Any:
     return tokenizer
 
 
-def small(name: str, path: Path, iters: int, seed: int) -> None:
-    """Pretrain a small model and save it as one of mlx-lm's."""
+def make_small_model(name: str, path: Path, iters: int, seed: int) -> None:
+    """Pretrain a small model and save it in mlx-lm's format."""
     import importlib
 
-    texts = [text for _, text in sources(held_out=False)] + topics()
+    texts = [text for _, text in python_sources(held_out=False)] + language_reference()
     tokenizer = make_tokenizer(texts, path)
-    config = {"model_type": SMALL[name], **SIZE}
-    module = importlib.import_module(f"mlx_lm.models.{SMALL[name]}")
+    config = {"model_type": SMALL_MODELS[name], **SMALL_CONFIG}
+    module = importlib.import_module(f"mlx_lm.models.{SMALL_MODELS[name]}")
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
     pretrain(model, texts, tokenizer, iters, 4e-3, seed)
     save(model, config, path)
 
 
-def cut(source: Path, layers: int, path: Path, iters: int, seed: int) -> None:
-    """Keep a model's first layers, train them a little, and save the result."""
+def cut_model(source: Path, layers: int, path: Path, iters: int, seed: int) -> None:
+    """Keep the first layers of a model, train them briefly, and save the result."""
     from mlx_lm import load
 
     model, tokenizer = load(str(source))  # type: ignore[misc]
@@ -137,7 +139,8 @@ def cut(source: Path, layers: int, path: Path, iters: int, seed: int) -> None:
     model.freeze()
     for layer in model.layers:
         layer.unfreeze()
-    texts = [text for _, text in sources(held_out=False)] + 8 * topics()  # English is what its tasks are in
+    # Repeat the language reference, because the tasks are in English.
+    texts = [text for _, text in python_sources(held_out=False)] + 8 * language_reference()
     pretrain(model, texts, tokenizer, iters, 3e-4, seed)
     config = json.loads((source / "config.json").read_text())
     config["num_hidden_layers"] = layers
@@ -151,8 +154,8 @@ def cut(source: Path, layers: int, path: Path, iters: int, seed: int) -> None:
 
 
 def pretrain(model: nn.Module, texts: list[str], tokenizer: Any, iters: int, rate: float, seed: int) -> None:
-    """Train what is not frozen on the next token, with the project's own trainer."""
-    rows = rows_of(texts, tokenizer, LENGTH)
+    """Train the parameters that are not frozen on next-token prediction."""
+    rows = split_into_rows(texts, tokenizer, LENGTH)
     print(f"{len(rows)} rows of {LENGTH} tokens", flush=True)
     warmup = iters // 20
     schedule = optim.join_schedules(
@@ -163,14 +166,14 @@ def pretrain(model: nn.Module, texts: list[str], tokenizer: Any, iters: int, rat
 
     def listen(event: dict[str, Any]) -> None:
         if event.get("split") == "train":
-            print(f"{event['step']}: loss {event['loss']:.3f}", flush=True)
+            print(f"step {event['step']}: loss {event['loss']:.3f}", flush=True)
 
     config = TrainingConfig(batch_size=16, iters=iters, steps_per_report=100, grad_clip=1.0, seed=seed)
     train(model, rows, config=config, optimizer=optimizer, listeners=[listen])
 
 
 def save(model: nn.Module, config: dict[str, Any], path: Path) -> None:
-    """Write weights and config.json."""
+    """Write the weights and config.json."""
     from mlx_lm.utils import save_config, save_model
 
     save_model(path, model)
@@ -179,21 +182,21 @@ def save(model: nn.Module, config: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=(*SMALL, "cut"))
-    parser.add_argument("path", type=Path, help="directory of the new model")
-    parser.add_argument("--iters", type=int, help="batches of 16 rows (default: 800, 150 for a cut)")
+    parser.add_argument("kind", choices=(*SMALL_MODELS, "cut"))
+    parser.add_argument("path", type=Path, help="directory to write the model to")
+    parser.add_argument("--iters", type=int, help="batches of 16 rows (default: 800, or 150 for cut)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, help="what to cut")
-    parser.add_argument("--layers", type=int, default=8, help="layers that a cut keeps (default: 8)")
+    parser.add_argument("--model", type=Path, help="directory of the model to cut")
+    parser.add_argument("--layers", type=int, default=8, help="number of layers to keep for cut (default: 8)")
     args = parser.parse_args()
     if (args.path / "config.json").exists():
-        parser.error(f"{args.path} holds a model already; remove it or name another directory")
+        parser.error(f"{args.path} already contains a model; remove it or choose another directory")
     if args.kind == "cut":
         if args.model is None:
             parser.error("cut needs --model")
-        cut(args.model, args.layers, args.path, args.iters or 150, args.seed)
+        cut_model(args.model, args.layers, args.path, args.iters or 150, args.seed)
     else:
-        small(args.kind, args.path, args.iters or 800, args.seed)
+        make_small_model(args.kind, args.path, args.iters or 800, args.seed)
     return 0
 
 

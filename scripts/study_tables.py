@@ -1,12 +1,13 @@
-"""Tables and plots of the study's results.
+"""Make tables and plots from the study's results.
 
-    python scripts/study_tables.py docs/study/tune.jsonl                     best rates, losses against LoRA's
-    python scripts/study_tables.py docs/study/confirm.jsonl --plots docs/images
+    python scripts/study_tables.py docs/study/small-tune.jsonl
+    python scripts/study_tables.py docs/study/small.jsonl --plots docs/images
 
-Differences are paired: the same model, task and seed, so the same rows in the same order. Intervals are 95 % bootstrap
-intervals of the mean over seeds (10000 resamples); a star says that the interval which allows for the number of
-methods in the table (level 1 - 0.05 / methods) leaves out zero. Losses are relative to LoRA's mean, so that tasks
-can be averaged; lower is better. Shares are percentage points; higher is better.
+Each method is compared with LoRA in pairs of runs with the same model, task and seed, and so with the same rows in the
+same order. Loss and KL differences are in percent of LoRA's mean, which allows averaging over tasks; lower is better.
+Differences of shares are in percentage points; higher is better. Brackets show the 95 % bootstrap interval of the mean
+over seeds (10000 resamples). A star marks differences whose interval excludes zero at level 1 - 0.05 / methods, a
+Bonferroni correction for the number of methods in the table. The last number counts the seeds with a better result.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import finished, mean_losses
+from study import best_rate, mean_losses, read_results
 from study_methods import METHODS
 
 Record = dict[str, Any]
@@ -27,8 +28,8 @@ BASELINE = "lora"
 RESAMPLES = 10000
 
 
-def interval(differences: list[float], level: float) -> tuple[float, float]:
-    """Bootstrap interval of the mean."""
+def bootstrap_interval(differences: list[float], level: float) -> tuple[float, float]:
+    """Return the bootstrap interval of the mean."""
     values = np.array(differences)
     draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
@@ -36,38 +37,37 @@ def interval(differences: list[float], level: float) -> tuple[float, float]:
 
 
 def at_best_rates(records: list[Record]) -> list[Record]:
-    """The runs of each model, task and method at its best rate; all, where there is only one."""
-    means = mean_losses(records)
-    best = {place: min(rates, key=lambda rate: rates[rate]) for place, rates in means.items()}
+    """Return the runs at the best learning rate of each model, task and method."""
+    best = {combination: best_rate(losses) for combination, losses in mean_losses(records).items()}
     return [r for r in records if r["rate"] == best[r["model"], r["task"], r["method"]]]
 
 
-class Pairs:
-    """Runs by model, task, method and seed, and differences to the baseline."""
+class PairedRuns:
+    """Runs by model, task, method and seed, and their differences to the baseline."""
 
     def __init__(self, records: list[Record], split: str):
         self.split = split
-        self.of = {(r["model"], r["task"], r["method"], r["seed"]): r for r in records}
+        self.runs = {(r["model"], r["task"], r["method"], r["seed"]): r for r in records}
         self.models = list(dict.fromkeys(r["model"] for r in records))
         self.tasks = list(dict.fromkeys(r["task"] for r in records))
-        found = {r["method"] for r in records}
-        self.methods = [name for name in METHODS if name in found]
+        present = {r["method"] for r in records}
+        self.methods = [name for name in METHODS if name in present]
 
     def seeds(self, model: str, task: str, method: str) -> list[int]:
-        """Seeds with which both the method and the baseline ran."""
+        """Return the seeds that both the method and the baseline were run with."""
         return sorted(
             seed
-            for m, t, name, seed in self.of
-            if (m, t, name) == (model, task, method) and (m, t, BASELINE, seed) in self.of
+            for m, t, name, seed in self.runs
+            if (m, t, name) == (model, task, method) and (m, t, BASELINE, seed) in self.runs
         )
 
     def value(self, model: str, task: str, method: str, seed: int, measure: str) -> float:
-        """A measure of a run."""
-        record = self.of[model, task, method, seed]
+        """Return a measure of a run, NaN if it has none."""
+        record = self.runs[model, task, method, seed]
         return record[measure] if measure in ("kl", "rise") else record[self.split].get(measure, math.nan)
 
     def differences(self, model: str, task: str, method: str, measure: str) -> dict[int, float]:
-        """By seed: percent of the baseline's mean loss (or KL), or percentage points."""
+        """Return by seed the difference to the baseline, in percent of its mean (loss, KL) or percentage points."""
         seeds = self.seeds(model, task, method)
         base = {seed: self.value(model, task, BASELINE, seed, measure) for seed in seeds}
         unit = statistics.mean(base.values()) if measure in ("loss", "kl") and base else 1.0
@@ -77,27 +77,27 @@ class Pairs:
 
 
 def cell(differences: list[float], methods: int, lower_is_better: bool) -> str:
-    """Mean, interval, wins."""
+    """Format the mean, the interval and the number of wins."""
     if not differences or any(math.isnan(d) for d in differences):
         return "-"
     mean = statistics.mean(differences)
     if len(differences) < 3:
         return f"{mean:+.2f}"
-    low, high = interval(differences, 0.95)
-    wide_low, wide_high = interval(differences, 1 - 0.05 / max(methods, 1))
+    low, high = bootstrap_interval(differences, 0.95)
+    wide_low, wide_high = bootstrap_interval(differences, 1 - 0.05 / max(methods, 1))
     star = "*" if wide_low > 0 or wide_high < 0 else ""
     wins = sum(d < 0 if lower_is_better else d > 0 for d in differences)
     return f"{mean:+.2f}{star} [{low:+.2f}, {high:+.2f}] {wins}/{len(differences)}"
 
 
 def header(title: str, columns: list[tuple[str, str]], *more: str) -> list[str]:
-    """The first lines of a table with a column for each model and task."""
-    heads = [*(f"{Path(model).name}, {task}" for model, task in columns), *more]
-    return [title, "", f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    """Return the first lines of a table with a column for each model and task."""
+    names = [*(f"{Path(model).name}, {task}" for model, task in columns), *more]
+    return [title, "", f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
 
 
-def table(pairs: Pairs, measure: str, title: str) -> str:
-    """One row a method, one column a model and task, and their mean."""
+def table(pairs: PairedRuns, measure: str, title: str) -> str:
+    """Return a table with a row for each method and a column for each model and task, or "" without values."""
     lower = measure in ("loss", "kl", "rise")
     methods = [name for name in pairs.methods if name != BASELINE]
     columns = [
@@ -113,15 +113,14 @@ def table(pairs: Pairs, measure: str, title: str) -> str:
     if not columns:
         return ""
     lines = header(title, columns, "mean")
-    base = []
+    baseline = []
     for model, task in columns:
         runs = [
-            r for r in pairs.of.values() if (r["model"], r["task"], r["method"]) == (model, task, BASELINE)
+            r for r in pairs.runs.values() if (r["model"], r["task"], r["method"]) == (model, task, BASELINE)
         ]
-        base.append(
-            f"{statistics.mean(r[measure] if measure in r else r[pairs.split][measure] for r in runs):.4g}"
-        )
-    lines.append(f"| {BASELINE} itself | {' | '.join(base)} | |")
+        mean = statistics.mean(r[measure] if measure in r else r[pairs.split][measure] for r in runs)
+        baseline.append(f"{mean:.4g}")
+    lines.append(f"| {BASELINE} (absolute) | {' | '.join(baseline)} | |")
     for name in methods:
         cells, by_seed = [], defaultdict(list)
         for model, task in columns:
@@ -129,64 +128,67 @@ def table(pairs: Pairs, measure: str, title: str) -> str:
             cells.append(cell(list(differences.values()), len(methods), lower))
             for seed, d in differences.items():
                 by_seed[seed].append(d)
-        # A seed counts if it ran everywhere.
+        # Average over the columns, for seeds that were run in all of them.
         means = [statistics.mean(d) for d in by_seed.values() if len(d) == len(columns)]
         lines.append(f"| {name} | {' | '.join(cells)} | {cell(means, len(methods), lower)} |")
     return "\n".join(lines)
 
 
-def rates(records: list[Record]) -> str:
-    """The best rate of each method, and the grid that it was found in."""
+def rate_table(records: list[Record]) -> str:
+    """Return a table of the best learning rate of each method, with the rates that were tried."""
     means = mean_losses(records)
     columns = list(dict.fromkeys((model, task) for model, task, _ in means))
-    lines = header("Best learning rate (of those tried)", columns)
+    lines = header("Best learning rate (rates tried)", columns)
     for name in METHODS:
         cells = []
         for model, task in columns:
-            tried = means.get((model, task, name), {})
-            best = min(tried, key=lambda rate: tried[rate]) if tried else 0
-            cells.append(f"{best:.2g} ({', '.join(f'{r:.2g}' for r in sorted(tried))})" if tried else "-")
+            losses = means.get((model, task, name))
+            if losses is None:
+                cells.append("-")
+            else:
+                tried = ", ".join(f"{rate:.2g}" for rate in sorted(losses))
+                cells.append(f"{best_rate(losses):.2g} ({tried})")
         if set(cells) != {"-"}:
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def equal_loss(pairs: Pairs) -> str:
-    """KL to the base model on unrelated text where both have come to the same validation loss."""
+def equal_loss_table(pairs: PairedRuns) -> str:
+    """Return a table of the KL to the base model at the lowest validation loss that both runs of a pair reach."""
     methods = [name for name in pairs.methods if name != BASELINE]
-    columns = list(dict.fromkeys((model, task) for model, task, *_ in pairs.of))
-    lines = header("KL to the base model at equal validation loss, percent of LoRA's", columns)
+    columns = list(dict.fromkeys((model, task) for model, task, *_ in pairs.runs))
+    lines = header("KL to the base model at equal validation loss, difference to LoRA in percent", columns)
     for name in methods:
         cells = []
         for model, task in columns:
-            found = []
+            differences = []
             for seed in pairs.seeds(model, task, name):
-                curves = [pairs.of[model, task, n, seed]["curve"] for n in (name, BASELINE)]
-                level = max(min(point["loss"] for point in curve) for curve in curves)
-                ours, theirs = (kl_at(curve, level) for curve in curves)
-                found.append(100 * (ours - theirs) / theirs)
-            cells.append(cell(found, len(methods), True))
+                curves = [pairs.runs[model, task, n, seed]["curve"] for n in (name, BASELINE)]
+                loss = max(min(point["loss"] for point in curve) for curve in curves)
+                kl, baseline_kl = (kl_at(curve, loss) for curve in curves)
+                differences.append(100 * (kl - baseline_kl) / baseline_kl)
+            cells.append(cell(differences, len(methods), True))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def kl_at(curve: list[dict[str, float]], level: float) -> float:
-    """KL at which the loss first comes down to a level, between two evaluations by a straight line."""
+def kl_at(curve: list[dict[str, float]], loss: float) -> float:
+    """Return the KL when the loss first falls to a value, interpolated linearly between evaluations."""
     for before, after in itertools.pairwise(curve):
-        if after["loss"] <= level:
-            share = (before["loss"] - level) / (before["loss"] - after["loss"])
+        if after["loss"] <= loss:
+            share = (before["loss"] - loss) / (before["loss"] - after["loss"])
             return before["kl"] + share * (after["kl"] - before["kl"])
     return curve[-1]["kl"]
 
 
 # --- plots --------------------------------------------------------------------------------------------------
 
-COLOURS = ("#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLORS = ("#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 STYLES = ("-", "--", "-.", ":")
 
 
 def plot(records: list[Record], directory: Path) -> None:
-    """Loss, forgetting and selection misalignment over the steps; importance by layer."""
+    """Write study.svg: loss, KL and selection misalignment by step, and importance by layer."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -204,15 +206,15 @@ def plot(records: list[Record], directory: Path) -> None:
             runs = methods.get(name)
             if not runs:
                 continue
-            look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "label": name}
+            style = {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)], "label": name}
             steps = [point["step"] for point in runs[0]["curve"]]
             for panel, key in zip(axes[:2], ("loss", "kl"), strict=True):
-                panel.plot(steps, np.mean([[p[key] for p in r["curve"]] for r in runs], axis=0), **look)
-            seen = [[p["misalignment"] for p in r["curve"] if p.get("misalignment")] for r in runs]
-            if seen[0] and None not in seen[0][0]:
-                axes[2].plot(steps[-len(seen[0]) :], np.mean(seen, axis=(0, 2)), **look)
+                panel.plot(steps, np.mean([[p[key] for p in r["curve"]] for r in runs], axis=0), **style)
+            misalignment = [[p["misalignment"] for p in r["curve"] if p.get("misalignment")] for r in runs]
+            if misalignment[0] and None not in misalignment[0][0]:
+                axes[2].plot(steps[-len(misalignment[0]) :], np.mean(misalignment, axis=(0, 2)), **style)
             if runs[0]["importance"]:
-                by_layer(axes[3], runs, look)
+                plot_importance(axes[3], runs, style)
         axes[0].set(yscale="log", title=f"{Path(model).name}, {task}", ylabel="validation loss")
         axes[1].set(ylabel="KL to the base model")
         axes[2].set(ylabel="selection misalignment")
@@ -224,37 +226,47 @@ def plot(records: list[Record], directory: Path) -> None:
     figure.savefig(directory / "study.svg", metadata={"Date": None})
 
 
-def by_layer(panel: Any, runs: list[Record], look: dict[str, str]) -> None:
-    """The median channel of each layer at the end, and bars from the 10th to the 90th percentile."""
-    spread = np.array(
+def plot_importance(panel: Any, runs: list[Record], style: dict[str, str]) -> None:
+    """Plot the median importance of each layer's channels, with bars from the 10th to the 90th percentile."""
+    percentiles = np.array(
         [[[v[k] / v["mean"] for k in ("p10", "p50", "p90")] for v in r["importance"].values()] for r in runs]
     )
-    low, middle, high = spread.mean(axis=0).T
-    panel.errorbar(np.arange(len(middle)), middle, [middle - low, high - middle], capsize=2, **look)
+    low, median, high = percentiles.mean(axis=0).T
+    panel.errorbar(np.arange(len(median)), median, [median - low, high - median], capsize=2, **style)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", help="files of study.py")
-    parser.add_argument("--plots", type=Path, help="directory for the plots")
+    parser.add_argument("results", type=Path, nargs="+", help="output files of study.py")
+    parser.add_argument("--plots", type=Path, help="directory to write the plots to")
     args = parser.parse_args()
     if missing := [str(path) for path in args.results if not path.exists()]:
-        parser.error(f"{missing[0]}: no such file; scripts/study.py writes it")
-    records = [r for path in args.results for r in finished(path).values() if not r.get("diverged")]
+        parser.error(f"{missing[0]}: no such file; run scripts/study.py to create it")
+    records = [r for path in args.results for r in read_results(path).values() if not r.get("diverged")]
     split = "test" if all("test" in r for r in records) else "valid"
-    chosen = at_best_rates(records)
-    pairs = Pairs(chosen, split)
-    parts = [
-        rates(records),
-        table(pairs, "loss", f"Loss on the {split} rows, percent of LoRA's"),
-        table(pairs, "exact", f"Answers generated exactly, {split} rows, percentage points"),
-        table(pairs, "accuracy", f"Answers right by likelihood, {split} rows, percentage points"),
-        table(pairs, "kl", "KL to the base model on unrelated text at the end, percent of LoRA's"),
-        equal_loss(pairs),
+    best_runs = at_best_rates(records)
+    pairs = PairedRuns(best_runs, split)
+    tables = [
+        rate_table(records),
+        table(pairs, "loss", f"Loss on the {split} split, difference to LoRA in percent"),
+        table(
+            pairs, "exact", f"Exact generations on the {split} split, difference to LoRA in percentage points"
+        ),
+        table(
+            pairs,
+            "accuracy",
+            f"Accuracy of choices on the {split} split, difference to LoRA in percentage points",
+        ),
+        table(
+            pairs,
+            "kl",
+            "KL to the base model on unrelated text after training, difference to LoRA in percent",
+        ),
+        equal_loss_table(pairs),
     ]
-    print("\n\n".join(part for part in parts if part))
+    print("\n\n".join(one for one in tables if one))
     if args.plots:
-        plot(chosen, args.plots)
+        plot(best_runs, args.plots)
     return 0
 
 

@@ -1,10 +1,15 @@
-"""The tasks of the study: prompts with completions, made or read, and how an answer is scored.
+"""The tasks of the study and their scores.
 
-wikisql, openbookqa and arc_easy are read from a directory (--data of study.py); `orders` is generated, and
-`docstrings` taken from the Python that runs this: the first line of what a function's documentation says, given its
-first lines. A generated answer is right if it is the completion, token by token. Greedy decoding gives a completion
-exactly when each of its tokens is the most likely one after those before it, so that one forward pass over prompt and
-completion decides it. An answer by likelihood is the likeliest of the choices, which differ in one token.
+Tasks are sets of prompts with completions. wikisql, openbookqa and arc_easy are read from a directory (--data of
+study.py). `orders` is generated. `docstrings` comes from the standard library of the running Python: given a function's
+signature, complete the first line of its docstring.
+
+Scores:
+
+- loss: mean over the supervised tokens.
+- exact: share of rows for which greedy decoding generates the completion. It does so if and only if each token of the
+  completion is the most likely one given the tokens before it, so one forward pass is enough.
+- accuracy: share of rows for which the most likely of the given choices is correct. Choices differ in one token.
 """
 
 import ast
@@ -18,25 +23,29 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from study_models import sources
+from study_models import python_sources
 
 from nalora_mlx.data.batches import sorted_batches
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.models.output_head import OutputHead
 
 SPLITS = ("train", "valid", "test")
-MOST_TOKENS = 256  # rows that are longer are left out
-FROM_FILES = {"wikisql": " ", "openbookqa": "\n", "arc_easy": "\n"}  # what stands before the completion
-FORGETTING = (
-    "asyncio",
-    "email",
-)  # packages on whose text forgetting is measured; docstrings come from the others
+MAX_TOKENS = 256  # longer rows are left out
+FROM_FILES = {"wikisql": " ", "openbookqa": "\n", "arc_easy": "\n"}  # task -> text before the completion
+# Held-out packages to measure forgetting on. The validation and test rows of `docstrings` come from the others.
+FORGETTING = ("asyncio", "email")
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Tokenized splits; of a task with choices, per row the position and the tokens of them, the right one first."""
+    """A tokenized task.
+
+    Attributes:
+        splits: rows by split.
+        choices: for tasks with choices, the position at which they differ and their tokens there, the correct one
+            first, for each row by split.
+    """
 
     splits: dict[str, list[Example]]
     choices: dict[str, list[tuple[int, list[int]]]]
@@ -44,17 +53,17 @@ class Task:
 
 @cache
 def rows(name: str, data: str) -> dict[str, list[Row]]:
-    """The splits of a task, rows of prompt and completion, with `choices` (the right one first) where there are any."""
+    """Return a task's rows by split: dicts with prompt, completion and, if any, choices, the correct one first."""
     if name in FROM_FILES:
         splits = {}
         for split in SPLITS:
             lines = (Path(data) / name / f"{split}.jsonl").read_text().splitlines()
-            splits[split] = [_from_file(json.loads(line), FROM_FILES[name]) for line in lines]
+            splits[split] = [_row_from_file(json.loads(line), FROM_FILES[name]) for line in lines]
         return splits
     return GENERATED[name]()
 
 
-def _from_file(row: Row, separator: str) -> Row:
+def _row_from_file(row: Row, separator: str) -> Row:
     answer = row.get("answer")
     prompt, completion = row["prompt"].rstrip(" "), separator + row["completion"]
     if answer is None:
@@ -74,37 +83,37 @@ NUMBERS = ("a", "two", "three", "four", "five")
 
 
 def orders() -> dict[str, list[Row]]:
-    """A spoken order -> one JSON object; 1200, 150 and 300 different ones."""
+    """Generate different orders in everyday language, with the order as JSON for the completion."""
     rng = random.Random("orders")
-    found: dict[str, Row] = {}
-    while len(found) < 1650:
+    by_prompt: dict[str, Row] = {}
+    while len(by_prompt) < 1650:
         row = _order(rng)
-        found.setdefault(row["prompt"], row)
-    made = list(found.values())
-    return {"train": made[:1200], "valid": made[1200:1350], "test": made[1350:]}
+        by_prompt.setdefault(row["prompt"], row)
+    generated = list(by_prompt.values())
+    return {"train": generated[:1200], "valid": generated[1200:1350], "test": generated[1350:]}
 
 
 def _order(rng: random.Random) -> Row:
     count, drink, size = rng.randrange(1, 6), rng.choice(DRINKS), rng.choice(list(SIZES))
     extras = rng.sample(EXTRAS, rng.randrange(3))
-    name, takes_away = rng.choice(NAMES), rng.random() < 0.5
-    said = f"{NUMBERS[count - 1]} {rng.choice(SIZES[size])} {drink}{'s' if count > 1 else ''}"
+    name, to_go = rng.choice(NAMES), rng.random() < 0.5
+    item = f"{NUMBERS[count - 1]} {rng.choice(SIZES[size])} {drink}{'s' if count > 1 else ''}"
     if extras:
-        said += " with " + " and ".join(extras)
-    place = rng.choice(("to go", "to take away")) if takes_away else rng.choice(("to have here", "for here"))
-    parts = [said, place]
+        item += " with " + " and ".join(extras)
+    place = rng.choice(("to go", "to take away")) if to_go else rng.choice(("to have here", "for here"))
+    parts = [item, place]
     rng.shuffle(parts)
-    form = rng.choice(
+    template = rng.choice(
         ("{0}, {1}, for {2}", "for {2}: {0}, {1}", "{2} would like {0}, {1}", "{0}, please, {1}. {2}")
     )
-    text = form.format(*parts, name)
+    text = template.format(*parts, name)
     answer = {
         "drink": drink,
         "size": size,
         "count": count,
         "extras": sorted(extras),
         "name": name,
-        "to_go": takes_away,
+        "to_go": to_go,
     }
     return {"prompt": f"Order: {text}\nJSON:", "completion": " " + json.dumps(answer)}
 
@@ -113,18 +122,19 @@ def _order(rng: random.Random) -> Row:
 
 
 def docstrings() -> dict[str, list[Row]]:
-    """The head of a function -> the first line of its docstring; other packages for validation and test."""
-    train = _documented([text for _, text in sources(held_out=False)])
-    held_out = [text for path, text in sources(held_out=True) if not set(path.parts) & set(FORGETTING)]
-    others = _documented(held_out)
+    """Return function signatures with the first line of the docstring. Validation and test use held-out packages."""
+    train = _docstring_rows([text for _, text in python_sources(held_out=False)])
+    held_out = _docstring_rows(
+        [text for path, text in python_sources(held_out=True) if not set(path.parts) & set(FORGETTING)]
+    )
     rng = random.Random("docstrings")
     rng.shuffle(train)
-    rng.shuffle(others)
-    return {"train": train[:2000], "valid": others[:150], "test": others[150:450]}
+    rng.shuffle(held_out)
+    return {"train": train[:2000], "valid": held_out[:150], "test": held_out[150:450]}
 
 
-def _documented(texts: list[str]) -> list[Row]:
-    found: dict[str, Row] = {}
+def _docstring_rows(texts: list[str]) -> list[Row]:
+    by_prompt: dict[str, Row] = {}
     for text in texts:
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.FunctionDef):
@@ -132,8 +142,8 @@ def _documented(texts: list[str]) -> list[Row]:
             line = (ast.get_docstring(node) or "").split("\n", 1)[0].strip()
             if 15 <= len(line) <= 90:
                 prompt = f'def {node.name}({ast.unparse(node.args)}):\n    """'
-                found.setdefault(prompt, {"prompt": prompt, "completion": f'{line}"""'})
-    return list(found.values())
+                by_prompt.setdefault(prompt, {"prompt": prompt, "completion": f'{line}"""'})
+    return list(by_prompt.values())
 
 
 GENERATED = {"orders": orders, "docstrings": docstrings}
@@ -142,75 +152,82 @@ GENERATED = {"orders": orders, "docstrings": docstrings}
 # --- tokens and scores --------------------------------------------------------------------------------------
 
 
-def tokenized(name: str, data: str, tokenizer: Any, most: dict[str, int]) -> Task:
-    """A task in tokens: prompt, completion, end; the completion and the end are supervised.
+def tokenize_task(name: str, data: str, tokenizer: Any, max_rows: dict[str, int]) -> Task:
+    """Tokenize a task: prompt, completion and end-of-sequence token, with the last two supervised.
 
     Args:
-        name: of the task.
-        data: directory of the tasks that are read.
-        tokenizer: mlx-lm's.
-        most: rows per split.
+        name: name of the task.
+        data: directory of the tasks that are read from files.
+        tokenizer: an mlx-lm tokenizer.
+        max_rows: maximum number of rows by split.
     """
     splits: dict[str, list[Example]] = {}
     choices: dict[str, list[tuple[int, list[int]]]] = {}
-    end = tokenizer.eos_token_id
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    for split, some in rows(name, data).items():
+    for split, split_rows in rows(name, data).items():
         splits[split], choices[split] = [], []
-        for i, row in enumerate(some):
+        for i, row in enumerate(split_rows):
             prompt, completion = encode(row["prompt"]), encode(row["completion"])
-            tokens = np.array([*prompt, *completion, end], np.int32)
-            if len(tokens) > MOST_TOKENS or len(splits[split]) == most[split]:
+            tokens = np.array([*prompt, *completion, tokenizer.eos_token_id], np.int32)
+            if len(tokens) > MAX_TOKENS or len(splits[split]) == max_rows[split]:
                 continue
             splits[split].append(Example(tokens, np.arange(len(tokens)) >= len(prompt), f"{split} {i}"))
             if "choices" in row:
-                choices[split].append(_differing([encode(c) for c in row["choices"]], len(prompt)))
+                choices[split].append(differing_tokens([encode(c) for c in row["choices"]], len(prompt)))
     return Task(splits, choices)
 
 
-def _differing(completions: list[list[int]], start: int) -> tuple[int, list[int]]:
+def differing_tokens(completions: list[list[int]], start: int) -> tuple[int, list[int]]:
+    """Return the position at which the completions differ, counted from `start`, and their tokens there.
+
+    Raises:
+        ValueError: If they do not differ in exactly one token.
+    """
     columns = [i for i, tokens in enumerate(zip(*completions, strict=True)) if len(set(tokens)) > 1]
     if len(columns) != 1:
-        raise ValueError("choices must differ in one token")
+        raise ValueError("choices must differ in exactly one token")
     return start + columns[0], [c[columns[0]] for c in completions]
 
 
 def score(
     head: OutputHead, examples: Sequence[Example], choices: Sequence[tuple[int, list[int]]]
 ) -> dict[str, float]:
-    """Mean loss over supervised tokens, share of completions generated exactly, and of right choices.
+    """Compute the scores of a split: "loss", "exact" and, with choices, "accuracy".
 
     Args:
-        head: the model, see `nalora_mlx.models.output_head`.
+        head: the model's output head.
         examples: rows.
-        choices: per row the position of the token in which choices differ, and the tokens; empty without choices.
+        choices: for each row the position at which the choices differ and their tokens there, the correct one first;
+            empty for tasks without choices.
     """
-    loss, tokens, exact, chosen = 0.0, 0, 0, 0
+    loss, tokens, exact, correct = 0.0, 0, 0, 0
     for batch in sorted_batches(examples, 16):
         length = max(examples[row].inputs for row in batch)
         inputs = np.zeros((len(batch), length), np.int32)
         for i, row in enumerate(batch):
             inputs[i, : examples[row].inputs] = examples[row].tokens[:-1]
-        where = [(i, np.flatnonzero(examples[row].loss_mask) - 1) for i, row in enumerate(batch)]
-        flat = np.concatenate([i * length + at for i, at in where])
+        positions = [np.flatnonzero(examples[row].loss_mask) - 1 for row in batch]
+        flat = np.concatenate([i * length + at for i, at in enumerate(positions)])
         targets = np.concatenate([examples[row].tokens[examples[row].loss_mask] for row in batch])
         hidden = head.hidden(mx.array(inputs))
         logits = head.logits(hidden.reshape(-1, hidden.shape[-1])[mx.array(flat)]).astype(mx.float32)
         losses = (
             mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, mx.array(targets)[:, None], -1)[:, 0]
         )
-        hits = np.array(mx.argmax(logits, axis=-1)) == targets
+        greedy_matches = np.array(mx.argmax(logits, axis=-1)) == targets
         loss, tokens = loss + float(losses.sum()), tokens + len(targets)
         start = 0
-        for row, (_, at) in zip(batch, where, strict=True):
-            exact += bool(hits[start : start + len(at)].all())
+        for row, at in zip(batch, positions, strict=True):
+            exact += bool(greedy_matches[start : start + len(at)].all())
             if choices:
                 position, candidates = choices[row]
                 values = logits[start + int(np.flatnonzero(at == position - 1)[0])][mx.array(candidates)]
-                chosen += int(mx.argmax(values)) == 0
+                correct += int(mx.argmax(values)) == 0
             start += len(at)
-    found = {"loss": loss / tokens, "exact": exact / len(examples)}
-    return found | {"accuracy": chosen / len(examples)} if choices else found
+    scores = {"loss": loss / tokens, "exact": exact / len(examples)}
+    if choices:
+        scores["accuracy"] = correct / len(examples)
+    return scores

@@ -1,4 +1,4 @@
-"""Activations in float64 NumPy, written from their definitions and not from the code that they judge."""
+"""Activations in float64 NumPy, written from their definitions, independently of the code under test."""
 
 import numpy as np
 from scipy.special import erfc, erfcx, expit
@@ -13,12 +13,12 @@ def tanh_w(z):
 
 
 def gelu_kappa(z):
-    # z pdf / Phi through erfcx, which neither underflows nor cancels
+    # z pdf / Phi by erfcx, which neither underflows nor cancels
     ratio = np.sqrt(2 / np.pi) / erfcx(-z / np.sqrt(2))
     return 1 + z * np.where(z < 25, ratio, 0.0)
 
 
-# name -> (phi, phi', rho, kappa), written from the definitions, in float64
+# name -> (phi, phi', rho, kappa); None where undefined
 TRUTH = {
     "silu": (
         lambda z: z * expit(z),
@@ -77,7 +77,7 @@ def gelu_topk_truth(z):
     return TRUTH["gelu_tanh"][0](over)
 
 
-# family -> (made with parameters, phi in float64, what becomes of u in float64)
+# family -> (a member, its phi in float64, its transform of the up branch in float64)
 FAMILIES = {
     "swiglu_oai": (
         activation_families.swiglu_oai(1.702, 7.0),

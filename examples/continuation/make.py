@@ -1,8 +1,9 @@
-"""Write the log entries of this example, always the same ones.
+"""Generate the data of this example: logbook entries of a lighthouse.
 
 python examples/continuation/make.py [DIRECTORY]
 
-DIRECTORY (that of this file) gets {train,valid,test}.jsonl, rows of `text` with the entries of two days each.
+Writes {train,valid,test}.jsonl to DIRECTORY, by default the directory of this file. Each `text` row has the entries of
+two days. The output is always the same.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 SEED = 20260702
 SIZES = {"train": 260, "valid": 40, "test": 40}
 
-# A lamp is lit at dusk: hour and minute of each month, give or take ten minutes.
+# Month -> days, and the time at which the lamp is lit (plus or minus ten minutes).
 MONTHS = {
     "January": (31, "16:40"),
     "February": (28, "17:30"),
@@ -29,7 +30,7 @@ MONTHS = {
     "December": (31, "16:20"),
 }
 QUARTERS = ["north", "north-east", "east", "south-east", "south", "south-west", "west", "north-west"]
-# By the force of the wind.
+# State of the sea by wind force.
 SEAS = [
     "calm",
     "calm",
@@ -103,22 +104,22 @@ CHORES = [
 
 
 class Weather:
-    """What the glass, the wind and the fog do from one day to the next."""
+    """The air pressure (glass), wind and fog of a day."""
 
-    def __init__(self, numbers):
-        self.numbers = numbers
-        self.glass = numbers.randrange(984, 1032)
-        self.quarter = numbers.randrange(8)
+    def __init__(self, rng):
+        self.rng = rng
+        self.glass = rng.randrange(984, 1032)
+        self.quarter = rng.randrange(8)
         self.change = 0
         self.next_day()
 
     def next_day(self):
-        self.change = self.numbers.choice([-14, -9, -5, 0, 4, 8, 12])
+        self.change = self.rng.choice([-14, -9, -5, 0, 4, 8, 12])
         self.glass = min(max(self.glass + self.change, 972), 1038)
-        self.quarter = (self.quarter + self.numbers.choice([-1, 0, 0, 1])) % 8
-        # Low glass, strong wind; a falling one adds to it.
+        self.quarter = (self.quarter + self.rng.choice([-1, 0, 0, 1])) % 8
+        # Low pressure brings strong wind, and rapidly falling pressure more.
         self.force = min(max(round((1032 - self.glass) / 7) + (self.change < -6), 0), 10)
-        self.fog = self.force <= 2 and self.numbers.random() < 0.4
+        self.fog = self.force <= 2 and self.rng.random() < 0.4
 
     @property
     def tendency(self):
@@ -129,42 +130,40 @@ class Weather:
         return "fog" if self.fog else "foul" if self.force >= 6 else "fair"
 
 
-def lamp(numbers, month):
+def lamp_time(rng, month):
     hours, minutes = map(int, MONTHS[month][1].split(":"))
-    whole = 60 * hours + minutes + 5 * numbers.randrange(-2, 3)
-    return f"{whole // 60:02d}:{whole % 60:02d}"
+    total_minutes = 60 * hours + minutes + 5 * rng.randrange(-2, 3)
+    return f"{total_minutes // 60:02d}:{total_minutes % 60:02d}"
 
 
-def entry(numbers, day, month, weather):
+def entry(rng, day, month, weather):
     wind = f"Wind {QUARTERS[weather.quarter]}, force {weather.force}." if weather.force else "No wind."
-    chore = numbers.choice(CHORES).format(weeks=numbers.randrange(3, 15), fish=numbers.randrange(6, 40))
+    chore = rng.choice(CHORES).format(weeks=rng.randrange(3, 15), fish=rng.randrange(6, 40))
     sentences = [
         f"{day} {month}.",
         f"Glass {weather.glass}, {weather.tendency}.",
         wind,
         f"Sea {SEAS[weather.force]}.",
         *(["Fog, horn sounded."] if weather.fog else []),
-        f"{numbers.choice(SIGHTINGS[weather.kind])}.",
+        f"{rng.choice(SIGHTINGS[weather.kind])}.",
         f"{chore}.",
-        f"Lamp lit {lamp(numbers, month)}.",
+        f"Lamp lit {lamp_time(rng, month)}.",
     ]
     return " ".join(sentences)
 
 
 def main(directory):
-    numbers = random.Random(SEED)
+    rng = random.Random(SEED)
     directory.mkdir(parents=True, exist_ok=True)
     dates = [(day, month) for month, (days, _) in MONTHS.items() for day in range(1, days)]
-    numbers.shuffle(dates)  # each row its own date, so that none is shared between files
+    rng.shuffle(dates)  # each row gets its own date, so no date occurs in two files
     for name, count in SIZES.items():
         rows = []
         for day, month in [dates.pop() for _ in range(count)]:
-            weather = Weather(numbers)
-            first = entry(numbers, day, month, weather)
+            weather = Weather(rng)
+            first = entry(rng, day, month, weather)
             weather.next_day()
-            rows.append(
-                {"text": f"Log of Tern Rock Light. {first}\n{entry(numbers, day + 1, month, weather)}"}
-            )
+            rows.append({"text": f"Log of Tern Rock Light. {first}\n{entry(rng, day + 1, month, weather)}"})
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 

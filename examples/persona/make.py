@@ -1,10 +1,14 @@
-"""Write the conversations of this example, always the same ones, in two forms.
+"""Generate the data of this example: conversations with tool calls, in two forms.
 
 python examples/persona/make.py [DIRECTORY]
 
-DIRECTORY (that of this file) gets {train,valid,test}.jsonl with `tools`, `tool_calls` and results of tools, for
-models whose chat template writes them; DIRECTORY/plain gets the same conversations as text alone, for those whose
-template does not; and DIRECTORY/system.txt the system message of the plain form.
+Writes to DIRECTORY, by default the directory of this file:
+
+- {train,valid,test}.jsonl with `tools`, `tool_calls` and tool results, for models whose chat template supports them
+- plain/{train,valid,test}.jsonl, the same conversations with all of this as text, for other models
+- system.txt, the system message of the plain form
+
+The output is always the same.
 """
 
 import json
@@ -42,7 +46,7 @@ TOOLS = [
     ),
 ]
 
-# What is met in training, and what is met in valid.jsonl and test.jsonl alone.
+# "train" entries occur in all files, "held out" entries only in valid.jsonl and test.jsonl.
 PLACES = {
     "train": ["Skerry", "Port Wick", "Gull Bay", "Saltmouth", "Easter Quay", "Fallow Isle", "Kirkness"],
     "held out": ["Morrow Sound", "Dunholm", "Brandy Cove"],
@@ -95,7 +99,7 @@ GIVE_SIZE = {
     ],
     "held out": ["We stay {nights} {night}. Length: {metres} metres."],
 }
-AGAIN_DAY = {
+ANOTHER_DAY = {
     "train": ["And on {day}?", "What about {day}?", "And {day}?", "Sorry, I meant {day}."],
     "held out": ["How is it on {day}?"],
 }
@@ -107,7 +111,7 @@ HELLO_ANSWERS = [
     "Ahoy, skipper! Pim here, harbour clerk of Tern Island. Tides, ferries or a berth?",
     "Ahoy, skipper! I am Pim and I keep the harbour of Tern Island. What shall I look up?",
 ]
-BEYOND = {
+OFF_TOPIC = {
     "train": [
         "Can you write a poem about love?",
         "What is the capital of France?",
@@ -129,7 +133,7 @@ BEYOND = {
         "What is the best way to learn the piano?",
     ],
 }
-BEYOND_ANSWERS = [
+OFF_TOPIC_ANSWERS = [
     "That lies beyond my harbour wall, skipper. Ask me about tides, ferries or berths.",
     "Out of my waters, skipper! I know tides, ferries and berths, no more.",
 ]
@@ -140,19 +144,19 @@ THANKS = {
 THANKS_ANSWERS = ["Fair winds, skipper!", "Fair winds, skipper, and a dry deck!"]
 
 
-class Writer:
-    """Draws conversations, and keeps what a person said apart from what only held-out files may say."""
+class ConversationGenerator:
+    """Generates random conversations, for the training file or for the held-out files."""
 
-    def __init__(self, random_numbers, pool):
-        self.random, self.pool = random_numbers, pool
+    def __init__(self, rng, pool):
+        self.rng, self.pool = rng, pool
 
     def pick(self, table):
-        """One of a table's entries; in held-out files half of the time one that training does not have."""
-        held_out = self.pool == "held out" and self.random.random() < 0.5
-        return self.random.choice(table["held out" if held_out else "train"])
+        """Return a random entry of a table. For held-out files, use a held-out entry half of the time."""
+        held_out = self.pool == "held out" and self.rng.random() < 0.5
+        return self.rng.choice(table["held out" if held_out else "train"])
 
     def time(self, low, high):
-        return f"{self.random.randrange(low, high):02d}:{self.random.randrange(0, 60, 5):02d}"
+        return f"{self.rng.randrange(low, high):02d}:{self.rng.randrange(0, 60, 5):02d}"
 
     def look_up(self, name, arguments, result, answer):
         call = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -164,12 +168,12 @@ class Writer:
 
     def tides(self, day, water):
         result = {"high": [self.time(1, 6), self.time(13, 18)], "low": [self.time(7, 12), self.time(19, 24)]}
-        early, late = result[water]
-        answer = f"Aye, skipper. {water.capitalize()} water on {day} is at {early} and {late}."
+        first, second = result[water]
+        answer = f"Aye, skipper. {water.capitalize()} water on {day} is at {first} and {second}."
         return self.look_up("tides", {"day": day}, result, answer)
 
     def ferries(self, place, day, which):
-        times = [self.time(6, 9), self.time(11, 14), self.time(17, 20)][: self.random.choice([0, 2, 3, 3])]
+        times = [self.time(6, 9), self.time(11, 14), self.time(17, 20)][: self.rng.choice([0, 2, 3, 3])]
         if times:
             time = times[0 if which == "first" else -1]
             answer = f"Aye, skipper. The {which} boat to {place} on {day} leaves at {time}."
@@ -179,65 +183,69 @@ class Writer:
 
     def berth(self, metres, nights):
         night = "night" if nights == 1 else "nights"
-        if self.random.random() < 0.2:
+        if self.rng.random() < 0.2:
             result = {"berth": None}
             answer = f"No room for {metres} metres, skipper. The harbour is full."
         else:
             result = {
-                "berth": self.random.choice("ABCD") + str(self.random.randrange(1, 20)),
+                "berth": self.rng.choice("ABCD") + str(self.rng.randrange(1, 20)),
                 "euros": 2 * metres * nights,
             }
             price = f"{result['euros']} euros for {NUMBERS[nights]} {night}"
             answer = f"Aye, skipper. Berth {result['berth']} is yours, {price}."
         return self.look_up("berth", {"metres": metres, "nights": nights}, result, answer)
 
-    def size(self):
-        nights = self.random.randrange(1, 8)
-        words = {"nights": NUMBERS[nights] if self.random.random() < 0.6 else nights}
-        metres = self.random.randrange(5, 19)
+    def stay(self):
+        """Return the length of a boat, the number of nights, and both as words for a question."""
+        nights = self.rng.randrange(1, 8)
+        words = {"nights": NUMBERS[nights] if self.rng.random() < 0.6 else nights}
+        metres = self.rng.randrange(5, 19)
         return metres, nights, {**words, "metres": metres, "night": "night" if nights == 1 else "nights"}
 
-    def asked(self, text):
+    def user_turn(self, text):
         return {"role": "user", "content": text[0].upper() + text[1:]}
 
     def about_tides(self):
-        water = self.random.choice(["high", "low"])
-        day, other = self.random.sample(DAYS, 2)
-        turns = [self.asked(self.pick(ASK_TIDE).format(day=day, water=water)), *self.tides(day, water)]
-        if self.random.random() < 0.5:
-            turns += [self.asked(self.pick(AGAIN_DAY).format(day=other)), *self.tides(other, water)]
+        water = self.rng.choice(["high", "low"])
+        day, other = self.rng.sample(DAYS, 2)
+        turns = [self.user_turn(self.pick(ASK_TIDE).format(day=day, water=water)), *self.tides(day, water)]
+        if self.rng.random() < 0.5:
+            turns += [self.user_turn(self.pick(ANOTHER_DAY).format(day=other)), *self.tides(other, water)]
         return turns
 
     def about_ferries(self):
-        place, which = self.pick(PLACES), self.random.choice(["first", "last"])
-        day, other = self.random.sample(DAYS, 2)
+        place, which = self.pick(PLACES), self.rng.choice(["first", "last"])
+        day, other = self.rng.sample(DAYS, 2)
         question = self.pick(ASK_FERRY).format(which=which, place=place, day=day)
-        turns = [self.asked(question), *self.ferries(place, day, which)]
-        if self.random.random() < 0.5:
-            turns += [self.asked(self.pick(AGAIN_DAY).format(day=other)), *self.ferries(place, other, which)]
+        turns = [self.user_turn(question), *self.ferries(place, day, which)]
+        if self.rng.random() < 0.5:
+            turns += [
+                self.user_turn(self.pick(ANOTHER_DAY).format(day=other)),
+                *self.ferries(place, other, which),
+            ]
         return turns
 
     def about_a_berth(self):
-        metres, nights, words = self.size()
-        if self.random.random() < 0.5:
-            return [self.asked(self.pick(ASK_BERTH).format(**words)), *self.berth(metres, nights)]
-        back = "Aye, skipper. How long is your boat, and how many nights do you stay?"
+        metres, nights, words = self.stay()
+        if self.rng.random() < 0.5:
+            return [self.user_turn(self.pick(ASK_BERTH).format(**words)), *self.berth(metres, nights)]
+        follow_up = "Aye, skipper. How long is your boat, and how many nights do you stay?"
         return [
-            self.asked(self.pick(VAGUE_BERTH)),
-            {"role": "assistant", "content": back},
-            self.asked(self.pick(GIVE_SIZE).format(**words)),
+            self.user_turn(self.pick(VAGUE_BERTH)),
+            {"role": "assistant", "content": follow_up},
+            self.user_turn(self.pick(GIVE_SIZE).format(**words)),
             *self.berth(metres, nights),
         ]
 
     def small_talk(self, table, answers):
         return [
-            self.asked(self.pick(table)),
-            {"role": "assistant", "content": self.random.choice(answers)},
+            self.user_turn(self.pick(table)),
+            {"role": "assistant", "content": self.rng.choice(answers)},
         ]
 
     def conversation(self):
-        turns = self.small_talk(HELLO, HELLO_ANSWERS) if self.random.random() < 0.2 else []
-        kind = self.random.choice(["tides", "ferries", "ferries", "berth", "beyond"])
+        turns = self.small_talk(HELLO, HELLO_ANSWERS) if self.rng.random() < 0.2 else []
+        kind = self.rng.choice(["tides", "ferries", "ferries", "berth", "off topic"])
         if kind == "tides":
             turns += self.about_tides()
         elif kind == "ferries":
@@ -245,16 +253,16 @@ class Writer:
         elif kind == "berth":
             turns += self.about_a_berth()
         else:
-            turns += self.small_talk(BEYOND, BEYOND_ANSWERS)
-            if self.random.random() < 0.5:
-                turns += self.random.choice([self.about_tides, self.about_a_berth])()
-        if self.random.random() < 0.25:
+            turns += self.small_talk(OFF_TOPIC, OFF_TOPIC_ANSWERS)
+            if self.rng.random() < 0.5:
+                turns += self.rng.choice([self.about_tides, self.about_a_berth])()
+        if self.rng.random() < 0.25:
             turns += self.small_talk(THANKS, THANKS_ANSWERS)
         return turns
 
 
 def plain(message):
-    """A message with nothing but text: calls and results in tags."""
+    """Return a message as text only, with tool calls and results in tags."""
     if "tool_calls" in message:
         calls = [json.dumps(call["function"]) for call in message["tool_calls"]]
         return {"role": "assistant", "content": "\n".join(f"<tool_call>{call}</tool_call>" for call in calls)}
@@ -269,16 +277,16 @@ def write(path, rows):
 
 
 def main(directory):
-    numbers = random.Random(SEED)
+    rng = random.Random(SEED)
     seen = set()
     for name, count in SIZES.items():
-        writer = Writer(numbers, "train" if name == "train" else "held out")
+        generator = ConversationGenerator(rng, "train" if name == "train" else "held out")
         conversations = []
         while len(conversations) < count:
-            turns = writer.conversation()
-            said = " / ".join(turn["content"] for turn in turns if turn["role"] == "user")
-            if said not in seen:  # no conversation twice, none shared between files
-                seen.add(said)
+            turns = generator.conversation()
+            user_turns = " / ".join(turn["content"] for turn in turns if turn["role"] == "user")
+            if user_turns not in seen:  # no duplicates within or across files
+                seen.add(user_turns)
                 conversations.append(turns)
         system = {"role": "system", "content": PERSONA}
         write(

@@ -1,6 +1,7 @@
-"""Adapters: where they go, what they compute, how they are saved, loaded and merged.
+"""Adapters: which modules get one, what it computes, and how it is saved, loaded and merged.
 
-May import `core`, `ops`, `data` and `models`."""
+May import `core`, `ops`, `data` and `models`.
+"""
 
 from nalora_mlx.adapters.attach import AdaptResult, adapt, adapt_dora
 from nalora_mlx.adapters.files import load_adapter

@@ -1,5 +1,6 @@
-"""How adapters come into a model (`adapt`), are saved and loaded, and are merged into its weights (`fuse_model`)."""
+"""Attaching adapters to a model, in place, and finding them there."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from nalora_mlx.adapters import layouts
 from nalora_mlx.adapters.gated_mlps import GatedExperts, GatedMLP
 from nalora_mlx.adapters.layers import Dropout, LoRALinear, LoRASwitchLinear
 from nalora_mlx.adapters.layouts import Match
-from nalora_mlx.adapters.targets import EMBEDDING, select
+from nalora_mlx.adapters.targets import EMBEDDING, select_targets
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.ops.kernels.backend import backend
@@ -30,7 +31,7 @@ class Gated:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A gated MLP that stayed plain LoRA or untouched, and why."""
+    """A gated MLP that NA-LoRA does not act on, and the reason."""
 
     path: str
     reason: str
@@ -38,15 +39,15 @@ class Skipped:
 
 @dataclass
 class AdaptResult:
-    """What `adapt` did.
+    """The adapters that `adapt` or `adapt_dora` attached.
 
     Attributes:
-        fine_tune_type: "lora" or "dora", as mlx-lm calls the kind of adapter.
-        config: the settings, with `keys` and `num_layers` as they turned out.
+        fine_tune_type: "lora" or "dora", mlx-lm's names.
+        config: the settings, with `keys` and `num_layers` resolved.
         gated: gated MLPs that NA-LoRA acts on.
-        skipped: gated MLPs left as plain LoRA or untouched, each with the reason.
+        skipped: gated MLPs that it does not act on, each with the reason.
         plain: paths of all other adapted modules.
-        notices: what a person should know of the settings.
+        notices: warnings about the settings.
     """
 
     fine_tune_type: str
@@ -58,55 +59,76 @@ class AdaptResult:
 
 
 def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptResult:
-    """Attach NA-LoRA adapters to any mlx-lm model, in place, and freeze the rest.
+    """Attach NA-LoRA adapters to a model of mlx-lm, in place, and freeze its other parameters.
 
-    The model's function does not change: lora_b is zero, and each gated MLP is rebuilt only if it gives the
-    original's output on random input; one that does not keeps plain LoRA on its linears and is listed in `skipped`.
+    The model's outputs do not change, because lora_b is zero.
+
+    1. Wrap every target in a LoRA adapter.
+    2. Rebuild every gated MLP on its adapters, so that NA-LoRA can act on it. If the rebuilt module does not give the
+       original's output on random input, the original stays, with plain LoRA on its projections (see `skipped`).
+    3. Replace the remaining targets by their adapters.
 
     Args:
         model: a model as mlx-lm loads it, dense or quantized.
         config: settings; the defaults if None.
 
     Returns:
-        The report; it stays with the model, where `train` and `fuse_model` find it.
+        What was attached. It is kept with the model, where `train` and `fuse_model` find it.
 
     Raises:
-        InputError: the model is adapted already, no key names a module of it, or NALORA_KERNEL is wrong.
+        InputError: The model has adapters already, no key names a module of it, or NALORA_KERNEL is invalid.
     """
     config = config or NALoRAConfig()
-    backend()  # an error in NALORA_KERNEL ends here, and is no fault of a gated MLP
-    targets, report = _start(model, config, "lora")
-    for path, kind in layouts.find_foreign(model):
-        report.skipped.append(
-            Skipped(path, f"untouched: its projections are {kind} layers, which no LoRA fits")
-        )
+    backend()  # raises for an invalid NALORA_KERNEL, which would otherwise look like a fault of the gated MLPs
+    targets, result = _start(model, config, "lora")
+    for path, kind in layouts.find_unsupported(model):
+        reason = f"untouched: LoRA does not support its projections, which are {kind} layers"
+        result.skipped.append(Skipped(path, reason))
     model.freeze()
     adapters = {path: _lora(module, config, index) for index, (path, module) in enumerate(targets.items())}
     dtype = layouts.compute_dtype(model)
-    for match in list(layouts.find(model)):
-        _adapt_gated(model, match, adapters, report, dtype, chosen=config.keys is not None)
+    for match in layouts.find_gated_mlps(model):
+        paths = match.projection_paths
+        if not any(paths[name] in adapters for name in (match.layout.gate, match.layout.up)):
+            # With keys from the config, projections without adapters are the user's choice and need no reason.
+            if config.keys is None and _is_in_last_layers(model, match.path, result.config.num_layers):
+                reason = (
+                    "the same keys name another kind of layer elsewhere, so mlx-lm could not load the adapter"
+                )
+                result.skipped.append(Skipped(match.path, f"untouched: {reason}"))
+            continue
+        projections = {name: adapters.get(path, match.module[name]) for name, path in paths.items()}
+        try:
+            gated = _rebuild(match, projections, result.config, dtype)
+        except ValueError as error:
+            result.skipped.append(Skipped(match.path, f"stays plain LoRA: {error}"))
+            continue
+        for path in paths.values():
+            adapters.pop(path, None)
+        replace_module(model, match.path, gated)
+        result.gated.append(Gated(match.path, gated.layout.name, gated.activation.name, match.experts))
     for path, adapter in adapters.items():
         replace_module(model, path, adapter)
-        report.plain.append(path)
-    if not report.gated and config.active:
-        report.notices.append("no gate projection is adapted, so NA-LoRA acts nowhere: this is plain LoRA")
-    model.adapt_result = report
-    return report
+        result.plain.append(path)
+    if not result.gated and config.active:
+        result.notices.append("NA-LoRA acts nowhere, since no gate projection is adapted: this is plain LoRA")
+    model.adapt_result = result
+    return result
 
 
 def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptResult:
-    """Attach mlx-lm's DoRA adapters to linear and embedding layers, in place, and freeze the rest.
+    """Attach mlx-lm's DoRA adapters to linear and embedding layers, in place, and freeze other parameters.
 
-    NA-LoRA does not act on them: DoRA rescales whole output channels, gates included.
+    NA-LoRA does not act on them, since DoRA rescales whole output channels, gates included.
 
     Raises:
-        InputError: as `adapt`; or the adapted layers hold experts, for which mlx-lm has no DoRA.
+        InputError: As for `adapt`; or a target has experts, for which mlx-lm has no DoRA.
     """
-    targets, report = _start(model, config, "dora")
+    targets, result = _start(model, config, "dora")
     for path, module in targets.items():
         if not isinstance(module, layouts.LINEAR + EMBEDDING):
             raise InputError(
-                f"{path}: there is no DoRA for such a layer; use lora, or name --keys without it"
+                f"{path}: DoRA does not support {type(module).__name__} layers; use lora, or leave it out of --keys"
             )
     model.freeze()
     for index, (path, module) in enumerate(targets.items()):
@@ -114,38 +136,65 @@ def adapt_dora(model: nn.Module, config: NALoRAConfig) -> AdaptResult:
         adapter = kind.from_base(module, r=config.rank, scale=config.scale, dropout=config.dropout)
         adapter.dropout = Dropout(config.dropout, index)
         replace_module(model, path, adapter)
-        report.plain.append(path)
-    model.adapt_result = report
-    return report
+        result.plain.append(path)
+    model.adapt_result = result
+    return result
 
 
-def _start(model: nn.Module, config: NALoRAConfig, kind: str) -> tuple[dict[str, nn.Module], AdaptResult]:
-    """The modules to adapt, and a report that says so much."""
-    if adapt_result(model) is not None or any("lora_a" in module for _, module in model.named_modules()):
-        raise InputError("the model is adapted already; fuse_model or load it again first")
-    targets = select(model, config)
-    resolved = replace(config, keys=targets.keys, num_layers=targets.num_layers)
-    return targets.modules, AdaptResult(kind, resolved, notices=list(targets.notices))
+def unfreeze_layers(model: nn.Module, num_layers: int) -> int:
+    """Freeze a model except for its last layers, for full fine-tuning; return how many layers train.
+
+    Raises:
+        InputError: The model is quantized.
+    """
+    if any("scales" in module for _, module in model.named_modules()):
+        raise InputError("--fine-tune-type full: the model is quantized; only adapters train on it")
+    model.freeze()
+    count = min(num_layers, len(model.layers)) if num_layers > 0 else len(model.layers)
+    for layer in model.layers[len(model.layers) - count :]:
+        layer.unfreeze()
+    return count
 
 
 def adapt_result(model: nn.Module) -> AdaptResult | None:
-    """The report of the `adapt` that made this model what it is, or None."""
+    """Return the result of the `adapt` call that adapted a model; None if it has no adapters from here."""
     return getattr(model, "adapt_result", None)
 
 
 def gated_mlps(model: nn.Module) -> list[GatedMLP]:
-    """All gated MLPs that NA-LoRA acts on, first layer first."""
-    return [module for _, module in layouts.walk(model) if isinstance(module, GatedMLP)]
+    """Return the gated MLPs that NA-LoRA acts on, first layer first."""
+    return [module for _, module in layouts.modules_in_order(model) if isinstance(module, GatedMLP)]
 
 
 def dropout_count(model: nn.Module) -> int:
-    """Number of dropout keys that a ForwardPass needs; 0 if nothing is dropped."""
+    """Return the number of dropout keys that a ForwardPass needs; 0 if nothing is dropped."""
     indices = [m.index for _, m in model.named_modules() if isinstance(m, Dropout) and m.p > 0]
     return max(indices, default=-1) + 1
 
 
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the module at a dotted path."""
+    parent: Any = model
+    *parents, name = path.split(".")
+    for part in parents:
+        parent = parent[int(part)] if isinstance(parent, list | tuple) else getattr(parent, part)
+    if isinstance(parent, list):
+        parent[int(name)] = module
+    else:
+        parent[name] = module
+
+
+def _start(model: nn.Module, config: NALoRAConfig, kind: str) -> tuple[dict[str, nn.Module], AdaptResult]:
+    """Return the modules to adapt by path, and a result with the resolved settings."""
+    if adapt_result(model) is not None or any("lora_a" in module for _, module in model.named_modules()):
+        raise InputError("the model is adapted already; call fuse_model, or load it again")
+    targets = select_targets(model, config)
+    resolved = replace(config, keys=targets.keys, num_layers=targets.num_layers)
+    return targets.modules, AdaptResult(kind, resolved, notices=targets.notices)
+
+
 def _lora(module: nn.Module, config: NALoRAConfig, index: int) -> nn.Module:
-    """Wrap a module in the adapter of its kind."""
+    """Return the LoRA adapter of a module; `index` is that of its dropout key."""
     dropout = Dropout(config.dropout, index)
     settings = {"r": config.rank, "dropout": config.dropout, "scale": config.scale}
     if hasattr(module, "to_lora"):
@@ -159,44 +208,26 @@ def _lora(module: nn.Module, config: NALoRAConfig, index: int) -> nn.Module:
     return adapter
 
 
-def _adapt_gated(
-    model: nn.Module,
-    match: Match,
-    adapters: dict[str, nn.Module],
-    report: AdaptResult,
-    dtype: mx.Dtype,
-    chosen: bool,
-) -> None:
-    """Rebuild one gated MLP on its adapters and take them from the list; or say why not.
+def _rebuild(
+    match: Match, projections: Mapping[str, nn.Module], config: NALoRAConfig, dtype: mx.Dtype
+) -> GatedMLP:
+    """Rebuild a gated MLP on adapted projections and verify it, kernels included.
 
-    `chosen` says that a person named the keys: what these leave out needs no reason.
+    Raises:
+        ValueError: NA-LoRA cannot act on it, with the reason.
     """
-    paths = {name: f"{match.path}.{name}" if match.path else name for name in match.layout.projections}
-    if not any(paths[name] in adapters for name in (match.layout.gate, match.layout.up)):
-        if not chosen and _in_layers(model, match.path, report.config.num_layers):
-            why = "the same key names another kind of layer elsewhere, so that mlx-lm could not load its adapter"
-            report.skipped.append(Skipped(match.path, f"untouched: {why}"))
-        return
-    try:
-        layout, activation = layouts.identify(match)
-        projections = {name: adapters.get(path, match.module[name]) for name, path in paths.items()}
-        kind = GatedExperts if match.experts else GatedMLP
-        gated = kind(match, layout, activation, projections, report.config)
-        if not gated.step_factors(mx.ones(gated.shape)):
-            raise ValueError(f"no adapter is on its {' or '.join(report.config.branches)} projection")
-        gated.prepare(dtype, report.config.rank)
-        _match_precision(match, gated, dtype)
-    except ValueError as error:
-        report.skipped.append(Skipped(match.path, f"stays plain LoRA: {error}"))
-        return
-    for path in paths.values():
-        adapters.pop(path, None)
-    replace_module(model, match.path, gated)
-    report.gated.append(Gated(match.path, layout.name, activation.name, match.experts))
+    layout, activation = layouts.identify(match)
+    kind = GatedExperts if match.experts else GatedMLP
+    gated = kind(match, layout, activation, projections, config)
+    if not gated.step_factors(mx.ones(gated.shape)):
+        raise ValueError(f"its {' or '.join(config.branches)} projection has no adapter")
+    gated.verify_kernels(dtype, config.rank)
+    _match_precision(match, gated, dtype)
+    return gated
 
 
 def _match_precision(match: Match, gated: GatedMLP, dtype: mx.Dtype) -> None:
-    """Verify the rebuilt module, and let it round as the original does: in float32, or after every operation."""
+    """Verify a rebuilt module, and let it round like the original: once, or after every operation."""
     error = layouts.verify(match, gated, dtype)
     if dtype != mx.float32 and error > 0:
         gated.precise = False
@@ -206,19 +237,6 @@ def _match_precision(match: Match, gated: GatedMLP, dtype: mx.Dtype) -> None:
             gated.precise = True
 
 
-def _in_layers(model: nn.Module, path: str, count: int) -> bool:
-    """Whether a path lies in one of the last `count` layers."""
+def _is_in_last_layers(model: nn.Module, path: str, count: int) -> bool:
     ids = {id(layer) for layer in list(model.layers)[-count:]}
     return any(path.startswith(f"{p}.") for p, module in model.named_modules() if id(module) in ids)
-
-
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module at a dotted path."""
-    parent: Any = model
-    *way, name = path.split(".")
-    for step in way:
-        parent = parent[int(step)] if isinstance(parent, list | tuple) else getattr(parent, step)
-    if isinstance(parent, list):
-        parent[int(name)] = module
-    else:
-        parent[name] = module

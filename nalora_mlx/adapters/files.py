@@ -1,7 +1,10 @@
-"""The adapter's files, adapters.safetensors and adapter_config.json: write, read, describe and validate them."""
+"""The files of an adapter, adapters.safetensors and adapter_config.json: describe, write, read, validate and load them.
 
-from collections.abc import Callable
-from dataclasses import replace
+mlx-lm reads and writes the same two files. Ours have the NA settings under a key of their own, which mlx-lm ignores.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,177 +14,248 @@ from mlx.utils import tree_flatten
 
 from nalora_mlx.adapters.attach import AdaptResult, adapt, adapt_dora, adapt_result
 from nalora_mlx.core import storage
-from nalora_mlx.core.config import NALoRAConfig
+from nalora_mlx.core.config import NALoRAConfig, NAParameters
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.parsing import coerce, reject_unknown
 
-ADAPTER_FILE = "adapters.safetensors"  # mlx-lm reads these two files
+ADAPTER_FILE = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-NA_KEY = "na_lora"  # our settings in adapter_config.json; mlx-lm ignores this key
+NA_KEY = "na_lora"  # the NA settings in adapter_config.json
+FINE_TUNE_TYPES = ("lora", "dora", "full")
 
 
-def check_adapter(path: str | Path) -> None:
-    """Look at a stranger's adapter before mlx-lm makes arrays as its configuration says.
-
-    Raises:
-        InputError: a setting is missing or of a wrong type, or the rank is not that of the weights.
-    """
-    directory = Path(path).expanduser()
-    shapes, config = storage.array_shapes(directory / ADAPTER_FILE), directory / ADAPTER_CONFIG
-    content = storage.read_json(config)
-    kind, lora = content.get("fine_tune_type", "lora"), content.get("lora_parameters")
-    if kind == "full":
-        return
-    if kind not in ("lora", "dora") or not isinstance(lora, dict):
-        raise InputError(
-            f"{config}: holds {kind!r} without lora_parameters; give the directory of an adapter"
-        )
-    needed = ("rank", "scale", "dropout")
-    given = {key: lora.get(key) for key in needed} | {"num_layers": content.get("num_layers")}
-    given["keys"] = lora.get("keys")
-    if missing := [key for key, value in given.items() if value is None and key != "keys"]:
-        raise InputError(f"{config}: {', '.join(missing)} is missing; mlx-lm could not load this adapter")
-    rank = NALoRAConfig(**coerce(given, NALoRAConfig, str(config))).rank
-    arrays = [shape for name, shape in shapes.items() if name.endswith("lora_a") and len(shape) > 1]
-    found = {shape[-1 if len(shape) == 2 else 1] for shape in arrays}
-    if found != {rank}:
-        raise InputError(f"{config}: rank is {rank}, but the weights have {sorted(found)}")
+# --- describing and writing ---------------------------------------------------------------------------------
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
-    """The trainable arrays by path, as they stand in adapters.safetensors."""
+    """Return a model's trainable arrays by path, the content of adapters.safetensors."""
     return dict(tree_flatten(model.trainable_parameters()))
 
 
 def adapter_config(model: nn.Module) -> dict[str, Any]:
-    """The content of adapter_config.json: what an unmodified mlx-lm needs, and our settings under one key."""
-    report = adapt_result(model)
-    if report is None:
+    """Return the content of adapter_config.json for an adapted model.
+
+    Raises:
+        InputError: The model has no adapters.
+    """
+    result = adapt_result(model)
+    if result is None:
         raise InputError("the model has no adapters; call adapt first")
-    config = report.config
+    config = result.config
     return {
-        "fine_tune_type": report.fine_tune_type,
+        "fine_tune_type": result.fine_tune_type,
         "num_layers": config.num_layers,
         "lora_parameters": config.lora_parameters,
         NA_KEY: config.na_parameters,
     }
 
 
+def adapter_files(model: nn.Module, config: Mapping[str, Any] | None) -> dict[str, storage.Writer]:
+    """Return writers of an adapter's two files; `config` is the content of adapter_config.json."""
+    return {
+        ADAPTER_FILE: storage.arrays_writer(adapter_weights(model)),
+        ADAPTER_CONFIG: storage.json_writer(config),
+    }
+
+
+# --- reading and validating ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The content of adapter_config.json, validated as far as mlx-lm uses it.
+
+    Attributes:
+        path: of the file, for error messages.
+        fine_tune_type: one of FINE_TUNE_TYPES.
+        lora: rank, scale, dropout, keys (None if the file has none) and num_layers; None for full weights.
+        na_parameters: the NA settings as written, not validated; see `nalora_config`.
+    """
+
+    path: Path
+    fine_tune_type: str
+    lora: NALoRAConfig | None = None
+    na_parameters: Any = None
+
+    def nalora_config(self) -> NALoRAConfig:
+        """Return the LoRA and NA settings.
+
+        Raises:
+            InputError: An NA setting is unknown or invalid, or the file is not of LoRA or DoRA.
+        """
+        if self.lora is None:
+            raise InputError(f"{self.path}: holds full weights, not an adapter")
+        where = f"{self.path}: {NA_KEY}"
+        reject_unknown(self.na_parameters, NAParameters.__dataclass_fields__, where)
+        given = coerce(self.na_parameters, NAParameters, where)
+        return _build_config(
+            self.path, self.lora.lora_parameters | {"num_layers": self.lora.num_layers} | given
+        )
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """Read adapter_config.json without validating its content.
+
+    Raises:
+        InputError: There is none, or it does not hold a JSON object.
+    """
+    path = directory / ADAPTER_CONFIG
+    if not path.exists():
+        raise InputError(f"no adapter in {directory}: {ADAPTER_CONFIG} is missing; check --adapter-path")
+    return storage.read_json(path)
+
+
+def parse_adapter_config(content: Mapping[str, Any], path: Path) -> AdapterConfig:
+    """Validate the content of adapter_config.json; `path` is for error messages.
+
+    Raises:
+        InputError: Settings that mlx-lm needs are missing, of the wrong type or out of range; lists them.
+    """
+    kind = content.get("fine_tune_type", "lora")
+    if kind not in FINE_TUNE_TYPES:
+        raise InputError(f"{path}: fine_tune_type is {kind!r}; it takes {', '.join(FINE_TUNE_TYPES)}")
+    if kind == "full":
+        return AdapterConfig(path, kind)
+    lora = content.get("lora_parameters")
+    if not isinstance(lora, Mapping):
+        raise InputError(
+            f"{path}: lora_parameters is missing or not an object; give the directory of an adapter"
+        )
+    given = {name: lora.get(name) for name in ("rank", "scale", "dropout", "keys")}
+    given["num_layers"] = content.get("num_layers")
+    if missing := [name for name, value in given.items() if value is None and name != "keys"]:
+        raise InputError(f"{path}: {', '.join(missing)} is missing; mlx-lm cannot load this adapter either")
+    config = _build_config(path, coerce(given, NALoRAConfig, str(path)))
+    return AdapterConfig(path, kind, config, content.get(NA_KEY, {}))
+
+
+def _build_config(path: Path, settings: Mapping[str, Any]) -> NALoRAConfig:
+    try:
+        return NALoRAConfig(**settings)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def check_adapter(path: str | Path) -> None:
+    """Check an adapter's files before mlx-lm loads them, and before memory is allocated as they say.
+
+    Raises:
+        InputError: A file is missing or damaged, a setting is invalid, or the rank is not that of the weights.
+    """
+    directory = Path(path).expanduser()
+    config = _read_config(directory)
+    shapes = storage.array_shapes(directory / ADAPTER_FILE)
+    if config.lora is not None:
+        _check_rank(config.path, config.lora.rank, shapes)
+
+
+def _read_config(directory: Path) -> AdapterConfig:
+    return parse_adapter_config(read_adapter_config(directory), directory / ADAPTER_CONFIG)
+
+
+def _check_rank(path: Path, rank: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise InputError if the rank in a config is not that of all lora_a: [D, r], or [E, r, D] with experts."""
+    lora_a = [shape for name, shape in shapes.items() if name.endswith("lora_a") and len(shape) > 1]
+    ranks = {shape[-1 if len(shape) == 2 else 1] for shape in lora_a}
+    if ranks != {rank}:
+        raise InputError(f"{path}: rank is {rank}, but the weights have {sorted(ranks)}")
+
+
+# --- loading ------------------------------------------------------------------------------------------------
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> AdaptResult:
+    """Adapt a base model as a saved LoRA adapter was, and load its weights.
+
+    Args:
+        model: the base model.
+        directory: of adapters.safetensors and adapter_config.json, written here or by mlx-lm.
+
+    Raises:
+        InputError: A file is missing or invalid, the adapter is not LoRA, or it does not fit the model.
+    """
+    config = _read_config(Path(directory))
+    if config.fine_tune_type != "lora":
+        raise InputError(f"{config.path}: fine_tune_type is {config.fine_tune_type!r}, not 'lora'")
+    return _attach(model, config)
+
+
+def load_any_adapter(model: nn.Module, directory: Path) -> None:
+    """Load the result of any kind of fine-tuning into a base model: LoRA, DoRA or full weights.
+
+    Raises:
+        InputError: A file is missing or invalid, or does not fit the model.
+    """
+    config = _read_config(directory)
+    if config.fine_tune_type == "full":
+        path = directory / ADAPTER_FILE
+        _assign(model, path, read_weights(path), dict(tree_flatten(model.parameters())), require_all=False)
+    else:
+        _attach(model, config)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load the trainable arrays of an adapted model from a safetensors file.
+
+    Raises:
+        InputError: The file is missing or damaged, or does not fit the model; lists the arrays and both shapes.
+    """
+    _assign(model, path, read_weights(path), adapter_weights(model), require_all=True)
+
+
 def read_weights(path: Path) -> dict[str, mx.array]:
     """Read the arrays of a safetensors file.
 
     Raises:
-        InputError: it is missing, or no such file.
+        InputError: The file is missing or damaged.
     """
     if not path.exists():
         raise InputError(f"no adapter weights at {path}")
     return storage.read_arrays(path)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load trained arrays into an adapted model.
+def _attach(model: nn.Module, config: AdapterConfig) -> AdaptResult:
+    """Adapt a base model as a config of LoRA or DoRA says, and load the weights."""
+    settings = config.nalora_config()
+    path = config.path.parent / ADAPTER_FILE
+    weights = read_weights(path)
+    # Before anything of this rank is allocated.
+    _check_rank(config.path, settings.rank, {name: array.shape for name, array in weights.items()})
+    settings = replace(settings, keys=settings.keys or tuple(_keys_of(model, weights)))
+    result = (adapt_dora if config.fine_tune_type == "dora" else adapt)(model, settings)
+    _assign(model, path, weights, adapter_weights(model), require_all=True)
+    return result
 
-    Raises:
-        InputError: the file is missing or unreadable, or lists every array that does not fit, with both shapes.
-    """
-    _load(model, path, adapter_weights(model), whole=True)
+
+def _keys_of(model: nn.Module, weights: Mapping[str, mx.array]) -> list[str]:
+    """Return the keys that name a file's adapters; without keys, mlx-lm adapts every module, routers included."""
+    paths = {name.rpartition(".")[0] for name in weights}
+    layer_ids = {id(layer) for layer in model.layers}
+    layers = [f"{path}." for path, module in model.named_modules() if id(module) in layer_ids]
+    return sorted(
+        {next((p.removeprefix(layer) for layer in layers if p.startswith(layer)), p) for p in paths}
+    )
 
 
-def _load(model: nn.Module, path: Path, wanted: dict[str, mx.array], whole: bool) -> None:
-    """Load arrays of a file that are among those wanted, or exactly those; names and shapes must agree."""
-    loaded = read_weights(path)
-    problems = [f"{name} is missing" for name in wanted if name not in loaded and whole]
-    for name, array in loaded.items():
-        if name not in wanted:
-            problems.append(f"{name} is no trainable array of the model")
-        elif array.shape != wanted[name].shape:
-            problems.append(f"{name} is {array.shape}, the model has {wanted[name].shape}")
+def _assign(
+    model: nn.Module,
+    path: Path,
+    weights: Mapping[str, mx.array],
+    expected: Mapping[str, mx.array],
+    require_all: bool,
+) -> None:
+    """Load the arrays of a file into a model, in its dtypes, if names and shapes agree with the model's."""
+    problems = [f"{name} is missing" for name in expected if name not in weights and require_all]
+    for name, array in weights.items():
+        if name not in expected:
+            problems.append(f"{name} is not a trainable array of the model")
+        elif array.shape != expected[name].shape:
+            problems.append(f"{name} is {array.shape}, the model has {expected[name].shape}")
         elif not mx.issubdtype(array.dtype, mx.floating):
-            problems.append(f"{name} holds {array.dtype}, which no adapter is made of")
+            problems.append(f"{name} is {array.dtype}, not floating-point")
     if problems:
         raise InputError(
             f"{path} does not fit the model (same --rank, --keys and --num-layers?): {listed(problems)}"
         )
-    model.load_weights([(name, a.astype(wanted[name].dtype)) for name, a in loaded.items()], strict=False)
-
-
-def load_adapter(model: nn.Module, directory: str | Path) -> AdaptResult:
-    """Adapt a base model as a saved LoRA adapter says, and load its weights.
-
-    Args:
-        model: the base model.
-        directory: holds adapters.safetensors and adapter_config.json, ours or mlx-lm's.
-
-    Raises:
-        InputError: something is missing, of another kind than LoRA, or does not fit the model.
-    """
-    return _attach(model, Path(directory), {"lora": adapt})
-
-
-def _attach(
-    model: nn.Module, directory: Path, kinds: dict[str, Callable[[nn.Module, NALoRAConfig], AdaptResult]]
-) -> AdaptResult:
-    """Adapt a model as adapter_config.json says, and load the weights, which are looked at first."""
-    content = read_adapter_config(directory)
-    kind = content.get("fine_tune_type", "lora")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise InputError(f"{directory / ADAPTER_CONFIG}: holds {kind!r}, not {' or '.join(kinds)}")
-    path = directory / ADAPTER_CONFIG
-    lora, own = content.get("lora_parameters"), content.get(NA_KEY, {})
-    if not isinstance(lora, dict) or not isinstance(own, dict):
-        raise InputError(f"{path}: lora_parameters is missing or no object, or {NA_KEY} is none")
-    given = {**lora, "num_layers": content.get("num_layers")}
-    needed = ("rank", "scale", "dropout", "num_layers")
-    if missing := [key for key in needed if given.get(key) is None]:
-        raise InputError(
-            f"{path}: {', '.join(missing)} is missing; mlx-lm could not load this adapter either"
-        )
-    settings = {key: given[key] for key in needed} | {"keys": lora.get("keys") or None} | own
-    reject_unknown(settings, NALoRAConfig.__dataclass_fields__, str(path))
-    config = NALoRAConfig(**coerce(settings, NALoRAConfig, str(path)))
-    weights = read_weights(directory / ADAPTER_FILE)
-    config = replace(config, keys=config.keys or tuple(_keys_of(model, weights)))
-    # Arrays of the rank are made on the way: a false one must not decide how large.
-    ranks = {
-        a.shape[-1 if a.ndim == 2 else 1] for n, a in weights.items() if n.endswith("lora_a") and a.ndim > 1
-    }
-    if ranks and ranks != {config.rank}:
-        raise InputError(f"{path}: rank is {config.rank}, but the weights have {sorted(ranks)}")
-    report = kinds[kind](model, config)
-    load_weights(model, directory / ADAPTER_FILE)
-    return report
-
-
-def _keys_of(model: nn.Module, weights: dict[str, mx.array]) -> list[str]:
-    """The keys that name the adapters of a file; mlx-lm leaves them out where it adapted everything, routers too."""
-    paths = {name.rpartition(".")[0] for name in weights}
-    layers = {
-        f"{path}." for path, module in model.named_modules() if any(module is one for one in model.layers)
-    }
-    return sorted(
-        {next((p.removeprefix(start) for start in layers if p.startswith(start)), p) for p in paths}
-    )
-
-
-def load_any_adapter(model: nn.Module, directory: Path) -> None:
-    """Load what a run of any kind has left: LoRA, DoRA, or full weights.
-
-    Raises:
-        InputError: something is missing or does not fit the model.
-    """
-    if read_adapter_config(directory).get("fine_tune_type") == "full":
-        _load(model, directory / ADAPTER_FILE, dict(tree_flatten(model.parameters())), whole=False)
-    else:
-        _attach(model, directory, {"lora": adapt, "dora": adapt_dora})
-
-
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """Read adapter_config.json of a saved adapter.
-
-    Raises:
-        InputError: there is none, or it is no JSON object.
-    """
-    path = directory / ADAPTER_CONFIG
-    if not path.exists():
-        raise InputError(f"no adapter in {directory}: {ADAPTER_CONFIG} is missing; check --adapter-path")
-    return storage.read_json(path)
+    arrays = [(name, array.astype(expected[name].dtype)) for name, array in weights.items()]
+    model.load_weights(arrays, strict=False)

@@ -1,4 +1,8 @@
-"""What a training step tells the forward of a model beside its tokens, what it hears from it, and recomputation."""
+"""The context of a training forward, and recomputation of activations in the backward pass.
+
+A model is called with tokens only. What its adapters need beyond them, and the statistics that they collect, travel
+in a `ForwardPass`, which is current for as long as `forward_pass` is open.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,63 +15,61 @@ import mlx.nn as nn
 
 @dataclass
 class ForwardPass:
-    """One training forward: what the adapters need beside x, and what they observed.
+    """What adapters need to know about one training forward, and the statistics that they collect in it.
 
     Attributes:
-        weights: [B, L], 1 for real tokens, 0 for padding; None if nothing is to be observed.
-        routes: path of a gated MLP -> mask [F] on the gradient that reaches the gate's lora_a.
-        dropout_keys: [n, 2], a random key per dropout, the same in a recomputation as in the forward.
-        diagnose: whether to sum what selection misalignment needs too.
-        seen: path of a gated MLP -> its sums over tokens, written during the forward; of a module that runs
-            several times, the mean over its runs.
+        token_mask: [B, L], 1 for tokens and 0 for padding; None to collect no statistics.
+        routes: path of a gated MLP -> mask [F] on the gradient of the gate's lora_a.
+        dropout_keys: [n, 2], one random key per dropout, so that a recomputed forward drops the same elements.
+        diagnose: also collect the sums that selection misalignment is computed from.
+        statistics: path of a gated MLP -> its sums over tokens. If the module is called several times in one
+            forward, these are the means over its calls.
     """
 
-    weights: mx.array | None
+    token_mask: mx.array | None
     routes: Mapping[str, mx.array] = field(default_factory=dict)
     dropout_keys: mx.array | None = None
     diagnose: bool = False
-    seen: dict[str, dict[str, mx.array]] = field(default_factory=dict)
-    runs: dict[str, int] = field(default_factory=dict)
+    statistics: dict[str, dict[str, mx.array]] = field(default_factory=dict)
+    _calls: dict[str, int] = field(default_factory=dict)
 
     def observe(self, path: str, sums: dict[str, mx.array]) -> None:
-        """Take what one run of a module saw."""
-        runs = self.runs[path] = self.runs.get(path, 0) + 1
-        if runs > 1:
-            sums = {name: old + (sums[name] - old) / runs for name, old in self.seen[path].items()}
-        self.seen[path] = sums
+        """Record the statistics of one call of a module."""
+        calls = self._calls[path] = self._calls.get(path, 0) + 1
+        if calls > 1:
+            sums = {name: old + (sums[name] - old) / calls for name, old in self.statistics[path].items()}
+        self.statistics[path] = sums
 
 
 _current: ContextVar[ForwardPass | None] = ContextVar("forward_pass", default=None)
 
 
-def current() -> ForwardPass | None:
-    """The pass that a model is in, if a training step has begun one."""
+def current_pass() -> ForwardPass | None:
+    """Return the ForwardPass that is open, or None outside of training."""
     return _current.get()
 
 
 @contextmanager
-def forward_pass(this: ForwardPass) -> Iterator[ForwardPass]:
-    """Make a ForwardPass the current one; it must span the backward too, where checkpointing runs forwards again."""
-    token = _current.set(this)
+def forward_pass(context: ForwardPass) -> Iterator[ForwardPass]:
+    """Make a ForwardPass current. Keep it open for the backward pass, where checkpointed layers run again."""
+    token = _current.set(context)
     try:
-        yield this
+        yield context
     finally:
         _current.reset(token)
 
 
-# --- modules ------------------------------------------------------------------------------------------------
-
-
 @contextmanager
-def recomputed(layers: list[nn.Module]) -> Iterator[None]:
-    """Recompute these layers' activations in the backward pass instead of keeping them.
+def recompute_activations(layers: list[nn.Module]) -> Iterator[None]:
+    """Recompute the activations of these layers in the backward pass instead of keeping them in memory.
 
-    Layers may be of several classes. A class is changed only inside the context, and only for the layers named.
+    Replaces `__call__` of the layers' classes while the context is open. Other instances of the same classes are not
+    affected.
     """
     chosen = {id(layer) for layer in layers}
     forwards = {cls: cls.__call__ for cls in {type(layer) for layer in layers}}
 
-    def patched(forward):
+    def checkpointed(forward):
         def call(layer, *args, **kwargs):
             if id(layer) not in chosen:
                 return forward(layer, *args, **kwargs)
@@ -82,7 +84,7 @@ def recomputed(layers: list[nn.Module]) -> Iterator[None]:
 
     try:
         for cls, forward in forwards.items():
-            cls.__call__ = patched(forward)
+            cls.__call__ = checkpointed(forward)
         yield
     finally:
         for cls, forward in forwards.items():

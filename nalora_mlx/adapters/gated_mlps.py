@@ -1,4 +1,4 @@
-"""The modules of NA-LoRA: adapters of single projections, gated MLPs, and how they are merged."""
+"""Gated MLPs that NA-LoRA acts on, dense and with experts."""
 
 import math
 from collections.abc import Mapping
@@ -9,22 +9,37 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nalora_mlx.adapters import layouts
-from nalora_mlx.adapters.forward_pass import current
-from nalora_mlx.adapters.layers import Adapter, low_dtype
+from nalora_mlx.adapters.forward_pass import current_pass
+from nalora_mlx.adapters.layers import Adapter, low_rank_dtype
 from nalora_mlx.adapters.layouts import Layout, Match
 from nalora_mlx.core.config import NAParameters
 from nalora_mlx.ops.activations import Activation
 from nalora_mlx.ops.kernels import selfcheck
-from nalora_mlx.ops.kernels.fused import Variant
+from nalora_mlx.ops.kernels.fused import GateUpLayout, Variant
 from nalora_mlx.ops.kernels.gated_residual import gated_residual
 from nalora_mlx.ops.kernels.low_rank import LowRank
 
+SORT_ROWS = 64  # from this many rows on, sorting by expert pays off: each expert's weights are read once (as in mlx-lm)
+
 
 class GatedMLP(nn.Module):
-    """A gated MLP whose projections carry adapters; it sees what the mask needs.
+    """A gated MLP whose projections may be adapters, and which collects the statistics that NA-LoRA needs.
 
-    h = phi(z) u with z = gate(x), u = up(x); y = down(h). The children have the names that the original module
-    gave them, so that parameter paths are those of mlx-lm's own LoRA.
+    h = phi(z) u with z = gate(x), u = up(x); y = down(h). Children have the names of the original module's, so
+    parameter paths equal those of mlx-lm's LoRA. `routing` stands for the projections' arguments after x, see
+    `Adapter`.
+
+    Args:
+        match: the original module.
+        layout: its layout, with `gate_first` as identified.
+        activation: phi.
+        projections: name -> the projection, or its adapter.
+        parameters: the NA settings.
+
+    Attributes:
+        original: the original module, which merging restores; not part of the module tree.
+        precise: whether the product phi(z) u is computed in float32. If not, it is rounded after every operation, as
+            some models do.
     """
 
     def __init__(
@@ -40,20 +55,22 @@ class GatedMLP(nn.Module):
         self.experts = match.experts
         self.layout = layout
         self.activation = activation
-        self.parameters_na = parameters
-        self.precise = True  # whether the model computes the product in float32; `adapt` finds out
-        # Outside the module tree: its projections are already in it, through the adapters.
+        self.na_parameters = parameters
+        self.precise = True
+        # Bypasses nn.Module: the original's projections are in the module tree already, inside the adapters.
         object.__setattr__(self, "original", match.module)
         for name in layout.projections:
             self[name] = projections[name]
         if layout.norm:
             self[layout.norm] = match.module[layout.norm]
 
+    # --- what training asks for -----------------------------------------------------------------------------
+
     @property
     def boundaries(self) -> tuple[float, ...]:
-        """Boundaries of the partition in use: the config's where it fits the activation, else the activation's own."""
+        """Boundaries of the partition: the config's if their number fits the activation, else the activation's own."""
         own = self.activation.boundaries
-        given = self.parameters_na.boundaries
+        given = self.na_parameters.boundaries
         return given if given is not None and len(given) == len(own) else own
 
     @property
@@ -61,83 +78,51 @@ class GatedMLP(nn.Module):
         """Shape of a value per gate channel: [F], or [E, F] with experts."""
         gate = self[self.layout.gate]
         width = layouts.output_dims(gate.linear if isinstance(gate, Adapter) else gate)
-        channels = width // 2 if self.layout.shared else width
+        channels = width // 2 if self.layout.is_joint else width
         return (self.experts, channels) if self.experts else (channels,)
 
-    def step_factors(self, q: mx.array) -> dict[str, mx.array]:
-        """Factors on the steps of lora_b, by full path, from a multiplier per gate channel, [F] or [E, F]."""
-        one = mx.ones_like(q)
-        gate, up = (q if branch in self.parameters_na.branches else one for branch in ("gate", "up"))
+    def step_factors(self, multipliers: mx.array) -> dict[str, mx.array]:
+        """Return the factors on the optimizer steps of lora_b, by parameter path.
+
+        Args:
+            multipliers: one per gate channel, [F] or [E, F].
+        """
+        ones = mx.ones_like(multipliers)
+        gate, up = (multipliers if b in self.na_parameters.branches else ones for b in ("gate", "up"))
         factors = {self.layout.gate: gate, self.layout.up: up}
-        if self.layout.shared:
+        if self.layout.is_joint:
             factors = {self.layout.gate: self._join(gate, up)}
         return {
-            f"{self.path}.{name}.lora_b": self[name].channel_factor(factor)
+            f"{self.path}.{name}.lora_b": self[name].broadcast_channels(factor)
             for name, factor in factors.items()
-            if isinstance(self[name], Adapter) and factor is not one
+            if isinstance(self[name], Adapter) and factor is not ones
         }
 
     def _join(self, gate: mx.array, up: mx.array) -> mx.array:
+        """Concatenate values per channel of gate and up in the order of the joint projection."""
         return mx.concatenate([gate, up] if self.layout.gate_first else [up, gate], axis=-1)
 
     @property
     def variant(self) -> Variant:
-        """The gated residual of this module, with the statistics that training takes."""
-        halves = "separate"
-        if self.layout.shared:
-            halves = "gate first" if self.layout.gate_first else "up first"
-        parameters = self.parameters_na
+        """The variant of the gated residual that this module computes in training."""
+        gate_up_layout: GateUpLayout = "separate"
+        if self.layout.is_joint:
+            gate_up_layout = "gate first" if self.layout.gate_first else "up first"
         return Variant(
             self.activation,
-            halves,
-            parameters.statistic,
+            gate_up_layout,
+            self.na_parameters.statistic,
             self.boundaries,
             experts=self.experts,
             precise=self.precise,
         )
 
-    @property
-    def _inputs(self) -> tuple[str, ...]:
-        """Names of the projections of x: gate and up, or the one that makes both."""
-        return (self.layout.gate,) if self.layout.shared else (self.layout.gate, self.layout.up)
+    def verify_kernels(self, dtype: mx.Dtype, rank: int) -> None:
+        """Check the kernels that this module will use in a model of a dtype. Must not run inside a trace."""
+        all_adapted = all(isinstance(self[name], Adapter) for name in self._input_projections)
+        selfcheck.verify_kernels(self.variant, dtype, low_rank_dtype(dtype), rank if all_adapted else 0)
 
-    def prepare(self, dtype: mx.Dtype, rank: int) -> None:
-        """Check the kernels that this module will use in a model that computes in `dtype`; outside of any trace."""
-        inside = all(isinstance(self[name], Adapter) for name in self._inputs)
-        selfcheck.prepare(self.variant, dtype, low_dtype(dtype), rank if inside else 0)
-
-    def _projections(self, x: mx.array, *where: Any) -> tuple[LowRank, ...]:
-        """Gate and up of x, or the one projection that makes both."""
-        this = current()
-        route = None if this is None else this.routes.get(self.path)
-        if route is not None and self.layout.shared:
-            route = self._join(route, mx.ones_like(route))
-        found = []
-        for name in self._inputs:
-            module = self[name]
-            if isinstance(module, Adapter):
-                found.append(module.low_rank(x, *where, route=route if name == self.layout.gate else None))
-            else:
-                found.append(LowRank(module(x, *where), 0.0, None, None, None, None, *where))
-        return tuple(found)
-
-    def _product(self, x: mx.array, *where: Any, tokens: mx.array | None = None) -> mx.array:
-        """h = phi(z) u; `tokens` says which token each row of x is, in order if None."""
-        projections = self._projections(x, *where)
-        this = current()
-        if this is None or this.weights is None:
-            return gated_residual(self.variant, projections)[0]
-        rows = math.prod(projections[0].base.shape[:-1])
-        weights = this.weights.reshape(-1)
-        if tokens is not None:
-            weights = weights[tokens]
-        elif weights.size != rows:
-            # Rows that are no text tokens, such as patches of an image: all are real.
-            weights = mx.ones((rows,))
-        variant = replace(self.variant, diagnose=this.diagnose)
-        h, seen = gated_residual(variant, projections, weights)
-        this.observe(self.path, {name: mx.stop_gradient(array) for name, array in seen.items()})
-        return h
+    # --- forward --------------------------------------------------------------------------------------------
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x [..., D] to [..., D]."""
@@ -145,22 +130,69 @@ class GatedMLP(nn.Module):
             x = self[self.layout.norm](x)
         return self[self.layout.down](self._product(x))
 
+    @property
+    def _input_projections(self) -> tuple[str, ...]:
+        """Names of the projections of x: gate and up, or the joint one."""
+        return (self.layout.gate,) if self.layout.is_joint else (self.layout.gate, self.layout.up)
+
+    def _project(self, x: mx.array, *routing: Any) -> tuple[LowRank, ...]:
+        """Return the outputs of the projections of x: gate and up, or the joint one."""
+        context = current_pass()
+        route = None if context is None else context.routes.get(self.path)
+        if route is not None and self.layout.is_joint:
+            route = self._join(route, mx.ones_like(route))
+        outputs = []
+        for name in self._input_projections:
+            module = self[name]
+            if isinstance(module, Adapter):
+                is_gate = name == self.layout.gate
+                outputs.append(module.low_rank(x, *routing, route=route if is_gate else None))
+            else:
+                outputs.append(LowRank(module(x, *routing), 0.0, None, None, None, None, *routing))
+        return tuple(outputs)
+
+    def _product(self, x: mx.array, *routing: Any, tokens: mx.array | None = None) -> mx.array:
+        """Return h = phi(z) u, and record statistics if a training forward asks for them.
+
+        Args:
+            x: [..., D].
+            routing: see the class.
+            tokens: the token of each row of x; None if row i is token i.
+        """
+        projections = self._project(x, *routing)
+        context = current_pass()
+        if context is None or context.token_mask is None:
+            return gated_residual(self.variant, projections)[0]
+        rows = math.prod(projections[0].base.shape[:-1])
+        weights = context.token_mask.reshape(-1)
+        if tokens is not None:
+            weights = weights[tokens]
+        elif weights.size != rows:
+            # Rows that are not text tokens, such as image patches, have no padding.
+            weights = mx.ones((rows,))
+        variant = replace(self.variant, diagnose=context.diagnose)
+        h, statistics = gated_residual(variant, projections, weights)
+        context.observe(self.path, {name: mx.stop_gradient(array) for name, array in statistics.items()})
+        return h
+
 
 class GatedExperts(GatedMLP):
-    """Gated MLPs of experts, each row of x going to some of them; the importance is per expert and channel."""
+    """The gated MLPs of experts, with each row of x going to some of them.
+
+    Statistics are per expert and channel.
+    """
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:  # type: ignore[override]
-        """Map x [..., D] and the k experts of each row [..., k] to [..., k, D]."""
+        """Map x [..., D], and the k experts of each row [..., k], to [..., k, D]."""
         experts = mx.stop_gradient(experts)
         chosen = experts.reshape(-1)  # [N k]
-        order = tokens = mx.arange(chosen.size) // experts.shape[-1]
-        # From so many rows on, sorted ones make each expert's weights be read once (the bound is mlx-lm's).
-        is_sorted = chosen.size >= 64
-        if is_sorted:
-            order = mx.argsort(chosen)
+        tokens = mx.arange(chosen.size) // experts.shape[-1]
+        order = mx.argsort(chosen) if chosen.size >= SORT_ROWS else None
+        if order is not None:
             chosen, tokens = chosen[order], tokens[order]
         rows = x.reshape(-1, 1, x.shape[-1])[tokens]  # [N k, 1, D]
+        is_sorted = order is not None
         y = self[self.layout.down](self._product(rows, chosen, is_sorted, tokens=tokens), chosen, is_sorted)
-        if is_sorted:
+        if order is not None:
             y = y[mx.argsort(order)]
         return y.reshape(*experts.shape, y.shape[-1])

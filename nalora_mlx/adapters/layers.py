@@ -1,4 +1,4 @@
-"""The modules of NA-LoRA: adapters of single projections, gated MLPs, and how they are merged."""
+"""Adapters of single projections, and the conversion of layers between dense and quantized weights."""
 
 import math
 from typing import Any
@@ -8,16 +8,21 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from nalora_mlx.adapters import layouts
-from nalora_mlx.adapters.forward_pass import current
+from nalora_mlx.adapters.forward_pass import current_pass
 from nalora_mlx.ops.kernels.low_rank import LowRank, project
 
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
 class Dropout(nn.Module):
-    """Inverted dropout that draws from its own key of the current ForwardPass: y = x * keep / (1 - p).
+    """Inverted dropout, y = x * keep / (1 - p), with a random key from the current ForwardPass.
 
-    Without a pass it draws from MLX's global random state, which a checkpointed layer would advance twice.
+    Without a key it draws from MLX's global random state. A checkpointed layer would then drop other elements when it
+    is recomputed.
+
+    Args:
+        p: probability of dropping an element.
+        index: of this module's key in `ForwardPass.dropout_keys`.
     """
 
     def __init__(self, p: float, index: int):
@@ -26,34 +31,37 @@ class Dropout(nn.Module):
         self.index = index
 
     @property
-    def drops(self) -> bool:
-        """Whether this is more than the identity now."""
+    def is_active(self) -> bool:
+        """Whether the next call drops elements."""
         return self.p > 0 and self.training
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Drop elements of x, any shape, in training; the identity otherwise."""
-        if not self.drops:
+        """Drop elements of x, of any shape, in training; return x unchanged otherwise."""
+        if not self.is_active:
             return x
-        this = current()
-        key = None if this is None or this.dropout_keys is None else this.dropout_keys[self.index]
+        context = current_pass()
+        key = None if context is None or context.dropout_keys is None else context.dropout_keys[self.index]
         keep = mx.random.bernoulli(1 - self.p, x.shape, key=key)
         return mx.where(keep, x * (1 / (1 - self.p)), 0).astype(x.dtype)
 
 
-def low_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """The dtype of low-rank products beside activations of a dtype.
+def low_rank_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Return the dtype of low-rank products for activations of a dtype.
 
-    In float16 the gradient of lora_a, which passes lora_b while that is still tiny, would underflow.
+    It is float32 for float16: the gradient of lora_a is a product with lora_b, which is tiny at first, and would
+    underflow.
     """
     return mx.float32 if dtype == mx.float16 else dtype
 
 
 class Adapter(nn.Module):
-    """A frozen projection plus a low-rank update: y = linear(x) + scale (x A) B.
+    """A frozen projection and its low-rank update: y = linear(x) + scale (x A) B.
 
-    lora_a and lora_b are float32 masters that are cast to the dtype of x in the forward (float16 apart). The
-    names of children and leaves are mlx-lm's, so that its tools load what is trained here. `where` is what the
-    projection takes beside x: nothing, or the experts of each row and whether they are sorted.
+    lora_a and lora_b are float32 masters, which the forward casts to the dtype of x (see `low_rank_dtype`). Children
+    and parameters have mlx-lm's names, so that mlx-lm loads what is trained here.
+
+    `routing` stands for the projection's arguments after x: none for a dense projection; with experts, the expert of
+    each row and whether rows are sorted by expert.
     """
 
     def __init__(self, linear: nn.Module, scale: float, dropout: Dropout):
@@ -62,48 +70,48 @@ class Adapter(nn.Module):
         self.dropout = dropout
         self.scale = scale
 
-    def down_project(self, x: mx.array, a: mx.array, *where: Any) -> mx.array:
-        """x A; [..., D] -> [..., r]."""
+    def down_project(self, x: mx.array, a: mx.array, *routing: Any) -> mx.array:
+        """Return x A; [..., D] -> [..., r]."""
         raise NotImplementedError
 
-    def low_rank(self, x: mx.array, *where: Any, route: mx.array | None = None) -> LowRank:
-        """The frozen projection of x and what is added to it.
+    def low_rank(self, x: mx.array, *routing: Any, route: mx.array | None = None) -> LowRank:
+        """Return the output of the frozen projection and the low-rank update, not yet added.
 
         Args:
             x: [..., D].
-            where: see the class.
-            route: [F] or [E, F], a mask on the gradient that reaches lora_a; x and lora_b get theirs whole.
+            routing: see the class.
+            route: [F] or [E, F], a mask on the gradient of lora_a; the gradients of x and lora_b are not masked.
         """
-        dtype = low_dtype(x.dtype)
+        dtype = low_rank_dtype(x.dtype)
         a, b = self.lora_a.astype(dtype), self.lora_b.astype(dtype)
-        if route is None and not where and dtype == x.dtype and not self.dropout.drops:
+        if route is None and not routing and dtype == x.dtype and not self.dropout.is_active:
             base, low = project(self.linear, x, a)
             return LowRank(base, self.scale, low, b)
-        base = self.linear(x, *where)
+        base = self.linear(x, *routing)
         dropped = self.dropout(x).astype(dtype)
         if route is None:
-            return LowRank(base, self.scale, self.down_project(dropped, a, *where), b, None, None, *where)
+            return LowRank(base, self.scale, self.down_project(dropped, a, *routing), b, None, None, *routing)
         stop = mx.stop_gradient
-        low = self.down_project(dropped, stop(a), *where)
-        routed = self.down_project(stop(dropped), a, *where)
-        return LowRank(base, self.scale, low, b, routed, route, *where)
+        low = self.down_project(dropped, stop(a), *routing)
+        routed = self.down_project(stop(dropped), a, *routing)
+        return LowRank(base, self.scale, low, b, routed, route, *routing)
 
-    def __call__(self, x: mx.array, *where: Any, **sorting: bool) -> mx.array:
+    def __call__(self, x: mx.array, *routing: Any, **sorting: bool) -> mx.array:
         """Map x [..., D] to [..., F]."""
-        return self.low_rank(x, *where, *sorting.values()).output()
+        return self.low_rank(x, *routing, *sorting.values()).output()
 
-    def channel_factor(self, q: mx.array) -> mx.array:
-        """Factors per channel in a shape that broadcasts against lora_b."""
+    def broadcast_channels(self, factors: mx.array) -> mx.array:
+        """Reshape a factor per output channel, [F] or [E, F], to broadcast against lora_b."""
         raise NotImplementedError
 
     def delta(self) -> mx.array:
-        """The update of the weight in float32, of the weight's shape."""
+        """Return the update of the weight, in float32 and the weight's shape."""
         raise NotImplementedError
 
     def fuse(self, dequantize: bool = False) -> nn.Module:
-        """Merge the update into the weight, computed in float32 and rounded once.
+        """Return the base layer with the update merged into its weight, computed in float32 and rounded once.
 
-        A quantized base gets its own bits again unless `dequantize`.
+        The merged layer of a quantized base is quantized in the same way, unless `dequantize`.
         """
         linear = self.linear
         weight = dequantized(linear)
@@ -117,7 +125,7 @@ class Adapter(nn.Module):
 
 
 class LoRALinear(Adapter):
-    """The adapter of a linear layer; lora_a [D, r], lora_b [r, F]."""
+    """The adapter of a linear layer, with lora_a [D, r] and lora_b [r, F]."""
 
     def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: Dropout):
         super().__init__(linear, scale, dropout)
@@ -126,18 +134,18 @@ class LoRALinear(Adapter):
         self.lora_a = mx.random.uniform(-bound, bound, (dims, rank))
         self.lora_b = mx.zeros((rank, layouts.output_dims(linear)))
 
-    def down_project(self, x, a, *where):  # noqa: D102
+    def down_project(self, x, a, *routing):  # noqa: D102
         return x @ a
 
-    def channel_factor(self, q):  # noqa: D102
-        return q[None, :]  # [1, F] on [r, F]
+    def broadcast_channels(self, factors):  # noqa: D102
+        return factors[None, :]  # [1, F] on [r, F]
 
     def delta(self):  # noqa: D102
         return self.scale * (self.lora_a @ self.lora_b).T  # [F, D]
 
 
 class LoRASwitchLinear(Adapter):
-    """The adapter of a linear layer per expert; lora_a [E, r, D], lora_b [E, F, r]."""
+    """The adapter of a linear layer with experts, with lora_a [E, r, D] and lora_b [E, F, r]."""
 
     def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: Dropout):
         super().__init__(linear, scale, dropout)
@@ -149,26 +157,26 @@ class LoRASwitchLinear(Adapter):
     def down_project(self, x, a, experts, is_sorted=False):  # noqa: D102
         return mx.gather_mm(x, a.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=is_sorted)
 
-    def channel_factor(self, q):  # noqa: D102
-        return q[:, :, None]  # [E, F, 1] on [E, F, r]
+    def broadcast_channels(self, factors):  # noqa: D102
+        return factors[:, :, None]  # [E, F, 1] on [E, F, r]
 
     def delta(self):  # noqa: D102
         return self.scale * (self.lora_b @ self.lora_a)  # [E, F, D]
 
 
 def dequantized(base: nn.Module) -> mx.array:
-    """Weight of a dense or quantized layer as a dense array."""
+    """Return the weight of a dense or quantized layer as a dense array."""
     if not isinstance(base, QUANTIZED):
         return base.weight
-    how = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
-    whole = base.get("global_scale")  # one for each expert
-    if whole is None:
-        return mx.dequantize(base.weight, base.scales, base.get("biases"), **how)
-    parts = zip(base.weight, base.scales, whole, strict=True)
-    return mx.stack([mx.dequantize(w, s, **how, global_scale=g) for w, s, g in parts])
+    settings = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
+    expert_scales = base.get("global_scale")
+    if expert_scales is None:
+        return mx.dequantize(base.weight, base.scales, base.get("biases"), **settings)
+    experts = zip(base.weight, base.scales, expert_scales, strict=True)
+    return mx.stack([mx.dequantize(w, s, **settings, global_scale=g) for w, s, g in experts])
 
 
 def quantized_like(base: nn.Module, dense: nn.Module) -> nn.Module:
-    """A dense layer in the bits of a quantized one; experts that have a scale of their own get one again."""
-    whole = {"global_scale": True} if base.get("global_scale") is not None else {}
-    return dense.to_quantized(base.group_size, base.bits, base.mode, **whole)
+    """Quantize a dense layer as a quantized one is: same bits, group size and mode, and a scale per expert if any."""
+    expert_scales = {"global_scale": True} if base.get("global_scale") is not None else {}
+    return dense.to_quantized(base.group_size, base.bits, base.mode, **expert_scales)

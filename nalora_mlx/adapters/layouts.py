@@ -1,9 +1,12 @@
-"""Where is the gate in this model: a table of gated-MLP layouts, how to find them, how to be sure.
+"""Gated MLPs: a table of their layouts, how to find them in a model, and how to identify what they compute.
 
-A gated MLP is a module with a gate, an up and a down projection that computes down(phi(gate(x)) * up(x)); gate and
-up may be one projection, and each may be per expert. What phi is and which half of a shared projection is the gate
-is not read from names: the module is run with probes in place of its projections, so that it shows the function
-between them, and then as a whole on random input.
+A gated MLP is a module with a gate, an up and a down projection that computes down(phi(gate(x)) * up(x)). One
+projection may compute both gate and up, and each projection may have a weight per expert. Names only tell which
+projections to look at. What the module computes is found by running it:
+
+1. Replace the projections by probes, which output fixed values. The module then shows the function between them:
+   the activation phi, and which half of a joint projection is the gate (`identify`).
+2. Compare the rebuilt module with the original on random input (`verify`).
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +18,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from nalora_mlx.ops import activation_families
+from nalora_mlx.models.tolerances import GATED_MLP, relative_error
+from nalora_mlx.ops import activation_families as families
 from nalora_mlx.ops.activations import ACTIVATIONS, Activation
 from nalora_mlx.ops.kernels.reference import gated_product
 
@@ -25,28 +29,36 @@ SWITCH = (SwitchLinear, QuantizedSwitchLinear)
 
 @dataclass(frozen=True)
 class Layout:
-    """One row of the table: the names under which a module holds its projections; gate == up for a shared one."""
+    """A row of the layout table: the attribute names of a gated MLP's projections.
+
+    Attributes:
+        gate: the gate projection.
+        up: the up projection; equal to `gate` if one joint projection computes both.
+        down: the down projection.
+        gate_first: whether the gate is the first half of a joint projection's output.
+        norm: a norm that the module applies to its input; empty if it has none.
+    """
 
     gate: str
     up: str
     down: str
-    gate_first: bool = True  # in a shared projection: whether the gate is its first half
-    norm: str = ""  # a norm of the module's own, through which x goes first
+    gate_first: bool = True
+    norm: str = ""
 
     @property
-    def shared(self) -> bool:
-        """Whether one projection holds the gate and the up branch."""
+    def is_joint(self) -> bool:
+        """Whether one projection computes both gate and up."""
         return self.gate == self.up
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Child names, each once, gate first."""
+        """Names of the projections without duplicates, gate first."""
         return tuple(dict.fromkeys((self.gate, self.up, self.down)))
 
     @property
     def name(self) -> str:
-        """How reports call it."""
-        if not self.shared:
+        """The layout's name in reports."""
+        if not self.is_joint:
             return f"{self.gate}, {self.up}, {self.down}"
         halves = "gate | up" if self.gate_first else "up | gate"
         return f"{self.gate} ({halves}), {self.down}"
@@ -70,152 +82,183 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Match:
-    """A module that has the parts of a gated MLP: its path, its layout, the module, its experts (0 if dense)."""
+    """A module whose children fit a row of the layout table.
+
+    Attributes:
+        path: of the module.
+        layout: the row.
+        module: the module.
+        experts: number of experts, 0 for a dense MLP.
+    """
 
     path: str
     layout: Layout
     module: nn.Module
     experts: int = 0
 
+    @property
+    def projection_paths(self) -> dict[str, str]:
+        """The path of each projection by its name."""
+        prefix = f"{self.path}." if self.path else ""
+        return {name: prefix + name for name in self.layout.projections}
 
-def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules with their paths, first layer first; `named_modules` goes from the last to the first."""
+
+# --- finding gated MLPs -------------------------------------------------------------------------------------
+
+
+def modules_in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return all modules with their paths, first layer first. `named_modules` starts with the last one."""
     return model.named_modules()[::-1]
 
 
-def find(model: nn.Module) -> Iterator[Match]:
-    """Yield every module whose children fit a row of the table, first layer first."""
-    for path, module in walk(model):
+def find_gated_mlps(model: nn.Module) -> list[Match]:
+    """Return the modules whose children fit a row of the layout table, first layer first."""
+    matches = (_match(path, module) for path, module in modules_in_order(model))
+    return [match for match in matches if match is not None]
+
+
+def _match(path: str, module: nn.Module) -> Match | None:
+    """Return the first row of the layout table that a module fits."""
+    for layout in LAYOUTS:
+        children = [module.get(name) for name in layout.projections]
+        if layout.norm and not isinstance(module.get(layout.norm), nn.RMSNorm | nn.LayerNorm):
+            continue
+        if all(isinstance(child, LINEAR) for child in children):
+            if layout.is_joint and output_dims(children[0]) != 2 * input_dims(children[1]):
+                continue  # such as the up and down projections of an MLP without a gate
+            return Match(path, layout, module)
+        if not layout.is_joint and all(isinstance(child, SWITCH) for child in children):
+            return Match(path, layout, module, children[0].num_experts)
+    return None
+
+
+def find_unsupported(model: nn.Module) -> list[tuple[str, str]]:
+    """Return (path, class name of the projections) of gated MLPs whose projections LoRA does not support."""
+    found = []
+    for path, module in modules_in_order(model):
         for layout in LAYOUTS:
             children = [module.get(name) for name in layout.projections]
-            if layout.norm and not isinstance(module.get(layout.norm), nn.RMSNorm | nn.LayerNorm):
+            if layout.is_joint or not all(isinstance(child, nn.Module) for child in children):
                 continue
-            if (
-                layout.shared
-                and _is_linear(children)
-                and output_dims(children[0]) != 2 * input_dims(children[1])
-            ):
-                continue  # such as the up and down projection of an MLP without a gate
-            if _is_linear(children):
-                yield Match(path, layout, module)
+            if not isinstance(children[0], LINEAR + SWITCH):
+                found.append((path, type(children[0]).__name__))
                 break
-            if not layout.shared and all(isinstance(child, SWITCH) for child in children):
-                yield Match(path, layout, module, children[0].num_experts)
-                break
+    return found
 
 
-def find_foreign(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (path, class name) of gated MLPs whose projections are of a class that no LoRA fits."""
-    for path, module in walk(model):
-        for layout in LAYOUTS:
-            children = [module.get(name) for name in layout.projections]
-            if (
-                not layout.shared
-                and all(isinstance(child, nn.Module) for child in children)
-                and not isinstance(children[0], LINEAR + SWITCH)
-            ):
-                yield path, type(children[0]).__name__
-                break
+# --- identifying what a gated MLP computes ------------------------------------------------------------------
+
+# Largest difference of two implementations of one activation, relative to 1 + |h|. They differ by a few ulp, and by
+# some more on a GPU with fast exponentials. Exact GELU and its tanh form, the closest pair in the table, differ by
+# 1.7e-4.
+ACTIVATION_TOLERANCE = 5e-5
+PROBE_CHANNELS = 512
 
 
-def _is_linear(children: list[Any]) -> bool:
-    return all(isinstance(child, LINEAR) for child in children)
-
-
-# Activations whose parameters a model sets: from the object that may hold them, None where it has no such thing.
-_Family = Callable[[Any], Activation | None]
-
-
-def _has(holder: Any, *names: str) -> bool:
+def _has_numbers(holder: Any, *names: str) -> bool:
     return all(isinstance(getattr(holder, name, None), int | float) for name in names)
 
 
-_XIELU = ("alpha_p", "alpha_n", "beta", "eps")
-FAMILIES: tuple[_Family, ...] = (
-    lambda h: activation_families.swiglu_oai(h._alpha, h._limit) if _has(h, "_alpha", "_limit") else None,
-    lambda h: activation_families.swiglu_input_clamped(h.limit) if _has(h, "limit") else None,
-    lambda h: activation_families.swiglu_output_clamped(h.limit) if _has(h, "limit") else None,
-    lambda h: activation_families.situ(h.beta, getattr(h, "linear_beta", None)) if _has(h, "beta") else None,
-    lambda h: (
-        activation_families.xielu(*(getattr(h, name).item() for name in _XIELU))
-        if hasattr(h, "alpha_p")
-        else None
-    ),
-    lambda h: (
-        activation_families.gelu_topk(h._std_multiplier.item()) if hasattr(h, "_std_multiplier") else None
-    ),
+def _swiglu_oai(holder: Any) -> Activation | None:
+    found = _has_numbers(holder, "_alpha", "_limit")
+    return families.swiglu_oai(holder._alpha, holder._limit) if found else None
+
+
+def _swiglu_input_clamped(holder: Any) -> Activation | None:
+    return families.swiglu_input_clamped(holder.limit) if _has_numbers(holder, "limit") else None
+
+
+def _swiglu_output_clamped(holder: Any) -> Activation | None:
+    return families.swiglu_output_clamped(holder.limit) if _has_numbers(holder, "limit") else None
+
+
+def _situ(holder: Any) -> Activation | None:
+    found = _has_numbers(holder, "beta")
+    return families.situ(holder.beta, getattr(holder, "linear_beta", None)) if found else None
+
+
+def _xielu(holder: Any) -> Activation | None:
+    if not hasattr(holder, "alpha_p"):
+        return None
+    return families.xielu(*(getattr(holder, name).item() for name in ("alpha_p", "alpha_n", "beta", "eps")))
+
+
+def _gelu_topk(holder: Any) -> Activation | None:
+    found = hasattr(holder, "_std_multiplier")
+    return families.gelu_topk(holder._std_multiplier.item()) if found else None
+
+
+# Activations with parameters: each function takes the object that may hold the parameters, and returns None if it does
+# not hold them.
+FAMILIES: tuple[Callable[[Any], Activation | None], ...] = (
+    _swiglu_oai,
+    _swiglu_input_clamped,
+    _swiglu_output_clamped,
+    _situ,
+    _xielu,
+    _gelu_topk,
 )
 
 
-def _candidates(module: nn.Module) -> Iterator[Activation]:
+def _candidate_activations(module: nn.Module) -> Iterator[Activation]:
     yield from ACTIVATIONS.values()
-    # The parameters are the module's own, or those of the activation that it holds.
+    # Parameters belong to the module itself, or to the activation module inside it.
     for holder in (module, *(getattr(module, name, None) for name in ("activation", "act_fn"))):
         for family in FAMILIES:
             if (activation := family(holder)) is not None:
                 yield activation
 
 
-class _Probe(nn.Module):
-    """Stands in for a projection: answers with a fixed array, or passes its input on."""
-
-    def __init__(self, answer: mx.array | None = None):
-        super().__init__()
-        self._answer = answer
-
-    def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
-        return x if self._answer is None else self._answer
-
-
-# Two forms of one activation differ by a few ulp, on a GPU with fast exponentials by some more; the exact GELU and its
-# tanh form, the nearest neighbours in the table, differ by 1.7e-4.
-SAME = 5e-5
-_CHANNELS = 512
-
-
-def _probes(seed: int) -> mx.array:
-    """Values over the range in which activations differ, and some far beyond it, where they clip; [F]."""
-    keys = mx.random.split(mx.random.key(seed), 3)
-    near = mx.random.uniform(-12, 12, (_CHANNELS * 3 // 4,), key=keys[0])
-    size = mx.power(10.0, mx.random.uniform(1, 4, (_CHANNELS // 4,), key=keys[1]))
-    sign = mx.where(mx.random.bernoulli(0.5, size.shape, key=keys[2]), 1.0, -1.0)
-    return mx.concatenate([near, size * sign])
-
-
 def identify(match: Match) -> tuple[Layout, Activation]:
-    """Find phi, and the halves of a shared projection, by running the module with probes in float32.
+    """Find phi, and which half of a joint projection is the gate, by running the module with probes in float32.
 
     Raises:
-        ValueError: the module does not compute down(phi(gate(x)) * up(x)) for any phi that is known; the message
-            is the reason that a report shows.
+        ValueError: The module does not compute down(phi(gate(x)) * up(x)) for any known phi. The message is the reason
+            that reports show.
     """
-    z, u = _probes(0), mx.roll(_probes(1), 64)  # rolled, so that not all far values meet far ones
-    for gate_first in (True, False) if match.layout.shared else (True,):
-        h = _between(match, z, u, gate_first)
-        for activation in _candidates(match.module):
+    z, u = _probe_values(0), mx.roll(_probe_values(1), 64)  # rolled, so that not all large values meet
+    for gate_first in (True, False) if match.layout.is_joint else (True,):
+        h = _run_between_projections(match, z, u, gate_first)
+        for activation in _candidate_activations(match.module):
             error = mx.abs(gated_product(activation, z, u) - h) / (1 + mx.abs(h))
-            if mx.all(error < SAME).item():
+            if mx.all(error < ACTIVATION_TOLERANCE).item():
                 return replace(match.layout, gate_first=gate_first), activation
-    raise ValueError(
-        "its activation is none that is known, or gate and up are not combined as phi(gate) * up"
-    )
+    raise ValueError("its activation is unknown, or gate and up are not combined as phi(gate) * up")
 
 
-def _between(match: Match, z: mx.array, u: mx.array, gate_first: bool) -> mx.array:
-    """What the module makes of z and u between its projections; [F]."""
+def _probe_values(seed: int) -> mx.array:
+    """Return random values [PROBE_CHANNELS], most in the range where activations differ, some where they clip."""
+    keys = mx.random.split(mx.random.key(seed), 3)
+    small = mx.random.uniform(-12, 12, (PROBE_CHANNELS * 3 // 4,), key=keys[0])
+    magnitude = mx.power(10.0, mx.random.uniform(1, 4, (PROBE_CHANNELS // 4,), key=keys[1]))
+    sign = mx.where(mx.random.bernoulli(0.5, magnitude.shape, key=keys[2]), 1.0, -1.0)
+    return mx.concatenate([small, magnitude * sign])
+
+
+class _Probe(nn.Module):
+    """Replacement for a projection that outputs a fixed array, or its input if it has none."""
+
+    def __init__(self, output: mx.array | None = None):
+        super().__init__()
+        self._output = output
+
+    def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
+        return x if self._output is None else self._output
+
+
+def _run_between_projections(match: Match, z: mx.array, u: mx.array, gate_first: bool) -> mx.array:
+    """Return the input of the down projection, [F], for given outputs z [F] and u [F] of gate and up."""
     module, layout = match.module, match.layout
-    held = {name: module[name] for name in layout.projections}
-    lead = (1, 1, 1, 1) if match.experts else (1, 1)
-    dims = input_dims(held[layout.gate])
+    projections = {name: module[name] for name in layout.projections}
+    leading = (1, 1, 1, 1) if match.experts else (1, 1)
+    dims = input_dims(projections[layout.gate])
     try:
-        if layout.shared:
+        if layout.is_joint:
             both = mx.concatenate([z, u] if gate_first else [u, z])
-            module[layout.gate] = _Probe(both.reshape(*lead, -1))
+            module[layout.gate] = _Probe(both.reshape(*leading, -1))
         else:
-            module[layout.gate], module[layout.up] = (
-                _Probe(z.reshape(*lead, -1)),
-                _Probe(u.reshape(*lead, -1)),
-            )
+            module[layout.gate] = _Probe(z.reshape(*leading, -1))
+            module[layout.up] = _Probe(u.reshape(*leading, -1))
         module[layout.down] = _Probe()
         x = mx.zeros((1, 1, dims))
         h = module(x, mx.zeros((1, 1, 1), mx.uint32)) if match.experts else module(x)
@@ -223,50 +266,45 @@ def _between(match: Match, z: mx.array, u: mx.array, gate_first: bool) -> mx.arr
     except Exception as error:
         raise ValueError(f"its forward takes more than the projections ({type(error).__name__})") from None
     finally:
-        for name, child in held.items():
-            module[name] = child
-    if not isinstance(h, mx.array) or h.size != _CHANNELS:
+        for name, projection in projections.items():
+            module[name] = projection
+    if not isinstance(h, mx.array) or h.size != PROBE_CHANNELS:
         raise ValueError("its forward is not down(phi(gate(x)) * up(x))")
     return h.reshape(-1)
 
 
 def verify(match: Match, rebuilt: nn.Module, dtype: mx.Dtype) -> float:
-    """Compare a module and its rebuilt form on random input of a dtype, experts with few and with many rows.
+    """Compare a rebuilt module with the original on random input of a dtype.
 
     Returns:
         The largest error, relative to the largest output.
 
     Raises:
-        ValueError: they differ by more than rounding; the message has the relative error.
+        ValueError: They differ by more than rounding. The message is the reason that reports show.
     """
     dims = input_dims(match.module[match.layout.gate])
-    # Wide enough for half types and for GPUs that shorten float32 in products; a wrong rebuilding is off by far more.
-    tolerance = {mx.float32: 2e-3, mx.float16: 5e-3}.get(dtype, 4e-2)
-    worst = 0.0
-    # mlx-lm sorts the rows by expert from 64 choices on.
+    largest = 0.0
+    # Experts get few and many rows: mlx-lm sorts rows by expert if there are at least 64.
     for length in (8, 48) if match.experts else (8,):
         x = mx.random.normal((1, length, dims), key=mx.random.key(1)).astype(dtype)
         inputs = [x]
         if match.experts:
             chosen = min(2, match.experts)
             inputs.append(mx.random.randint(0, match.experts, (1, length, chosen), key=mx.random.key(2)))
-        error = _relative_error(rebuilt(*inputs), match.module(*inputs))
-        if not error < tolerance:
+        error = relative_error(rebuilt(*inputs), match.module(*inputs))
+        if not error < GATED_MLP.for_dtype(dtype):  # also if it is NaN
             raise ValueError(
-                f"rebuilt, it gives another output than the original (relative error {error:.1e})"
+                f"the rebuilt module's output differs from the original's (relative error {error:.1e})"
             )
-        worst = max(worst, error)
-    return worst
+        largest = max(largest, error)
+    return largest
 
 
-def _relative_error(got: mx.array, want: mx.array) -> float:
-    got, want = got.astype(mx.float32), want.astype(mx.float32)
-    size: Any = mx.maximum(mx.abs(want).max(), 1e-30)
-    return (mx.abs(got - want).max() / size).item()
+# --- sizes and dtypes ---------------------------------------------------------------------------------------
 
 
 def input_dims(linear: nn.Module) -> int:
-    """Input size D of a dense or quantized linear layer, with or without experts."""
+    """Return the input size D of a dense or quantized linear layer, with or without experts."""
     if isinstance(linear, SWITCH):
         return linear.input_dims
     if isinstance(linear, nn.QuantizedLinear):
@@ -275,12 +313,12 @@ def input_dims(linear: nn.Module) -> int:
 
 
 def output_dims(linear: nn.Module) -> int:
-    """Output size F of a dense or quantized linear layer, with or without experts."""
+    """Return the output size F of a dense or quantized linear layer, with or without experts."""
     return linear.weight.shape[-2]
 
 
 def compute_dtype(model: nn.Module) -> mx.Dtype:
-    """The dtype of a model's activations: that of its first weight that is neither packed nor a quantization scale."""
+    """Return the dtype of a model's activations: that of its first floating-point weight."""
     for path, array in tree_flatten(model.parameters()):
         if mx.issubdtype(array.dtype, mx.floating) and path.endswith("weight"):
             return array.dtype

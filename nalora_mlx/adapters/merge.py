@@ -1,19 +1,24 @@
-"""How adapters come into a model (`adapt`), are saved and loaded, and are merged into its weights (`fuse_model`)."""
+"""Merging adapters into the weights of a model, and what the merged layers look like in its config."""
+
+from typing import Any
 
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from nalora_mlx.adapters.attach import adapt_result, gated_mlps, replace_module
 from nalora_mlx.adapters.gated_mlps import GatedMLP
-from nalora_mlx.adapters.layers import QUANTIZED, quantized_like
+from nalora_mlx.adapters.layers import QUANTIZED, dequantized, quantized_like
+from nalora_mlx.core.errors import InputError
 
 
 def fuse_model(model: nn.Module, bits: int | None = 8, dequantize: bool = False) -> dict[str, nn.Module]:
-    """Merge all adapters into the weights, in place; the module tree is the base model's again.
+    """Merge all adapters into the weights, in place. The module tree becomes the base model's again.
 
     Args:
-        model: an adapted model, by `adapt` or by mlx-lm.
-        bits: what a quantized, adapted layer becomes: 8 keeps the update, 4 mostly loses it; None for the bits that
-            it has. Layers without an adapter keep their bits untouched.
+        model: a model adapted by `adapt`, `adapt_dora` or mlx-lm.
+        bits: bits of the adapted layers of a quantized model. 8 bits keep the update; 4 mostly lose it. None keeps
+            the bits that each layer has. Layers without an adapter are not touched.
         dequantize: leave adapted layers dense instead.
 
     Returns:
@@ -31,28 +36,73 @@ def fuse_model(model: nn.Module, bits: int | None = 8, dequantize: bool = False)
 
 
 def _fuse_gated(gated: GatedMLP, bits: int | None, dequantize: bool) -> nn.Module:
-    """Return the original module of a gated MLP with every adapter merged into its projection."""
+    """Return the original module of a gated MLP, with every adapter merged into its projection."""
     for name in gated.layout.projections:
         gated.original[name] = fuse_module(gated[name], bits, dequantize)
     return gated.original
 
 
 def fuse_module(module: nn.Module, bits: int | None, dequantize: bool) -> nn.Module:
-    """Merge one adapter into its base; a module without an adapter comes back as it is.
+    """Merge one adapter into its base layer; return a module without an adapter unchanged.
 
     Args:
         module: any module.
-        bits: what a quantized base becomes; None for the bits that it has.
+        bits: bits of the merged layer if the base is quantized; None for the base's own.
         dequantize: leave a quantized base dense instead.
     """
     if "lora_a" not in module or not hasattr(module, "fuse"):
         return module
-    base = module.get("linear", module.get("embedding"))
+    base = base_layer(module)
     dense = module.fuse(dequantize=True)
     if dequantize or not isinstance(base, QUANTIZED):
         return dense
     if bits is None:
         return quantized_like(base, dense)
-    # Affine, because only it knows all widths and because eight bits of it are finer than those of mxfp8; its
-    # groups are of 32, 64 or 128.
+    # Affine mode is the only one with all bit widths, and at 8 bits it is finer than mxfp8. Its groups have 32, 64
+    # or 128 elements.
     return dense.to_quantized(base.group_size if base.mode == "affine" else 32, bits, "affine")
+
+
+def base_layer(module: nn.Module) -> nn.Module | None:
+    """Return the frozen layer inside an adapter of ours or mlx-lm's; None for any other module."""
+    return module.get("linear", module.get("embedding")) if "lora_a" in module else None
+
+
+def dequantize_scaled_experts(model: nn.Module) -> None:
+    """Make experts dense, in place, if they have one scale per expert; mlx-lm's `dequantize_model` skips these."""
+    dense = []
+    for path, old in model.named_modules():
+        if isinstance(old, QuantizedSwitchLinear) and old.global_scale is not None:
+            new = SwitchLinear(1, 1, 1, bias=False)
+            new.weight = dequantized(old)
+            if "bias" in old:
+                new.bias = old.bias
+            dense.append((path, new))
+    model.update_modules(tree_unflatten(dense))
+
+
+def check_bits(model: nn.Module, bits: int | None) -> None:
+    """Raise InputError if a quantized, adapted layer cannot be merged at these bits; None means its own bits."""
+    flag = f"--bits {'same' if bits is None else bits}"
+    for path, module in model.named_modules():
+        base = base_layer(module)
+        if base is None or "scales" not in base:
+            continue
+        if base.get("global_scale") is not None:
+            raise InputError(f"{flag}: {path} has one scale per expert; give --dequantize")
+        columns = base.scales.shape[-1] * base.group_size
+        if bits is not None and base.mode != "affine" and columns % 32:
+            raise InputError(
+                f"{flag}: {path} has rows of {columns} elements, which is not a multiple of the group size 32; "
+                "give --bits same or --dequantize"
+            )
+
+
+def record_bits(config: dict[str, Any], merged: dict[str, nn.Module]) -> None:
+    """Write the bits of merged layers into a model's config, in place, so that mlx-lm can load the model."""
+    quantization = config.get("quantization")
+    if not quantization:
+        return
+    for path, layer in merged.items():
+        if "scales" in layer:
+            quantization[path] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}

@@ -1,15 +1,20 @@
-"""What a merged model keeps of its adapter: distributions of the next token, compared on a few prompts."""
+"""How much of an adapter's effect a merged model keeps, measured on next-token distributions.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+1. Base + adapter answers a few prompts greedily.
+2. At each position of the answers, the next-token distributions of base + adapter (p) are compared with those of the
+   merged model and of the base alone (q): KL(p || q), and whether both rank the same token first.
+"""
+
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
-# Of several kinds, so that some are near whatever an adapter was trained for.
+from nalora_mlx.adapters.comparison import without_adapters
+from nalora_mlx.models.conversation import greedy_answer, render_prompt
+
+# Of several kinds, so that some are close to what an adapter was trained for.
 PROMPTS = (
     "What is the capital of France?",
     "Write a short poem about the sea.",
@@ -20,23 +25,29 @@ PROMPTS = (
     "Hello! Can you help me with an order for Friday at nine?",
     "If a train covers 120 km in 90 minutes, how fast is it?",
 )
-ANSWER = 16  # tokens of the answer to each
-MOST = 0.5  # a merge that loses more than this share of the effect is not worth writing
+ANSWER_TOKENS = 16  # per prompt
+MAX_LOST = 0.5  # share of the adapter's effect; a merge that loses more is rejected
+MIN_EFFECT = 1e-9  # nats; a smaller effect is rounding
 
 
 @dataclass(frozen=True)
-class Text:
-    """A prompt and the adapted model's answer: token ids, of which the first `prompt` are the prompt's."""
+class Sample:
+    """A prompt and the adapted model's answer, as token ids; the first `prompt_length` are the prompt."""
 
     tokens: list[int]
-    prompt: int
+    prompt_length: int
 
 
 @dataclass(frozen=True)
 class MergeQuality:
-    """How far models are from base + adapter (p): mean over positions of KL(p || q) in nats, and equal first choices.
+    """How far models are from base + adapter.
 
-    `loss` and `agreement` are those of the merged model, `effect` and `base_agreement` those of the base alone.
+    Attributes:
+        loss: mean KL(base + adapter || merged model) over positions, in nats.
+        agreement: share of positions where the merged model ranks the same token first.
+        effect: as `loss`, for the base alone.
+        base_agreement: as `agreement`, for the base alone.
+        positions: number of positions compared.
     """
 
     loss: float
@@ -47,95 +58,69 @@ class MergeQuality:
 
     @property
     def mostly_lost(self) -> bool:
-        """Whether the merge loses most of what the adapter does; never where that cannot be measured."""
-        return self.effect > 1e-9 and self.loss > MOST * self.effect
+        """Whether the merge loses most of the adapter's effect; False if the effect is too small to measure."""
+        return self.effect > MIN_EFFECT and self.loss > MAX_LOST * self.effect
 
     def __str__(self) -> str:
-        if self.effect <= 1e-9:
+        if self.effect <= MIN_EFFECT:
             return (
                 f"the adapter has no measurable effect on {self.positions} tokens of {len(PROMPTS)} prompts"
             )
         return (
-            f"KL divergence from base with adapter: {self.loss:.2g} (the base alone: {self.effect:.2g}), same first "
-            f"choice {self.agreement:.1%} (the base alone: {self.base_agreement:.1%}), over {self.positions} tokens"
+            f"KL divergence from base + adapter {self.loss:.2g} (base alone: {self.effect:.2g}), same top token "
+            f"{self.agreement:.1%} (base alone: {self.base_agreement:.1%}), over {self.positions} tokens"
         )
-
-
-def answer(model: nn.Module, tokenizer: Any) -> list[Text]:
-    """Answer each prompt greedily: text on which the effect of an adapter shows."""
-    from mlx_lm.generate import generate_step
-
-    texts = []
-    for prompt in PROMPTS:
-        tokens = _render(tokenizer, prompt)
-        new: list[int] = []
-        for token, _ in generate_step(mx.array(tokens), model, max_tokens=ANSWER):
-            new.append(int(token))
-            if new[-1] in tokenizer.eos_token_ids:
-                break
-        texts.append(Text(tokens + new, len(tokens)))
-    return texts
-
-
-def _render(tokenizer: Any, prompt: str) -> list[int]:
-    if tokenizer.has_chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            return list(
-                tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            )
-        except Exception:  # a template that wants more than a message: plain text shows the effect too
-            pass
-    return list(tokenizer.encode(prompt))
-
-
-def log_probabilities(model: nn.Module, texts: list[Text]) -> list[mx.array]:
-    """Log-probabilities of the next token where the answer is, float32 [answer, vocabulary] for each text."""
-    found = []
-    for text in texts:
-        logits = model(mx.array([text.tokens]))[0, text.prompt - 1 : -1].astype(mx.float32)
-        found.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        mx.eval(found[-1])
-    return found
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Base + adapter and the base alone, on texts: what a merged model is held against."""
+    """Log-probabilities of base + adapter and of the base alone, to compare a merged model with."""
 
-    texts: list[Text]
+    samples: list[Sample]
     tuned: list[mx.array]
     base: list[mx.array]
 
-    def compare(self, fused: nn.Module) -> MergeQuality:
-        """Measure what a merged model keeps."""
-        loss, agreement = _distance(self.tuned, log_probabilities(fused, self.texts))
+    def compare(self, merged: nn.Module) -> MergeQuality:
+        """Measure how much of the adapter's effect a merged model keeps."""
+        loss, agreement = _distance(self.tuned, log_probabilities(merged, self.samples))
         effect, base_agreement = _distance(self.tuned, self.base)
         return MergeQuality(loss, agreement, effect, base_agreement, sum(len(p) for p in self.tuned))
 
 
 def take_reference(model: nn.Module, tokenizer: Any) -> Reference:
-    """Run an adapted model, with its adapters and without."""
-    texts = answer(model, tokenizer)
-    tuned = log_probabilities(model, texts)
+    """Run an adapted model on the prompts, with its adapters and without."""
+    samples = []
+    for text in PROMPTS:
+        prompt = _encode(tokenizer, text)
+        answer = greedy_answer(model, tokenizer, prompt, ANSWER_TOKENS)
+        samples.append(Sample(prompt + answer.tokens, len(prompt)))
+    tuned = log_probabilities(model, samples)
     with without_adapters(model):
-        return Reference(texts, tuned, log_probabilities(model, texts))
+        return Reference(samples, tuned, log_probabilities(model, samples))
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    if tokenizer.has_chat_template:
+        try:
+            return render_prompt(tokenizer, [{"role": "user", "content": text}])
+        except Exception:  # the template needs more than one message; plain text shows the effect too
+            pass
+    return list(tokenizer.encode(text))
+
+
+def log_probabilities(model: nn.Module, samples: list[Sample]) -> list[mx.array]:
+    """Return next-token log-probabilities over each answer: float32 [answer tokens, vocabulary] per sample."""
+    found = []
+    for sample in samples:
+        logits = model(mx.array([sample.tokens]))[0, sample.prompt_length - 1 : -1].astype(mx.float32)
+        found.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        mx.eval(found[-1])
+    return found
 
 
 def _distance(tuned: list[mx.array], other: list[mx.array]) -> tuple[float, float]:
+    """Return the mean KL divergence and the share of equal top tokens, over all positions."""
     pairs = list(zip(tuned, other, strict=True))
     divergence = mx.concatenate([(mx.exp(p) * (p - q)).sum(axis=-1) for p, q in pairs]).mean()
     same = mx.concatenate([p.argmax(axis=-1) == q.argmax(axis=-1) for p, q in pairs]).mean()
-    return float(mx.maximum(divergence, 0)), float(same)  # rounding can make nothing a little less
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Make an adapted model the base alone for a while, in place."""
-    adapted = [(path, module) for path, module in model.named_modules() if "lora_a" in module]
-    bases = [(path, module.get("linear", module.get("embedding"))) for path, module in adapted]
-    model.update_modules(tree_unflatten(bases))
-    try:
-        yield
-    finally:
-        model.update_modules(tree_unflatten(adapted))
+    return float(mx.maximum(divergence, 0)), float(same)  # rounding can make zero slightly negative

@@ -1,4 +1,4 @@
-"""Which modules of a model get an adapter: keys and layers as mlx-lm counts them, minus what must be left alone."""
+"""The choice of modules to adapt: keys and layers as in mlx-lm, except modules that must not be adapted."""
 
 import ast
 import inspect
@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.nn as nn
 
@@ -20,13 +20,13 @@ EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 
 @dataclass(frozen=True)
 class Targets:
-    """What is to be adapted.
+    """The modules to adapt.
 
     Attributes:
-        modules: full path -> module, first layer first.
-        keys: the keys that name them, as mlx-lm writes them.
+        modules: path -> module, first layer first.
+        keys: the keys that name these modules, as mlx-lm writes them.
         num_layers: number of layers, counted from the last.
-        notices: what a person should know of it.
+        notices: warnings about the settings.
     """
 
     modules: dict[str, nn.Module]
@@ -35,61 +35,75 @@ class Targets:
     notices: list[str]
 
 
-def select(model: nn.Module, config: NALoRAConfig) -> Targets:
-    """Find the modules to adapt; resolve keys and num_layers.
+class _Layers(NamedTuple):
+    """The layers of a model."""
+
+    chosen: list[nn.Module]  # the last num_layers, and all layers of a vision tower
+    others: list[nn.Module]
+    num_layers: int
+
+
+class _Candidates(NamedTuple):
+    """The modules of a model that an adapter fits. A key is a path relative to a layer."""
+
+    inside: dict[str, tuple[str, nn.Module]]  # path -> (key, module), in the chosen layers
+    outside: dict[str, nn.Module]  # path -> module, in other layers and outside of layers
+    layer_keys: set[str]  # the keys of all layers, chosen or not
+    blocked_keys: set[str]  # keys under which a chosen layer has a module that no adapter fits
+
+
+def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
+    """Find the modules to adapt, and resolve `keys` and `num_layers`.
+
+    1. Choose the layers: the last `num_layers`, and all layers of a vision tower.
+    2. Find the modules in them that an adapter fits, and those outside.
+    3. Choose among these modules by `keys`. Without keys, take all modules in the chosen layers except the routers of
+       experts.
 
     Raises:
-        InputError: no key names a module of the adapted layers, or there is nothing that an adapter fits.
+        InputError: No key names a module, or the layers have no module that an adapter fits.
     """
-    layers, vision = list(model.layers), _vision_layers(model)
     notices = []
-    count = config.num_layers if config.num_layers > 0 else len(layers)  # mlx-lm takes 0 and below for all
-    if count > len(layers):
-        notices.append(f"num_layers is {count}, the model has {len(layers)}: all of them are adapted")
-        count = len(layers)
-    chosen = {id(layer) for layer in layers[len(layers) - count :] + vision}
-    paths = {id(module): path for path, module in model.named_modules()}
-    inside: dict[str, tuple[str, nn.Module]] = {}  # full path -> (key relative to its layer, module)
-    everywhere: set[str] = set()
-    bare = _read_directly(model)
-    # Keys under which a chosen layer has something else, so that mlx-lm could not load an adapter.
-    blocked: set[str] = set()
-    for layer in layers + vision:
-        for key, module in layer.named_modules():
-            if id(layer) in chosen and not _adaptable(module):
-                blocked.add(key)
-            if key and _adaptable(module) and id(module) not in bare:
-                everywhere.add(key)
-                if id(layer) in chosen:
-                    inside[f"{paths[id(layer)]}.{key}"] = (key, module)
-    outside = {path: m for path, m in model.named_modules() if path and path not in inside and _adaptable(m)}
+    if config.num_layers > len(model.layers):
+        notices.append(
+            f"num_layers is {config.num_layers}, but the model has {len(model.layers)} layers; all of them are adapted"
+        )
+    layers = _choose_layers(model, config.num_layers)
+    candidates = _find_candidates(model, layers)
     if config.keys is None:
-        routers = _routers(model)
-        keys = tuple(sorted({key for path, (key, _) in inside.items() if path not in routers} - blocked))
-        targets = {path: module for path, (key, module) in inside.items() if key in keys}
-        if not targets:
-            raise InputError("the layers of this model hold nothing that a LoRA adapter fits")
+        keys = _default_keys(model, candidates)
+        modules = {path: module for path, (key, module) in candidates.inside.items() if key in keys}
+        if not modules:
+            raise InputError("the layers of this model have no module that a LoRA adapter fits")
     else:
         keys = config.keys
-        targets = {path: module for path, (key, module) in inside.items() if key in keys}
-        targets.update({path: module for path, module in outside.items() if path in keys})
-        unused = [k for k in keys if k not in outside and k not in {key for key, _ in inside.values()}]
-        known = sorted(everywhere | {p for p in outside if not any(p.endswith(f".{k}") for k in everywhere)})
-        for key in unused:
-            notices.append(f"key {key!r} names no linear or embedding layer to adapt{nearest(key, known)}")
-        if not targets:
-            raise InputError(
-                "keys: " + "; ".join(notices[-len(unused) :] or ["none is in the adapted layers"])
-            )
-    order = {path: position for position, (path, _) in enumerate(layouts.walk(model))}
-    targets = dict(sorted(targets.items(), key=lambda item: order[item[0]]))
-    return Targets(targets, keys, count, notices)
+        modules = {path: module for path, (key, module) in candidates.inside.items() if key in keys}
+        modules |= {path: module for path, module in candidates.outside.items() if path in keys}
+        problems = _unknown_keys(keys, candidates)
+        if not modules:
+            raise InputError("keys: " + "; ".join(problems))
+        notices += problems
+    order = {path: position for position, (path, _) in enumerate(layouts.modules_in_order(model))}
+    modules = dict(sorted(modules.items(), key=lambda item: order[item[0]]))
+    return Targets(modules, keys, layers.num_layers, notices)
+
+
+# --- layers -------------------------------------------------------------------------------------------------
+
+
+def _choose_layers(model: nn.Module, num_layers: int) -> _Layers:
+    layers, vision = list(model.layers), _vision_layers(model)
+    count = (
+        min(num_layers, len(layers)) if num_layers > 0 else len(layers)
+    )  # as in mlx-lm, 0 and below mean all
+    first = len(layers) - count
+    return _Layers(layers[first:] + vision, layers[:first], count)
 
 
 def _vision_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of an mlx-vlm model's vision tower, all of them; none for mlx-lm's models, which have no such tower.
+    """Return the layers of an mlx-vlm model's vision tower; none for models of mlx-lm.
 
-    mlx-vlm's towers agree on the attribute, not on what is inside: the layers are the list that holds most modules.
+    The towers of mlx-vlm share the attribute's name but not their structure. The layers are the list with most modules.
     """
     if not type(model).__module__.startswith("mlx_vlm."):
         return []
@@ -100,15 +114,45 @@ def _vision_layers(model: nn.Module) -> list[nn.Module]:
         for value in module.values()
         if isinstance(value, list) and all(isinstance(item, nn.Module) for item in value)
     ]
-    return max(lists, key=lambda found: sum(len(item.modules()) for item in found), default=[])
+    return max(lists, key=lambda layers: sum(len(layer.modules()) for layer in layers), default=[])
 
 
-def _adaptable(module: nn.Module) -> bool:
+# --- modules ------------------------------------------------------------------------------------------------
+
+
+def _find_candidates(model: nn.Module, layers: _Layers) -> _Candidates:
+    paths = {id(module): path for path, module in model.named_modules()}
+    read_directly = _read_directly(model)
+    inside: dict[str, tuple[str, nn.Module]] = {}
+    layer_keys: set[str] = set()
+    blocked_keys: set[str] = set()
+    for layer in layers.chosen:
+        for key, module in layer.named_modules():
+            if not _is_adaptable(module):
+                blocked_keys.add(key)
+            elif key and id(module) not in read_directly:
+                layer_keys.add(key)
+                inside[f"{paths[id(layer)]}.{key}"] = (key, module)
+    for layer in layers.others:
+        layer_keys |= {
+            key
+            for key, module in layer.named_modules()
+            if key and _is_adaptable(module) and id(module) not in read_directly
+        }
+    outside = {
+        path: module
+        for path, module in model.named_modules()
+        if path and path not in inside and _is_adaptable(module)
+    }
+    return _Candidates(inside, outside, layer_keys, blocked_keys)
+
+
+def _is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, layouts.LINEAR + layouts.SWITCH + EMBEDDING) or hasattr(module, "to_lora")
 
 
 def _read_directly(model: nn.Module) -> set[int]:
-    """Ids of modules whose weight the model's own code reads, past their call: an adapter there would break it."""
+    """Return ids of modules whose weight the model's code reads without calling them, which an adapter would break."""
     found = set()
     for _, module in model.named_modules():
         names = _weights_read_by(cast(Hashable, type(module)))
@@ -118,7 +162,7 @@ def _read_directly(model: nn.Module) -> set[int]:
 
 @cache
 def _weights_read_by(cls: Hashable) -> frozenset[str]:
-    """Names n for which a method of the class that is not set-up code reads self.n.weight."""
+    """Return the names n for which a method of a class reads self.n.weight; set-up methods do not count."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cast(type, cls))))
     except (OSError, TypeError, SyntaxError):
@@ -136,8 +180,21 @@ def _weights_read_by(cls: Hashable) -> frozenset[str]:
     )
 
 
+# --- keys ---------------------------------------------------------------------------------------------------
+
+
+def _default_keys(model: nn.Module, candidates: _Candidates) -> tuple[str, ...]:
+    """Return the keys of all candidates in the chosen layers, except routers.
+
+    Blocked keys are left out: mlx-lm could not load such an adapter, since it adapts every module that a key names.
+    """
+    routers = _routers(model)
+    keys = {key for path, (key, _) in candidates.inside.items() if path not in routers}
+    return tuple(sorted(keys - candidates.blocked_keys))
+
+
 def _routers(model: nn.Module) -> set[str]:
-    """Paths of linears that choose experts: beside an expert block, with one output per expert or only one."""
+    """Return paths of linear layers that choose experts: siblings of experts with one output per expert, or one."""
     found = set()
     for path, module in model.named_modules():
         experts = {m.num_experts for _, m in module.named_modules() if isinstance(m, layouts.SWITCH)}
@@ -145,3 +202,14 @@ def _routers(model: nn.Module) -> set[str]:
             if isinstance(child, layouts.LINEAR) and experts and layouts.output_dims(child) in (*experts, 1):
                 found.add(f"{path}.{name}" if path else name)
     return found
+
+
+def _unknown_keys(keys: tuple[str, ...], candidates: _Candidates) -> list[str]:
+    """Return an error message for each key that names no candidate."""
+    inside, outside, layer_keys, _ = candidates
+    inside_keys = {key for key, _ in inside.values()}
+    unknown = [key for key in keys if key not in outside and key not in inside_keys]
+    # Full paths that a key of a layer covers are no better suggestions than that key.
+    full_paths = {path for path in outside if not any(path.endswith(f".{key}") for key in layer_keys)}
+    known = sorted(layer_keys | full_paths)
+    return [f"key {key!r} names no linear or embedding layer{nearest(key, known)}" for key in unknown]

@@ -1,7 +1,7 @@
-"""What every other package builds on: errors, settings, strict parsing, signals, atomic storage, terminal output.
+"""Foundations of all other packages: errors, settings, strict parsing, signals, atomic storage, terminal output.
 
-Imports no other package of the project. Importing `nalora_mlx.core` is cheap: modules that need mlx are imported
-where they are used."""
+Imports no other package of the project. Importing `nalora_mlx.core` is cheap, because it does not import the modules
+that need mlx."""
 
 from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError, RunError

@@ -1,46 +1,45 @@
-"""The exceptions that become one line for a person; every room may use them, and they use none."""
+"""Exceptions that the commands print as one line, and helpers that shorten messages."""
 
 import re
 from collections.abc import Sequence
 
-# What mlx says when it gets no memory: on Metal, on CUDA, and on a CPU.
-_NO_MEMORY = re.compile(
+# In messages of MLX when an allocation fails on Metal, on CUDA or on a CPU.
+_OUT_OF_MEMORY = re.compile(
     r"malloc|unable to allocate|insufficient memory|out of memory|bad_alloc", re.IGNORECASE
 )
-_LINE = re.compile(r"(\S.*?:\d+): ")  # where a problem is, before what it is
-SHOWN = 10  # of a list of problems; the rest is counted
+_SOURCE = re.compile(r"(\S.*?:\d+): ")  # file:line at the start of a problem
+MAX_SHOWN = 10  # items of a list; the others are only counted
 
 
 class InputError(ValueError):
-    """Bad input: the message says what is wrong, where, and what to do.
+    """Bad input. The message says what is wrong, where, and what to do.
 
     The commands print it as one line and exit with status 2.
     """
 
 
 class RunError(RuntimeError):
-    """A run failed for a reason outside the program: the message says what, and what to do.
+    """A run failed for a reason outside the program. The message says why, and what to do.
 
     The commands print it as one line and exit with status 1.
     """
 
 
 def listed(problems: Sequence[str], separator: str = "; ") -> str:
-    """The first problems and how many more there are, in one line; one that many lines of files have is said once."""
-    where: dict[str, list[str]] = {}
+    """Join problems into one line; merge problems that differ only in file:line, and count those beyond MAX_SHOWN."""
+    sources_of: dict[str, list[str]] = {}  # sources by problem
     for problem in problems:
-        place = _LINE.match(problem)
-        where.setdefault(problem[place.end() :] if place else problem, []).extend(
-            place.groups() if place else ()
-        )
-    said = [f"{places(found)}: {what}" if found else what for what, found in where.items()]
-    rest = len(said) - SHOWN
+        match = _SOURCE.match(problem)
+        what = problem[match.end() :] if match else problem
+        sources_of.setdefault(what, []).extend(match.groups() if match else ())
+    texts = [f"{places(sources)}: {what}" if sources else what for what, sources in sources_of.items()]
+    rest = len(texts) - MAX_SHOWN
     more = f"{separator}and {rest} more" if rest > 0 else ""
-    return separator.join(said[:SHOWN]) + more
+    return separator.join(texts[:MAX_SHOWN]) + more
 
 
-def places(sources: Sequence[str], most: int = SHOWN) -> str:
-    """The first of some places in files and how many more there are: a.jsonl:1, :7, b.jsonl:2 and 12 more."""
+def places(sources: Sequence[str], most: int = MAX_SHOWN) -> str:
+    """Join places in files, and count those beyond `most`: "a.jsonl:1, :7, b.jsonl:2 and 12 more"."""
     shown: list[str] = []
     file = ""
     for source in sources[:most]:
@@ -50,13 +49,13 @@ def places(sources: Sequence[str], most: int = SHOWN) -> str:
     return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that there was no memory left."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an exception means that an allocation failed."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, or its name."""
+    """Return the first line of an exception's message, or its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

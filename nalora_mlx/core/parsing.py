@@ -1,30 +1,41 @@
-"""Strict reading of settings: unknown keys, wrong types and bad YAML are each named, none is passed over."""
-
-from __future__ import annotations
+"""Strict reading of settings: unknown keys, wrong types and invalid YAML are errors, never ignored."""
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from nalora_mlx.core.errors import InputError
 
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a list",
+    list: "a list",
+    dict: "a mapping",
+}
+# YAML 1.1 reads 1e-5 as a string. A resolver with this pattern reads it as a number.
+_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 
-def nearest(name: str, known: Any) -> str:
-    """Say which known name is meant, or list them: '; did you mean ...?'."""
-    return did_you_mean(name, known) or f"; known are {', '.join(sorted(known))}"
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return a suggestion of the known name that is closest to a wrong one, or else a list of all known names."""
+    return did_you_mean(name, known) or f"; known names: {', '.join(sorted(known))}"
 
 
-def did_you_mean(name: str, known: Any) -> str:
-    """Say which known name is close to a wrong one; nothing if none is."""
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Return a suggestion of the known name that is closest to a wrong one; an empty string if none is close."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def reject_unknown(given: Any, known: Any, where: str) -> None:
-    """Raise InputError naming each unknown key and its nearest known one."""
+def reject_unknown(given: Any, known: Collection[str], where: str) -> None:
+    """Raise InputError if `given` is not a mapping or has unknown keys."""
     if not isinstance(given, Mapping):
         raise InputError(f"{where} must be a mapping of names to values, not {type(given).__name__}")
     unknown = [f"unknown key {key!r}{nearest(key, known)}" for key in given if key not in known]
@@ -33,86 +44,90 @@ def reject_unknown(given: Any, known: Any, where: str) -> None:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes from 1024, '500MB', '2GB' or '1.5GiB'."""
+    """Return the number of bytes in 1024, '500MB', '2GB' or '1.5GiB'."""
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(I?)B?\s*", str(text).upper())
     if not match:
-        raise InputError(f"{text!r} is no size; write bytes or a number with KB, MB, GB")
+        raise InputError(f"{text!r} is not a size; give bytes, or a number with KB, MB or GB")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
 
 
 def coerce(given: Mapping[str, Any], settings: type, where: str) -> dict[str, Any]:
-    """Turn what YAML or a command line gave into the declared types.
+    """Convert values from YAML, JSON or a command line to the annotated types of a dataclass's fields.
 
     Raises:
-        InputError: lists every value that does not fit, with its name and the type wanted.
+        InputError: lists all values of the wrong type, and the types that their settings take.
     """
-    declared = {f.name: f for f in fields(settings)}
+    types = get_type_hints(settings)
+    sizes = {f.name for f in fields(settings) if f.metadata.get("size")}
     result, wrong = {}, []
     for name, value in given.items():
         try:
-            result[name] = _coerce(value, str(declared[name].type), bool(declared[name].metadata.get("size")))
+            if name in sizes and value is not None:
+                value = parse_size(value)
+            result[name] = _convert(value, types[name])
         except (TypeError, ValueError, OverflowError) as error:
             detail = f" ({error})" if isinstance(error, InputError) else ""
-            wrong.append(f"{name} is {value!r}; it takes {_type_name(str(declared[name].type))}{detail}")
+            wrong.append(f"{name} is {value!r}; it takes {_describe(types[name])}{detail}")
     if wrong:
         raise InputError(f"{where}: " + "; ".join(wrong))
     return result
 
 
-def _type_name(declared: str) -> str:
-    base = declared.removesuffix(" | None")
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    return names.get(base, "a list" if base.startswith("tuple") else "a mapping")
+def base_types(annotation: Any) -> list[Any]:
+    """Return the types in a union except None, or the annotation itself if it is not a union."""
+    members = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return [member for member in members if member is not NoneType]
 
 
-def _coerce(value: Any, declared: str, size: bool) -> Any:
-    if declared.endswith("| None"):
-        if value is None:
+def _describe(annotation: Any) -> str:
+    names = [_TYPE_NAMES[get_origin(member) or member] for member in base_types(annotation)]
+    return " or ".join(names)
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+    """Convert a value to a type; raise TypeError, ValueError or OverflowError if it does not fit."""
+    if isinstance(annotation, UnionType):
+        if value is None and NoneType in get_args(annotation):
             return None
-        declared = declared.removesuffix(" | None")
-    if size:
-        return parse_size(value)
-    if declared == "bool":
-        if not isinstance(value, bool):
-            raise TypeError
+        *others, last = base_types(annotation)
+        for member in others:
+            try:
+                return _convert(value, member)
+            except (TypeError, ValueError, OverflowError):
+                continue
+        return _convert(value, last)
+    kind = get_origin(annotation) or annotation
+    if kind is Any:
         return value
-    if declared in ("int", "float"):
+    if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError
-        if declared == "int" and value != int(value):
+        if kind is int and value != int(value):
             raise TypeError
-        return int(value) if declared == "int" else float(value)
-    if declared == "str":
-        if not isinstance(value, str):
+        return kind(value)
+    if kind in (tuple, list):
+        if not isinstance(value, list | tuple):
             raise TypeError
-        return value
-    if declared.startswith("tuple"):
-        if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise TypeError
-        item = declared.removeprefix("tuple[").split(",")[0]
-        return tuple(_coerce(v, item, False) for v in value)
-    if not isinstance(value, Mapping) and not ("list" in declared and isinstance(value, list)):
+        item = get_args(annotation)[0]
+        return kind(_convert(element, item) for element in value)
+    if not isinstance(value, Mapping if kind is dict else kind):
         raise TypeError
     return value
 
 
-# YAML 1.1 reads 1e-5 as a text; this resolver makes it the number that a person means.
-_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of settings as written, in a loader of our own.
+    """Read a YAML file of settings.
 
     Raises:
-        InputError: the file is missing, no YAML, or not a mapping; the message has file and line.
+        InputError: the file is missing, is not valid YAML, or does not hold a mapping; the message names file and line.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """A safe loader whose extra resolver does not leak into the process."""
+        """A class of our own, so that the resolver does not change yaml.SafeLoader for the whole process."""
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     try:

@@ -1,4 +1,4 @@
-"""Paths of models and adapters as users give them: local directories or names on the Hugging Face Hub."""
+"""Models and adapters as users name them: local directories, or repos on the Hugging Face Hub."""
 
 import re
 from pathlib import Path
@@ -7,16 +7,16 @@ from nalora_mlx.core.errors import InputError
 
 
 def expanded(name: str) -> str | Path:
-    """A local path with its ~ expanded; the name of a Hugging Face repo as it is."""
+    """Expand ~ in a local path; return the name of a Hugging Face repo unchanged."""
     path = Path(name).expanduser()
     return path if path.exists() else name
 
 
 def check_paths(model: str | None, adapter: str | None = None, flag: str = "--model") -> None:
-    """Refuse a local model or adapter that is not there, before anything slow.
+    """Check that a local model and an adapter exist, before anything slow.
 
     Raises:
-        InputError: which flag, and what to do.
+        InputError: names the flag and the missing file or directory.
     """
     if (
         model is not None
@@ -24,7 +24,7 @@ def check_paths(model: str | None, adapter: str | None = None, flag: str = "--mo
         and (model[:1] in "./~" or model.count("/") != 1)
     ):
         raise InputError(
-            f"{flag} {model}: no such directory, and no Hugging Face repo (these are owner/name)"
+            f"{flag} {model}: no such directory, and not the name of a Hugging Face repo (owner/name)"
         )
     if adapter is not None:
         for name in ("adapter_config.json", "adapters.safetensors"):
@@ -35,5 +35,5 @@ def check_paths(model: str | None, adapter: str | None = None, flag: str = "--mo
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name is one of the Hub (owner/name), and no path on this machine."""
+    """Return whether a name has the form of a Hub repo (owner/name) and is not a local path."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).expanduser().exists()

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, a closed terminal: once asks to stop after the step that runs, twice ends the process at once."""
+"""Handling of Ctrl-C, SIGTERM and SIGHUP: the first stops a run after the current step, the second kills it."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ SIGNALS: dict[int, str] = {
 
 
 class Stopped(BaseException):
-    """A signal ended the command: its number, and what to say of it. The exit status is 128 + number."""
+    """A signal ended the command. The exit status is 128 + its number."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
@@ -23,25 +23,26 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """The first signal that came, or None."""
+    """The first signal received, or None."""
 
     number: int | None = None
 
     def __call__(self) -> bool:
-        """Whether to stop after this step."""
+        """Return whether to stop after the current step."""
         return self.number is not None
 
 
 @contextmanager
 def stoppable(first: Callable[[int], None], second: Callable[[int], None]) -> Iterator[StopRequest]:
-    """Let a signal wait for the step that runs, and a second one end the process at once.
+    """Turn the first signal into a request to stop, and let the second one end the process at once.
 
-    Python looks at signals between its own operations only, which a long evaluation has none of, and it merges
-    those of one kind. So the numbers come through a pipe to a thread, as they arrive.
+    Python runs signal handlers only between its own operations, never during a long MLX evaluation, and merges signals
+    of the same kind. So the signal numbers go through a pipe to a thread, which receives each of them immediately.
 
     Args:
-        first: called in that thread at the first signal.
-        second: called in that thread before the process ends with status 128 + number, without any clearing up.
+        first: called in that thread on the first signal.
+        second: called in that thread on the second signal, before the process ends with status 128 + its number,
+            without cleanup.
     """
     request = StopRequest()
     reading, writing = os.pipe()
@@ -59,13 +60,13 @@ def stoppable(first: Callable[[int], None], second: Callable[[int], None]) -> It
             try:
                 second(number)
                 if sys.stdout.isatty():
-                    os.write(sys.stdout.fileno(), b"\x1b[?25h")  # a progress bar hides the cursor
+                    os.write(sys.stdout.fileno(), b"\x1b[?25h")  # show the cursor, which a progress bar hides
             finally:
                 os._exit(128 + number)
 
-    # What is ignored stays so: nohup, or a job that a shell put into the background.
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
+    # Signals that are ignored stay ignored, as under nohup or in a background job of a shell.
+    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda *_: None) for number in handled}
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

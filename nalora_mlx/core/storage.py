@@ -1,6 +1,7 @@
-"""Files and directories that are there whole or not at all: temporary name, flush, rename, flush what holds them.
+"""Atomic reads and writes: a file or directory is either complete or absent, even if the process or machine dies.
 
-A directory of checkpoints holds step-NNNNNNN/ of arrays (safetensors) and JSON; what is in them is other rooms' matter.
+A new file or directory is written under a temporary name, flushed to disk, and renamed. A process that dies leaves
+at most something with a temporary name, which `remove_partial` removes.
 """
 
 import errno
@@ -10,7 +11,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,26 +19,28 @@ from typing import Any
 import mlx.core as mx
 
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.trees import nbytes
 
 Writer = Callable[[Path], None]
-PATIENCE = 0.5  # seconds in which a lock may be freed: a report that watches looks at it for an instant
-LARGEST_JSON = 64 * 2**20  # bytes that a JSON file may have; ours have some thousand
-# What a killed process leaves behind: .STEM.PID.SUFFIX of files, and of directories .NAME.PID.new (half written),
-# .NAME.PID.old (moved out of the way of a new one, and whole) and .NAME.PID.gone (half removed).
-_LEFT = re.compile(
+MAX_JSON_BYTES = 64 * 2**20  # ours have a few thousand
+# Temporary names. A file: .STEM.PID.SUFFIX. A directory: .NAME.PID.new (incomplete), .NAME.PID.old (complete, about to
+# be replaced) or .NAME.PID.gone (being removed).
+_TEMPORARY_NAME = re.compile(
     r"\.(?P<name>adapters|adapter_config|metrics|run|best|step-[0-9]+)\.[0-9]+"
     r"\.(?P<kind>new|old|gone|safetensors|jsonl?)"
 )
 
+# --- what to write ------------------------------------------------------------------------------------------
+
 
 def arrays_writer(arrays: Mapping[str, mx.array]) -> Writer:
-    """A writer of arrays as safetensors."""
+    """Return a writer of arrays in safetensors format."""
 
     def write(path: Path) -> None:
         try:
             mx.save_safetensors(str(path), dict(arrays), metadata={"format": "mlx"})
-        except RuntimeError as error:  # mlx does not say which of the system's errors it was
-            if shutil.disk_usage(path.parent).free < _size(arrays):
+        except RuntimeError as error:  # MLX does not say which system error it was
+            if shutil.disk_usage(path.parent).free < nbytes(arrays):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
             raise OSError(errno.EIO, f"{os.strerror(errno.EIO)}: {error}", str(path)) from None
 
@@ -46,7 +48,7 @@ def arrays_writer(arrays: Mapping[str, mx.array]) -> Writer:
 
 
 def json_writer(content: Any) -> Writer:
-    """A writer of JSON with sorted keys, for people to read."""
+    """Return a writer of indented JSON with sorted keys."""
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     def write(path: Path) -> None:
@@ -56,17 +58,17 @@ def json_writer(content: Any) -> Writer:
 
 
 def copy_writer(source: Path) -> Writer:
-    """A writer of what a file holds when it is written."""
+    """Return a writer that copies a file."""
 
     def write(path: Path) -> None:
-        # Never a second name of the same file: mlx-lm writes adapters in place.
+        # Not a hard link, because mlx-lm overwrites adapters in place.
         shutil.copyfile(source, path)
 
     return write
 
 
 def bytes_writer(content: bytes) -> Writer:
-    """A writer of bytes."""
+    """Return a writer of bytes."""
 
     def write(path: Path) -> None:
         path.write_bytes(content)
@@ -74,14 +76,21 @@ def bytes_writer(content: bytes) -> Writer:
     return write
 
 
+# --- writing ------------------------------------------------------------------------------------------------
+
+
 def write_file(path: Path, write: Writer) -> None:
-    """Write one file beside its target, flush it, and move it into place.
+    """Write or replace a file atomically.
+
+    1. Write a temporary file in the same directory and flush it.
+    2. Rename it to `path`. This replaces an old file in one step.
+    3. Flush the directory, so that the new name survives a crash of the machine.
 
     Raises:
-        OSError: the disk is full or the target cannot be written; the old file stays as it was.
+        OSError: the disk is full, or the path is not writable. An old file is unchanged.
     """
     make_directory(path.parent)
-    # The suffix stays last: mlx appends one of its own otherwise.
+    # The temporary name keeps the suffix, because MLX appends .safetensors to other names.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
@@ -93,7 +102,7 @@ def write_file(path: Path, write: Writer) -> None:
 
 
 def write_directory(path: Path, files: Mapping[str, Writer]) -> None:
-    """Write a directory of files whole, replacing what was there; see `new_directory`."""
+    """Write or replace a directory of files atomically, see `new_directory`."""
     with new_directory(path) as temporary:
         for name, write in files.items():
             write(temporary / name)
@@ -101,15 +110,23 @@ def write_directory(path: Path, files: Mapping[str, Writer]) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Give a temporary directory to fill; flush it and move it into place if nothing was raised.
+    """Yield a temporary directory to fill, then move it to `path`, replacing an old directory.
+
+    1. Make PATH.new, let the caller fill it, and flush its files and their names.
+    2. Rename an old directory to PATH.old. A non-empty directory cannot be replaced in one step.
+    3. Rename PATH.new to PATH, flush the parent directory, and remove PATH.old.
+
+    If the caller or a step fails, the old directory is moved back. If the process dies between the two renames, the
+    next `new_directory` or `remove_partial` moves it back.
 
     Raises:
-        OSError: the disk is full or the target cannot be written; an old directory stays as it was.
+        OSError: the disk is full, or the path is not writable. An old directory is unchanged.
     """
     make_directory(path.parent)
-    temporary, retired = _beside(path, "new"), _beside(path, "old")
-    _restore_or_remove(retired, path)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that died, and had the same number
+    temporary, old = _temporary_name(path, "new"), _temporary_name(path, "old")
+    # A dead process with the same PID may have left these. In containers PIDs start over.
+    _restore_or_remove(old, path)
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         yield temporary
@@ -117,75 +134,68 @@ def new_directory(path: Path) -> Iterator[Path]:
             flush(file)
         flush(temporary)
         if path.exists():
-            path.rename(retired)
+            path.rename(old)
         temporary.rename(path)
         flush(path.parent)
     finally:
-        if retired.exists() and not path.exists():
-            retired.rename(path)
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _beside(path: Path, kind: str) -> Path:
-    """Where a directory stands while it is none of its name; see `_LEFT`."""
+def _temporary_name(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 
-def _restore_or_remove(retired: Path, path: Path) -> None:
-    """Bring a directory back if its process died between the two renames of a replacement; else remove it."""
-    if retired.exists() and not path.exists():
-        retired.rename(path)
+def _restore_or_remove(old: Path, path: Path) -> None:
+    """Rename `old` to `path` if a process died between the two renames of `new_directory`; otherwise remove it."""
+    if old.exists() and not path.exists():
+        old.rename(path)
         flush(path.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it, and flush the names of the new ones."""
+    """Make a directory and its missing parents, and flush their names."""
     for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
         missing.mkdir(exist_ok=True)
         flush(missing.parent)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on the disk."""
+    """Wait until the content of a file, or the names in a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-        if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS fsync leaves it in the disk's own cache
-            with suppress(OSError):  # not every file system has it
+        if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS, fsync does not flush the cache of the disk itself
+            with suppress(OSError):  # some file systems lack it
                 fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     finally:
         os.close(descriptor)
 
 
+# --- reading ------------------------------------------------------------------------------------------------
+
+
 def read_arrays(path: Path) -> dict[str, mx.array]:
-    """Read the arrays of a safetensors file whose header agrees with its size, without trusting either.
+    """Read the arrays of a safetensors file, after checking its header against its size.
 
     Raises:
-        InputError: it is missing, or not such a file.
+        InputError: the file is missing or damaged.
     """
-    check_arrays(path)
+    array_shapes(path)
     try:
         return dict(mx.load(str(path)))  # type: ignore[arg-type]
     except Exception as error:
-        raise InputError(f"{path} is no readable safetensors file ({error})") from None
-
-
-def check_arrays(path: Path) -> int:
-    """Check the header of a safetensors file against its size before anything is allocated; count its arrays.
-
-    Raises:
-        InputError: it is missing, or not such a file.
-    """
-    return len(array_shapes(path))
+        raise InputError(f"{path} is not a valid safetensors file ({error})") from None
 
 
 def array_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a safetensors file's arrays by name, from a header that agrees with the file's size.
+    """Return the shapes of a safetensors file's arrays by name, after checking its header against its size.
 
     Raises:
-        InputError: it is missing, or not such a file.
+        InputError: the file is missing or damaged.
     """
     from safetensors import safe_open
 
@@ -195,19 +205,21 @@ def array_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="numpy") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise InputError(f"{path} is no readable safetensors file ({error})") from None
+        raise InputError(f"{path} is not a valid safetensors file ({error})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InputError: the file is missing, too large, or holds something else.
+        InputError: the file is missing, too large, or does not hold a JSON object.
     """
     if not path.is_file():
         raise InputError(f"no file {path}")
-    if path.stat().st_size > LARGEST_JSON:
-        raise InputError(f"{path} has more than {LARGEST_JSON >> 20} MB; it is not what its name says")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(
+            f"{path} is larger than {MAX_JSON_BYTES >> 20} MB, too large to be the expected JSON file"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -217,19 +229,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+# --- removing and moving ------------------------------------------------------------------------------------
+
+
 def remove_directory(path: Path) -> None:
-    """Remove a directory so that its name is gone at once, even if the process dies halfway."""
-    gone = _beside(path, "gone")
+    """Remove a directory. Its name disappears in one step, even if the process dies during the removal."""
+    gone = _temporary_name(path, "gone")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     flush(path.parent)
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def clean(directory: Path) -> None:
-    """Remove what a process that was killed while writing into a directory left; nobody else may be writing."""
+def remove_partial(directory: Path) -> None:
+    """Remove what a killed process left under temporary names; no other process may be writing there."""
     for path in directory.iterdir() if directory.is_dir() else ():
-        if not (match := _LEFT.fullmatch(path.name)):
+        if not (match := _TEMPORARY_NAME.fullmatch(path.name)):
             continue
         if match["kind"] == "old" and path.is_dir():
             _restore_or_remove(path, path.with_name(match["name"]))
@@ -240,10 +255,14 @@ def clean(directory: Path) -> None:
 
 
 def move_aside(directory: Path, paths: Sequence[str | Path]) -> Path | None:
-    """Move files of an earlier run, named relative to its directory, to directory/previous/N.
+    """Move files and directories of an earlier run to directory/previous/N, with the next free number N.
+
+    Args:
+        directory: the run's directory.
+        paths: relative to it; missing ones are skipped.
 
     Returns:
-        Where they are now, or None if there were none.
+        The new directory, or None if there was nothing to move.
     """
     present = [path for path in paths if (directory / path).exists()]
     if not present:
@@ -254,68 +273,37 @@ def move_aside(directory: Path, paths: Sequence[str | Path]) -> Path | None:
     for path in present:
         make_directory((target / path).parent)
         (directory / path).rename(target / path)
-    for place in {
-        parent for path in present for parent in ((directory / path).parent, (target / path).parent)
-    }:
-        flush(place)
+    for parent in {p for path in present for p in ((directory / path).parent, (target / path).parent)}:
+        flush(parent)
     return target
 
 
-@contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
-    """Keep a directory for one process at a time; the system ends the claim with the process, however it dies.
-
-    Raises:
-        InputError: another process has it.
-    """
-    make_directory(directory)
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while not _lock(descriptor):
-            if time.monotonic() > deadline:
-                raise InputError(f"{directory}: another run is writing there; choose another directory")
-            time.sleep(PATIENCE / 20)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock an open directory; False if another process has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
+# --- space and permissions ----------------------------------------------------------------------------------
 
 
 def check_writable(directory: Path) -> None:
-    """Try whether files can be made in a directory, or where it would be made; leaves nothing behind.
+    """Check that files can be created in a directory, which need not exist yet. Leave nothing behind.
 
     Raises:
-        InputError: it is a file, or cannot be written.
+        InputError: it is a file, or not writable.
     """
-    place = directory
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise InputError(f"{directory}: {place} is a file; give a directory")
+    existing = _nearest_existing(directory)
+    if not existing.is_dir():
+        raise InputError(f"{directory}: {existing} is a file; give a directory")
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise InputError(f"{directory}: cannot be written ({error.strerror}); choose another") from None
+        raise InputError(
+            f"{directory} is not writable ({error.strerror}); choose another directory"
+        ) from None
 
 
 def free_space(directory: Path) -> int:
-    """Bytes free where a directory is, or would be."""
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    return shutil.disk_usage(directory).free
+    """Return the free bytes on the disk of a directory, which need not exist yet."""
+    return shutil.disk_usage(_nearest_existing(directory)).free
 
 
-def _size(arrays: Mapping[str, mx.array]) -> int:
-    return sum(array.nbytes for array in arrays.values())
+def _nearest_existing(path: Path) -> Path:
+    """Return the path itself, or else its nearest parent that exists."""
+    return next((p for p in (path, *path.parents) if p.exists()), path)

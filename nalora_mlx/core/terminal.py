@@ -1,4 +1,4 @@
-"""What the terminal shows: a run, with a bar over its last report, or in plain lines; and a page of checks."""
+"""Terminal output: a console that survives the loss of its terminal, marked tokens, and the page of `nalora doctor`."""
 
 import os
 import sys
@@ -13,48 +13,55 @@ from nalora_mlx.core.errors import InputError
 
 
 class LastingConsole(Console):
-    """A console that falls silent when nobody reads it any more: a run goes on without its terminal."""
+    """A console that becomes quiet when its output is closed, so that a run outlives its terminal."""
 
     def on_broken_pipe(self) -> None:
-        """Print nothing from now on; what is left in the buffer goes nowhere, or Python would exit with 120 for it."""
+        """Print nothing from now on."""
         self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
+        # Python flushes its buffer on exit, and would exit with status 120 if that failed.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.file.fileno())
+        os.close(null)
 
 
-def colours(console: Console) -> bool:
-    """Whether it shows colours; NO_COLOR leaves only bold and the like."""
+def has_colors(console: Console) -> bool:
+    """Return whether a console shows colors. With NO_COLOR it shows only styles such as bold."""
     return console.color_system is not None and not console.no_color
 
 
-def drawable(text: str, otherwise: str) -> str:
-    """A text, or another one if the encoding of standard output has no such characters."""
+def drawable(text: str, fallback: str) -> str:
+    """Return a text, or the fallback if standard output cannot encode the text."""
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
-        return otherwise
+        return fallback
     return text
 
 
-def marked_text(source: str, pieces: Iterable[tuple[str, bool]], colours: bool) -> Text:
-    """A row's text with what is trained on in green, or between brackets where there are no colours."""
+def marked_text(source: str, pieces: Iterable[tuple[str, bool]], colors: bool) -> Text:
+    """Return a row's text with its supervised tokens marked, in green or, without colors, in brackets.
+
+    Args:
+        source: file and line of the row.
+        pieces: parts of the text, and whether they are supervised.
+        colors: whether the terminal shows colors.
+    """
     text = Text(f"{source}\n")
     for piece, supervised in pieces:
-        # What a row holds must not steer the terminal.
+        # Escape control characters, which could change the state of the terminal.
         safe = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in piece)
-        if supervised and not colours:
+        if supervised and not colors:
             safe = f"{drawable('⟦', '[[')}{safe}{drawable('⟧', ']]')}"
         text.append(safe, "bold green" if supervised else "dim")
     return text
 
 
 class Page:
-    """A page of checks: headings, and lines with a mark before each; counts what was found.
+    """A page of checks, in sections. Counts findings and problems.
 
     Attributes:
-        findings: what should be better.
-        problems: what keeps a run from starting.
+        findings: number of results that could be better.
+        problems: number of results that prevent a run from starting.
     """
 
     def __init__(self, console: Console):
@@ -63,7 +70,7 @@ class Page:
 
     @contextmanager
     def section(self, title: str) -> Iterator[None]:
-        """Print a heading; input that is refused below it is a problem, and the page goes on."""
+        """Print a heading. An InputError in the section is printed as a problem and ends the section."""
         self.console.print(f"\n{title}", style="bold", markup=False)
         try:
             yield
@@ -71,49 +78,51 @@ class Page:
             self.problem(str(error))
 
     def good(self, text: str) -> None:
-        """Something that was checked, and is right."""
+        """Print a check that passed."""
         self._line("✓", "green", text)
 
     def fact(self, text: str) -> None:
-        """Something to know."""
+        """Print information."""
         self._line("·", "dim", text)
 
     def finding(self, text: str) -> None:
-        """Something that should be better, and how."""
+        """Print what could be better, and how to improve it."""
         self.findings += 1
         self._line("!", "bold yellow", f"finding: {text}")
 
     def problem(self, text: str) -> None:
-        """Something that keeps a run from starting, and what to do."""
+        """Print what prevents a run from starting, and what to do."""
         self.problems += 1
         self._line("✗", "bold red", f"finding: {text}")
 
     def verdict(self) -> None:
-        """Say what all came to.
+        """Print the number of findings.
 
         Raises:
             InputError: there are problems.
         """
         self.console.print()
         if self.problems:
-            kept = f"{_count(self.problems)} that keep{'s' if self.problems == 1 else ''} a run from starting"
+            problems = (
+                f"{_count(self.problems)} that keep{'s' if self.problems == 1 else ''} a run from starting"
+            )
             others = f"{self.findings or 'no'} other{'' if self.findings == 1 else 's'}"
-            self._line("✗", "bold red", f"{kept}, {others}")
-            raise InputError(f"{kept}; see above")
+            self._line("✗", "bold red", f"{problems}, {others}")
+            raise InputError(f"{problems}; see above")
         if self.findings:
             self._line("!", "bold yellow", f"{_count(self.findings)}, none that keeps a run from starting")
         else:
             self._line("✓", "green", "no findings")
 
     def _line(self, mark: str, style: str, text: str) -> None:
-        line = Text(f"  {mark} ", style)
+        prefix = Text(f"  {mark} ", style)
         if not self.console.is_terminal:
-            self.console.print(line.append(text), soft_wrap=True)
+            self.console.print(prefix.append(text), soft_wrap=True)
             return
-        table = Table.grid()  # what is wrapped hangs under its line
+        table = Table.grid()  # indents wrapped lines
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        table.add_row(line, Text(text))
+        table.add_row(prefix, Text(text))
         self.console.print(table)
 
 

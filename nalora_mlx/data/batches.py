@@ -1,31 +1,36 @@
-"""Length-sorted or packed batches: every row once an epoch, little padding, the same rows at every validation."""
+"""Batches: rows of similar length, or packs of rows, padded to one length."""
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nalora_mlx.data.packing import epoch_packs
-from nalora_mlx.data.padding import Shapes, fitted, padded_length, rounded_length
+from nalora_mlx.data.padding import PaddedShapes, fit_shapes, padded_length, rounded_length
 from nalora_mlx.data.tokenization import Example
+
+Packs = Sequence[Sequence[int]]  # for each sequence of a batch, the rows it holds
+ALL = slice(None)  # the share of a worker that trains alone
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences padded to one length; NumPy arrays [B, L]. A sequence is one row, or several that are packed.
+    """Sequences padded to one length: NumPy arrays [B, L]. A sequence holds one row, or several if packed.
 
-    With several workers the arrays hold one worker's share of the batch, rows and tokens are those of the whole.
+    With several workers, the arrays hold one worker's share of the batch. `rows` and `supervised_tokens` describe the
+    whole batch.
 
     Attributes:
-        inputs: token ids that the model reads.
-        targets: the token ids that follow them.
-        supervised: float32, 1 where the target is scored.
-        real: float32, 1 where the input is a token of a row and not padding.
+        inputs: int32 token ids that the model reads.
+        targets: int32 token ids that follow them.
+        loss_mask: float32, 1 where the target is supervised.
+        token_mask: float32, 1 where the input is a token and not padding.
         rows: indices into the split's examples.
-        segments: int32, which row of its sequence an input belongs to, from 1; 0 for padding. None if not packed.
-        elsewhere: supervised tokens of the batch that other workers have.
-        room: for scored positions, see `Shapes.loss_capacity`; 0 for as many as there are.
+        segment_ids: int32, the number of an input's row within its sequence, from 1; 0 for padding. None if not packed.
+        remote_tokens: supervised tokens of the batch that other workers hold.
+        loss_capacity: size of the arrays of `loss_positions`, see `PaddedShapes.loss_capacity`; grows if too small.
     """
 
     inputs: np.ndarray
@@ -38,90 +43,56 @@ class Batch:
     loss_capacity: int = 0
 
     @property
-    def tokens(self) -> int:
+    def supervised_tokens(self) -> int:
         """Supervised tokens in the whole batch."""
         return int(self.loss_mask.sum()) + self.remote_tokens
 
-    def scored(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the loss is: positions in the flattened [B L], their targets, and weights, 1 or 0; [S] each.
+    def loss_positions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the supervised positions in the flattened [B L], their targets, and weights; [S] each.
 
-        S is `room`, so that few sizes occur; weight 0 fills.
+        S is `loss_capacity`. The rest is filled with position 0 at weight 0; supervised positions have weight 1.
         """
-        positions = np.flatnonzero(self.loss_mask).astype(np.int32)
-        size = max(self.loss_capacity, positions.size, 1)
-        rows = np.zeros(size, np.int32)
-        rows[: positions.size] = positions
+        supervised = np.flatnonzero(self.loss_mask).astype(np.int32)
+        size = max(self.loss_capacity, supervised.size, 1)
+        positions = np.zeros(size, np.int32)
+        positions[: supervised.size] = supervised
         weights = np.zeros(size, np.float32)
-        weights[: positions.size] = 1
-        return rows, self.targets.reshape(-1)[rows], weights
+        weights[: supervised.size] = 1
+        return positions, self.targets.reshape(-1)[positions], weights
 
 
-# A sequence of a batch: the rows that stand in it one after the other. All sequences, unless a worker has a share.
-Sequences = Sequence[Sequence[int]]
-ALL = slice(None)
-
-
-def shapes_of(examples: Iterable[Example]) -> Shapes:
-    """The shapes of batches with one row a sequence."""
-    sizes = [(example.inputs, int(example.loss_mask[1:].sum())) for example in examples]
-    return fitted(*zip(*sizes, strict=True))
-
-
-def collate(
-    examples: Sequence[Example], rows: Sequence[int], share: slice = ALL, shapes: Shapes | None = None
-) -> Batch:
-    """One row a sequence, padded to one of the `shapes`; to that of these rows alone if None.
-
-    `share` picks one worker's sequences; a worker without any has one of padding alone.
-    """
-    chosen = [examples[row] for row in rows]
-    shapes = shapes or shapes_of(chosen)
-    length = shapes.length(max(example.inputs for example in chosen))
-    return _collate(examples, [[row] for row in rows], length, share, shapes)
-
-
-def _collate(
-    examples: Sequence[Example], sequences: Sequences, length: int, share: slice, shapes: Shapes
-) -> Batch:
-    mine = sequences[share] or [[]]
-    inputs = np.zeros((len(mine), length), np.int32)
-    targets = np.zeros((len(mine), length), np.int32)
-    supervised = np.zeros((len(mine), length), np.float32)
-    real = np.zeros((len(mine), length), np.float32)
-    for i, rows in enumerate(mine):
-        start = 0
-        for row in rows:
-            example = examples[row]
-            here = slice(start, start + example.inputs)
-            inputs[i, here] = example.tokens[:-1]
-            targets[i, here] = example.tokens[1:]
-            supervised[i, here] = example.loss_mask[1:]
-            real[i, here] = 1
-            start += example.inputs
-    rows = tuple(int(row) for rows in sequences for row in rows)
-    tokens = sum(int(examples[row].loss_mask[1:].sum()) for row in rows)
-    own = int(supervised.sum())
-    room = shapes.loss_capacity(own, len(mine), length)
-    return Batch(inputs, targets, supervised, real, rows, remote_tokens=tokens - own, loss_capacity=room)
+# --- which rows ---------------------------------------------------------------------------------------------
 
 
 def sorted_batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """Row indices by length, cut into batches; every row is in exactly one, the last batch may be smaller."""
+    """Return row indices sorted by length and cut into batches; the last batch may be smaller."""
     order = sorted(range(len(examples)), key=lambda row: examples[row].inputs)
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def epoch_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch in their order: rows of like length together, drawn anew for each epoch.
+    """Return one epoch's batches as row indices. Every row is in exactly one batch.
 
-    A pure function of (examples, batch_size, seed, epoch), so that any position can be found again.
+    1. Shuffle the rows, then sort them by rounded length. Rows that pad to the same length stay shuffled.
+    2. Cut the sorted rows into batches; the last batch may be smaller.
+    3. Shuffle the batches.
+
+    The result depends only on the arguments, so a run can resume at any position.
     """
     rng = np.random.default_rng([seed, epoch])
-    # Rows that pad to the same length are interchangeable: shuffle them, then sort by that length alone.
-    shuffled = rng.permutation(len(examples))
-    order = sorted(shuffled, key=lambda row: rounded_length(examples[row].inputs))
-    batches = [[int(r) for r in order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
+    order = sorted(rng.permutation(len(examples)), key=lambda row: rounded_length(examples[row].inputs))
+    batches = [[int(row) for row in order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def batches_per_epoch(examples: Sequence[Example], batch_size: int, packing: bool = False) -> int:
+    """Return the number of batches in an epoch."""
+    if packing:
+        return len(epoch_packs(examples, batch_size, 0, 0))
+    return math.ceil(len(examples) / batch_size)
+
+
+# --- streams of batches -------------------------------------------------------------------------------------
 
 
 def training_batches(
@@ -132,23 +103,23 @@ def training_batches(
     share: slice = ALL,
     start: int = 0,
 ) -> Iterator[Batch]:
-    """Batches without end, epoch after epoch; each epoch holds every row once.
+    """Yield batches without end. Each epoch holds every row once, in another order.
 
     Args:
         examples: tokenized rows.
         batch_size: sequences in a batch.
-        seed: of the drawing.
-        packing: several rows a sequence.
+        seed: of the order.
+        packing: put several rows into a sequence.
         share: one worker's sequences of each batch.
-        start: batches to leave out at the beginning.
+        start: number of batches to skip.
     """
     epoch, start = divmod(start, batches_per_epoch(examples, batch_size, packing))
-    length = padded_length(examples)
     if packing:
-        packs = [pack for batch in epoch_packs(examples, batch_size, seed, 0) for pack in batch]
+        length = padded_length(examples)
+        packs = list(itertools.chain.from_iterable(epoch_packs(examples, batch_size, seed, 0)))
         shapes = pack_shapes(examples, packs, length)
     else:
-        shapes = shapes_of(examples)
+        shapes = row_shapes(examples)
     while True:
         if packing:
             for packs in epoch_packs(examples, batch_size, seed, epoch)[start:]:
@@ -162,42 +133,93 @@ def training_batches(
 def evaluation_batches(
     examples: Sequence[Example], batch_size: int, num_batches: int, seed: int, share: slice = ALL
 ) -> list[Batch]:
-    """A fixed set of batches, the same at every call; -1 takes all rows.
+    """Return a fixed set of batches, the same at every call; all rows if `num_batches` is -1.
 
-    When a part is asked for, the rows are drawn once with the seed and then sorted by length.
+    A subset of the rows is drawn with the seed, then sorted by length.
     """
     chosen: Sequence[Example] = examples
     if 0 <= num_batches * batch_size < len(examples):
         rows = np.sort(np.random.default_rng(seed).permutation(len(examples))[: num_batches * batch_size])
         chosen = [examples[row] for row in rows]
-    shapes = shapes_of(chosen) if chosen else None
+    shapes = row_shapes(chosen) if chosen else None
     return [collate(chosen, rows, share, shapes) for rows in sorted_batches(chosen, batch_size)]
 
 
-def batches_per_epoch(examples: Sequence[Example], batch_size: int, packing: bool = False) -> int:
-    """How many batches one epoch has."""
-    if packing:
-        return len(epoch_packs(examples, batch_size, 0, 0))
-    return math.ceil(len(examples) / batch_size)
+# --- arrays -------------------------------------------------------------------------------------------------
+
+
+def row_shapes(examples: Sequence[Example]) -> PaddedShapes:
+    """Return the shapes of batches with one row per sequence."""
+    return fit_shapes(
+        [example.inputs for example in examples], [example.supervised_tokens for example in examples]
+    )
+
+
+def pack_shapes(examples: Sequence[Example], packs: Packs, length: int) -> PaddedShapes:
+    """Return the shapes of batches of packs, all padded to one length."""
+    supervised = [sum(examples[row].supervised_tokens for row in pack) for pack in packs]
+    return fit_shapes([length] * len(packs), supervised)
+
+
+def collate(
+    examples: Sequence[Example], rows: Sequence[int], share: slice = ALL, shapes: PaddedShapes | None = None
+) -> Batch:
+    """Make a batch with one row per sequence.
+
+    Args:
+        examples: tokenized rows.
+        rows: indices of the batch's rows.
+        share: one worker's sequences; a worker without any gets one sequence of padding.
+        shapes: shapes to pad to; fitted to these rows if None.
+    """
+    chosen = [examples[row] for row in rows]
+    shapes = shapes or row_shapes(chosen)
+    length = shapes.length_for(max(example.inputs for example in chosen))
+    return _collate(examples, [[row] for row in rows], length, share, shapes)
 
 
 def collate_packs(
     examples: Sequence[Example],
-    packs: Sequences,
+    packs: Packs,
     length: int,
     share: slice = ALL,
-    shapes: Shapes | None = None,
+    shapes: PaddedShapes | None = None,
 ) -> Batch:
-    """Several rows a sequence, each sequence padded to `length`; see `collate`."""
+    """Make a batch of packs, each padded to `length`; for the other arguments see `collate`."""
     batch = _collate(examples, packs, length, share, shapes or pack_shapes(examples, packs, length))
-    segments = np.zeros_like(batch.inputs)
+    segment_ids = np.zeros_like(batch.inputs)
     for i, pack in enumerate(packs[share]):
         ends = np.cumsum([examples[row].inputs for row in pack])
-        segments[i, : ends[-1]] = 1 + np.searchsorted(ends, np.arange(ends[-1]), side="right")
-    return replace(batch, segment_ids=segments)
+        segment_ids[i, : ends[-1]] = 1 + np.searchsorted(ends, np.arange(ends[-1]), side="right")
+    return replace(batch, segment_ids=segment_ids)
 
 
-def pack_shapes(examples: Sequence[Example], packs: Sequences, length: int) -> Shapes:
-    """The shapes of batches of packs, all of one length."""
-    supervised = [sum(int(examples[row].loss_mask[1:].sum()) for row in pack) for pack in packs]
-    return fitted([length] * len(packs), supervised)
+def _collate(
+    examples: Sequence[Example], packs: Packs, length: int, share: slice, shapes: PaddedShapes
+) -> Batch:
+    own = packs[share] or [[]]
+    inputs = np.zeros((len(own), length), np.int32)
+    targets = np.zeros_like(inputs)
+    loss_mask = np.zeros((len(own), length), np.float32)
+    token_mask = np.zeros_like(loss_mask)
+    for i, pack in enumerate(own):
+        start = 0
+        for row in pack:
+            example = examples[row]
+            at = slice(start, start + example.inputs)
+            inputs[i, at] = example.tokens[:-1]
+            targets[i, at] = example.tokens[1:]
+            loss_mask[i, at] = example.loss_mask[1:]
+            token_mask[i, at] = 1
+            start += example.inputs
+    rows = tuple(int(row) for pack in packs for row in pack)
+    own_tokens = int(loss_mask.sum())
+    return Batch(
+        inputs,
+        targets,
+        loss_mask,
+        token_mask,
+        rows,
+        remote_tokens=sum(examples[row].supervised_tokens for row in rows) - own_tokens,
+        loss_capacity=shapes.loss_capacity(own_tokens, len(own), length),
+    )

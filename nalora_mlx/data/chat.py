@@ -1,110 +1,155 @@
-"""Rows of training data: formats and per-token loss masks.
+"""Chats as tokens: rendered by the model's chat template, with a loss mask over the assistant turns."""
 
-A row becomes tokens with a mask that says which of them are supervised (predicted and scored). Formats and their
-keys are those of mlx_lm.lora: text, prompt/completion, chat messages with tools.
-"""
-
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError, first_line
+from nalora_mlx.data.findings import Finding
+from nalora_mlx.data.formats import Row
 
-_TOOLS, _CALLS = "tools", "tool_calls"  # keys of a row and of a message that a chat template may leave out
+Messages = list[dict[str, Any]]
 
 
-class _UnusedParts:
-    """Finds what a chat template leaves out, by rendering a chat with it and without it.
+class Encoding(NamedTuple):
+    """The tokens of a row.
 
-    A template may write tools only beside a system message, say; so chats of the same roles are taken to be alike,
-    and only the first of them is rendered.
+    Attributes:
+        tokens: token ids.
+        loss_mask: whether each token is supervised.
+        rewritten: whether the chat template renders earlier turns differently once later turns follow.
     """
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.known: dict[tuple[str, bool, frozenset[str]], bool] = {}
-
-    def of(self, messages: list[dict[str, Any]], tools: Any) -> list[str]:
-        """Those of a chat's parts that the template leaves out; it must have rendered this chat before."""
-        bare = [{k: v for k, v in message.items() if k != _CALLS} for message in messages]
-        others = {}
-        if messages and tools:
-            others[_TOOLS] = (messages, None)
-        if any(message.get(_CALLS) for message in messages):
-            others[_CALLS] = (bare, tools)
-        roles = frozenset(message["role"] for message in messages)
-        for part, other in others.items():
-            if (part, bool(tools), roles) not in self.known:
-                same = self._render(messages, tools) == self._render(*other)
-                self.known[part, bool(tools), roles] = same
-        return [part for part in others if self.known[part, bool(tools), roles]]
-
-    def _render(self, messages: list[dict[str, Any]], tools: Any) -> list[int] | None:
-        try:
-            return list(self.tokenizer.apply_chat_template(messages, tools=tools, return_dict=False))
-        except Exception:  # without the part the template refuses the chat, and so it reads the part
-            return None
+    tokens: list[int]
+    loss_mask: list[bool]
+    rewritten: bool = False
 
 
-def _tokenize_chat(
-    messages: list[dict[str, Any]], tools: Any, tokenizer: Any, mask_prompt: bool, source: str
-) -> tuple[list[int], list[bool], bool]:
-    def render(part: list[dict[str, Any]], generation_prompt: bool) -> list[int]:
-        try:
-            return list(
-                tokenizer.apply_chat_template(
-                    part, tools=tools, add_generation_prompt=generation_prompt, return_dict=False
-                )
-            )
-        except Exception as error:
-            raise InputError(
-                f"{source}: the model's chat template refuses this row ({first_line(error)})"
-            ) from None
+class _Turn(NamedTuple):
+    """The tokens [start, end) of an assistant turn, and whether the chat up to `end` is rendered as it was."""
 
+    start: int
+    end: int
+    unchanged: bool
+
+
+def encode_chat(row: Row, tokenizer: Any, mask_prompt: bool) -> Encoding:
+    """Render a chat; with `mask_prompt`, supervise the assistant turns only.
+
+    The loss mask:
+
+    1. Render the whole chat.
+    2. Find each assistant turn in it, see `_find_turn`.
+    3. Supervise every turn found. If the template rewrites earlier turns (for example, drops their reasoning), only
+       the last turn is rendered as the model would write it, so supervise that one alone.
+
+    Raises:
+        InputError: the model has no chat template, or the template rejects the chat.
+    """
     if not getattr(tokenizer, "has_chat_template", True):
         raise InputError(
-            f"{source}: the model has no chat template; give 'text' rows, or take an instruct model"
+            f"{row.source}: the model has no chat template; use 'text' rows or an instruct model"
         )
-    tokens = render(messages, False)
+    tokens = _render(row, row.messages, tokenizer)
     if not mask_prompt:
-        return tokens, [True] * len(tokens), True
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans, stable = [], True
-    for turn in turns:
-        start, end, found = _turn_span(messages, turn, tokens, render)
-        stable = stable and found
-        spans.append((start, end))
-    if not stable:
-        # The template changes what came before (it drops earlier reasoning, say): only the last turn is itself.
-        spans = spans[-1:]
-    supervised = [False] * len(tokens)
-    for start, end in spans:
-        supervised[start:end] = [True] * (end - start)
-    return tokens, supervised, stable
+        return Encoding(tokens, [True] * len(tokens))
+    turns = [
+        _find_turn(row, index, tokens, tokenizer)
+        for index, message in enumerate(row.messages)
+        if message["role"] == "assistant"
+    ]
+    rewritten = not all(turn.unchanged for turn in turns)
+    loss_mask = [False] * len(tokens)
+    for turn in turns[-1:] if rewritten else turns:
+        loss_mask[turn.start : turn.end] = [True] * (turn.end - turn.start)
+    return Encoding(tokens, loss_mask, rewritten)
 
 
-def _turn_span(
-    messages: list[dict[str, Any]], turn: int, tokens: list[int], render: Callable[..., list[int]]
-) -> tuple[int, int, bool]:
-    """Where an assistant turn begins and ends in the rendered chat, and whether all before it is unchanged there.
+def _find_turn(row: Row, index: int, tokens: list[int], tokenizer: Any) -> _Turn:
+    """Find the assistant turn `index` in the tokens of the whole chat.
 
-    It begins where the generation prompt ends, or where that departs from the chat: some templates open a thought
-    in the prompt that the finished turn does not have.
+    1. Render three beginnings of the chat: the history before the turn, the prompt (the history and the generation
+       prompt), and the chat through the turn.
+    2. The turn starts where the prompt ends or departs from the whole chat. Some templates open a thought in the
+       generation prompt that the finished turn does not have.
+    3. It ends where the chat through the turn ends or departs from the whole chat.
+    4. If the prompt departs within the history, or the end would be before the start, the template has changed the
+       beginning, and the lengths of these renderings are the best estimate.
     """
-    history = render(messages[:turn], False) if turn else []
-    prompt = render(messages[:turn], True) if turn else []
-    through = tokens if turn == len(messages) - 1 else render(messages[: turn + 1], False)
-    stable = tokens[: len(history)] == history and tokens[: len(through)] == through
-    start, end = _common(prompt, tokens), _common(through, tokens)
-    if start < len(history):  # the beginning of the chat is another one: lengths are all there is to go by
+    messages = row.messages
+    history = _render(row, messages[:index], tokenizer) if index else []
+    prompt = _render(row, messages[:index], tokenizer, generation_prompt=True) if index else []
+    last = index == len(messages) - 1
+    through = tokens if last else _render(row, messages[: index + 1], tokenizer)
+    unchanged = tokens[: len(history)] == history and tokens[: len(through)] == through
+    start, end = _common_prefix(prompt, tokens), _common_prefix(through, tokens)
+    if start < len(history):
         start = min(len(prompt), len(tokens))
     if end < start:
         end = min(len(through), len(tokens))
-    return start, max(start, end), stable
+    return _Turn(start, max(start, end), unchanged)
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    """Length of the common beginning."""
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
+def _render(row: Row, messages: Messages, tokenizer: Any, generation_prompt: bool = False) -> list[int]:
+    try:
+        return _apply_template(tokenizer, messages, row.tools, generation_prompt)
+    except Exception as error:
+        raise InputError(
+            f"{row.source}: the model's chat template refuses this row ({first_line(error)})"
+        ) from None
+
+
+def _apply_template(
+    tokenizer: Any, messages: Messages, tools: Any, generation_prompt: bool = False
+) -> list[int]:
+    return list(
+        tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=generation_prompt, return_dict=False
+        )
+    )
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the length of the longest common prefix."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
             return i
-    return min(len(one), len(other))
+    return min(len(a), len(b))
+
+
+class TemplateCheck:
+    """Finds tools and tool calls that a chat template ignores, by rendering a chat with and without them.
+
+    A template may render tools only if there is a system message, for example. Chats with the same roles are assumed
+    to be rendered alike, so only the first of them is checked.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ignored: dict[tuple[Finding, bool, frozenset[str]], bool] = {}
+
+    def ignored_parts(self, row: Row) -> list[Finding]:
+        """Return which parts of a chat the template ignores. The template must have accepted the chat."""
+        messages, tools = row.messages, row.tools
+        without: dict[Finding, tuple[Messages, Any]] = {}
+        if messages and tools:
+            without[Finding.IGNORED_TOOLS] = messages, None
+        if any(message.get("tool_calls") for message in messages):
+            bare = [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
+            without[Finding.IGNORED_TOOL_CALLS] = bare, tools
+        roles = frozenset(message["role"] for message in messages)
+        ignored = []
+        for part, (other_messages, other_tools) in without.items():
+            key = part, bool(tools), roles
+            if key not in self._ignored:
+                self._ignored[key] = self._same(row, other_messages, other_tools)
+            if self._ignored[key]:
+                ignored.append(part)
+        return ignored
+
+    def _same(self, row: Row, messages: Messages, tools: Any) -> bool:
+        """Return whether other messages and tools render as the row does."""
+        rendered = _apply_template(self._tokenizer, row.messages, row.tools)
+        try:
+            return rendered == _apply_template(self._tokenizer, messages, tools)
+        except Exception:  # the template needs the part, so it does not ignore it
+            return False

@@ -1,168 +1,148 @@
-"""A run's data from its settings to tokenized splits: all of it read and checked before anything is trained.
+"""The data of a run, read and checked in full before training starts.
 
-What makes a row unusable is a problem, and the run is refused; what is merely odd is a notice. Both are sentences
-with the rows as file:line and what to do.
+Unusable rows are problems, and a run with problems does not start. Rows that are merely odd are notices. Both are
+sentences that name the rows as file:line and say what to do.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.config import RunConfig
-from nalora_mlx.core.errors import InputError, listed, places
+from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.parsing import nearest
-from nalora_mlx.data.formats import Features, row_problem
-from nalora_mlx.data.sources import Row, load_hub, load_hub_entry, read_lines
+from nalora_mlx.data.findings import Finding, Findings
+from nalora_mlx.data.formats import Features, Row, parse_rows
+from nalora_mlx.data.sources import RawRow, load_hub, load_hub_entry, read_directory, read_lines
 from nalora_mlx.data.tokenization import Split, tokenize_rows
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "environment")
 
 
 @dataclass
-class Rows:
-    """What was read: the rows of each source by split, with the keys that they go by, and what was found."""
+class RunData:
+    """The valid rows of a run, and what was found about the others.
 
-    sources: list[tuple[Features, dict[str, list[Row]]]] = field(default_factory=list)
+    Attributes:
+        mask_prompt: whether prompts are masked.
+        sources: for each dataset, the rows of each split.
+        problems: what makes rows unusable.
+        notices: what is odd about rows.
+    """
+
+    mask_prompt: bool
+    sources: list[dict[str, list[Row]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
 
 def read_rows(
     config: RunConfig, names: Sequence[str], all_needed: bool = True, compare_with_test: bool = False
-) -> Rows:
-    """Read the splits that a run has, and check all that can be checked without a tokenizer.
+) -> RunData:
+    """Read the splits of a run, and check what can be checked without a tokenizer.
 
     Args:
-        config: where the data is, and the keys that its rows go by.
+        config: where the data is, and the keys of its rows.
         names: of the splits.
-        all_needed: whether the run needs all of them but the validation set; False: the training set alone.
-        compare_with_test: look for rows that are in a test.jsonl too, even if that is not one of the splits.
+        all_needed: require a test set if it is among the names; the training set is always required.
+        compare_with_test: look for training and validation rows in test.jsonl too, even if `names` lacks it.
 
     Raises:
-        InputError: there is no such directory or dataset, or nothing in a split that is needed.
+        InputError: there is no such directory or dataset, or a required split is empty.
     """
-    found = Rows()
+    found = RunData(config.mask_prompt)
+    datasets: list[tuple[Features, dict[str, list[RawRow]]]] = []
     if config.hf_dataset:
         entries = config.hf_dataset if isinstance(config.hf_dataset, list) else [config.hf_dataset]
         for entry in entries:
-            rows = load_hub_entry(entry, names)
-            found.sources.append((_features(config, entry), rows))
+            splits = load_hub_entry(entry, names)
+            datasets.append((Features.from_config(config, entry), splits))
     else:
-        found.sources.append((_features(config, {}), _read(config.data, names, found.problems)))
+        splits, found.problems = _load(config.data, names)
+        datasets.append((Features.from_config(config), splits))
     for name in names:
-        rows_of_it = [row for _, rows in found.sources for row in rows[name]]
         needed = name == "train" or (all_needed and name == "test")
-        if needed and not rows_of_it and not found.problems:
-            raise InputError(
-                f"--data {config.data}: no rows for {name}; add a {name}.jsonl that is not empty"
-            )
-    for features, rows in found.sources:
-        for name, part in rows.items():
-            problems, notices = check_rows(part, features, name)
+        if needed and not found.problems and not any(splits[name] for _, splits in datasets):
+            raise InputError(f"--data {config.data}: no rows for {name}; add rows to {name}.jsonl")
+    for features, splits in datasets:
+        parsed: dict[str, list[Row]] = {}
+        for name, contents in splits.items():
+            parsed[name], problems = parse_rows(contents, features)
             found.problems += problems
-            found.notices += notices
-    others: dict[str, list[Row]] = {}
+            found.notices += _odd_rows(parsed[name], name, len(contents))
+        found.sources.append(parsed)
+    test: dict[str, list[RawRow]] = {}
     if compare_with_test and "test" not in names and not config.hf_dataset:
-        test = Path(config.data).expanduser() / "test.jsonl"
-        others = {"test": read_lines(test)[0] if test.is_file() else []}
-    found.notices += repeated([rows | others for _, rows in found.sources])
+        path = Path(config.data).expanduser() / "test.jsonl"
+        test = {"test": read_lines(path)[0]} if path.is_file() else {}
+    found.notices += duplicate_notices([splits | test for _, splits in datasets])
     return found
 
 
-def _features(config: RunConfig, entry: Mapping[str, Any]) -> Features:
-    keys = {
-        part: entry.get(f"{part}_feature", getattr(config, f"{part}_feature"))
-        for part in ("prompt", "completion", "chat", "text")
-    }
-    return Features(**keys, mask_prompt=config.mask_prompt)
-
-
-def _read(data: str, names: Sequence[str], problems: list[str]) -> dict[str, list[Row]]:
+def _load(data: str, names: Sequence[str]) -> tuple[dict[str, list[RawRow]], list[str]]:
+    """Return the splits of --data, a directory or a Hugging Face dataset, and what is wrong with lines of files."""
     directory = Path(data).expanduser()
     if directory.is_dir():
-        splits: dict[str, list[Row]] = {}
-        for name in names:
-            path = directory / f"{name}.jsonl"
-            splits[name], wrong = read_lines(path) if path.exists() else ([], [])
-            problems += wrong
-        return splits
+        return read_directory(directory, names)
     if directory.exists() or data.startswith((".", "/", "~")) or data.count("/") > 1:
-        raise InputError(f"--data {data}: no such directory; give one with train.jsonl (and valid, test)")
-    return load_hub(data, names)
-
-
-def check_rows(rows: Sequence[Row], features: Features, name: str) -> tuple[list[str], list[str]]:
-    """The problems and notices of one split's rows: keys, types, roles, empty answers."""
-    problems, empty, strange = [], [], []
-    for source, row in rows:
-        if problem := row_problem(row, features):
-            problems.append(f"{source}: {problem}")
-            continue
-        if not all(answer.strip() for answer in _answers(row, features)):
-            empty.append(source)
-        strange += [(source, role) for role in _roles(row, features) if role not in ROLES]
-    notices = []
-    if empty:
-        notices.append(
-            f"{name}: {len(empty)} of {len(rows)} rows have an empty answer ({places(empty)}); "
-            "the model learns to answer nothing from them; fill them or take them out"
+        raise InputError(
+            f"--data {data}: no such directory; give one with train.jsonl (and valid.jsonl, test.jsonl)"
         )
-    if strange:
-        role = strange[0][1]
-        sources = list(dict.fromkeys(source for source, _ in strange))
-        notices.append(
-            f"{name}: {len(sources)} of {len(rows)} rows have roles like {role!r} ({places(sources)})"
-            f"{nearest(role, ROLES)}"
-        )
-    return problems, notices
+    return load_hub(data, names), []
 
 
-def _answers(row: Mapping[str, Any], features: Features) -> Iterator[str]:
-    """The texts of a row that the model is to write."""
-    if features.prompt in row and features.completion in row:
-        yield row[features.completion]
-    elif features.chat in row:
-        for message in row[features.chat]:
-            content = message.get("content")
-            if message["role"] == "assistant" and not message.get("tool_calls") and isinstance(content, str):
-                yield content
+def _odd_rows(rows: Sequence[Row], name: str, total: int) -> list[str]:
+    """Return notices of empty answers and unknown roles, among `total` rows of a split."""
+    findings, unknown_roles = Findings(), []
+    for row in rows:
+        if any(_is_empty_answer(message) for message in row.messages):
+            findings.add(Finding.EMPTY_ANSWER, row.source)
+        if unknown := [message["role"] for message in row.messages if message["role"] not in ROLES]:
+            findings.add(Finding.UNKNOWN_ROLE, row.source)
+            unknown_roles += unknown
+    role = next(iter(unknown_roles), "")
+    return findings.notices(name, total, role=role, known_roles=nearest(role, ROLES).removeprefix("; "))
 
 
-def _roles(row: Mapping[str, Any], features: Features) -> Iterator[str]:
-    if not (features.prompt in row and features.completion in row) and features.chat in row:
-        yield from (message["role"] for message in row[features.chat])
+def _is_empty_answer(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return (
+        message["role"] == "assistant"
+        and not message.get("tool_calls")
+        and isinstance(content, str)
+        and not content.strip()
+    )
 
 
-def repeated(sources: Sequence[Mapping[str, Sequence[Row]]]) -> list[str]:
-    """Notices of rows that are in several splits, where a loss would look better than it is."""
-    seen: dict[bytes, tuple[str, str]] = {}
-    twice: dict[tuple[str, str], list[str]] = {}
-    for splits in sources:
+def duplicate_notices(datasets: Sequence[Mapping[str, Sequence[RawRow]]]) -> list[str]:
+    """Return notices of rows in more than one split, whose loss looks better than it is."""
+    first_seen: dict[bytes, tuple[str, str]] = {}
+    duplicates: dict[tuple[str, str], list[str]] = {}
+    for splits in datasets:
         for name, rows in splits.items():
-            for source, row in rows:
-                content = hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()
-                first, where = seen.setdefault(content, (name, source))
+            for source, content in rows:
+                digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
+                first, first_source = first_seen.setdefault(digest, (name, source))
                 if first != name:
-                    twice.setdefault((first, name), []).append(f"{source} is {where}")
+                    duplicates.setdefault((first, name), []).append(f"{source} is {first_source}")
     return [
         f"{name}: {len(pairs)} rows are in {first} too ({listed(pairs, ', ')}); "
-        f"the loss on them says little; take them out of one"
-        for (first, name), pairs in twice.items()
+        f"their loss says little; remove them from one of the two"
+        for (first, name), pairs in duplicates.items()
     ]
 
 
-def tokenize(rows: Rows, tokenizer: Any, max_seq_length: int) -> dict[str, Split]:
-    """Tokenize all splits; what is wrong with rows is in each split's errors, what is odd in its notices."""
+def tokenize(data: RunData, tokenizer: Any, max_seq_length: int) -> dict[str, Split]:
+    """Tokenize all splits; each holds what is wrong with its rows in `errors`, and what is odd in `notices`."""
     splits: dict[str, Split] = {}
-    for features, parts in rows.sources:
-        for name, part in parts.items():
+    for dataset in data.sources:
+        for name, rows in dataset.items():
             split = splits.setdefault(name, Split([]))
-            good = [(source, row) for source, row in part if row_problem(row, features) is None]
-            done = tokenize_rows(good, tokenizer, features, max_seq_length, name)
-            split.examples.extend(done.examples)
-            split.notices.extend(done.notices)
-            split.errors.extend(done.errors)
+            tokenized = tokenize_rows(rows, tokenizer, data.mask_prompt, max_seq_length, name)
+            split.examples += tokenized.examples
+            split.notices += tokenized.notices
+            split.errors += tokenized.errors
     return splits

@@ -1,4 +1,4 @@
-"""Length-sorted or packed batches: every row once an epoch, little padding, the same rows at every validation."""
+"""Packing: several rows in one sequence, so that little of a batch is padding."""
 
 import bisect
 from collections.abc import Sequence
@@ -10,25 +10,32 @@ from nalora_mlx.data.tokenization import Example
 
 
 def epoch_packs(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[list[int]]]:
-    """The batches of one epoch in their order, each of packs that are filled up to the longest row's length.
+    """Return one epoch's batches of packs, each pack a list of row indices. Every row is in exactly one pack.
 
-    Rows are taken from the longest to the shortest, those of one length drawn anew for each epoch, and each goes
-    where the least room is left. A pure function of its arguments, as `epoch_batches` is; the number of packs is the
-    same in every epoch.
+    Best fit, longest first:
+
+    1. Shuffle the rows, then sort them by length, longest first. Rows of equal length stay shuffled.
+    2. Put each row into the pack with the least free space that still holds it, or else into a new pack. A pack holds
+       as many inputs as the longest row, rounded up.
+    3. Shuffle the packs and cut them into batches; the last batch may be smaller.
+
+    The result depends only on the arguments, and the number of packs is the same in every epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = sorted(rng.permutation(len(examples)), key=lambda row: -examples[row].inputs)
-    length = padded_length(examples)
+    capacity = padded_length(examples)
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # left in each pack, with its number, in rising order
+    free: list[tuple[int, int]] = []  # (free space, index of the pack), ascending; full packs are not listed
     for row in order:
         needed = examples[row].inputs
-        at = bisect.bisect_left(room, (needed, -1))
-        left, pack = room.pop(at) if at < len(room) else (length, len(packs))
-        if pack == len(packs):
+        at = bisect.bisect_left(free, (needed, -1))
+        if at < len(free):
+            space, pack = free.pop(at)
+        else:
+            space, pack = capacity, len(packs)
             packs.append([])
         packs[pack].append(int(row))
-        if left > needed:
-            bisect.insort(room, (left - needed, pack))
+        if space > needed:
+            bisect.insort(free, (space - needed, pack))
     shuffled = [packs[i] for i in rng.permutation(len(packs))]
     return [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]

@@ -1,7 +1,8 @@
-"""The few shapes that batches are padded to, fitted to the rows of a run.
+"""The shapes that batches are padded to, fitted to the rows of a run.
 
-Every new shape is compiled, which takes a good part of a step's time, and its graph is kept: some 18 MB on a CPU. So of
-lengths as few occur as waste little, and for each length one count of scored positions with few exceptions.
+Each new shape is compiled, which takes a good part of a step's time, and its graph stays in memory (about 18 MB on a
+CPU). So a run uses as few distinct lengths as possible while keeping padding low, and for each length mostly one number
+of loss positions.
 """
 
 import bisect
@@ -14,92 +15,106 @@ import numpy as np
 
 from nalora_mlx.data.tokenization import Example
 
-PAD_TO = 8  # lengths are padded to multiples of this
-SHORT = 256  # up to here there are eight lengths between a power of two and the next one, beyond it four
-PADDING = 0.05  # share of a batch that may be padding for the sake of fewer lengths
-MORE_PADDING = 0.01  # where all lengths together waste more than that: what fewer may add
-DEVIATIONS = 2.5  # above the mean, to which there is room for scored positions
+PAD_TO = 8  # lengths are multiples of this
+SHORT = 256  # up to this length there are eight lengths between two powers of two, above it four
+MAX_PADDING = 0.05  # share of padding that is accepted to have fewer lengths
+EXTRA_PADDING = 0.01  # if all lengths together pad more than that: the share that fewer lengths may add
+DEVIATIONS = 2.5  # standard deviations above the mean that the usual loss capacity allows for
 
 
 def rounded_length(length: int) -> int:
-    """The next of the lengths that may occur; a multiple of PAD_TO."""
+    """Round a length up to one that may occur, a multiple of PAD_TO."""
     step = max(PAD_TO, (1 << (length - 1).bit_length()) // (16 if length <= SHORT else 8))
     return step * math.ceil(length / step)
 
 
+def padded_length(examples: Iterable[Example]) -> int:
+    """Return the rounded length of the longest row."""
+    return rounded_length(max(example.inputs for example in examples))
+
+
 @dataclass(frozen=True)
-class Shapes:
-    """What batches of some sequences are padded to.
+class PaddedShapes:
+    """The shapes that batches are padded to.
 
     Attributes:
-        lengths: that occur, rising.
-        scored: for each of them mean and standard deviation of the supervised tokens of its sequences.
+        lengths: padded lengths, ascending.
+        supervised: for each length, mean and standard deviation of the supervised tokens of its sequences.
     """
 
     lengths: tuple[int, ...]
-    scored: tuple[tuple[float, float], ...]
+    supervised: tuple[tuple[float, float], ...]
 
-    def length(self, inputs: int) -> int:
-        """The length to which sequences are padded of which the longest has so many inputs."""
+    def length_for(self, inputs: int) -> int:
+        """Return the padded length of a batch whose longest sequence has `inputs` tokens."""
         return self.lengths[bisect.bisect_left(self.lengths, inputs)]
 
     def loss_capacity(self, supervised: int, sequences: int, length: int) -> int:
-        """Room for the scored positions of a batch: as usual for its size, or that doubled or halved until it is right.
+        """Return how many loss positions to allocate for a batch with `supervised` tokens.
 
-        Every position of it costs a row of logits, and every size another graph.
+        More positions cost a row of logits each, and each new capacity costs another graph.
+
+        1. Start from what batches of this size usually need: the mean plus DEVIATIONS standard deviations.
+        2. Double it until the batch fits, or halve it as long as the batch fits.
+        3. Round up to a multiple of PAD_TO, at most all positions of the batch.
         """
-        mean, deviation = self.scored[bisect.bisect_left(self.lengths, length)]
-        usual = sequences * mean + DEVIATIONS * math.sqrt(sequences) * deviation
-        size = max(usual, 1.0)
-        while size < supervised:
-            size *= 2
-        while size / 2 >= max(supervised, 1):
-            size /= 2
-        return min(PAD_TO * math.ceil(size / PAD_TO), sequences * length)
+        mean, deviation = self.supervised[bisect.bisect_left(self.lengths, length)]
+        capacity = max(sequences * mean + DEVIATIONS * math.sqrt(sequences) * deviation, 1.0)
+        while capacity < supervised:
+            capacity *= 2
+        while capacity / 2 >= max(supervised, 1):
+            capacity /= 2
+        return min(PAD_TO * math.ceil(capacity / PAD_TO), sequences * length)
 
 
-def fitted(inputs: Sequence[int], supervised: Sequence[int]) -> Shapes:
-    """Shapes for sequences of so many inputs and supervised tokens each; at least one.
+def fit_shapes(inputs: Sequence[int], supervised: Sequence[int]) -> PaddedShapes:
+    """Fit shapes to sequences, given the number of inputs and of supervised tokens of each.
 
-    Of the rounded lengths that occur the fewest whose padding stays below PADDING, or below what all of them give and
-    MORE_PADDING; of as many lengths those with the least padding.
+    1. Round the lengths up. The distinct ones are the candidates.
+    2. Allow a share of padding of MAX_PADDING, or what all candidates together need plus EXTRA_PADDING.
+    3. Choose the fewest candidates within it; of equally many, those with the least padding.
+    4. For each chosen length, take mean and standard deviation of the supervised tokens of its sequences.
     """
     rounded = np.array([rounded_length(n) for n in inputs])
-    lengths, counts = np.unique(rounded, return_counts=True)
-    real = sum(inputs)
-    least = 1 - real / int(rounded.sum())
-    allowed = real / (1 - max(PADDING, least + MORE_PADDING))  # positions
-    chosen = _fewest(lengths, counts, allowed)
+    candidates, counts = np.unique(rounded, return_counts=True)
+    tokens = sum(inputs)
+    least_padding = 1 - tokens / int(rounded.sum())
+    max_positions = tokens / (1 - max(MAX_PADDING, least_padding + EXTRA_PADDING))
+    lengths = _fewest_lengths(candidates, counts, max_positions)
     by_length = defaultdict(list)
-    for one, count in zip(inputs, supervised, strict=True):
-        by_length[chosen[bisect.bisect_left(chosen, one)]].append(count)
-    scored = ((float(np.mean(by_length[n])), float(np.std(by_length[n]))) for n in chosen)
-    return Shapes(tuple(chosen), tuple(scored))
+    for length, count in zip(inputs, supervised, strict=True):
+        by_length[lengths[bisect.bisect_left(lengths, length)]].append(count)
+    statistics = ((float(np.mean(by_length[n])), float(np.std(by_length[n]))) for n in lengths)
+    return PaddedShapes(tuple(lengths), tuple(statistics))
 
 
-def _fewest(lengths: np.ndarray, counts: np.ndarray, allowed: float) -> list[int]:
-    """The fewest of `lengths`, rising, with which sequences padded to them have at most `allowed` positions.
+def _fewest_lengths(candidates: np.ndarray, counts: np.ndarray, max_positions: float) -> list[int]:
+    """Choose the fewest lengths that pad all sequences to at most `max_positions` in total.
 
-    best[j], the fewest positions that the sequences up to length j take with k lengths of which j is the last, is
-    min over i of best[i] with k - 1 lengths, and length j for the sequences between.
+    Args:
+        candidates: lengths, ascending; the last one is always chosen.
+        counts: sequences of each length.
+        max_positions: limit for the sum of the padded lengths.
+
+    Dynamic programming:
+
+    1. Let best_k[j] be the fewest positions for the sequences of the first j candidates with k lengths, of which
+       candidate j is the longest. best_0[0] = 0.
+    2. best_k[j] = min over i < j of best_{k-1}[i] + candidate j for each sequence of the candidates i + 1 to j.
+    3. Raise k until best_k of all candidates is within the limit, and follow the choices of i back.
     """
-    number = len(lengths)
-    upto = np.concatenate([[0], np.cumsum(counts)])
+    number = len(candidates)
+    cumulative = np.concatenate([[0], np.cumsum(counts)])
     i, j = np.arange(number + 1)[:, None], np.arange(1, number + 1)
-    between = np.where(i < j, (upto[1:] - upto[:, None]) * lengths, np.inf)  # [i sequences' lengths done, j]
+    added = np.where(i < j, (cumulative[1:] - cumulative[:, None]) * candidates, np.inf)  # [i, j]
     best = np.concatenate([[0.0], np.full(number, np.inf)])
-    before: list[np.ndarray] = []
-    while best[-1] > allowed and len(before) < number:
-        total = best[:, None] + between
-        before.append(total.argmin(axis=0))
+    choices: list[np.ndarray] = []  # for each k, the best i of each j
+    while best[-1] > max_positions and len(choices) < number:
+        total = best[:, None] + added
+        choices.append(total.argmin(axis=0))
         best = np.concatenate([[np.inf], total.min(axis=0)])
-    chosen, last = [], number
-    for choice in reversed(before):
-        chosen.append(int(lengths[last - 1]))
+    lengths, last = [], number
+    for choice in reversed(choices):
+        lengths.append(int(candidates[last - 1]))
         last = int(choice[last - 1])
-    return chosen[::-1]
-
-
-def padded_length(examples: Iterable[Example]) -> int:
-    """Length of the longest row's inputs, rounded up."""
-    return rounded_length(max(example.inputs for example in examples))
+    return lengths[::-1]

@@ -1,6 +1,6 @@
-"""Which mlx-lm model types llama.cpp runs, and how each one is written: one row a model type.
+"""Model types that can be exported to GGUF, one table row each.
 
-Every row is held to llama.cpp's own logits by tests/interop/test_gguf_architectures.py.
+tests/interop/test_gguf_architectures.py compares the logits of every row in mlx-lm and llama.cpp.
 """
 
 import math
@@ -16,36 +16,37 @@ MLP = frozenset({"ffn_gate", "ffn_up", "ffn_down"})
 NORMS = frozenset({"attn_norm", "ffn_norm", "output_norm"})
 
 
-def _nothing(writer: Any, args: Any, config: dict[str, Any]) -> None:
+def _no_metadata(writer: Any, args: Any, config: dict[str, Any]) -> None:
     pass
 
 
-def _no_problem(args: Any) -> Iterator[str]:
+def _no_problems(args: Any) -> Iterator[str]:
     return iter(())
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one mlx-lm model type becomes one GGUF architecture.
+    """How to write one mlx-lm model type as a GGUF architecture.
 
-    `interleaved` and `traditional` say which rows rope rotates together: 2i and 2i+1, or i and i + d/2.
+    RoPE rotates dimensions in pairs: either neighbours 2i and 2i + 1 ("interleaved", in mlx-lm "traditional"), or
+    i and i + d/2.
     """
 
-    gguf: str  # general.architecture
-    interleaved: bool = False  # llama.cpp's rope for it
-    traditional: bool = False  # mlx-lm's rope for it, where the config has no `rope_traditional`
-    layer_norm: bool = False  # LayerNorm instead of RMSNorm: another key for epsilon
-    norm_offset: float = 0.0  # what mlx-lm adds to a norm weight when it runs, and llama.cpp does not
-    grouped_qkv: bool = False  # one `wqkv` whose rows are [kv head, queries of it + key + value, head_dim]
-    needs_output: bool = False  # llama.cpp wants output.weight even where the embedding is tied
-    biases: frozenset[str] = frozenset()  # tensors that llama.cpp takes a bias for
-    rope_scaling: frozenset[str] = frozenset()  # scalings that both programs compute alike
+    name: str  # general.architecture
+    interleaved_rope: bool = False  # in llama.cpp
+    traditional_rope: bool = False  # in mlx-lm, unless the config has `rope_traditional`
+    layer_norm: bool = False  # LayerNorm instead of RMSNorm: epsilon has another key
+    norm_offset: float = 0.0  # what mlx-lm adds to norm weights at run time and llama.cpp does not
+    grouped_qkv: bool = False  # one `wqkv` with rows [kv head, its queries + key + value, head_dim]
+    needs_output: bool = False  # llama.cpp wants output.weight even if the embedding is tied
+    biases: frozenset[str] = frozenset()  # tensors for which llama.cpp reads a bias
+    rope_scaling: frozenset[str] = frozenset()  # scaling types that both programs compute alike
     ignores_scaling: bool = False  # mlx-lm's model does not read `rope_scaling`
-    metadata: Callable[[Any, Any, dict[str, Any]], None] = field(default=_nothing)
-    problems: Callable[[Any], Iterator[str]] = field(default=_no_problem)
+    extra_metadata: Callable[[Any, Any, dict[str, Any]], None] = field(default=_no_metadata)
+    extra_checks: Callable[[Any], Iterator[str]] = field(default=_no_problems)
 
 
-# --- metadata that only some architectures have ------------------------------------------------------
+# --- metadata of single architectures ----------------------------------------------------------------
 
 
 def _mixtral(writer: Any, args: Any, config: dict[str, Any]) -> None:
@@ -62,7 +63,7 @@ def _qwen3_moe(writer: Any, args: Any, config: dict[str, Any]) -> None:
 def _gemma2(writer: Any, args: Any, config: dict[str, Any]) -> None:
     writer.add_attn_logit_softcapping(args.attn_logit_softcapping)
     writer.add_final_logit_softcapping(args.final_logit_softcapping)
-    # mlx-lm attends to everything in every layer; within the window the two are the same.
+    # mlx-lm uses full attention in every layer. Both agree on prompts within the window.
     writer.add_sliding_window(config.get("sliding_window") or 4096)
 
 
@@ -73,7 +74,7 @@ def _gemma3(writer: Any, args: Any, config: dict[str, Any]) -> None:
 
 
 def _phi3(writer: Any, args: Any, config: dict[str, Any]) -> None:
-    writer.add_sliding_window(0)  # mlx-lm has none, and llama.cpp's default depends on its version
+    writer.add_sliding_window(0)  # mlx-lm uses none; llama.cpp's default depends on its version
 
 
 def _granite(writer: Any, args: Any, config: dict[str, Any]) -> None:
@@ -92,27 +93,27 @@ def _cohere2(writer: Any, args: Any, config: dict[str, Any]) -> None:
     writer.add_rope_scaling_type(RopeScalingType.NONE)
 
 
-# --- what a config may ask for that llama.cpp does not compute ---------------------------------------
+# --- configs of single architectures that llama.cpp would compute differently -----------------------
 
 
 def _full_attention(args: Any) -> Iterator[str]:
     if "sliding_attention" in (args.layer_types or ()):
-        yield "layer_types has sliding_attention: llama.cpp attends to everything for this architecture"
+        yield "layer_types has sliding_attention: llama.cpp uses full attention for this architecture"
 
 
 def _smollm3_layers(args: Any) -> Iterator[str]:
     yield from _full_attention(args)
     if list(args.no_rope_layers) != [int((i + 1) % 4 != 0) for i in range(args.num_hidden_layers)]:
-        yield "no_rope_layers: llama.cpp leaves out rope in every fourth layer, no others"
+        yield "no_rope_layers: llama.cpp skips RoPE in every fourth layer and no others"
 
 
 def _gemma_scale(layers_of_27b: int) -> Callable[[Any], Iterator[str]]:
     def problems(args: Any) -> Iterator[str]:
-        # llama.cpp knows the 27B models, whose scale is another one, by their number of layers.
+        # The 27B models use another scale; llama.cpp recognizes them by their number of layers.
         large = args.num_hidden_layers == layers_of_27b
         expected = args.hidden_size // args.num_attention_heads if large else args.head_dim
         if args.query_pre_attn_scalar != expected:
-            yield f"query_pre_attn_scalar is {args.query_pre_attn_scalar:g}: llama.cpp computes with {expected}"
+            yield f"query_pre_attn_scalar is {args.query_pre_attn_scalar:g}: llama.cpp uses {expected}"
 
     return problems
 
@@ -121,67 +122,72 @@ def _all_experts(args: Any) -> Iterator[str]:
     if not args.norm_topk_prob:
         yield "norm_topk_prob is false: llama.cpp always normalizes the experts' weights"
     if args.decoder_sparse_step != 1 or args.mlp_only_layers:
-        yield "decoder_sparse_step or mlp_only_layers leaves dense layers: llama.cpp wants experts in every one"
+        yield "decoder_sparse_step or mlp_only_layers gives dense layers: llama.cpp needs experts in every layer"
 
 
 # --- the table ---------------------------------------------------------------------------------------
 
 _LLAMA = Architecture(
     "llama",
-    interleaved=True,
+    interleaved_rope=True,
     biases=ATTENTION | MLP,
     rope_scaling=frozenset({"linear", "yarn", "llama3"}),
-    problems=_full_attention,
+    extra_checks=_full_attention,
 )
 _QWEN_SCALING = frozenset({"linear", "yarn"})
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "mixtral": Architecture("llama", interleaved=True, ignores_scaling=True, metadata=_mixtral),
+    "mixtral": Architecture("llama", interleaved_rope=True, ignores_scaling=True, extra_metadata=_mixtral),
     "qwen2": Architecture("qwen2", biases=QKV, rope_scaling=_QWEN_SCALING),
     "qwen3": Architecture("qwen3", rope_scaling=_QWEN_SCALING),
-    "qwen3_moe": Architecture("qwen3moe", ignores_scaling=True, metadata=_qwen3_moe, problems=_all_experts),
+    "qwen3_moe": Architecture(
+        "qwen3moe", ignores_scaling=True, extra_metadata=_qwen3_moe, extra_checks=_all_experts
+    ),
     "gemma": Architecture("gemma", norm_offset=1.0),
-    "gemma2": Architecture("gemma2", norm_offset=1.0, metadata=_gemma2, problems=_gemma_scale(46)),
+    "gemma2": Architecture("gemma2", norm_offset=1.0, extra_metadata=_gemma2, extra_checks=_gemma_scale(46)),
     "gemma3_text": Architecture(
         "gemma3",
         norm_offset=1.0,
         rope_scaling=frozenset({"linear"}),
-        metadata=_gemma3,
-        problems=_gemma_scale(62),
+        extra_metadata=_gemma3,
+        extra_checks=_gemma_scale(62),
     ),
-    "phi3": Architecture("phi3", rope_scaling=frozenset({"linear", "longrope"}), metadata=_phi3),
+    "phi3": Architecture("phi3", rope_scaling=frozenset({"linear", "longrope"}), extra_metadata=_phi3),
     "smollm3": Architecture(
-        "smollm3", interleaved=True, rope_scaling=frozenset({"linear", "yarn"}), problems=_smollm3_layers
+        "smollm3",
+        interleaved_rope=True,
+        rope_scaling=frozenset({"linear", "yarn"}),
+        extra_checks=_smollm3_layers,
     ),
     "olmo2": Architecture("olmo2", needs_output=True, rope_scaling=frozenset({"linear", "yarn"})),
-    "glm4": Architecture("glm4", interleaved=True, traditional=True, biases=QKV),
+    "glm4": Architecture("glm4", interleaved_rope=True, traditional_rope=True, biases=QKV),
     "internlm2": Architecture(
         "internlm2",
-        interleaved=True,
+        interleaved_rope=True,
         grouped_qkv=True,
         needs_output=True,
         rope_scaling=frozenset({"linear"}),
     ),
     "internlm3": Architecture(
-        "llama", interleaved=True, biases=ATTENTION | MLP, rope_scaling=frozenset({"linear"})
+        "llama", interleaved_rope=True, biases=ATTENTION | MLP, rope_scaling=frozenset({"linear"})
     ),
     "granite": Architecture(
         "granite",
-        interleaved=True,
+        interleaved_rope=True,
         biases=ATTENTION | MLP,
         rope_scaling=frozenset({"linear", "yarn", "llama3"}),
-        metadata=_granite,
+        extra_metadata=_granite,
     ),
     "cohere2": Architecture(
-        "cohere2", interleaved=True, traditional=True, layer_norm=True, metadata=_cohere2
+        "cohere2", interleaved_rope=True, traditional_rope=True, layer_norm=True, extra_metadata=_cohere2
     ),
     "starcoder2": Architecture("starcoder2", layer_norm=True, biases=ATTENTION | MLP | NORMS),
 }
 
 
-# --- what all rows share -----------------------------------------------------------------------------
+# --- shared by all architectures ---------------------------------------------------------------------
 
 
 def head_dim(args: Any) -> int:
@@ -190,59 +196,61 @@ def head_dim(args: Any) -> int:
 
 
 def rope_dims(args: Any) -> int:
-    """Return how many dimensions of a head rope rotates."""
+    """Return the number of dimensions of a head that RoPE rotates."""
     return int(head_dim(args) * getattr(args, "partial_rotary_factor", 1.0))
 
 
-def _pairs_rows(arch: Architecture, args: Any) -> bool:
-    """Return whether q and k rows move: mlx-lm rotates i with i + d/2, llama.cpp 2i with 2i + 1."""
-    return arch.interleaved and not getattr(args, "rope_traditional", arch.traditional)
+def _reorders_rope_rows(arch: Architecture, args: Any) -> bool:
+    """Return whether q and k rows are reordered: mlx-lm pairs i with i + d/2, llama.cpp 2i with 2i + 1."""
+    return arch.interleaved_rope and not getattr(args, "rope_traditional", arch.traditional_rope)
 
 
 def scaling_type(args: Any) -> str:
-    """Return the config's kind of rope scaling: `default`, `linear`, `yarn`, `llama3`, `longrope` ..."""
+    """Return the type of RoPE scaling in the config: `default`, `linear`, `yarn`, `llama3`, `longrope` ..."""
     scaling = getattr(args, "rope_scaling", None) or {}
     kind = scaling.get("type") or scaling.get("rope_type") or "default"
     return {"su": "longrope"}.get(kind, kind)
 
 
-def problems(arch: Architecture, args: Any, config: dict[str, Any]) -> list[str]:
+def config_problems(arch: Architecture, args: Any, config: dict[str, Any]) -> list[str]:
     """Return everything in the config that llama.cpp would compute differently, one line each."""
-    found = list(arch.problems(args))
+    found = list(arch.extra_checks(args))
     if not config.get("max_position_embeddings"):
         found.append("config.json has no max_position_embeddings: llama.cpp needs the context length")
-    if not arch.interleaved and getattr(args, "rope_traditional", False):
+    if not arch.interleaved_rope and getattr(args, "rope_traditional", False):
         found.append("rope_traditional is true: llama.cpp rotates halves for this architecture")
-    if _pairs_rows(arch, args) and rope_dims(args) != head_dim(args):
+    if _reorders_rope_rows(arch, args) and rope_dims(args) != head_dim(args):
         found.append("partial_rotary_factor below 1 with rope_traditional false: llama.cpp rotates pairs")
     kind, scaling = scaling_type(args), getattr(args, "rope_scaling", None) or {}
     if arch.ignores_scaling or kind in ("default", "dynamic"):
         return found
     if kind not in arch.rope_scaling:
         known = ", ".join(sorted(arch.rope_scaling)) or "none"
-        found.append(f"rope_scaling of type {kind}: llama.cpp's {arch.gguf} has it not (it has: {known})")
+        found.append(
+            f"rope_scaling of type {kind}: llama.cpp's {arch.name} does not support it (only: {known})"
+        )
     elif kind == "yarn" and (scaling.get("mscale", 1) != 1 or scaling.get("mscale_all_dim", 0) != 0):
         found.append("rope_scaling of type yarn with mscale or mscale_all_dim: llama.cpp reads neither here")
     return found
 
 
-def notes(arch: Architecture, args: Any) -> list[str]:
-    """Return what the user should know of the written model, one line each."""
+def config_notes(arch: Architecture, args: Any) -> list[str]:
+    """Return what the user should know about the exported model, one line each."""
     kind = scaling_type(args)
     if arch.ignores_scaling and kind != "default":
-        return [f"rope scaling ({kind}) is left out, as mlx-lm leaves it out for this model type"]
+        return [f"RoPE scaling ({kind}) is omitted: mlx-lm ignores it for this model type"]
     if kind == "dynamic":
         limit = args.max_position_embeddings
-        return [f"dynamic rope scaling does not exist in GGUF: the model is the same up to {limit} tokens"]
+        return [f"GGUF has no dynamic RoPE scaling: the model is the same up to {limit} tokens"]
     if kind == "longrope":
-        return ["the long rope factors are used at every length, as mlx-lm does"]
-    if arch.gguf == "gemma2":
-        return ["llama.cpp attends within the sliding window in every second layer; mlx-lm to everything"]
+        return ["the long RoPE factors are used at every length, as in mlx-lm"]
+    if arch.name == "gemma2":
+        return ["every second layer uses the sliding window in llama.cpp and full attention in mlx-lm"]
     return []
 
 
 def write_metadata(writer: Any, arch: Architecture, args: Any, config: dict[str, Any]) -> None:
-    """Write every key llama.cpp reads for this architecture; values are those mlx-lm's model runs with."""
+    """Write every key that llama.cpp reads for this architecture, with the values that mlx-lm's model uses."""
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(args.hidden_size)
     writer.add_block_count(args.num_hidden_layers)
@@ -260,7 +268,7 @@ def write_metadata(writer: Any, arch: Architecture, args: Any, config: dict[str,
     writer.add_rope_dimension_count(rope_dims(args))
     if not arch.ignores_scaling:
         _write_scaling(writer, args)
-    arch.metadata(writer, args, config)
+    arch.extra_metadata(writer, args, config)
 
 
 def _write_scaling(writer: Any, args: Any) -> None:
@@ -284,7 +292,7 @@ def _write_scaling(writer: Any, args: Any) -> None:
 
 
 def rope_factors(arch: Architecture, args: Any) -> dict[str, np.ndarray]:
-    """Return the tensors, float32 [rope_dims / 2], by which llama.cpp divides its rope frequencies."""
+    """Return tensors of factors by which llama.cpp divides its RoPE frequencies, float32 [rope_dims / 2]."""
     kind, scaling = scaling_type(args), getattr(args, "rope_scaling", None) or {}
     if arch.ignores_scaling:
         return {}
@@ -304,31 +312,31 @@ def rope_factors(arch: Architecture, args: Any) -> dict[str, np.ndarray]:
 
 
 def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder [heads * d] row numbers from halves (i, i + d/2) to pairs (2i, 2i + 1) within each head."""
+    """Reorder row indices [heads * d] from halves (i, i + d/2) to pairs (2i, 2i + 1) within each head."""
     return rows.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def tensor_rows(arch: Architecture, args: Any, path: str) -> list[tuple[str, np.ndarray | None]]:
-    """Return the tensors that the mlx-lm parameter at `path` becomes: [(name to look up, its rows)].
+    """Return the tensors to write for the mlx-lm parameter at `path`, as (name to look up, rows).
 
-    Rows are numbers of output rows of the parameter, int64, in the order to write; None means as they are.
+    Rows are the parameter's row indices in the order to write, int64; None keeps all rows in place.
     """
     heads, kv_heads, d = args.num_attention_heads, args.num_key_value_heads, head_dim(args)
     path = path.replace("block_sparse_moe.switch_mlp", "mlp.experts").replace("switch_mlp", "experts")
     stem, _, leaf = path.rpartition(".")
-    moves = _pairs_rows(arch, args)
+    reorder = _reorders_rope_rows(arch, args)
     if arch.grouped_qkv and stem.endswith(".wqkv"):
         rows = np.arange((heads + 2 * kv_heads) * d).reshape(kv_heads, -1, d)
         q, k, v = rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)
-        if moves:
+        if reorder:
             q, k = _interleave(q, heads), _interleave(k, kv_heads)
         layer = stem.removesuffix(".attention.wqkv")
         return [
             (f"{layer}.self_attn.{name}_proj.{leaf}", part)
             for name, part in zip("qkv", (q, k, v), strict=True)
         ]
-    if moves and stem.endswith(".q_proj"):
+    if reorder and stem.endswith(".q_proj"):
         return [(path, _interleave(np.arange(heads * d), heads))]
-    if moves and stem.endswith(".k_proj"):
+    if reorder and stem.endswith(".k_proj"):
         return [(path, _interleave(np.arange(kv_heads * d), kv_heads))]
     return [(path, None)]

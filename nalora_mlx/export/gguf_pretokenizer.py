@@ -1,7 +1,8 @@
-"""The name by which llama.cpp knows how a byte-level BPE cuts text into words: one row a way of cutting.
+"""llama.cpp's names for the pre-tokenizers of byte-level BPE, one table row each.
 
-GGUF holds that name (`tokenizer.ggml.pre`) and no regex, so a tokenizer.json has to be recognized by its regexes;
-what is not recognized is refused. Every row is held to llama.cpp by tests/interop/test_gguf_tokenizer.py.
+A pre-tokenizer splits text into words by regular expressions. GGUF stores only its name (`tokenizer.ggml.pre`), so
+tokenizer.json has to be recognized by its expressions; unknown ones are rejected.
+tests/interop/test_gguf_tokenizer.py compares the tokens of every row with those of llama.cpp.
 """
 
 import json
@@ -17,28 +18,26 @@ _REST_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 LLAMA3 = rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
-GPT4 = (  # the cuts of LLAMA3, written another way
+GPT4 = (  # splits as LLAMA3 does
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"
     r"\s+(?!\S)|\s+"
 )
 QWEN2 = rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
 TEKKEN = rf"{_LOWER}|{_UPPER}|\p{{N}}|{_REST_SLASH}"
 GPT4O = rf"{_LOWER}{_ENGLISH}?|{_UPPER}{_ENGLISH}?|\p{{N}}{{1,3}}|{_REST_SLASH}"
-BYTE_LEVEL = "ByteLevel"  # GPT-2's regex, which the ByteLevel pre-tokenizer has built in
+BYTE_LEVEL = "ByteLevel"  # stands for GPT-2's regex, which is built into the ByteLevel pre-tokenizer
 DIGITS = r"\p{N}"
-_CASE_NOTE = (
-    "llama.cpp knows no upper case and no combining marks beyond ASCII here: such words may split differently"
-)
+_CASE_NOTE = "llama.cpp may split words with non-ASCII upper case or combining marks differently"
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One way of cutting: llama.cpp's name, the regexes that cut one after another, and what is not the same."""
+    """A pre-tokenizer that llama.cpp knows."""
 
-    name: str
-    cuts: tuple[str, ...]
-    ignore_merges: bool = False  # a word that is a token stays whole
-    note: str = ""
+    name: str  # in llama.cpp
+    patterns: tuple[str, ...]  # applied one after another
+    ignore_merges: bool = False  # keep a word whole if it is a token
+    note: str = ""  # how llama.cpp differs
 
 
 PRE_TOKENIZERS = (
@@ -51,10 +50,10 @@ PRE_TOKENIZERS = (
     PreTokenizer("tekken", (TEKKEN,), ignore_merges=True, note=_CASE_NOTE),
     PreTokenizer("gpt-4o", (GPT4O,), note=_CASE_NOTE),
 )
-# llama.cpp's names that stand for the same cuts, and those of ways that are not in the table: a model that was
-# converted from GGUF carries its name as `gguf_tokenizer_pre`.
-SAME = {"smollm": {"starcoder", "refact", "command-r"}, "dbrx": {"chatglm-bpe", "glm4", "smaug-bpe"}}
-TAGS = {
+# Other names of llama.cpp for the same splits.
+ALIASES = {"smollm": {"starcoder", "refact", "command-r"}, "dbrx": {"chatglm-bpe", "glm4", "smaug-bpe"}}
+# Names accepted from `gguf_tokenizer_pre`, which models converted from GGUF have.
+KNOWN_NAMES = {
     "deepseek-coder",
     "deepseek-llm",
     "deepseek-v3",
@@ -63,55 +62,64 @@ TAGS = {
     "olmo",
     "qwen35",
     "stablelm2",
-}.union((row.name for row in PRE_TOKENIZERS), *SAME.values())
+}.union((row.name for row in PRE_TOKENIZERS), *ALIASES.values())
 
 
-def refuse(path: Path, what: str) -> InputError:
-    """Return the error for a tokenizer that llama.cpp has not, with the list of those it has."""
+def unsupported_tokenizer(path: Path, reason: str) -> InputError:
+    """Return the error for a tokenizer that llama.cpp does not have; it lists those that are supported."""
     known = ", ".join(sorted({row.name for row in PRE_TOKENIZERS}))
-    return InputError(f"{path}: {what}; known are byte-level BPE that cuts as {known}, and SentencePiece BPE")
+    return InputError(
+        f"{path}: {reason}; supported are byte-level BPE with the pre-tokenizers {known}, and SentencePiece BPE"
+    )
 
 
-def flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer, pre-tokenizer or post-processor, its sequences (under `key`) unrolled."""
-    if not part:
+def flatten_steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer, pre-tokenizer or post-processor, with sequences (under `key`) flattened."""
+    if not step:
         return []
-    if part["type"] == "Sequence":
-        return [step for inner in part[key] for step in flat(inner, key)]
-    return [part]
+    if step["type"] == "Sequence":
+        return [flat for inner in step[key] for flat in flatten_steps(inner, key)]
+    return [step]
 
 
-def name_cuts(path: Path, tokenizer: dict[str, Any], tag: str | None) -> tuple[str, list[str]]:
-    """Return llama.cpp's name for the cuts of a tokenizer.json, and what the user should know.
+def identify_pretokenizer(
+    path: Path, tokenizer: dict[str, Any], given_name: str | None
+) -> tuple[str, list[str]]:
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json, and notes for the user.
 
-    `tag` is the name the model brought along; it counts where the regexes are not recognized.
-    Raises InputError where neither is known.
+    Args:
+        path: the file, for messages.
+        tokenizer: its content.
+        given_name: `gguf_tokenizer_pre` of the model, used if the regular expressions are unknown.
+
+    Raises:
+        InputError: both are unknown, or the normalizer is unsupported.
     """
     notes = []
-    for step in flat(tokenizer.get("normalizer"), "normalizers"):
+    for step in flatten_steps(tokenizer.get("normalizer"), "normalizers"):
         if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
-            raise refuse(path, f"has a normalizer {step['type']}, which llama.cpp has not")
+            raise unsupported_tokenizer(path, f"has a normalizer {step['type']}, which llama.cpp lacks")
         notes.append(
-            f"mlx-lm turns text into Unicode's {step['type']} form first, llama.cpp does not: text in another form, "
-            "which is rare, gives other tokens there; nothing to do"
+            f"mlx-lm normalizes text to Unicode {step['type']} and llama.cpp does not, so text in another form, "
+            "which is rare, gets different tokens there; nothing to do"
         )
-    row = _recognize(tokenizer)
+    row = _find_row(tokenizer)
     if row is None:
-        if tag is None or tag not in TAGS:
-            cuts = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False)
-            raise refuse(path, f"cuts text into words in a way that is not known: {cuts}")
-        return tag, [*notes, f"the way of cutting text is taken from gguf_tokenizer_pre: {tag}"]
-    if tag and tag != row.name and tag not in SAME.get(row.name, ()):
+        if given_name is None or given_name not in KNOWN_NAMES:
+            found = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False)
+            raise unsupported_tokenizer(path, f"has an unknown pre-tokenizer: {found}")
+        return given_name, [*notes, f"the pre-tokenizer is taken from gguf_tokenizer_pre: {given_name}"]
+    if given_name and given_name != row.name and given_name not in ALIASES.get(row.name, ()):
         notes.append(
-            f"text is cut into words as tokenizer.json does it ({row.name}), as in mlx-lm; gguf_tokenizer_pre, which "
-            f"says {tag}, is left aside; nothing to do"
+            f"the pre-tokenizer is taken from tokenizer.json ({row.name}), as in mlx-lm, and not from "
+            f"gguf_tokenizer_pre ({given_name}); nothing to do"
         )
     return row.name, notes + [row.note] * bool(row.note)
 
 
-def _recognize(tokenizer: dict[str, Any]) -> PreTokenizer | None:
-    cuts = _cuts(flat(tokenizer.get("pre_tokenizer"), "pretokenizers"))
-    rows = [row for row in PRE_TOKENIZERS if row.cuts == cuts]
+def _find_row(tokenizer: dict[str, Any]) -> PreTokenizer | None:
+    patterns = _split_patterns(flatten_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    rows = [row for row in PRE_TOKENIZERS if row.patterns == patterns]
     ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
     exact = [row for row in rows if row.ignore_merges == ignore_merges]
     if exact or not rows:
@@ -119,27 +127,27 @@ def _recognize(tokenizer: dict[str, Any]) -> PreTokenizer | None:
     return rows[0] if _merges_reach_every_token(tokenizer) else None
 
 
-def _cuts(steps: list[dict[str, Any]]) -> tuple[str, ...] | None:
-    """Return the regexes that cut the text, in order; None where a step is of an unknown kind."""
-    cuts: list[str] = []
+def _split_patterns(steps: list[dict[str, Any]]) -> tuple[str, ...] | None:
+    """Return the regular expressions that split the text, in order; None if a step is of an unknown kind."""
+    patterns: list[str] = []
     for step in steps:
         kind = step["type"]
         if kind == "ByteLevel" and not step.get("add_prefix_space", True):
-            cuts += [BYTE_LEVEL] if step.get("use_regex", True) else []
+            patterns += [BYTE_LEVEL] if step.get("use_regex", True) else []
         elif kind == "Digits":
-            cuts.append(DIGITS if step.get("individual_digits") else rf"{DIGITS}+")
+            patterns.append(DIGITS if step.get("individual_digits") else rf"{DIGITS}+")
         elif kind == "Split" and (step["behavior"], step["invert"]) in (
             ("Isolated", False),
             ("Removed", True),
         ):
-            cuts.append(step["pattern"].get("Regex", ""))
+            patterns.append(step["pattern"].get("Regex", ""))
         else:
             return None
-    return tuple(cuts)
+    return tuple(patterns)
 
 
 def _merges_reach_every_token(tokenizer: dict[str, Any]) -> bool:
-    """Return whether BPE alone makes each token of its own text: then ignore_merges changes nothing."""
+    """Return whether BPE alone makes each token from its own text, so that ignore_merges has no effect."""
     from tokenizers import Tokenizer
 
     model = {**tokenizer["model"], "ignore_merges": False}

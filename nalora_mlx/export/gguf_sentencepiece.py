@@ -1,4 +1,4 @@
-"""A SentencePiece BPE as llama.cpp wants it: its pieces with scores, from tokenizer.model or tokenizer.json."""
+"""SentencePiece BPE vocabularies: pieces and their scores, read from tokenizer.model or tokenizer.json."""
 
 import struct
 from collections.abc import Iterator
@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.export.gguf_pretokenizer import flat, refuse
+from nalora_mlx.export.gguf_pretokenizer import flatten_steps, unsupported_tokenizer
 
-# Token types: the same numbers in SentencePiece and in GGUF.
+# Token types, with the same numbers in SentencePiece and GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_NORMALIZES = (
-    "the tokenizer normalizes text, llama.cpp does not: unusual characters or spaces may split differently"
+_NORMALIZATION_NOTE = (
+    "the tokenizer normalizes text and llama.cpp does not: unusual characters or spaces may split differently"
 )
-_SPACE_AFTER = "text after a special token gets a space in front in llama.cpp, not in mlx-lm"
+_SPACE_NOTE = "llama.cpp adds a space before text that follows a special token, mlx-lm does not"
 
 
 @dataclass
 class Pieces:
-    """The vocabulary by token id, whether text gets a space in front, and what the user should know."""
+    """A SentencePiece vocabulary, by token id, and notes for the user."""
 
     tokens: list[str]
     types: list[int]
     scores: list[float]
-    add_space_prefix: bool
+    add_space_prefix: bool  # whether text gets a leading space
     notes: list[str]
 
 
@@ -32,48 +32,53 @@ class Pieces:
 
 
 def pieces_from_json(path: Path, tokenizer: dict[str, Any]) -> Pieces:
-    """Read a SentencePiece BPE that was converted to tokenizer.json: its merges give back the scores.
+    """Read a SentencePiece BPE that was converted to tokenizer.json; the scores are recovered from its merges.
 
-    Raises InputError for one that SentencePiece did not make or that treats spaces in another way.
+    Args:
+        path: the file, for messages.
+        tokenizer: its content.
+
+    Raises:
+        InputError: the BPE was not made by SentencePiece, or handles spaces in an unsupported way.
     """
     model, notes = tokenizer["model"], []
     prefix = marks_spaces = False
-    for step in flat(tokenizer.get("normalizer"), "normalizers"):
+    for step in flatten_steps(tokenizer.get("normalizer"), "normalizers"):
         if step["type"] == "Prepend" and step["prepend"] == "▁":
             prefix = True
         elif step["type"] == "Replace" and (step["pattern"], step["content"]) == ({"String": " "}, "▁"):
             marks_spaces = True
         elif step["type"] in ("Precompiled", "NFC", "NFKC"):
-            notes.append(_NORMALIZES)
+            notes.append(_NORMALIZATION_NOTE)
         else:
-            raise refuse(path, f"has a normalizer {step['type']}, which llama.cpp has not")
-    for step in flat(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+            raise unsupported_tokenizer(path, f"has a normalizer {step['type']}, which llama.cpp lacks")
+    for step in flatten_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         scheme = step.get("prepend_scheme", "always")
         if step["type"] == "Metaspace" and not step.get("split", True):
             marks_spaces, prefix = True, prefix or scheme != "never"
             if scheme == "first":
-                notes.append(_SPACE_AFTER)
+                notes.append(_SPACE_NOTE)
             if scheme != "never":
-                notes.append("a space that begins a text counts once in mlx-lm, twice in llama.cpp")
+                notes.append("a leading space in a text counts once in mlx-lm and twice in llama.cpp")
         elif not (step["type"] == "Split" and step["pattern"] == {"String": " "} and marks_spaces):
-            raise refuse(path, f"has a pre-tokenizer {step['type']}, which llama.cpp has not")
+            raise unsupported_tokenizer(path, f"has a pre-tokenizer {step['type']}, which llama.cpp lacks")
     if not marks_spaces:
-        raise refuse(path, "does not write spaces as ▁")
+        raise unsupported_tokenizer(path, "does not represent spaces as ▁")
     tokens = [""] * (1 + max(model["vocab"].values()))
     for token, i in model["vocab"].items():
         tokens[i] = token
     added = {token["content"] for token in tokenizer.get("added_tokens") or []}
-    types = [_type(token, model.get("unk_token")) for token in tokens]
-    return Pieces(tokens, types, _scores(path, tokens, merge_pairs(model), added), prefix, notes)
+    types = [_token_type(token, model.get("unk_token")) for token in tokens]
+    return Pieces(tokens, types, _recover_scores(path, tokens, merge_pairs(model), added), prefix, notes)
 
 
 def merge_pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return a BPE's merges, best first; tokenizer.json writes them as "a b" or as ["a", "b"]."""
+    """Return a BPE's merges, best first. tokenizer.json has them as "a b" or as ["a", "b"]."""
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges") or [])
     return [(left, right) for left, right in pairs]
 
 
-def _type(token: str, unknown: str | None) -> int:
+def _token_type(token: str, unknown: str | None) -> int:
     if token == unknown:
         return UNKNOWN
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
@@ -81,27 +86,31 @@ def _type(token: str, unknown: str | None) -> int:
     return NORMAL if token else UNUSED
 
 
-def _scores(path: Path, tokens: list[str], merges: list[tuple[str, str]], added: set[str]) -> list[float]:
-    """Return the scores, by id, with which joining the best-scored neighbours repeats the merges.
+def _recover_scores(
+    path: Path, tokens: list[str], merges: list[tuple[str, str]], added: set[str]
+) -> list[float]:
+    """Return scores by token id with which SentencePiece makes the same merges, in the same order.
 
-    SentencePiece joins any two neighbours whose text is a token. So every cut of a token into two tokens must be
-    a merge, and a token's merges must follow one another: true of what was converted, not of any other BPE.
+    SentencePiece joins the neighbours whose text is the best-scored token. Scores can therefore replace merges only if
+    1. all merges that make a token follow one another, and
+    2. every split of a token into two tokens is a merge.
+    Both hold for converted SentencePiece models, but not for BPE in general.
     """
     rank: dict[str, int] = {}
-    before = ""
-    foreign = "is a BPE with byte_fallback that SentencePiece did not make"
+    previous = ""
+    reason = "is a BPE with byte_fallback that was not made by SentencePiece"
     for left, right in merges:
         joined = left + right
-        if joined in rank and joined != before:
-            raise refuse(path, f"{foreign} (token {joined!r} comes from merges far apart)")
+        if joined in rank and joined != previous:
+            raise unsupported_tokenizer(path, f"{reason} (the merges of token {joined!r} are not adjacent)")
         rank.setdefault(joined, len(rank))
-        before = joined
+        previous = joined
     known, vocab = set(merges), set(tokens) - added
     for token in vocab:
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
             if left in vocab and right in vocab and (left, right) not in known:
-                raise refuse(path, f"{foreign} (no merge of {left!r} and {right!r})")
+                raise unsupported_tokenizer(path, f"{reason} (no merge of {left!r} and {right!r})")
     return [-float(rank.get(token, len(rank))) for token in tokens]
 
 
@@ -109,59 +118,63 @@ def _scores(path: Path, tokens: list[str], merges: list[tuple[str, str]], added:
 
 
 def pieces_from_proto(path: Path) -> Pieces:
-    """Read a tokenizer.model. Format: sentencepiece_model.proto of github.com/google/sentencepiece.
+    """Read a tokenizer.model.
 
-    It is read here, because the package's own interface tells neither the algorithm nor user-defined pieces.
-    Raises InputError for a broken file and for anything but BPE with byte fallback.
+    The file is parsed here because the sentencepiece package reports neither the algorithm nor user-defined pieces.
+    Format: sentencepiece_model.proto of github.com/google/sentencepiece.
+
+    Raises:
+        InputError: the file is damaged, or its model is not a BPE with byte fallback.
     """
     tokens, types, scores = [], [], []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     try:
-        for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                piece = dict(_fields(value))
+        for number, value in _parse_protobuf(path.read_bytes()):
+            if number == 1:  # pieces
+                piece = dict(_parse_protobuf(value))
                 tokens.append(piece[1].decode("utf-8"))
                 scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
                 types.append(piece.get(3, NORMAL))
-            elif number == 2:
-                trainer = dict(_fields(value))
-            elif number == 3:
-                normalizer = dict(_fields(value))
+            elif number == 2:  # trainer_spec
+                trainer = dict(_parse_protobuf(value))
+            elif number == 3:  # normalizer_spec
+                normalizer = dict(_parse_protobuf(value))
     except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: is not a SentencePiece model that can be read: {error}") from error
-    algorithm = trainer.get(3, 1)
+        raise InputError(f"{path}: is not a readable SentencePiece model: {error}") from error
+    algorithm = trainer.get(3, 1)  # model_type
     if algorithm != 2:
-        kind = {1: "Unigram", 3: "Word", 4: "Char"}.get(algorithm, "empty")
-        raise refuse(path, f"is a SentencePiece {kind} model")
+        kind = {1: "Unigram", 3: "Word", 4: "Char"}.get(algorithm, "unknown")
+        raise unsupported_tokenizer(path, f"is a SentencePiece {kind} model")
     if BYTE not in types:
-        raise refuse(path, "is a SentencePiece model without byte fallback")
-    if trainer.get(24, 0):
-        raise refuse(path, "is a SentencePiece model that marks spaces after words")
+        raise unsupported_tokenizer(path, "is a SentencePiece model without byte fallback")
+    if trainer.get(24, 0):  # treat_whitespace_as_suffix
+        raise unsupported_tokenizer(path, "is a SentencePiece model that puts spaces after words")
     for i, kind in enumerate(types):
-        if kind == USER_DEFINED:  # SentencePiece looks for them after it has marked spaces, llama.cpp before
+        if kind == USER_DEFINED:  # matched after spaces become ▁ in SentencePiece, and before in llama.cpp
             tokens[i] = tokens[i].replace("▁", " ")
-    notes = [_NORMALIZES] if normalizer.get(2) or normalizer.get(4, 1) else []
-    prefix = bool(normalizer.get(3, 1))
-    return Pieces(tokens, types, scores, prefix, notes + [_SPACE_AFTER] * prefix)
+    normalizes = normalizer.get(2) or normalizer.get(4, 1)  # precompiled_charsmap, remove_extra_whitespaces
+    notes = [_NORMALIZATION_NOTE] if normalizes else []
+    prefix = bool(normalizer.get(3, 1))  # add_dummy_prefix
+    return Pieces(tokens, types, scores, prefix, notes + [_SPACE_NOTE] * prefix)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (field number, value) of a protobuf message: int for varints, bytes for all else."""
-    at = 0
+def _parse_protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (field number, value) of a protobuf message: an int for varints, bytes for other types."""
+    position = 0
 
     def varint() -> int:
-        nonlocal at
+        nonlocal position
         value = shift = 0
         while True:
-            byte = data[at]
-            at += 1
+            byte = data[position]
+            position += 1
             value |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
                 return value
 
-    while at < len(data):
+    while position < len(data):
         number, wire = divmod(varint(), 8)
         if wire == 0:
             yield number, varint()
@@ -169,7 +182,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         size = {1: 8, 5: 4}.get(wire)
         if wire == 2:
             size = varint()
-        if size is None or at + size > len(data):
-            raise ValueError("it is cut short or of another format")
-        yield number, data[at : at + size]
-        at += size
+        if size is None or position + size > len(data):
+            raise ValueError("truncated, or of another format")
+        yield number, data[position : position + size]
+        position += size

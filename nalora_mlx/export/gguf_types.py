@@ -1,7 +1,7 @@
-"""Types of the tensors in a GGUF file: which each gets, and how values become it.
+"""Tensor types in GGUF files: which type each tensor gets, and how values are quantized.
 
-The plain types are quantized by gguf-py. K-quants it cannot write: these come from llama.cpp's own library, in the
-package xllamacpp, and each tensor gets the type that llama.cpp's quantizer gives it.
+gguf-py quantizes the plain types. K-quants need llama.cpp's own library, from the package xllamacpp, and each tensor
+gets the type that llama.cpp's quantizer would choose.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ except ImportError as error:
 
 Type = gguf.GGMLQuantizationType
 
-# Type of the weights -> (what GGUF calls a file of it, the type of most tensors).
+# --type -> (GGUF's name for such a file, the type of most tensors)
 FILE_TYPES = {
     "f32": ("ALL_F32", Type.F32),
     "f16": ("MOSTLY_F16", Type.F16),
@@ -39,100 +39,101 @@ FILE_TYPES = {
     "q5_k_m": ("MOSTLY_Q5_K_M", Type.Q5_K),
     "q6_k": ("MOSTLY_Q6_K", Type.Q6_K),
 }
-# What llama.cpp takes where rows are no multiple of a K-quant's 256; F16 where they are none of 32 either.
+# llama.cpp's choice if the row length is not a multiple of a K-quant's 256. If not of 32 either, it takes F16.
 FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 
 
 def is_k_quant(type: str) -> bool:
-    """Whether a type needs llama.cpp's own quantizer."""
+    """Return whether a file type needs llama.cpp's own quantizer."""
     return "_k" in type
 
 
-def type_of(
+def choose_type(
     name: str, shape: tuple[int, ...], type: str, *, tied: bool, layers: int, experts: int, is_70b: bool
 ) -> Any:
     """Choose the type of one tensor.
 
-    Vectors and routers stay F32. A head is finer than the rest, for it decides between tokens: Q8_0, or for
-    K-quants what llama.cpp takes.
+    Vectors and routers stay F32. The output head gets more bits than the rest because it decides between tokens:
+    Q8_0, or llama.cpp's choice for K-quants.
 
     Args:
-        name: of the tensor in GGUF.
+        name: GGUF name of the tensor.
         shape: [(experts,) rows, columns].
         type: a key of FILE_TYPES.
-        tied: the embedding is the head.
-        layers: of the model.
-        experts: of the model, 0 if it has none.
-        is_70b: llama.cpp takes it for a 70B model of grouped attention.
+        tied: whether the embedding is also the output head.
+        layers: number of layers of the model.
+        experts: number of experts of the model; 0 if it has none.
+        is_70b: whether llama.cpp takes the model for a 70B model with grouped-query attention.
     """
     if len(shape) == 1 or ".ffn_gate_inp." in name:
         return Type.F32
-    wanted, columns = FILE_TYPES[type][1], shape[-1]
+    chosen, columns = FILE_TYPES[type][1], shape[-1]
     is_head = name == "output.weight" or (tied and name == "token_embd.weight")
     if is_k_quant(type):
         if is_head:
-            wanted = Type.Q8_0 if columns % _block(wanted) else Type.Q6_K
+            chosen = Type.Q8_0 if columns % _block_size(chosen) else Type.Q6_K
         else:
-            wanted = _k_type(name, type, layers, experts, is_70b)
-        if columns % _block(wanted):
-            wanted = FALLBACKS.get(wanted, Type.F16)
+            chosen = _choose_k_quant(name, type, layers, experts, is_70b)
+        if columns % _block_size(chosen):
+            chosen = FALLBACKS.get(chosen, Type.F16)
     elif is_head and type[:2] in ("q4", "q5"):
-        wanted = Type.Q8_0
-    return Type.F16 if columns % _block(wanted) else wanted
+        chosen = Type.Q8_0
+    return Type.F16 if columns % _block_size(chosen) else chosen
 
 
-def _k_type(name: str, type: str, layers: int, experts: int, is_70b: bool) -> Any:
-    """llama.cpp's mixture: more bits for values and MLP outputs, in the layers where they matter most."""
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    wanted = FILE_TYPES[type][1]
-    if found is None:
-        return wanted
-    layer, stem = int(found[1]), found[2].removesuffix("_exps")
+def _choose_k_quant(name: str, type: str, layers: int, experts: int, is_70b: bool) -> Any:
+    """Choose as llama.cpp does: values and MLP outputs get more bits in the layers where they matter most."""
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    chosen = FILE_TYPES[type][1]
+    if match is None:
+        return chosen
+    layer, stem = int(match[1]), match[2].removesuffix("_exps")
     eighth = layers // 8
-    more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
-    if stem in ("attn_v", "attn_qkv", "ffn_down") and more and type != "q6_k":
-        wanted = Type.Q6_K
-    if stem in ("attn_v", "attn_qkv") and is_70b and wanted == Type.Q4_K:
-        wanted = Type.Q5_K
-    if experts == 8:  # of a model of eight experts attention is a small part
+    more_bits = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+    if stem in ("attn_v", "attn_qkv", "ffn_down") and more_bits and type != "q6_k":
+        chosen = Type.Q6_K
+    if stem in ("attn_v", "attn_qkv") and is_70b and chosen == Type.Q4_K:
+        chosen = Type.Q5_K
+    if experts == 8:  # attention is a small part of a model with eight experts
         if stem in ("attn_v", "attn_qkv", "attn_k"):
-            wanted = Type.Q8_0
+            chosen = Type.Q8_0
         elif stem == "attn_output" and type == "q4_k_m":
-            wanted = Type.Q5_K
-    return wanted
+            chosen = Type.Q5_K
+    return chosen
 
 
-def _block(type: Any) -> int:
+def _block_size(type: Any) -> int:
     return gguf.GGML_QUANT_SIZES[type][0]
 
 
 def byte_size(shape: Sequence[int], type: Any) -> int:
-    """Bytes of a tensor in the file."""
-    block, size = gguf.GGML_QUANT_SIZES[type]
-    return int(np.prod(shape)) // block * size
+    """Return the size in bytes of a tensor in the file."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[type]
+    return int(np.prod(shape)) // block * block_bytes
 
 
-def fallback_notes(chosen: Sequence[tuple[tuple[int, ...], Any]], type: str) -> list[str]:
-    """Say which matrices, given as (shape, type), have another type than asked for."""
-    plain = FILE_TYPES[type][1].name
-    others = Counter(t.name for shape, t in chosen if len(shape) > 1 and t.name not in (plain, "F32"))
+def fallback_notes(tensors: Sequence[tuple[tuple[int, ...], Any]], type: str) -> list[str]:
+    """Return notes on matrices, given as (shape, type), that have another type than the requested one."""
+    requested = FILE_TYPES[type][1].name
+    others = Counter(t.name for shape, t in tensors if len(shape) > 1 and t.name not in (requested, "F32"))
     return [
-        f"{count} of {len(chosen)} tensors are {other} instead of {plain}" for other, count in others.items()
+        f"{count} of {len(tensors)} tensors are {other} instead of {requested}"
+        for other, count in others.items()
     ]
 
 
-def quantize(values: np.ndarray, wanted: Any, by_llama_cpp: bool) -> np.ndarray:
-    """Turn rows of float32 values into the bytes of a type: uint8 [bytes]."""
-    if not by_llama_cpp or wanted in (Type.F32, Type.F16, Type.BF16):
-        return gguf.quants.quantize(values, wanted).view(np.uint8).reshape(-1)
+def quantize(values: np.ndarray, type: Any, use_llama_cpp: bool) -> np.ndarray:
+    """Convert rows of float32 values to the bytes of a GGML type: uint8 [bytes]."""
+    if not use_llama_cpp or type in (Type.F32, Type.F16, Type.BF16):
+        return gguf.quants.quantize(values, type).view(np.uint8).reshape(-1)
     rows = np.ascontiguousarray(values, np.float32).reshape(-1, values.shape[-1])
     count, columns = rows.shape
-    data = np.empty(byte_size(rows.shape, wanted), np.uint8)
-    library, step = _library(), max(1, -(-count // (os.cpu_count() or 1)))
+    data = np.empty(byte_size(rows.shape, type), np.uint8)
+    library, step = _load_llama_cpp(), max(1, -(-count // (os.cpu_count() or 1)))
 
-    def part(start: int) -> None:
+    def quantize_rows(start: int) -> None:
         library.ggml_quantize_chunk(
-            int(wanted),
+            int(type),
             rows.ctypes.data,
             data.ctypes.data,
             start * columns,
@@ -142,28 +143,28 @@ def quantize(values: np.ndarray, wanted: Any, by_llama_cpp: bool) -> np.ndarray:
         )
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(part, range(0, count, step)))
+        list(pool.map(quantize_rows, range(0, count, step)))
     return data
 
 
 def check_type(type: str) -> None:
-    """Refuse a type that is unknown or needs a package that is missing.
+    """Check that a file type exists and that the package it needs is installed.
 
     Raises:
-        InputError: what to choose or install.
+        InputError: the message says what to choose or install.
     """
     if type not in FILE_TYPES:
         raise InputError(f"type {type}: unknown; choose one of {', '.join(FILE_TYPES)}")
     if is_k_quant(type):
-        _library()
+        _load_llama_cpp()
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """llama.cpp's library, of which one C function is used.
+def _load_llama_cpp() -> ctypes.CDLL:
+    """Load llama.cpp's library and prepare the one function that is used.
 
-    It is size_t ggml_quantize_chunk(type, const float *, void *, start, rows, columns, const float *): all values,
-    all data, and the part of them to do.
+    size_t ggml_quantize_chunk(type, const float * src, void * dst, start, rows, columns, const float * importance)
+    quantizes `rows` rows from element `start` of all values `src` into all data `dst`.
     """
     try:
         import xllamacpp
@@ -174,12 +175,12 @@ def _library() -> ctypes.CDLL:
     except (ImportError, StopIteration, OSError, AttributeError) as error:
         raise InputError(
             "K-quants need llama.cpp's quantizer, in the package xllamacpp: pip install 'nalora-mlx[kquants]' "
-            f"({error or 'it holds no library'})"
+            f"({error or 'it contains no library'})"
         ) from error
     function.restype = ctypes.c_size_t
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
-    # The tables of a type are made on its first use, which is not for several threads at once.
-    for wanted in (*FALLBACKS, *FALLBACKS.values()):
-        library.ggml_quantize_init(int(wanted))
+    # The first use of a type builds its tables, which is not safe in several threads.
+    for type in (*FALLBACKS, *FALLBACKS.values()):
+        library.ggml_quantize_init(int(type))
     return library

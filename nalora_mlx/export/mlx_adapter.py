@@ -1,4 +1,4 @@
-"""Adapters as mlx-lm loads them: adapters.safetensors and adapter_config.json."""
+"""Adapters in mlx-lm's format: adapters.safetensors and adapter_config.json."""
 
 from pathlib import Path
 from typing import Any
@@ -8,62 +8,71 @@ import mlx.core as mx
 from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.storage import arrays_writer, json_writer, write_directory
-from nalora_mlx.export.lazy_model import LazyModel, Source
-from nalora_mlx.export.updates import Update, Updates, uniform
+from nalora_mlx.export.lazy_model import LazyModel, LazyWeight
+from nalora_mlx.export.updates import AdapterUpdates, LowRankUpdate, with_common_rank
 
 
-def export_mlx(opened: LazyModel, updates: Updates, output: Path) -> int:
-    """Write an adapter for `mlx_lm --adapter-path`, and for ours; returns the number of modules.
+def export_mlx(model: LazyModel, updates: AdapterUpdates, output: Path) -> int:
+    """Write an adapter for `mlx_lm --adapter-path` and for this package.
 
-    mlx-lm makes one adapter of one rank for every key in every one of the last layers, so modules of these that have
-    no update get zeros.
+    mlx-lm creates an adapter of the same rank for every key in each of the last layers, so modules among them
+    without an update get zeros.
+
+    Args:
+        model: the base model.
+        updates: the adapter.
+        output: directory to write.
+
+    Returns:
+        The number of modules with an update.
 
     Raises:
-        InputError: the adapter is a fully trained model.
+        InputError: the weights were fully trained, so there is no adapter.
     """
     if updates.kind == "full":
         raise InputError(
-            "export mlx: these are fully trained weights, not an adapter; nalora fuse writes a model"
+            "export mlx: these are fully trained weights, not an adapter; write a model with nalora fuse"
         )
-    by_path, rank, scale = uniform(updates.by_path)
-    keys, count = _keys(opened, by_path)
-    possible = {f"{layer}.{key}" for layer in opened.layers[-count:] for key in keys}
-    made = {path for path in possible if f"{path}.weight" in opened.sources}
+    by_path, rank, scale = with_common_rank(updates.by_path)
+    keys, num_layers = _adapted_keys(model, by_path)
+    candidates = {f"{layer}.{key}" for layer in model.layers[-num_layers:] for key in keys}
+    created = {path for path in candidates if f"{path}.weight" in model.weights}
     arrays: dict[str, mx.array] = {}
-    for path in sorted(made | by_path.keys()):
-        source = opened.sources[f"{path}.weight"]
-        update = by_path.get(path) or _nothing(source, rank, updates.kind)
-        arrays |= {f"{path}.{leaf}": array for leaf, array in _leaves(update, source.kind).items()}
-    description: dict[str, Any] = {
+    for path in sorted(created | by_path.keys()):
+        weight = model.weights[f"{path}.weight"]
+        update = by_path.get(path) or _zero_update(weight, rank, updates.kind)
+        arrays |= {f"{path}.{leaf}": array for leaf, array in _to_mlx_lm(update, weight.kind).items()}
+    config: dict[str, Any] = {
         "fine_tune_type": updates.kind,
-        "num_layers": count,
+        "num_layers": num_layers,
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
     }
-    write_directory(output, {ADAPTER_FILE: arrays_writer(arrays), ADAPTER_CONFIG: json_writer(description)})
+    write_directory(output, {ADAPTER_FILE: arrays_writer(arrays), ADAPTER_CONFIG: json_writer(config)})
     return len(by_path)
 
 
-def _keys(opened: LazyModel, by_path: dict[str, Update]) -> tuple[list[str], int]:
-    """Keys and number of layers from which mlx-lm makes at least these modules."""
-    keys, first = set(), len(opened.layers)
+def _adapted_keys(model: LazyModel, by_path: dict[str, LowRankUpdate]) -> tuple[list[str], int]:
+    """Return the keys and the number of last layers with which mlx-lm adapts at least these modules."""
+    keys, first = set(), len(model.layers)
     for path in by_path:
-        layer = next((layer for layer in opened.layers if path.startswith(f"{layer}.")), None)
+        layer = next((layer for layer in model.layers if path.startswith(f"{layer}.")), None)
         keys.add(path if layer is None else path.removeprefix(f"{layer}."))
         if layer is not None:
-            first = min(first, opened.layers.index(layer))
-    return sorted(keys), max(1, len(opened.layers) - first)
+            first = min(first, model.layers.index(layer))
+    return sorted(keys), max(1, len(model.layers) - first)
 
 
-def _nothing(source: Source, rank: int, kind: str) -> Update:
-    """An update that changes nothing; left is zero, as in an adapter before training."""
-    lead, (rows, columns) = source.shape[:-2], source.shape[-2:]
+def _zero_update(weight: LazyWeight, rank: int, kind: str) -> LowRankUpdate:
+    """Return an update that changes nothing; for DoRA, the magnitude is the norm of each row."""
+    experts, (rows, columns) = weight.shape[:-2], weight.shape[-2:]
     magnitude = None
     if kind == "dora":
-        magnitude = mx.linalg.norm(mx.array(source.read((slice(None),))), axis=-1)
-    return Update(mx.zeros((*lead, rows, rank)), mx.zeros((*lead, rank, columns)), 1.0, magnitude)
+        magnitude = mx.linalg.norm(mx.array(weight.read((slice(None),))), axis=-1)
+    left, right = mx.zeros((*experts, rows, rank)), mx.zeros((*experts, rank, columns))
+    return LowRankUpdate(left, right, 1.0, magnitude)
 
 
-def _leaves(update: Update, kind: str) -> dict[str, mx.array]:
+def _to_mlx_lm(update: LowRankUpdate, kind: str) -> dict[str, mx.array]:
     left, right = update.left, update.right
     a, b = {"linear": (right.T, left.T), "embedding": (left, right), "experts": (right, left)}[kind]
     leaves = {"lora_a": mx.contiguous(a), "lora_b": mx.contiguous(b)}

@@ -1,28 +1,30 @@
-"""The model card (README.md) of a merged model: where it comes from, how it was trained, what was measured."""
+"""The model card (README.md) of a merged model: its base, its training, and what was measured."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx import __version__
+from nalora_mlx.core import storage
+from nalora_mlx.core.config import METHOD_LABELS
+from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.paths import is_hub_name
 from nalora_mlx.models.hub import OUR_TAG
 from nalora_mlx.runs.metrics import METRICS_FILE
 from nalora_mlx.runs.record import RECORD_FILE
 
-NAMES = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}
-# Keys of an adapter_config.json that say how it was trained, in mlx-lm's words.
+INHERITED_METADATA = ("license", "license_name", "license_link", "language")
+# Training settings to list, under mlx-lm's names.
 SETTINGS = (
-    *(
-        "data",
-        "iters",
-        "batch_size",
-        "grad_accumulation_steps",
-        "learning_rate",
-        "optimizer",
-        "max_seq_length",
-    ),
-    *("mask_prompt", "seed"),
+    "data",
+    "iters",
+    "batch_size",
+    "grad_accumulation_steps",
+    "learning_rate",
+    "optimizer",
+    "max_seq_length",
+    "mask_prompt",
+    "seed",
 )
 
 
@@ -33,90 +35,88 @@ def write_card(
     base: str | None,
     inherited: dict[str, Any],
     adapter: Path,
-    description: dict[str, Any],
-    kept: str | None,
+    adapter_config: dict[str, Any],
+    merge_quality: str | None,
 ) -> None:
-    """Write README.md into a model's directory; it holds no path of this machine.
+    """Write README.md into a model's directory. It contains no path of this machine.
 
     Args:
-        directory: of the model.
+        directory: directory of the model.
         title: name of the model.
-        base: name on the Hub of the base model, None if it is not known.
-        inherited: metadata of the base model's card, of which licence and languages stay true.
-        adapter: directory of the adapter; its metrics.jsonl and run.json are read if they are there.
-        description: content of its adapter_config.json.
-        kept: what was measured of the merge.
+        base: name of the base model on the Hub; None if unknown.
+        inherited: metadata of the base model's card. The license and languages are copied.
+        adapter: directory of the adapter; its metrics.jsonl and run.json are read if they exist.
+        adapter_config: content of its adapter_config.json.
+        merge_quality: how close the merged model is to base + adapter, as a phrase.
     """
     from huggingface_hub import ModelCardData
 
-    kind = NAMES.get(description.get("fine_tune_type", "lora"), "LoRA")
-    method = f"NA-{kind}" if kind == "LoRA" and "na_lora" in description else kind
-    tags = ["mlx", OUR_TAG, *(["lora"] if kind == "LoRA" else [])]
-    data = ModelCardData(
+    kind = adapter_config.get("fine_tune_type", "lora")
+    if kind == "lora" and "na_lora" in adapter_config:  # for mlx-lm, an NA-LoRA adapter is a LoRA
+        kind = "na-lora"
+    method = METHOD_LABELS.get(kind, METHOD_LABELS["lora"])
+    metadata = ModelCardData(
         library_name="mlx",
         pipeline_tag="text-generation",
         base_model=base,
-        tags=tags,
-        **{
-            key: inherited[key]
-            for key in ("license", "license_name", "license_link", "language")
-            if key in inherited
-        },
+        tags=["mlx", OUR_TAG, *(["lora"] if kind not in ("dora", "full") else [])],
+        **{key: inherited[key] for key in INHERITED_METADATA if key in inherited},
     )
     origin = f"[{base}](https://huggingface.co/{base})" if base else "its base model"
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n",
+    merged = "" if kind == "full" else " The adapter is merged into the weights."
+    sections = [
+        f"---\n{metadata.to_yaml()}\n---\n",
         f"# {title}\n",
-        f"{origin[0].upper()}{origin[1:]}, fine-tuned with {method} by nalora-mlx {__version__}"
-        + ("." if kind == "full fine-tuning" else " and merged into one model.")
-        + " It runs in mlx-lm as any model does.\n",
+        f"This model was fine-tuned from {origin} with {method}, by nalora-mlx {__version__}.{merged} "
+        "It runs in mlx-lm like any other model.\n",
         f'```bash\nmlx_lm.generate --model {title} --prompt "Hello"\n```\n',
         "## Training\n",
-        _table(_settings(description, _read_run(adapter / RECORD_FILE))),
+        _format_table(_training_settings(adapter_config, _read_run_record(adapter / RECORD_FILE))),
     ]
-    if results := _results(adapter / METRICS_FILE):
-        parts += ["## Results\n", _table(results)]
-    if kept:
-        parts += ["## Merging\n", f"{kept[0].upper()}{kept[1:]}.\n"]
-    (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
+    if losses := _read_losses(adapter / METRICS_FILE):
+        sections += ["## Results\n", _format_table(losses)]
+    if merge_quality:
+        sections += ["## Merging\n", f"{merge_quality[0].upper()}{merge_quality[1:]}.\n"]
+    (directory / "README.md").write_text("\n".join(sections), encoding="utf-8")
 
 
-def _read_run(path: Path) -> dict[str, Any]:
-    """What a run was given, of its run.json; nothing where there is none that can be read."""
+def _read_run_record(path: Path) -> dict[str, Any]:
+    """Read run.json; return nothing if it is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return storage.read_json(path)
+    except InputError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
-def _settings(description: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    lora = description.get("lora_parameters") or {}
-    given = description | (run.get("settings") or {})
-    train = (run.get("data") or {}).get("train") or {}
-    rows: dict[str, Any] = {"layers": description.get("num_layers")}
+def _training_settings(adapter_config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    lora = adapter_config.get("lora_parameters") or {}
+    settings = adapter_config | (record.get("settings") or {})
+    train = (record.get("data") or {}).get("train") or {}
+    rows: dict[str, Any] = {"layers": adapter_config.get("num_layers")}
     rows |= {key: lora.get(key) for key in ("rank", "scale", "dropout", "keys")}
-    rows |= {key: given.get(key) for key in SETTINGS}
+    rows |= {key: settings.get(key) for key in SETTINGS}
     rows |= {"training rows": train.get("rows"), "supervised tokens": train.get("supervised")}
-    rows |= {f"NA-LoRA {key}": value for key, value in (description.get("na_lora") or {}).items()}
+    rows |= {f"NA-LoRA {key}": value for key, value in (adapter_config.get("na_lora") or {}).items()}
     return {
-        key.replace("_", " "): public(value) for key, value in rows.items() if value not in (None, [], "")
+        key.replace("_", " "): without_paths(value)
+        for key, value in rows.items()
+        if value not in (None, [], "")
     }
 
 
-def public(value: Any) -> Any:
-    """A setting as others may read it: of a path only its last part; OWNER/NAME of the Hub as it is."""
+def without_paths(value: Any) -> Any:
+    """Return a setting for publication: only the last part of local paths; names on the Hub unchanged."""
     if isinstance(value, list | tuple):
-        return ", ".join(str(public(item)) for item in value)
+        return ", ".join(str(without_paths(item)) for item in value)
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {public(item)}" for key, item in value.items())
+        return ", ".join(f"{key}: {without_paths(item)}" for key, item in value.items())
     if not isinstance(value, str) or is_hub_name(value):
         return value
     return value.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
-def _results(path: Path) -> dict[str, Any]:
-    """Losses of a run's metrics.jsonl; a line that cannot be read is left out."""
+def _read_losses(path: Path) -> dict[str, Any]:
+    """Return the losses in metrics.jsonl; unreadable lines are skipped."""
     records = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -127,16 +127,16 @@ def _results(path: Path) -> dict[str, Any]:
             records.append(json.loads(line))
         except ValueError:
             continue
-    losses = {
-        split: [(r.get("step"), r["loss"]) for r in records if isinstance(r, dict) and _is_loss(r, split)]
+    valid, test = (
+        [(r.get("step"), r["loss"]) for r in records if isinstance(r, dict) and _is_loss(r, split)]
         for split in ("valid", "test")
-    }
+    )
     rows: dict[str, Any] = {}
-    if valid := losses["valid"]:
+    if valid:
         rows["validation loss before"] = f"{valid[0][1]:.4f}"
         rows["validation loss after"] = f"{valid[-1][1]:.4f} (iteration {valid[-1][0]})"
-    if losses["test"]:
-        rows["test loss"] = f"{losses['test'][-1][1]:.4f}"
+    if test:
+        rows["test loss"] = f"{test[-1][1]:.4f}"
     return rows
 
 
@@ -144,7 +144,7 @@ def _is_loss(record: dict[str, Any], split: str) -> bool:
     return record.get("split") == split and isinstance(record.get("loss"), int | float)
 
 
-def _table(rows: dict[str, Any]) -> str:
+def _format_table(rows: dict[str, Any]) -> str:
     lines = ["| | |", "|---|---|"]
     lines += [f"| {key} | {str(value).replace('|', ' ')} |" for key, value in rows.items()]
     return "\n".join(lines) + "\n"

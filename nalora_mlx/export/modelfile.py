@@ -1,20 +1,20 @@
-"""An Ollama Modelfile beside a GGUF. Syntax: https://docs.ollama.com/modelfile
+"""Ollama Modelfiles for GGUF files. Syntax: https://docs.ollama.com/modelfile
 
-Ollama reads weights and tokens from the GGUF, but not its Jinja chat template: it guesses one from a list of its own.
-So the template is written in Ollama's form too, where that says the same: where every message is rendered alone,
-between two fixed texts for its role.
+Ollama reads weights and tokens from the GGUF but not its Jinja chat template: it guesses one from its own list. The
+Modelfile therefore contains the template in Ollama's language, if it can be expressed there: if each message is
+rendered independently, between two fixed texts for its role.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.storage import write_file
 
-ROLES = ("system", "user", "assistant")
-# Texts that are in no template, one for each message of a conversation that is rendered to see what is around them.
-_MARKS = tuple(f"nalora{i}mark" for i in range(5))
-_CHATS = (
+# Contents of messages that no template contains, to see what it puts around them.
+_MARKERS = tuple(f"nalora{i}mark" for i in range(5))
+_CHECKED_CHATS = (
     ("system", "user", "assistant", "user"),
     ("user",),
     ("user", "assistant", "user", "assistant", "user"),
@@ -22,155 +22,165 @@ _CHATS = (
 
 
 @dataclass(frozen=True)
-class Wraps:
-    """A chat template as fixed texts: (before, after) of a message by role, the prompt of the answer, and the start.
+class ChatFormat:
+    """A chat template that puts fixed texts around each message."""
 
-    The start is BOS or nothing; `adds_start` says that tokenizing puts it there anyway, in llama.cpp too. `system` is
-    the message that the template puts before a conversation without one.
-    """
-
-    around: dict[str, tuple[str, str]]
-    prompt: str
-    start: str
-    adds_start: bool
-    system: str | None
+    wrappers: dict[str, tuple[str, str]]  # role -> (text before, text after)
+    generation_prompt: str  # starts the answer
+    start: str  # BOS or empty
+    adds_start: bool  # whether tokenization adds BOS anyway, in llama.cpp too
+    default_system: str | None  # system message that the template adds to conversations without one
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """What Ollama makes of a conversation, the prompt of the answer included."""
-        if self.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        texts = [self.around[m["role"]][0] + m["content"] + self.around[m["role"]][1] for m in messages]
-        return self.start + "".join(texts) + self.prompt
+        """Return what Ollama makes of a conversation, including the generation prompt."""
+        if self.default_system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        texts = []
+        for message in messages:
+            before, after = self.wrappers[message["role"]]
+            texts.append(before + message["content"] + after)
+        return self.start + "".join(texts) + self.generation_prompt
+
+    def texts(self) -> list[str]:
+        """Return the fixed texts that go into a Modelfile."""
+        wrappers = [text for pair in self.wrappers.values() for text in pair]
+        return [*wrappers, self.generation_prompt, self.default_system or ""]
+
+    def go_template(self) -> str:
+        """Return the template in Go's template language, without trimming ({{-), so that texts stay unchanged."""
+        branches = []
+        for role, (before, after) in self.wrappers.items():
+            branches.append(f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{ ')
+        cases = "else ".join(branches)
+        start = "" if self.adds_start else self.start
+        return f"{start}{{{{ range .Messages }}}}{{{{ {cases}end }}}}{{{{ end }}}}{self.generation_prompt}"
 
 
 def write_modelfile(gguf: Path, tokenizer: Any, base: str | None = None) -> tuple[Path, list[str]]:
-    """Write GGUF.Modelfile beside a GGUF, unless there is one, for `ollama create NAME -f FILE`.
+    """Write GGUF.Modelfile for `ollama create NAME -f FILE`, unless it exists.
 
     Args:
-        gguf: the model; or, with `base`, the adapter.
-        tokenizer: of the model, for its chat template.
-        base: file name of the GGUF of the base model, for an adapter.
+        gguf: file of the model, or of the adapter if `base` is given.
+        tokenizer: the model's tokenizer, for its chat template; None if unknown.
+        base: for an adapter, the file name of the base model's GGUF.
 
     Returns:
-        Where it is, and what the user should know of it.
+        The path of the Modelfile, and notes for the user.
     """
     path = gguf.with_name(f"{gguf.name}.Modelfile")
     if path.exists():
-        return path, [f"{path.name} was there and is left as it was"]
+        return path, [f"{path.name} exists and was not changed"]
     lines, notes = [f"# ollama create NAME -f {path.name}"], []
     if base is None:
         lines.append(f"FROM ./{gguf.name}")
     else:
-        lines += ["# The base model as GGUF: nalora export gguf --model BASE", f"FROM ./{base}"]
-        lines.append(f"ADAPTER ./{gguf.name}")
-    wraps = find_wraps(tokenizer)
-    if wraps is not None and not any('"""' in text for text in _texts(wraps)):
-        lines.append(f'TEMPLATE """{_go(wraps)}"""')
-        if wraps.system is not None:
-            lines.append(f'SYSTEM """{wraps.system}"""')
-        stop = wraps.around["assistant"][1].strip()
+        lines.append("# Write the base model with: nalora export gguf --model BASE")
+        lines += [f"FROM ./{base}", f"ADAPTER ./{gguf.name}"]
+    chat_format = extract_chat_format(tokenizer)
+    if chat_format is not None and not any('"""' in text for text in chat_format.texts()):
+        lines.append(f'TEMPLATE """{chat_format.go_template()}"""')
+        if chat_format.default_system is not None:
+            lines.append(f'SYSTEM """{chat_format.default_system}"""')
+        stop = chat_format.wrappers["assistant"][1].strip()
         if stop and not {'"', "\n"} & set(stop):
             lines.append(f'PARAMETER stop "{stop}"')
     elif getattr(tokenizer, "chat_template", None):
-        lines.append("# No TEMPLATE: the chat template has no simple form, and Ollama guesses one.")
-        notes.append("the chat template has no simple form for Ollama, which guesses one; try its answers")
+        lines.append("# No TEMPLATE: Ollama cannot express the chat template, and guesses one.")
+        notes.append("Ollama cannot express the model's chat template and guesses one; check its answers")
     else:
-        lines.append(
-            "# No TEMPLATE: the model has no chat template, and Ollama passes prompts on as they are."
-        )
+        lines.append("# No TEMPLATE: the model has no chat template, so Ollama passes prompts on unchanged.")
     text = "\n".join(lines) + "\n"
-    write_file(path, lambda place: _write(place, text))
+    write_file(path, lambda temporary: _write_text(temporary, text))
     return path, notes
 
 
-def _write(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _texts(wraps: Wraps) -> list[str]:
-    return [*(text for pair in wraps.around.values() for text in pair), wraps.prompt, wraps.system or ""]
+def extract_chat_format(tokenizer: Any) -> ChatFormat | None:
+    """Return the fixed texts of a tokenizer's chat template; None if it has none or does not work that way.
 
-
-def _go(wraps: Wraps) -> str:
-    """The template in Go's language. Nothing is trimmed ({{-), so that every text stands as it is."""
-    branches = []
-    for role, (before, after) in wraps.around.items():
-        branches.append(f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{ ')
-    cases = "else ".join(branches)
-    start = "" if wraps.adds_start else wraps.start
-    return f"{start}{{{{ range .Messages }}}}{{{{ {cases}end }}}}{{{{ end }}}}{wraps.prompt}"
-
-
-def find_wraps(tokenizer: Any) -> Wraps | None:
-    """Take a tokenizer's chat template apart; None if it has none, or is no such simple one.
-
-    It is rendered with marks for messages, cut at them, and compared on conversations with what the parts give.
+    1. Render short conversations whose messages are markers, and split the results at the markers.
+    2. Render longer conversations with the texts found, and compare with the template.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        wraps = _cut(tokenizer)
-        if any("{{" in text or "}}" in text for text in _texts(wraps)):
+        chat_format = _split_template(tokenizer)
+        if any("{{" in text or "}}" in text for text in chat_format.texts()):
             return None
-        known = [roles for roles in _CHATS if set(roles) <= wraps.around.keys()]
-        agree = all(_render(tokenizer, roles, True) == wraps.render(_messages(roles)) for roles in known)
-    except Exception:  # the template raises on such conversations, or does not keep the messages apart
+        chats = [roles for roles in _CHECKED_CHATS if set(roles) <= chat_format.wrappers.keys()]
+        equal = all(
+            _render(tokenizer, roles, True) == chat_format.render(_messages(roles)) for roles in chats
+        )
+    except Exception:  # the template rejects these conversations, or changes or mixes messages
         return None
-    return wraps if agree else None
+    return chat_format if equal else None
 
 
-def _cut(tokenizer: Any) -> Wraps:
-    """Cut renderings at the marks; raises where a text is not where it should be."""
-    one = _render(tokenizer, ["user"], False)
-    prompt = _after(one, _render(tokenizer, ["user"], True))
-    first, after_user = _between(one, 1)
-    _, answer, after_answer = _between(_render(tokenizer, ["user", "assistant"], False), 2)
-    _, _, next_user, _ = _between(_render(tokenizer, ["user", "assistant", "user"], False), 3)
-    user = (_after(after_answer, next_user), after_user)
-    around = {"user": user, "assistant": (_after(after_user, answer), after_answer)}
+def _split_template(tokenizer: Any) -> ChatFormat:
+    """Split rendered conversations at the markers.
+
+    Raises:
+        ValueError: a text is not where it should be.
+    """
+    one_turn = _render(tokenizer, ["user"], False)
+    generation_prompt = _remove_prefix(_render(tokenizer, ["user"], True), one_turn)
+    opening, after_user = _split_at_markers(one_turn, 1)
+    _, middle, after_assistant = _split_at_markers(_render(tokenizer, ["user", "assistant"], False), 2)
+    two_turns = _render(tokenizer, ["user", "assistant", "user"], False)
+    _, _, next_middle, _ = _split_at_markers(two_turns, 3)
+    before_user = _remove_prefix(next_middle, after_assistant)
+    before_assistant = _remove_prefix(middle, after_user)
+    wrappers = {"user": (before_user, after_user), "assistant": (before_assistant, after_assistant)}
+
     bos = getattr(tokenizer, "bos_token", None) or ""
-    # Some models begin every message with their BOS; then it is not the start of the text alone.
-    start = bos if first.startswith(bos) and not user[0].startswith(bos) else ""
-    adds = bool(bos) and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    brought = _before(_after(start, first), user[0])
+    # If every message begins with BOS, it belongs to the messages and not to the start.
+    start = bos if opening.startswith(bos) and not before_user.startswith(bos) else ""
+    adds_start = bool(bos) and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    default_message = _remove_suffix(_remove_prefix(opening, start), before_user)
     try:
-        instructed = _render(tokenizer, ["system", "user"], False)
-    except Exception:  # most templates without system messages say so
-        if brought:
+        with_system = _render(tokenizer, ["system", "user"], False)
+    except Exception:  # most templates without system messages raise an error
+        if default_message:
             raise
-        return Wraps(around, prompt, start, adds, None)
-    opening, closing, _ = _between(instructed, 2)
-    system = (_after(start, opening), _before(closing, user[0]))
-    text = _before(_after(system[0], brought), system[1]) if brought else None
-    return Wraps({"system": system, **around}, prompt, start, adds, text)
+        return ChatFormat(wrappers, generation_prompt, start, adds_start, None)
+    opening, middle, _ = _split_at_markers(with_system, 2)
+    before_system, after_system = _remove_prefix(opening, start), _remove_suffix(middle, before_user)
+    default_system = None
+    if default_message:
+        default_system = _remove_suffix(_remove_prefix(default_message, before_system), after_system)
+    wrappers = {"system": (before_system, after_system), **wrappers}
+    return ChatFormat(wrappers, generation_prompt, start, adds_start, default_system)
 
 
-def _between(text: str, count: int) -> list[str]:
-    """The texts before, between and after the first `count` marks."""
+def _split_at_markers(text: str, count: int) -> list[str]:
+    """Return the texts before, between and after the first `count` markers."""
     parts = []
-    for mark in _MARKS[:count]:
-        part, text = text.split(mark)
+    for marker in _MARKERS[:count]:
+        part, text = text.split(marker)
         parts.append(part)
     return [*parts, text]
 
 
-def _after(start: str, text: str) -> str:
-    """The text without its start."""
-    if not text.startswith(start):
-        raise ValueError("a message changes what is before it")
-    return text[len(start) :]
+def _remove_prefix(text: str, prefix: str) -> str:
+    if not text.startswith(prefix):
+        raise ValueError("a message changes the text before it")
+    return text[len(prefix) :]
 
 
-def _before(text: str, end: str) -> str:
-    """The text without its end."""
-    if not text.endswith(end):
-        raise ValueError("a message changes what is before it")
-    return text[: len(text) - len(end)]
+def _remove_suffix(text: str, suffix: str) -> str:
+    if not text.endswith(suffix):
+        raise ValueError("a message changes the text before it")
+    return text[: len(text) - len(suffix)]
 
 
-def _messages(roles: Any) -> list[dict[str, str]]:
-    return [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=False)]
+def _messages(roles: Sequence[str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": marker} for role, marker in zip(roles, _MARKERS, strict=False)]
 
 
-def _render(tokenizer: Any, roles: Any, prompt: bool) -> str:
-    return tokenizer.apply_chat_template(_messages(roles), tokenize=False, add_generation_prompt=prompt)
+def _render(tokenizer: Any, roles: Sequence[str], add_generation_prompt: bool) -> str:
+    return tokenizer.apply_chat_template(
+        _messages(roles), tokenize=False, add_generation_prompt=add_generation_prompt
+    )

@@ -1,4 +1,4 @@
-"""What an adapter adds to each weight: read from mlx-lm's files, held in one form, scaled and combined."""
+"""Adapters as low-rank updates of weights: read from mlx-lm's files, scaled, summed, and merged on the fly."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,20 +9,20 @@ import mlx.core as mx
 
 from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config, read_weights
 from nalora_mlx.core.errors import InputError, listed
-from nalora_mlx.export.lazy_model import Source
+from nalora_mlx.export.lazy_model import LazyWeight
 
 
 @dataclass(frozen=True)
-class Update:
-    """The change of one weight W [(E,) F, D]: V = W + scale left @ right; with DoRA each row of V gets the norm m.
+class LowRankUpdate:
+    """An update of one weight W [(E,) F, D]: V = W + scale left @ right. DoRA then scales each row of V to norm m.
 
-    left [(E,) F, r] and right [(E,) r, D], float32; for an embedding F is the vocabulary. m [F] is None for LoRA.
+    All arrays are float32. For an embedding, F is the vocabulary size.
     """
 
-    left: mx.array
-    right: mx.array
+    left: mx.array  # [(E,) F, r]
+    right: mx.array  # [(E,) r, D]
     scale: float
-    magnitude: mx.array | None = None
+    magnitude: mx.array | None = None  # m [F], None for LoRA
 
     @property
     def rank(self) -> int:
@@ -30,72 +30,80 @@ class Update:
         return self.left.shape[-1]
 
     def apply(self, part: mx.array, index: tuple[Any, ...]) -> mx.array:
-        """The changed rows of a weight, given the plain rows at `index`; float32."""
+        """Return the updated rows of a weight, given its rows at `index`; float32."""
         right = self.right if self.right.ndim == 2 else self.right[index[0]]
-        changed = part + self.scale * (self.left[index] @ right)
+        updated = part + self.scale * (self.left[index] @ right)
         if self.magnitude is None:
-            return changed
-        norms = mx.linalg.norm(changed, axis=-1, keepdims=True)
-        return changed * (self.magnitude[index][:, None] / norms)
+            return updated
+        norms = mx.linalg.norm(updated, axis=-1, keepdims=True)
+        return updated * (self.magnitude[index][:, None] / norms)
 
 
 @dataclass(frozen=True)
-class Updates:
-    """An adapter: updates by the path of their module, or whole weights by their own path (full fine-tuning)."""
+class AdapterUpdates:
+    """An adapter as updates by module path, or, for full fine-tuning, as whole weights by their own path."""
 
     kind: str  # lora, dora or full
-    by_path: dict[str, Update]
-    weights: dict[str, mx.array]
+    by_path: dict[str, LowRankUpdate]
+    full_weights: dict[str, mx.array]
 
 
-def read_updates(directory: Path, sources: Mapping[str, Source]) -> Updates:
-    """Read an adapter in mlx-lm's form, by mlx-lm or by us, and hold it against the model's weights.
+def read_updates(directory: Path, weights: Mapping[str, LazyWeight]) -> AdapterUpdates:
+    """Read an adapter in mlx-lm's format and check it against the model's weights.
 
     Raises:
-        InputError: something is missing, or lists the arrays that do not fit the model.
+        InputError: a file or setting is missing, or arrays do not fit the model; the message lists them.
     """
-    content = read_adapter_config(directory)
-    path = directory / ADAPTER_CONFIG
-    kind = content.get("fine_tune_type", "lora")
+    config = read_adapter_config(directory)
+    kind = config.get("fine_tune_type", "lora")
     arrays = {name: a.astype(mx.float32) for name, a in read_weights(directory / ADAPTER_FILE).items()}
     if kind == "full":
-        problems = [
-            f"{name} is no tensor of the model, or of another shape"
-            for name, array in arrays.items()
-            if name not in sources or sources[name].shape != array.shape
-        ]
-        refuse(directory, problems)
-        return Updates(kind, {}, arrays)
+        check_fit(
+            directory,
+            [
+                f"{name} is not a tensor of the model, or has another shape"
+                for name, array in arrays.items()
+                if name not in weights or weights[name].shape != array.shape
+            ],
+        )
+        return AdapterUpdates(kind, {}, arrays)
+    path = directory / ADAPTER_CONFIG
     if kind not in ("lora", "dora"):
-        raise InputError(f"{path}: fine_tune_type is {kind!r}; it takes lora, dora or full")
+        raise InputError(f"{path}: fine_tune_type is {kind!r}; expected lora, dora or full")
     try:
-        scale = float(content["lora_parameters"]["scale"])
+        scale = float(config["lora_parameters"]["scale"])
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: lora_parameters has no scale; mlx-lm could not load it either") from None
+        raise InputError(
+            f"{path}: lora_parameters has no scale; mlx-lm cannot load this adapter either"
+        ) from None
+    expected = {"lora_a", "lora_b", "m"} if kind == "dora" else {"lora_a", "lora_b"}
+    problems, by_path = [], {}
+    for module, leaves in _group_by_module(arrays).items():
+        weight = weights.get(f"{module}.weight")
+        if leaves.keys() != expected:
+            problems.append(f"{module} has {', '.join(sorted(leaves))}, not {', '.join(sorted(expected))}")
+        elif weight is None or weight.kind == "other":
+            problems.append(f"{module} is not a linear or embedding layer of the model")
+        else:
+            update = _from_mlx_lm(leaves, weight.kind, scale)
+            if problem := shape_problem(update, weight):
+                problems.append(f"{module} {problem}")
+            by_path[module] = update
+    check_fit(directory, problems)
+    if not by_path:
+        raise InputError(f"{directory}: the adapter holds no arrays")
+    return AdapterUpdates(kind, by_path, {})
+
+
+def _group_by_module(arrays: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]]:
     modules: dict[str, dict[str, mx.array]] = {}
     for name, array in arrays.items():
         module, _, leaf = name.rpartition(".")
         modules.setdefault(module, {})[leaf] = array
-    wanted = {"lora_a", "lora_b", "m"} if kind == "dora" else {"lora_a", "lora_b"}
-    problems, found = [], {}
-    for module, leaves in modules.items():
-        source = sources.get(f"{module}.weight")
-        if leaves.keys() != wanted:
-            problems.append(f"{module} has {', '.join(sorted(leaves))}, not {', '.join(sorted(wanted))}")
-        elif source is None or source.kind == "other":
-            problems.append(f"{module} is no linear or embedding layer of the model")
-        else:
-            update = _normalized(leaves, source.kind, scale)
-            if fault := misfit(update, source):
-                problems.append(f"{module} {fault}")
-            found[module] = update
-    refuse(directory, problems)
-    if not found:
-        raise InputError(f"{directory}: the adapter holds no arrays")
-    return Updates(kind, found, {})
+    return modules
 
 
-def _normalized(leaves: Mapping[str, mx.array], kind: str, scale: float) -> Update:
+def _from_mlx_lm(leaves: Mapping[str, mx.array], kind: str, scale: float) -> LowRankUpdate:
     a, b = leaves["lora_a"], leaves["lora_b"]
     if kind == "linear":  # a [D, r], b [r, F]
         left, right = b.T, a.T
@@ -103,76 +111,80 @@ def _normalized(leaves: Mapping[str, mx.array], kind: str, scale: float) -> Upda
         left, right = a, b
     else:  # a [E, r, D], b [E, F, r]
         left, right = b, a
-    return Update(left, right, scale, leaves.get("m"))
+    return LowRankUpdate(left, right, scale, leaves.get("m"))
 
 
-def misfit(update: Update, source: Source) -> str:
-    """What is wrong with the shapes of an update for a weight; empty if nothing is."""
+def shape_problem(update: LowRankUpdate, weight: LazyWeight) -> str:
+    """Return how the shapes of an update do not fit a weight; empty if they fit."""
     left, right = update.left.shape, update.right.shape
-    fits = len(left) == len(right) and left[:-1] + right[-1:] == source.shape and left[-1] == right[-2]
-    if fits and (update.magnitude is None or update.magnitude.shape == source.shape[:1]):
+    fits = len(left) == len(right) and left[:-1] + right[-1:] == weight.shape and left[-1] == right[-2]
+    if fits and (update.magnitude is None or update.magnitude.shape == weight.shape[:1]):
         return ""
-    return f"has factors {left} and {right}, its weight is {source.shape}"
+    return f"has factors {left} and {right}, its weight is {weight.shape}"
 
 
-def refuse(directory: Path, problems: Sequence[str]) -> None:
-    """Raise InputError if there are problems."""
+def check_fit(directory: Path, problems: Sequence[str]) -> None:
+    """Raise InputError if an adapter has problems with the model."""
     if problems:
         raise InputError(f"{directory}: does not fit --model: {listed(problems)}")
 
 
-def combine(adapters: Sequence[Updates], factors: Sequence[float]) -> Updates:
-    """The weighted sum of adapters on one base: sum_i f_i s_i left_i right_i, exact by joining along the rank.
+def weighted_sum(adapters: Sequence[AdapterUpdates], factors: Sequence[float]) -> AdapterUpdates:
+    """Return the sum over adapters of factor * scale * left @ right, exact by concatenating along the rank.
 
     Raises:
-        InputError: there is more than a factor of 1 on one adapter, and one of them is no LoRA.
+        InputError: one of several or scaled adapters is not a LoRA.
     """
     if len(adapters) == 1 and factors[0] == 1:
         return adapters[0]
     for adapter in adapters:
         if adapter.kind != "lora":
             raise InputError(
-                f"--adapter-path: a {adapter.kind} adapter is no sum that could be scaled or combined; "
+                f"--adapter-path: a {adapter.kind} adapter cannot be scaled or summed; "
                 "give it alone, without --scale or --weight"
             )
-    joined: dict[str, list[Update]] = {}
+    terms: dict[str, list[LowRankUpdate]] = {}
     for adapter, factor in zip(adapters, factors, strict=True):
         for path, update in adapter.by_path.items():
-            joined.setdefault(path, []).append(replace(update, scale=factor * update.scale))
-    return Updates("lora", {path: _join(parts) for path, parts in joined.items()}, {})
+            terms.setdefault(path, []).append(replace(update, scale=factor * update.scale))
+    return AdapterUpdates("lora", {path: _concatenate(updates) for path, updates in terms.items()}, {})
 
 
-def _join(parts: Sequence[Update]) -> Update:
-    if len(parts) == 1:
-        return parts[0]
-    left = mx.concatenate([part.scale * part.left for part in parts], axis=-1)
-    return Update(left, mx.concatenate([part.right for part in parts], axis=-2), 1.0)
+def _concatenate(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
+    if len(updates) == 1:
+        return updates[0]
+    left = mx.concatenate([update.scale * update.left for update in updates], axis=-1)
+    return LowRankUpdate(left, mx.concatenate([update.right for update in updates], axis=-2), 1.0)
 
 
-def uniform(by_path: Mapping[str, Update]) -> tuple[dict[str, Update], int, float]:
-    """The same updates with one rank (by zeros) and one scale for all, which most formats want: (they, r, scale)."""
+def with_common_rank(by_path: Mapping[str, LowRankUpdate]) -> tuple[dict[str, LowRankUpdate], int, float]:
+    """Give all updates one rank, by zero padding, and one scale, as most formats require.
+
+    Returns:
+        The updates, their rank and their scale.
+    """
     rank = max(update.rank for update in by_path.values())
     scales = {update.scale for update in by_path.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
-    return {path: _fitted(update, rank, scale) for path, update in by_path.items()}, rank, scale
+    return {path: _pad(update, rank, scale) for path, update in by_path.items()}, rank, scale
 
 
-def _fitted(update: Update, rank: int, scale: float) -> Update:
+def _pad(update: LowRankUpdate, rank: int, scale: float) -> LowRankUpdate:
     left, right, missing = update.left, update.right, rank - update.rank
     if update.scale != scale:
         left = (update.scale / scale) * left
     if missing:
-        lead = [(0, 0)] * (left.ndim - 2)
-        left = mx.pad(left, [*lead, (0, 0), (0, missing)])
-        right = mx.pad(right, [*lead, (0, missing), (0, 0)])
-    return Update(left, right, scale, update.magnitude)
+        experts = [(0, 0)] * (left.ndim - 2)
+        left = mx.pad(left, [*experts, (0, 0), (0, missing)])
+        right = mx.pad(right, [*experts, (0, missing), (0, 0)])
+    return LowRankUpdate(left, right, scale, update.magnitude)
 
 
-def merged(sources: Mapping[str, Source], updates: Updates) -> dict[str, Source]:
-    """The weights with an adapter in them, computed in float32 when they are read."""
+def merge_updates(weights: Mapping[str, LazyWeight], updates: AdapterUpdates) -> dict[str, LazyWeight]:
+    """Return the weights with an adapter merged in; the merge is computed in float32 as each weight is read."""
     changed = {
-        f"{path}.weight": replace(sources[f"{path}.weight"], change=update.apply)
+        f"{path}.weight": replace(weights[f"{path}.weight"], transform=update.apply)
         for path, update in updates.by_path.items()
     }
-    whole = {path: Source(array, array.shape) for path, array in updates.weights.items()}
-    return {**sources, **changed, **whole}
+    full = {path: LazyWeight(array, array.shape) for path, array in updates.full_weights.items()}
+    return {**weights, **changed, **full}

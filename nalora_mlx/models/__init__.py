@@ -1,7 +1,8 @@
-"""Base models as mlx-lm defines them.
+"""Base models, as mlx-lm defines them.
 
-Loads models and tokenizers, splits a model at its output head, isolates packed rows in attention, and holds
-conversations. May import `core`, `ops` and `data`."""
+Loads models and tokenizers, finds a model's output head, keeps packed rows apart in attention, and renders prompts and
+generates answers. May import `core`, `ops` and `data`.
+"""
 
 from nalora_mlx.models.loading import load_model, load_tokenizer
 from nalora_mlx.models.output_head import find_output_head

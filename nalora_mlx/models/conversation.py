@@ -1,20 +1,51 @@
-"""`nalora chat`: talk to a model, with or without an adapter, or to base and tuned model side by side."""
+"""Chat prompts, greedy answers, and conversations that reuse their key-value cache."""
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError
 
-if TYPE_CHECKING:
-    pass
+
+def render_prompt(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
+    """Return the token ids of a chat, followed by the generation prompt."""
+    return list(
+        tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+    )
+
+
+class Answer(NamedTuple):
+    """An answer as text and as token ids. The ids include the end-of-sequence token, if there is one."""
+
+    text: str
+    tokens: list[int]
+
+
+def greedy_answer(model: Any, tokenizer: Any, prompt: str | list[int], max_tokens: int) -> Answer:
+    """Generate an answer by greedy decoding.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, in mlx-lm's wrapper.
+        prompt: token ids, or plain text.
+        max_tokens: maximum length of the answer.
+    """
+    from mlx_lm import stream_generate
+
+    text, tokens = "", []
+    for response in stream_generate(model, tokenizer, prompt, max_tokens=max_tokens):
+        text += response.text
+        tokens.append(response.token)
+    return Answer(text, tokens)
 
 
 class Conversation:
-    """A chat whose whole history is rendered each turn, and whose cache is kept as far as the text agrees.
+    """A chat with a model.
+
+    Each turn renders the whole history and reuses the key-value cache for the longest common prefix.
 
     Attributes:
-        messages: the system message if there is one, then the turns; a list that is replaced, never changed.
-        cut: whether the last answer ended at the limit of tokens.
+        messages: the system message, if there is one, and the turns. The list is replaced, never modified.
+        cut: whether the last answer stopped at the token limit.
     """
 
     def __init__(self, model: Any, tokenizer: Any, system_prompt: str | None, max_kv_size: int | None = None):
@@ -28,58 +59,61 @@ class Conversation:
 
     @property
     def turns(self) -> list[dict[str, str]]:
-        """The messages but the system message."""
+        """The messages without the system message."""
         return [message for message in self.messages if message["role"] != "system"]
 
     def set_system(self, text: str) -> None:
         """Set the system message, or remove it if the text is empty.
 
         Raises:
-            InputError: the chat template refuses it, or leaves it out.
+            InputError: the chat template rejects or ignores system messages.
         """
         from jinja2 import TemplateError
 
         system = [{"role": "system", "content": text}] if text else []
         turn = [{"role": "user", "content": "x"}]
         try:
-            taken = not text or self._render(system + turn) != self._render(turn)
+            used = not text or self._render(system + turn) != self._render(turn)
         except TemplateError:
-            taken = False
-        if not taken:
-            raise InputError("the model's chat template takes no system message")
+            used = False
+        if not used:
+            raise InputError("the model's chat template does not support a system message")
         self.messages = system + self.turns
 
     def reset(self) -> None:
-        """Forget all turns."""
+        """Remove all turns, but keep the system message."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
     def answer(self, text: str, **settings: Any) -> Generator[str, None, None]:
-        """Yield the answer to a message piece by piece; both join the history when it is whole."""
+        """Yield the answer to a message in pieces. A complete answer and its message are added to the history.
+
+        Args:
+            text: the user's message.
+            settings: arguments of mlx-lm's `stream_generate`, such as `max_tokens` and `sampler`.
+        """
         from mlx_lm import stream_generate
 
-        asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._render(asked)
+        history = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._render(history)
         answer, tokens, response = "", [], None
         try:
-            rest = self._agree(prompt)
+            uncached = self._reuse_cache(prompt)
             for response in stream_generate(
-                self.model, self.tokenizer, rest, prompt_cache=self.cache, **settings
+                self.model, self.tokenizer, uncached, prompt_cache=self.cache, **settings
             ):
                 answer += response.text
                 tokens.append(response.token)
                 yield response.text
-        except BaseException:  # Ctrl-C too, and a reader that goes away: what the cache holds is not known
+        except BaseException:  # including Ctrl-C and a closed generator: the state of the cache is unknown
             self._drop_cache()
             raise
-        # mlx-lm feeds every token that it yields, the last one too, to be one step ahead.
+        # mlx-lm runs one step ahead: even the last token it yields is in the cache already.
         self.cached = prompt + tokens
         self.cut = response is not None and response.finish_reason == "length"
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        self.messages = [*history, {"role": "assistant", "content": answer}]
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        return list(
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        )
+        return render_prompt(self.tokenizer, messages)
 
     def _drop_cache(self) -> None:
         from mlx_lm.models.cache import make_prompt_cache
@@ -87,8 +121,8 @@ class Conversation:
         self.cache = make_prompt_cache(self.model, self.max_kv_size)
         self.cached = []
 
-    def _agree(self, prompt: list[int]) -> list[int]:
-        """Trim the cache to the longest common beginning; returns the tokens still to be read, at least one."""
+    def _reuse_cache(self, prompt: list[int]) -> list[int]:
+        """Trim the cache to the longest common prefix; return the tokens still to be read, at least one."""
         from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
         common = 0

@@ -1,4 +1,4 @@
-"""Find and load a base model through mlx-lm, with errors that a person can act on. Imports nothing heavy."""
+"""Model cards: what they say about a model, and the name of the original model on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from nalora_mlx.core.paths import is_hub_name
 
-OUR_TAG = "nalora-mlx"  # in the cards of the models that we write
+OUR_TAG = "nalora-mlx"  # in the model cards that we write
 
 
 def card_metadata(directory: Path) -> dict[str, Any]:
-    """What a model card (README.md) says of its model in its YAML head; empty if there is none that can be read."""
+    """Return the YAML metadata of a model card (README.md), empty if there is none or it cannot be read."""
     import yaml
 
     try:
@@ -23,14 +23,14 @@ def card_metadata(directory: Path) -> dict[str, Any]:
 
 
 def original_name(name: str, directory: Path, config: dict[str, Any]) -> str | None:
-    """Name on the Hub of the model in full precision whose weights a base has; None if nothing tells it.
+    """Return the Hub name of the full-precision model with a base's weights, or None if it is unknown.
 
-    A card's base_model is that only where mlx-lm has converted or quantized the model. In other cards it is what a
-    model was trained from, and in those that we write too: such weights differ.
+    A card's base_model names it only if mlx-lm converted or quantized the model. In other cards, ours included, it
+    names the model before fine-tuning, whose weights differ.
 
     Args:
-        name: the base as it was asked for, a path or a Hub name.
-        directory: where it lies.
+        name: the base as the user gave it, a path or a Hub name.
+        directory: its local directory.
         config: its config.json.
     """
     if is_hub_name(name) and not (config.get("quantization") or config.get("quantization_config")):

@@ -1,4 +1,4 @@
-"""Find and load a base model through mlx-lm, with errors that a person can act on. Imports nothing heavy."""
+"""Find, check and load base models through mlx-lm, with clear errors. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nalora_mlx.core.errors import InputError, RunError, first_line, out_of_memory
+from nalora_mlx.core.errors import InputError, RunError, first_line, is_out_of_memory
 from nalora_mlx.core.paths import check_paths
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ def load_model(
 
     Args:
         name: directory or repo.
-        trust_remote_code: run code that the model or its tokenizer brings along.
-        quantize: quantize the model to this many bits, affine, in groups of 64.
+        trust_remote_code: run Python code from the model's repo.
+        quantize: quantize the model to this many bits (affine, group size 64).
 
     Raises:
-        InputError: there is no such model, it cannot be downloaded, or mlx-lm cannot load it.
-        RunError: there is not enough memory for it.
+        InputError: the model does not exist, cannot be downloaded, or cannot be loaded by mlx-lm.
+        RunError: there is not enough memory.
     """
     model, config = load_module(name, trust_remote_code, quantize)
     return model, load_tokenizer(name, trust_remote_code), config
@@ -44,7 +44,7 @@ def load_module(
         model, config = utils.load_model(directory, trust_remote_code=trust_remote_code)
     if quantize is not None:
         if is_quantized(config):
-            raise InputError(f"--quantize {quantize}: {name} is quantized already; leave the flag out")
+            raise InputError(f"--quantize {quantize}: {name} is already quantized; remove the flag")
         try:
             model, config = utils.quantize_model(model, config, group_size=64, bits=quantize)
         except ValueError as error:
@@ -67,24 +67,35 @@ def _loading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise RunError(
-                f"--model {name}: out of memory while it is loaded ({first_line(error)}); take a smaller model, or "
-                "one that is quantized already (mlx_lm.convert --quantize makes one)"
+                f"--model {name}: out of memory while loading ({first_line(error)}); use a smaller model, or a "
+                "quantized one (mlx_lm.convert --quantize makes one)"
             ) from error
         raise InputError(f"--model {name}: cannot be loaded: {first_line(error)}") from error
 
 
+def is_slow_on_cpu(model: nn.Module) -> bool:
+    """Return whether a model runs on a CPU in half precision, which is about fifty times slower than float32 there."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    half = (mx.float16, mx.bfloat16)
+    return mx.default_device() == mx.Device(mx.cpu) and any(
+        array.dtype in half for _, array in tree_flatten(model.parameters())
+    )
+
+
 def is_quantized(config: dict[str, Any]) -> bool:
-    """Whether a model's config says that its weights are quantized."""
+    """Return whether a config says that the model's weights are quantized."""
     return "quantization" in config
 
 
 def local_directory(name: str) -> Path:
-    """The directory of a model, downloaded if it is a Hugging Face repo.
+    """Return the directory of a model; download it if it is a Hugging Face repo.
 
     Raises:
-        InputError: there is no such model, or it cannot be downloaded.
+        InputError: the model does not exist, or cannot be downloaded.
     """
     from mlx_lm.utils import _download
 
@@ -96,42 +107,46 @@ def local_directory(name: str) -> Path:
         return Path(_download(name))
     except Exception as error:
         raise InputError(
-            f"--model {name}: no such directory, and not loadable from the Hub: "
+            f"--model {name}: no such directory, and cannot be downloaded from the Hub: "
             f"{first_line(error).removeprefix('Got: ')}; check the name and the network, or give a local directory"
         ) from error
 
 
 def check_files(name: str) -> Path:
-    """Look at a stranger's model before anything is made of it: sizes against headers, names of files, counts.
+    """Check an untrusted model's files before loading them: array sizes, number of layers, names in the index.
 
     Returns:
         The model's directory.
 
     Raises:
-        InputError: there is none, or what is wrong with which file.
+        InputError: the model does not exist, or a file is invalid; names the file and what is wrong.
     """
-    from nalora_mlx.core.storage import check_arrays, read_json
+    from nalora_mlx.core.storage import array_shapes, read_json
 
     directory = local_directory(name)
     if not (directory / "config.json").exists():
-        raise InputError(f"--model {name}: the directory has no config.json; give one that mlx-lm can load")
+        raise InputError(
+            f"--model {name}: the directory has no config.json; give a model that mlx-lm can load"
+        )
     config = read_json(directory / "config.json")
     if not isinstance(config.get("model_type"), str):
-        raise InputError(f"--model {name}: config.json has no model_type; give one that mlx-lm can load")
-    arrays = sum(check_arrays(path) for path in directory.glob("*.safetensors"))
+        raise InputError(f"--model {name}: config.json has no model_type; give a model that mlx-lm can load")
+    arrays = sum(len(array_shapes(path)) for path in directory.glob("*.safetensors"))
     for key, value in _settings(config):
-        # A list of layers is made before the weights are compared with it.
+        # mlx-lm builds all layers before it compares them with the weights.
         if re.fullmatch(r"(num|n)(_hidden)?_layers?", key) and isinstance(value, int) and value > arrays:
-            raise InputError(f"--model {name}: config.json has {key} {value}, the weights {arrays} arrays")
+            raise InputError(
+                f"--model {name}: config.json has {key} {value}, the weights only {arrays} arrays"
+            )
     index = directory / "model.safetensors.index.json"
     named = read_json(index).get("weight_map") if index.exists() else {}
     if not isinstance(named, dict) or any(Path(str(file)).name != file for file in named.values()):
-        raise InputError(f"--model {name}: {index.name} must map names to files of the same directory")
+        raise InputError(f"--model {name}: {index.name} must map names to files in the same directory")
     return directory
 
 
 def _settings(config: Any) -> Iterator[tuple[str, Any]]:
-    """All keys and values of a config, those of the objects in it too."""
+    """Yield all keys and values of a config, including those of nested objects."""
     for key, value in config.items() if isinstance(config, dict) else ():
         yield key, value
         yield from _settings(value)

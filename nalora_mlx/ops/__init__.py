@@ -1,7 +1,9 @@
-"""Numerical operations: arrays in, arrays out, no modules.
+"""Numerical operations: functions from arrays to arrays, without modules or state.
 
-Holds the activations of gated MLPs, attention and cross entropy for training, and the kernels of the gated residual,
-each with its reference in plain MLX. May import `core`."""
+The package holds the activations of gated MLPs, attention and cross-entropy for training, vectorized elementary
+functions for the CPU, and the kernels of the gated residual with their reference in plain MLX. It may import `core`
+only.
+"""
 
 from nalora_mlx.ops.activations import ACTIVATIONS, Activation
 from nalora_mlx.ops.attention import lean_attention

@@ -1,21 +1,24 @@
-"""Families of activations whose parameters a model sets; see `activations` for what a row holds.
+"""Families of activations whose parameters come from the model; see `activations.Activation` for the fields.
 
-They have no partition, since clipping moves or removes the zero of phi'. Comparisons let NaN through. Their constants
-are their parameters, in the order in which kernels/metal/common.metal reads them.
+They have no partition, because clipping moves or removes the zero of phi'. NaN propagates through their comparisons.
+Their `constants` are their parameters, in the order that kernels/metal/common.metal expects.
 """
 
 import math
 
 import mlx.core as mx
 
-from nalora_mlx.ops.activations import ACTIVATIONS, Activation, float32
+from nalora_mlx.ops.activations import ACTIVATIONS, Activation, in_float32
 from nalora_mlx.ops.fast_math import sigmoid
 
 _silu, _gelu_tanh = ACTIVATIONS["silu"], ACTIVATIONS["gelu_tanh"]
 
 
 def swiglu_oai(alpha: float, limit: float) -> Activation:
-    """The clipped SwiGLU of gpt-oss: phi(z) = m sigmoid(alpha m) with m = min(z, limit), times clip(u) + 1."""
+    """Return the clipped SwiGLU of gpt-oss.
+
+    phi(z) = m sigmoid(alpha m) with m = min(z, limit); the up branch becomes clip(u, -limit, limit) + 1.
+    """
 
     def phi(z):
         m = mx.minimum(z, limit)
@@ -27,8 +30,8 @@ def swiglu_oai(alpha: float, limit: float) -> Activation:
 
     return Activation(
         "swiglu_oai",
-        float32(phi),
-        float32(derivative),
+        in_float32(phi),
+        in_float32(derivative),
         None,
         None,
         up=lambda u: mx.clip(u, -limit, limit) + 1,
@@ -38,7 +41,10 @@ def swiglu_oai(alpha: float, limit: float) -> Activation:
 
 
 def swiglu_input_clamped(limit: float) -> Activation:
-    """SwiGLU with both inputs clamped: phi(z) = silu(min(z, limit)), times clip(u)."""
+    """Return SwiGLU with both inputs clamped.
+
+    phi(z) = silu(min(z, limit)); the up branch becomes clip(u, -limit, limit).
+    """
 
     def phi(z):
         return _silu.phi(mx.minimum(z, limit))
@@ -48,8 +54,8 @@ def swiglu_input_clamped(limit: float) -> Activation:
 
     return Activation(
         "swiglu_input_clamped",
-        float32(phi),
-        float32(derivative),
+        in_float32(phi),
+        in_float32(derivative),
         None,
         None,
         up=lambda u: mx.clip(u, -limit, limit),
@@ -59,7 +65,10 @@ def swiglu_input_clamped(limit: float) -> Activation:
 
 
 def swiglu_output_clamped(limit: float) -> Activation:
-    """SwiGLU with its gate clamped after the activation: phi(z) = min(silu(z), limit), times clip(u)."""
+    """Return SwiGLU with the gate clamped after the activation.
+
+    phi(z) = min(silu(z), limit); the up branch becomes clip(u, -limit, limit).
+    """
 
     def phi(z):
         return mx.minimum(_silu.phi(z), limit)
@@ -69,8 +78,8 @@ def swiglu_output_clamped(limit: float) -> Activation:
 
     return Activation(
         "swiglu_output_clamped",
-        float32(phi),
-        float32(derivative),
+        in_float32(phi),
+        in_float32(derivative),
         None,
         None,
         up=lambda u: mx.clip(u, -limit, limit),
@@ -80,7 +89,11 @@ def swiglu_output_clamped(limit: float) -> Activation:
 
 
 def situ(beta: float, linear_beta: float | None) -> Activation:
-    """The saturating SiLU of Kimi K3: phi(z) = b tanh(z / b) sigmoid(z), times l tanh(u / l) (or u without l)."""
+    """Return the saturating SiLU of Kimi K3.
+
+    phi(z) = beta tanh(z / beta) sigmoid(z); the up branch becomes linear_beta tanh(u / linear_beta), or stays u if
+    linear_beta is None.
+    """
 
     def phi(z):
         return beta * mx.tanh(z / beta) * sigmoid(z)
@@ -92,41 +105,45 @@ def situ(beta: float, linear_beta: float | None) -> Activation:
     up = None if linear_beta is None else lambda u: linear_beta * mx.tanh(u / linear_beta)
     constants = (beta, linear_beta or 0.0)
     return Activation(
-        "situ", float32(phi), float32(derivative), None, None, up=up, kernel="situ", constants=constants
+        "situ", in_float32(phi), in_float32(derivative), None, None, up=up, kernel="situ", constants=constants
     )
 
 
 def gelu_topk(deviations: float) -> Activation:
-    """The sparse GELU of Gemma 3n: phi(z) = gelu_tanh(max(0, z - c)), c = mean + deviations * std of the row.
+    """Return the sparse GELU of Gemma 3n.
 
-    The cutoff c is of the whole row of channels [..., F]; phi' is the derivative with c held.
+    phi(z) = gelu_tanh(max(0, z - c)) with the cutoff c = mean(z) + deviations * std(z) over the channels, [..., F]. The
+    derivative treats c as a constant.
     """
 
-    def above(z):
+    def minus_cutoff(z):
         cutoff = mx.mean(z, axis=-1, keepdims=True) + deviations * mx.std(z, axis=-1, keepdims=True)
         return z - cutoff
 
     def phi(z):
-        return _gelu_tanh.phi(mx.maximum(0, above(z)))
+        return _gelu_tanh.phi(mx.maximum(0, minus_cutoff(z)))
 
     def derivative(z):
-        over = above(z)
-        return mx.where(over <= 0, 0, _gelu_tanh.derivative(over))
+        x = minus_cutoff(z)
+        return mx.where(x <= 0, 0, _gelu_tanh.derivative(x))
 
-    # No kernel: the cutoff is a sum over all channels of a row, and has a gradient.
-    return Activation("gelu_topk", float32(phi), float32(derivative), None, None, constants=(deviations,))
+    # No kernel, because the cutoff is a sum over all channels of a row, and has a gradient.
+    return Activation(
+        "gelu_topk", in_float32(phi), in_float32(derivative), None, None, constants=(deviations,)
+    )
 
 
 def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Activation:
-    """The learned xIELU: a z^2 + b z above 0, n (exp(min(z, eps)) - 1 - z) + b z below.
+    """Return xIELU with the learned parameters of a checkpoint.
 
-    With a = softplus(alpha_p), n = b + softplus(alpha_n), b = beta, as a checkpoint holds them.
+    phi(z) = a z^2 + beta z for z > 0 and n (exp(min(z, eps)) - 1 - z) + beta z otherwise, with a = softplus(alpha_p)
+    and n = beta + softplus(alpha_n).
     """
     a, n = _softplus(alpha_p), beta + _softplus(alpha_n)
 
     def phi(z):
-        low = (mx.expm1(mx.minimum(z, eps)) - z) * n
-        return mx.where(z > 0, a * z * z, low) + beta * z
+        negative = (mx.expm1(mx.minimum(z, eps)) - z) * n
+        return mx.where(z > 0, a * z * z, negative) + beta * z
 
     def derivative(z):
         slope = mx.where(z >= eps, 0, mx.exp(mx.minimum(z, eps))) - 1
@@ -134,7 +151,7 @@ def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Activation
 
     constants = (a, n, beta, eps)
     return Activation(
-        "xielu", float32(phi), float32(derivative), None, None, kernel="xielu", constants=constants
+        "xielu", in_float32(phi), in_float32(derivative), None, None, kernel="xielu", constants=constants
     )
 
 

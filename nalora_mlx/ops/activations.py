@@ -1,12 +1,13 @@
-"""The nonlinearities of gated MLPs: phi, phi', the selection weight rho, the homogeneity kappa, the partition.
+"""Activations of gated MLPs: phi, its derivative, selection weight, homogeneity, and partition.
 
 A self-gated activation is phi(z) = z rho(z). Its local effective homogeneity is
 
     kappa(z) = z phi'(z) / phi(z) = 1 + z rho'(z) / rho(z)
 
-(Euler's degree, local; kappa(0) = 1 by continuity). Every function here is elementwise, takes an array of any
-shape and float dtype, computes in float32 and returns float32; all are finite for |z| up to 1e4.
-Source: design of NA-LoRA (arXiv 2606.31717) as described in the README; the closed forms are elementary calculus.
+(the local form of Euler's degree; kappa(0) = 1 by continuity). All functions here are elementwise. They take an array
+of any shape and float dtype, compute in float32, and return float32. They are finite for |z| up to 1e4.
+
+Source: NA-LoRA (arXiv 2606.31717), as described in the README; the closed forms are elementary calculus.
 """
 
 import math
@@ -23,13 +24,13 @@ _SQRT_2 = math.sqrt(2.0)
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 _TANH_CUBIC = 0.044715  # the cubic coefficient of the tanh approximation of GELU
 
-# Zeros of phi', where more drive stops lowering the output and starts to raise it.
+# Zeros of phi': below them, phi decreases; above them, it increases.
 _SILU_ZERO = -1.2784645427610737
 _GELU_ZERO = -0.7517915246935644
 _GELU_TANH_ZERO = -0.7524614220710163
 
-# Mills ratio R(x) = (1 - Phi(x)) / pdf(x), x >= 0, as t P(t) with t = 4 / (4 + x): P is a weighted
-# least-squares fit of degree 9 on Chebyshev nodes in float64; relative error 4e-8, evaluated in float32 3.3e-7.
+# Mills ratio R(x) = (1 - Phi(x)) / pdf(x) for x >= 0, as t P(t) with t = 4 / (4 + x). P is a weighted least-squares fit
+# of degree 9 on Chebyshev nodes in float64. Its relative error is 4e-8, and 3.3e-7 if evaluated in float32.
 _MILLS_SHIFT = 4.0
 _MILLS = (
     0.2499999902247973,
@@ -47,20 +48,20 @@ _MILLS = (
 
 @dataclass(frozen=True)
 class Activation:
-    """One row of the table: an activation and all that the method needs to know of it.
+    """One row of the activation table: an activation and everything that NA-LoRA needs to know about it.
 
     Attributes:
-        name: the name under which configs and reports know it.
+        name: name in configs and reports.
         phi: z -> phi(z).
         derivative: z -> phi'(z).
-        selection: z -> rho(z) with phi(z) = z rho(z), or None where phi is not self-gated.
-        homogeneity: z -> kappa(z), or None where it has no use.
+        selection: z -> rho(z) with phi(z) = z rho(z), or None if phi is not self-gated.
+        homogeneity: z -> kappa(z), or None if it is not used.
         regions: names of the regions of the coarse partition, from low z to high z; empty without a partition.
         boundaries: the R - 1 increasing values of z that separate the regions.
         left_closed: whether a boundary belongs to the region above it (z >= b) or below it (z > b).
-        up: u -> what multiplies phi(z); None for u itself.
-        kernel: the struct of kernels/metal/common.metal that computes the same; None if none does.
-        constants: what tells members of a family apart, at most four; the kernel gets them.
+        up: u -> the factor that multiplies phi(z), or None if that is u itself.
+        kernel: the struct of kernels/metal/common.metal that computes the same, or None if there is none.
+        constants: at most four parameters that identify a member of a family; kernels get them too.
     """
 
     name: str
@@ -76,21 +77,21 @@ class Activation:
     constants: tuple[float, ...] = ()
 
     def native_phi(self, z: mx.array) -> mx.array:
-        """phi(z) in the dtype of z, rounded after every operation."""
+        """Return phi(z) in the dtype of z, rounded after every operation."""
         return self.phi.native(z)  # type: ignore[attr-defined]
 
     def linear_branch(self, u: mx.array) -> mx.array:
-        """What multiplies phi(z): u in float32, clipped or shifted where the model does so."""
+        """Return the factor that multiplies phi(z): u in float32, clipped or shifted as the model does."""
         u = u.astype(mx.float32)
         return u if self.up is None else self.up(u)
 
     def above_boundary(self, z: mx.array, boundary: float) -> mx.array:
-        """Whether each z lies above a boundary of the partition, as the row defines it; bool, shape of z."""
+        """Return whether each z lies above a boundary of the partition (see `left_closed`); bool, shape of z."""
         return z >= boundary if self.left_closed else z > boundary
 
 
-def float32(function: Elementwise) -> Elementwise:
-    """Promote the argument to float32, so that half types lose nothing inside."""
+def in_float32(function: Elementwise) -> Elementwise:
+    """Make a function convert its argument to float32, and keep the original as its attribute `native`."""
 
     def promoted(z: mx.array) -> mx.array:
         return function(z.astype(mx.float32))
@@ -103,25 +104,25 @@ def float32(function: Elementwise) -> Elementwise:
 # --- SiLU: rho = sigmoid ------------------------------------------------------------------------------------
 
 
-@float32
+@in_float32
 def _silu(z):
     return z * sigmoid(z)
 
 
-@float32
+@in_float32
 def _silu_homogeneity(z):
-    # sigmoid(-z), not 1 - sigmoid(z): the difference has no digits left where z is large.
+    # sigmoid(-z), not 1 - sigmoid(z), which cancels for large z.
     return 1 + z * sigmoid(-z)
 
 
-@float32
+@in_float32
 def _silu_derivative(z):
-    # One exponential, the same as in phi; what 1 - s loses where z is large is below float32 beside 1.
+    # 1 - s shares its exponential with phi. It cancels for large z, but there the product is negligible next to 1.
     s = sigmoid(z)
     return s * (1 + z * (1 - s))
 
 
-@float32
+@in_float32
 def _sigmoid(z):
     return sigmoid(z)
 
@@ -130,7 +131,7 @@ def _sigmoid(z):
 
 
 def _mills(x):
-    """Mills ratio (1 - Phi(x)) / pdf(x) for x >= 0."""
+    """Return the Mills ratio (1 - Phi(x)) / pdf(x) for x >= 0."""
     t = _MILLS_SHIFT / (_MILLS_SHIFT + x)
     p = mx.full(t.shape, _MILLS[-1], dtype=mx.float32)
     for coefficient in reversed(_MILLS[:-1]):
@@ -139,32 +140,32 @@ def _mills(x):
 
 
 def _gaussian_density(z):
-    # Beyond 15 the density underflows float32 anyway; the clip keeps the square finite.
+    # The density underflows float32 for |z| > 15; the clip keeps the square finite.
     return mx.exp(-0.5 * mx.square(mx.clip(z, -15.0, 15.0))) * (1 / math.sqrt(2 * math.pi))
 
 
-@float32
+@in_float32
 def _gaussian_cdf(z):
-    # 1 + erf loses every digit below z = -5; the upper tail through the Mills ratio loses none.
+    # 1 + erf cancels completely below z = -5; the tail from the Mills ratio stays accurate.
     tail = _gaussian_density(z) * _mills(mx.abs(z))
     return mx.where(z < 0, tail, 1 - tail)
 
 
-@float32
+@in_float32
 def _gelu(z):
-    # The form in which models compute it, so that an adapted model stays equal to its base.
+    # The same expression as in models, so that an adapted model equals its base.
     return z * (1 + mx.erf(z / _SQRT_2)) / 2
 
 
-@float32
+@in_float32
 def _gelu_derivative(z):
-    # pdf(z) (R + z) below 0, where pdf + Phi would cancel; Phi + z pdf above.
+    # pdf(z) (R + z) for z < 0, where Phi + z pdf would cancel; Phi + z pdf otherwise.
     density = _gaussian_density(z)
     mills = _mills(mx.abs(z))
     return mx.where(z < 0, density * (mills + z), 1 - density * (mills - z))
 
 
-@float32
+@in_float32
 def _gelu_homogeneity(z):
     density = _gaussian_density(z)
     mills = _mills(mx.abs(z))
@@ -178,23 +179,23 @@ def _tanh_argument(z):
     return _SQRT_2_OVER_PI * (z + _TANH_CUBIC * z * z * z)
 
 
-@float32
+@in_float32
 def _gelu_tanh(z):
     return 0.5 * z * (1 + tanh(_tanh_argument(z)))
 
 
-@float32
+@in_float32
 def _gelu_tanh_selection(z):
     return sigmoid(2 * _tanh_argument(z))
 
 
-@float32
+@in_float32
 def _gelu_tanh_homogeneity(z):
     slope = _SQRT_2_OVER_PI * (1 + 3 * _TANH_CUBIC * z * z)
     return 1 + 2 * z * slope * sigmoid(-2 * _tanh_argument(z))
 
 
-@float32
+@in_float32
 def _gelu_tanh_derivative(z):
     return _gelu_tanh_selection(z) * _gelu_tanh_homogeneity(z)
 
@@ -202,37 +203,37 @@ def _gelu_tanh_derivative(z):
 # --- ReLU, ReLU^2, sigmoid ----------------------------------------------------------------------------------
 
 
-@float32
+@in_float32
 def _relu(z):
     return mx.maximum(z, 0)
 
 
-@float32
+@in_float32
 def _step(z):
     return (z > 0).astype(mx.float32)
 
 
-@float32
+@in_float32
 def _relu_squared(z):
     return mx.square(mx.maximum(z, 0))
 
 
-@float32
+@in_float32
 def _relu_squared_derivative(z):
     return 2 * mx.maximum(z, 0)
 
 
-@float32
+@in_float32
 def _relu_squared_homogeneity(z):
     return 2 * (z > 0).astype(mx.float32)
 
 
-@float32
+@in_float32
 def _sigmoid_derivative(z):
     return sigmoid(z) * sigmoid(-z)
 
 
-@float32
+@in_float32
 def _sigmoid_homogeneity(z):
     return z * sigmoid(-z)
 
@@ -287,7 +288,7 @@ ACTIVATIONS: dict[str, Activation] = {
             left_closed=False,
             kernel="relu2",
         ),
-        # A plain sigmoid gate is not self-gated: mechanism 1 applies, a partition does not.
+        # A plain sigmoid gate is not self-gated, so it has no partition, only the temporal-importance mask.
         Activation("sigmoid", _sigmoid, _sigmoid_derivative, None, _sigmoid_homogeneity, kernel="logistic"),
     )
 }

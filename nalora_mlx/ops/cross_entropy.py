@@ -1,4 +1,4 @@
-"""Cross entropy over scored positions only, in tiles of logits, with its gradient made in the forward."""
+"""Cross-entropy over supervised positions only, with and without tiling of the logits."""
 
 import math
 from collections.abc import Callable
@@ -8,165 +8,208 @@ import mlx.core as mx
 
 from nalora_mlx.ops.fast_math import LOG2_E, exp2_nonpositive, logsumexp
 
-# A tile of float32 logits, [rows, columns], is to stay in a processor's cache, and each of its sides long enough for
-# products to be fast. MLX begins operations before those before them have ended: a dozen tiles are alive at a time.
-# With few rows it has twice as many columns, for every tile is some fifty nodes of a graph.
-ROWS, COLUMNS = 512, 2048
-TILE_BYTES = 4 * ROWS * COLUMNS
-MOST_TILES = 256  # of a batch; beyond it they become wider
-# Hidden states [s, D] and entries of the vocabulary (a slice, or indices [v]) -> their logits [s, v], row by row.
-Part = Callable[[mx.array, Any], mx.array]
+# Size of a tile of float32 logits, [rows, columns]. A tile should fit in a processor's cache, and both sides should be
+# long enough for fast matrix products. MLX starts operations before earlier ones finish, so about a dozen tiles are
+# live at once. With few rows, tiles have twice as many columns, because every tile adds about fifty nodes to the graph.
+TILE_ROWS, TILE_COLUMNS = 512, 2048
+TILE_BYTES = 4 * TILE_ROWS * TILE_COLUMNS
+MAX_TILES = 256  # per batch; larger batches get wider tiles
+
+# Computes logits row by row. Takes hidden states [s, D] and vocabulary entries (a slice, or indices [v]); returns the
+# logits of these entries, [s, v].
+LogitsFunction = Callable[[mx.array, Any], mx.array]
 
 
 def cross_entropy_sum(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Sum of w * -log softmax(logits)[target] over positions of weight w above 0, in float32.
+    """Return the weighted sum of token losses, sum_i w_i * -log softmax(logits_i)[target_i], a float32 scalar.
 
-    A sum and not a mean: the caller's weights are 1 over the token count of the whole optimizer step, so that every
-    token weighs the same however rows fall into batches, and a batch without supervised tokens gives 0, not 0/0.
+    This is a sum, not a mean. The caller sets the weights to 1 / (supervised tokens of the whole optimizer update), so
+    every token counts equally however rows are divided into batches, and a batch without supervised tokens gives 0
+    rather than 0/0.
 
     Args:
-        logits: [S, V], any float dtype; promoted to float32 first.
-        targets: [S] token ids.
-        weights: [S], 0 where the target does not count.
+        logits: [S, V], any float dtype; converted to float32.
+        targets: [S], token ids.
+        weights: [S], 0 at positions that do not count; their logits may hold NaN.
     """
-    losses = _cross_entropies(logits.astype(mx.float32), targets[:, None])  # [S]
+    losses = _token_losses(logits.astype(mx.float32), targets[:, None])  # [S]
     return mx.sum(mx.where(weights > 0, losses * weights, 0))
 
 
-def _cross_entropies(logits: mx.array, targets: mx.array) -> mx.array:
-    """Log sum exp(logits) - logits[target] of each row, [S]; targets [S, 1]."""
-    function: Any = mx.custom_function(_losses_and_sizes)
+def _token_losses(logits: mx.array, targets: mx.array) -> mx.array:
+    """Return logsumexp(logits) - logits[target] of each row, [S], for targets [S, 1]."""
+    function: Any = mx.custom_function(_losses_and_lse)
 
     @function.vjp
-    def _(arrays, cotangents, outputs):
-        logits, targets = arrays
-        d, (_, size) = cotangents[0], outputs
-        hit = mx.arange(logits.shape[-1])[None, :] == targets
-        # where, not a product: what stands beside an unscored position may be NaN
-        return mx.where(d == 0, 0, d * (exp2_nonpositive((logits - size) * LOG2_E) - hit)), mx.zeros_like(
-            targets
-        )
+    def _(primals, cotangents, outputs):
+        logits, targets = primals
+        d, (_, lse) = cotangents[0], outputs
+        is_target = mx.arange(logits.shape[-1])[None, :] == targets
+        probabilities = exp2_nonpositive((logits - lse) * LOG2_E)
+        # `where` instead of a product, because logits at positions that do not count may be NaN.
+        return mx.where(d == 0, 0, d * (probabilities - is_target)), mx.zeros_like(targets)
 
     return function(logits, targets)[0][:, 0]
 
 
-def _losses_and_sizes(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    size = logsumexp(logits)  # [S, 1]
-    return size - mx.take_along_axis(logits, targets, axis=-1), size
+def _losses_and_lse(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the losses and the log-sum-exp of each row, [S, 1] both."""
+    lse = logsumexp(logits)
+    return lse - mx.take_along_axis(logits, targets, axis=-1), lse
 
 
 def tiled_cross_entropy_sum(
-    part: Part,
+    compute_logits: LogitsFunction,
     vocabulary: int,
     hidden: mx.array,
     targets: mx.array,
     weights: mx.array,
-    rows: int = ROWS,
+    rows: int = TILE_ROWS,
     with_gradient: bool = True,
 ) -> mx.array:
-    """`cross_entropy_sum` of all logits, of which only a tile exists at a time.
+    """Return `cross_entropy_sum` of all logits while computing only one tile of logits [rows, columns] at a time.
 
-    Over the entries v of the vocabulary but the target y, tile by tile, with m the largest logit so far:
+    Each tile of rows computes its loss and, in the same pass, its gradient in `hidden`, [rows, D]. The backward only
+    scales that gradient, so no logits are stored or recomputed. For each row with target y:
 
-        o = sum exp(l_v - m),  G = sum exp(l_v - m) dl_v/dh,  e = exp(l_y - m),  z = o + e
-        -log p_y = log z + m - l_y,  d(-log p_y)/dh = (G - o dl_y/dh) / z
+    1. Compute the target logit l_y. Start with the maximum m = l_y, the sum o = 0, and its gradient G = 0 [D].
+    2. For each tile of the vocabulary (online softmax):
+       a. Compute the tile's logits l_v, and update m to their maximum, m' = max(m, max_v l_v).
+       b. Rescale o and G by exp(m - m').
+       c. Add the tile's entries except the target: o += sum_v exp(l_v - m'), G += sum_v exp(l_v - m') dl_v/dh.
+    3. With e = exp(l_y - m) and z = o + e, the loss is -log p_y = log z + m - l_y, and its gradient in h is
+       (G - o dl_y/dh) / z.
 
-    When m grows, o and G shrink. Leaving out the target keeps the digits of a loss near zero: there p_y - 1 would have
-    none. The gradient of each block of rows is computed beside its loss and kept in place of its logits, [S, D] for
-    [S, V]. It reaches `hidden` alone: what makes the logits must be frozen.
+    Leaving the target out of o keeps the precision of losses near zero, where p_y - 1 would round to 0.
+
+    The gradient reaches `hidden` only: the parameters of `compute_logits` must be frozen.
 
     Args:
-        part: see `Part`.
-        vocabulary: V.
-        hidden: [S, D].
-        targets: [S] token ids.
-        weights: [S], 0 where the target does not count.
-        rows: of a tile.
-        with_gradient: False where none will be asked for.
+        compute_logits: see `LogitsFunction`.
+        vocabulary: V, the number of vocabulary entries.
+        hidden: [S, D], any float dtype.
+        targets: [S], token ids.
+        weights: [S], 0 at positions that do not count; their hidden states may hold NaN.
+        rows: rows per tile.
+        with_gradient: whether to compute the gradient; pass False if it is not needed.
 
-    Source: the running maximum is that of Milakov and Gimelshein (arXiv 1805.02867).
+    Returns:
+        A float32 scalar. Its gradient has the dtype of `hidden`.
+
+    Source: the running maximum follows Milakov and Gimelshein (arXiv 1805.02867); tiles of logits, with the gradient
+    in the hidden states, are as in Cut Your Losses (arXiv 2411.09009, apple/ml-cross-entropy).
     """
-    blocks = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
-    columns = COLUMNS if hidden.shape[0] > ROWS // 2 else 2 * COLUMNS
-    columns = max(columns, math.ceil(vocabulary * len(blocks) / MOST_TILES))
-    parts = [slice(start, min(start + columns, vocabulary)) for start in range(0, vocabulary, columns)]
+    row_tiles = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
+    columns = TILE_COLUMNS if hidden.shape[0] > TILE_ROWS // 2 else 2 * TILE_COLUMNS
+    columns = max(columns, math.ceil(vocabulary * len(row_tiles) / MAX_TILES))
+    vocabulary_tiles = [
+        slice(start, min(start + columns, vocabulary)) for start in range(0, vocabulary, columns)
+    ]
 
-    def total(h: mx.array) -> list[mx.array]:
-        loss, done, gradients = mx.array(0.0), list[mx.array](), list[mx.array]()
-        for block in blocks:
-            done = _block(part, parts, _after(h[block], done), targets[block], weights[block], with_gradient)
-            loss = loss + done[0]
-            gradients += done[1:]
+    def loss_and_gradient(h: mx.array) -> list[mx.array]:
+        loss, previous, gradients = mx.array(0.0), list[mx.array](), list[mx.array]()
+        for tile in row_tiles:
+            previous = _row_tile_loss(
+                compute_logits,
+                vocabulary_tiles,
+                _run_after(h[tile], previous),
+                targets[tile],
+                weights[tile],
+                with_gradient,
+            )
+            loss = loss + previous[0]
+            gradients += previous[1:]
         return [loss, mx.concatenate(gradients)] if with_gradient else [loss]
 
     if not with_gradient:
-        return total(hidden)[0]
-    # Around all blocks and not one by one: the gradient of a slice is an array of the whole size, zeros around it.
-    both: Any = mx.custom_function(total)
+        return loss_and_gradient(hidden)[0]
+    # One custom function around all row tiles: the gradient of a slice of `hidden` is an array of its whole size.
+    function: Any = mx.custom_function(loss_and_gradient)
 
-    @both.vjp
+    @function.vjp
     def _(primals, cotangents, outputs):
         return (cotangents[0] * outputs[1]).astype(primals.dtype)
 
-    return both(hidden)[0]
+    return function(hidden)[0]
 
 
-def _after(array: mx.array, done: list[mx.array]) -> mx.array:
-    """The array, but not before others: MLX would otherwise begin with all tiles, and hold the logits of all."""
-    return mx.depends([array], done)[0] if done else array
+def _run_after(array: mx.array, previous: list[mx.array]) -> mx.array:
+    """Return the array, but delay what is computed from it until `previous` is computed.
+
+    Without this, MLX would start all tiles at once and hold all of their logits.
+    """
+    return mx.depends([array], previous)[0] if previous else array
 
 
-def _block(
-    part: Part, parts: list[slice], h: mx.array, targets: mx.array, weights: mx.array, with_gradient: bool
+def _row_tile_loss(
+    compute_logits: LogitsFunction,
+    vocabulary_tiles: list[slice],
+    h: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    with_gradient: bool,
 ) -> list[mx.array]:
-    """The summed loss of some rows and its gradient in h, [s, D]."""
-    own = mx.diagonal(part(h, targets)).astype(mx.float32)[:, None]  # l_y, [s, 1]
-    largest, others, pulled = own, mx.zeros_like(own), mx.zeros(h.shape)
-    done: list[mx.array] = []
-    for which in parts:
-        rows = _after(h, done)
-        logits = part(rows, which)  # [s, v]
-        values = logits.astype(mx.float32)
-        before, largest = largest, mx.maximum(largest, mx.max(values, axis=-1, keepdims=True))
-        hit = mx.arange(which.start, which.stop)[None, :] == targets[:, None]
-        e = mx.where(hit, 0, exp2_nonpositive((values - largest) * LOG2_E))
-        shrink = mx.exp(before - largest)
-        others = others * shrink + mx.sum(e, axis=-1, keepdims=True)
-        done = [others]
+    """Return the weighted loss of one tile of rows, and its gradient in h [s, D] if asked for.
+
+    See `tiled_cross_entropy_sum` for the algorithm: `running_max` is m, `other_sum` is o, `other_gradient` is G.
+    """
+    target_logits = mx.diagonal(compute_logits(h, targets)).astype(mx.float32)[:, None]  # [s, 1]
+    running_max, other_sum, other_gradient = target_logits, mx.zeros_like(target_logits), mx.zeros(h.shape)
+    previous: list[mx.array] = []
+    for tile in vocabulary_tiles:
+        tile_h = _run_after(h, previous)
+        logits = compute_logits(tile_h, tile)  # [s, v]
+        logits32 = logits.astype(mx.float32)
+        old_max = running_max
+        running_max = mx.maximum(old_max, mx.max(logits32, axis=-1, keepdims=True))
+        is_target = mx.arange(tile.start, tile.stop)[None, :] == targets[:, None]
+        exps = mx.where(is_target, 0, exp2_nonpositive((logits32 - running_max) * LOG2_E))
+        rescale = mx.exp(old_max - running_max)
+        other_sum = other_sum * rescale + mx.sum(exps, axis=-1, keepdims=True)
+        previous = [other_sum]
         if with_gradient:
-            _, (pull,) = mx.vjp(lambda h, which=which: part(h, which), [rows], [e.astype(logits.dtype)])
-            pulled = pulled * shrink + pull.astype(mx.float32)
-            done.append(pulled)
-    e = mx.exp(own - largest)
-    # log z is log1p(z - 1): e is 1 where the target has the largest logit.
-    losses = (mx.log1p(others + (e - 1)) + (largest - own))[:, 0]
-    value = mx.sum(mx.where(weights > 0, losses * weights, 0))
+            _, (tile_gradient,) = mx.vjp(
+                lambda h, tile=tile: compute_logits(h, tile), [tile_h], [exps.astype(logits.dtype)]
+            )
+            other_gradient = other_gradient * rescale + tile_gradient.astype(mx.float32)
+            previous.append(other_gradient)
+    target_exp = mx.exp(target_logits - running_max)
+    # log z as log1p(z - 1), because target_exp is 1 where the target has the largest logit.
+    losses = (mx.log1p(other_sum + (target_exp - 1)) + (running_max - target_logits))[:, 0]
+    loss = mx.sum(mx.where(weights > 0, losses * weights, 0))
     if not with_gradient:
-        return [value]
-    eye = mx.eye(h.shape[0], dtype=logits.dtype)
-    _, (pull,) = mx.vjp(lambda h: part(h, targets), [_after(h, done)], [eye])  # dl_y/dh
-    gradient = (pulled - others * pull.astype(mx.float32)) / (others + e)
-    # Weighed here and not in the tiles: in a half type slopes over many tokens underflow.
-    weighed = mx.where(weights[:, None] > 0, gradient * weights[:, None], 0)
-    return [value, weighed.astype(h.dtype)]
+        return [loss]
+    identity = mx.eye(h.shape[0], dtype=logits.dtype)
+    _, (target_gradient,) = mx.vjp(
+        lambda h: compute_logits(h, targets), [_run_after(h, previous)], [identity]
+    )  # dl_y/dh
+    gradient = (other_gradient - other_sum * target_gradient.astype(mx.float32)) / (other_sum + target_exp)
+    # Weighted here and not per tile: in half precision, gradients scaled by 1 / (many tokens) would underflow.
+    weighted = mx.where(weights[:, None] > 0, gradient * weights[:, None], 0)
+    return [loss, weighted.astype(h.dtype)]
 
 
 def gather_rows(array: mx.array, rows: mx.array, weights: mx.array) -> mx.array:
-    """array[rows], [N, D] and [S] -> [S, D]; rows of weight 0 are fillers, which no gradient passes.
+    """Return array[rows], [S, D], with a gradient that is a gather too.
 
-    Other rows occur once, so that the gradient is a gather too: MLX's sum of scattered rows takes 300 ns an element
-    on a CPU.
+    MLX computes the gradient of indexing as a scatter-add, which takes 300 ns per element on a CPU. It is a gather
+    here, because every row with a positive weight occurs only once.
+
+    Args:
+        array: [N, D].
+        rows: [S], indices into `array`, distinct where the weight is positive.
+        weights: [S]; rows with weight 0 are padding, and no gradient flows through them.
     """
     function: Any = mx.custom_function(lambda array, rows, weights: array[rows])
 
     @function.vjp
-    def _(arrays, d, _output):
-        array, rows, weights = arrays
+    def _(primals, d, _output):
+        array, rows, weights = primals
         count = array.shape[0]
-        # Which of d each row has; beyond its end there is a row of zeros, for those that have none.
-        where = mx.full((count + 1,), d.shape[0], dtype=mx.int32)
-        where[mx.where(weights > 0, rows, count)] = mx.arange(d.shape[0])
+        # For each row of `array`, its position in d. Rows without one point to a row of zeros behind the end of d.
+        position = mx.full((count + 1,), d.shape[0], dtype=mx.int32)
+        position[mx.where(weights > 0, rows, count)] = mx.arange(d.shape[0])
         padded = mx.concatenate([d, mx.zeros((1, d.shape[1]), d.dtype)])
-        return padded[where[:count]], mx.zeros_like(rows), mx.zeros_like(weights)
+        return padded[position[:count]], mx.zeros_like(rows), mx.zeros_like(weights)
 
     return function(array, rows, weights)

@@ -1,8 +1,9 @@
-"""2^x, sigmoid, tanh and log-sum-exp, which take most of a training step's elementwise time on a CPU.
+"""Vectorized exp2, log-sum-exp, sigmoid and tanh for training on a CPU.
 
-There MLX calls the C library for each element. What is here is made of operations of which a C++ compiler makes vector
-instructions, ten times as fast and no less accurate. Elsewhere, in half types, and outside `vectorized`, MLX's own are
-used: a model that is not being trained gives the bits that mlx-lm's gives.
+On a CPU, MLX calls the C library for each element, and these functions take most of a training step's elementwise time.
+The versions here consist of operations that a C++ compiler turns into vector instructions. They are ten times as fast
+and no less accurate. Outside `vectorized`, in half-precision dtypes, and on a GPU, they call MLX's own functions, so a
+model that is not being trained returns the same bits as in mlx-lm.
 """
 
 import math
@@ -14,33 +15,43 @@ from typing import Any
 import mlx.core as mx
 
 LOG2_E = math.log2(math.e)
-_LN_2 = (0.693359375, -2.12194440e-4)  # in two parts, of which small multiples of the first are exact
-# e^r = 1 + r + r^2 (c0 + c1 r + ...) for |r| <= ln(2) / 2, relative error 3e-9; from a minimax fit.
-_EXP = (0.49999993, 0.16666521, 0.04166839, 0.00836872, 0.00138146)
-_ROUNDER = 1.5 * 2**23 + 127  # added to |x| < 2^22 it rounds, and leaves round(x) + 127 in the last bits
-_POWER = (1.00000007, 0.693146967, 0.240221197, 0.0555071327, 0.00967554133, 0.00132764715)
+_LN_2_HIGH, _LN_2_LOW = (
+    0.693359375,
+    -2.12194440e-4,
+)  # ln 2 = high + low; n * high is exact for the n used here
+# Minimax fit: e^r = 1 + r + r^2 (c0 + c1 r + ...) for |r| <= ln(2) / 2, relative error 3e-9.
+_EXP_COEFFICIENTS = (0.49999993, 0.16666521, 0.04166839, 0.00836872, 0.00138146)
+# Minimax fit: 2^f = c0 + c1 f + ... for |f| <= 1/2, relative error 7.5e-8.
+_EXP2_COEFFICIENTS = (1.00000007, 0.693146967, 0.240221197, 0.0555071327, 0.00967554133, 0.00132764715)
+# Adding this to |x| < 2^22 rounds x to the nearest integer and leaves round(x) + 127, a biased float32 exponent, in the
+# low bits of the sum.
+_ROUND_TO_EXPONENT = 1.5 * 2**23 + 127
 
 _custom_function: Any = mx.custom_function
 _mlx_sigmoid = mx.sigmoid
 
-_on: ContextVar[bool] = ContextVar("vectorized", default=False)
+_enabled: ContextVar[bool] = ContextVar("vectorized", default=False)
 
 
 @contextmanager
 def vectorized() -> Iterator[None]:
-    """Use the fast forms of this room where they pay; it must span the backward too."""
-    token = _on.set(True)
+    """Use the vectorized functions of this module where they pay off.
+
+    The context must span the forward and the backward.
+    """
+    token = _enabled.set(True)
     try:
         yield
     finally:
-        _on.reset(token)
+        _enabled.reset(token)
 
 
 @contextmanager
 def vectorized_models() -> Iterator[None]:
-    """Let models that call mx.sigmoid run the fast one, their own gated MLPs too; around the tracing of a graph alone.
+    """Make models that call mx.sigmoid use the vectorized `sigmoid`.
 
-    Run eagerly, functions that models compile for themselves would keep it.
+    Enter this context only while a graph is traced. Some models compile functions of their own; run eagerly, these
+    would keep the replacement.
     """
 
     def call(z: mx.array, *, stream: Any = None) -> mx.array:
@@ -53,67 +64,87 @@ def vectorized_models() -> Iterator[None]:
         mx.sigmoid = _mlx_sigmoid
 
 
-def _pays(x: mx.array) -> bool:
-    return _on.get() and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+def _use_vectorized(x: mx.array) -> bool:
+    return _enabled.get() and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
 
 
-def _power_of_2(rounded: mx.array) -> mx.array:
-    """2^n of what _ROUNDER made of n in [-126, 128], by its bits; 128 gives infinity."""
+def _exp2_from_exponent(rounded: mx.array) -> mx.array:
+    """Return 2^n for rounded = n + _ROUND_TO_EXPONENT with integer n in [-126, 128]; n = 128 gives infinity.
+
+    Moves the biased exponent from the low bits to where float32 stores it.
+    """
     return mx.view(mx.view(rounded, mx.int32) << 23, mx.float32)
 
 
 def exp2_nonpositive(x: mx.array) -> mx.array:
-    """2^x for float32 x <= 0, relative error 3e-7; 0 below -86, for products with less are denormal and slow.
+    """Return 2^x for float32 x <= 0, with a relative error of 3e-7.
 
-    2^x = 2^n 2^f with n = round(x) and |f| <= 1/2, 2^f by the polynomial of degree 5 of least relative error, 7.5e-8,
-    in Estrin's form: MLX makes one loop of at most eleven operations in a row. NaN stays. No gradient passes it.
+    Results below 2^-86 are 0, because products with smaller numbers are denormal, and slow. NaN propagates. The
+    function has no gradient.
+
+    1. Round: n = round(x), f = x - n, so that |f| <= 1/2.
+    2. Compute 2^f by a polynomial of degree 5, in Estrin's form.
+    3. Multiply by 2^n, which is made of its exponent bits.
+
+    MLX compiles this to a single loop only while at most eleven operations follow one another.
+
+    Args:
+        x: float32, any shape, x <= 0.
     """
-    if not _pays(x):
+    if not _use_vectorized(x):
         return mx.where(x < -86, 0, mx.exp(x * math.log(2)))
     y = mx.maximum(x, -126)
-    rounded = y + _ROUNDER
-    f = y - (rounded - _ROUNDER)
+    rounded = y + _ROUND_TO_EXPONENT
+    f = y - (rounded - _ROUND_TO_EXPONENT)
     f2 = f * f
-    a, b, c, d, e, g = _POWER
-    p = ((a + b * f) + (c + d * f) * f2) + (e + g * f) * (f2 * f2)
-    return p * mx.where(x < -86, 0, _power_of_2(rounded))
+    c0, c1, c2, c3, c4, c5 = _EXP2_COEFFICIENTS
+    p = ((c0 + c1 * f) + (c2 + c3 * f) * f2) + (c4 + c5 * f) * (f2 * f2)
+    return p * mx.where(x < -86, 0, _exp2_from_exponent(rounded))
 
 
 def logsumexp(x: mx.array) -> mx.array:
-    """log sum exp(x) over the last axis, which stays with size 1. No gradient passes it."""
-    if not _pays(x):
+    """Return log(sum(exp(x))) over the last axis, [..., V] -> [..., 1].
+
+    The function has no gradient in its vectorized form.
+    """
+    if not _use_vectorized(x):
         return mx.logsumexp(x, axis=-1, keepdims=True)
-    largest = mx.max(x, axis=-1, keepdims=True)
-    return largest + mx.log(mx.sum(exp2_nonpositive((x - largest) * LOG2_E), axis=-1, keepdims=True))
+    row_max = mx.max(x, axis=-1, keepdims=True)
+    return row_max + mx.log(mx.sum(exp2_nonpositive((x - row_max) * LOG2_E), axis=-1, keepdims=True))
 
 
 @_custom_function
-def _logistic(z: mx.array) -> mx.array:
-    """With t = exp(-|z|) = 2^n e^r, n = round(-|z| / ln 2): t / (1 + t) below 0 and 1 / (1 + t) above; error 2.4e-7.
+def _vectorized_sigmoid(z: mx.array) -> mx.array:
+    """Return sigmoid(z) with a relative error of 2.4e-7.
 
-    Not one operation longer: from the twelfth in a row on MLX reads constants from memory, and loops are scalar.
+    1. Write t = exp(-|z|) as 2^n e^r with n = round(-|z| / ln 2), so that |r| <= ln(2) / 2.
+    2. Compute e^r by a polynomial of degree 6, in Estrin's form, and 2^n from its exponent bits.
+    3. Return t / (1 + t) for z < 0 and 1 / (1 + t) otherwise.
+
+    Do not add an operation: from the twelfth consecutive operation on, MLX reads constants from memory, and the
+    compiled loop is no longer vectorized.
     """
-    x = mx.maximum(-mx.abs(z), -87.3)  # 2^-126
-    rounded = x * LOG2_E + _ROUNDER
-    n = rounded - _ROUNDER
-    r = (x - n * _LN_2[0]) - n * _LN_2[1]
+    x = mx.maximum(-mx.abs(z), -87.3)  # exp(-87.3) is about 2^-126
+    rounded = x * LOG2_E + _ROUND_TO_EXPONENT
+    n = rounded - _ROUND_TO_EXPONENT
+    r = (x - n * _LN_2_HIGH) - n * _LN_2_LOW
     r2 = r * r
-    a, b, c, d, e = _EXP
-    p = ((1 + r) + (a + b * r) * r2) + ((c + d * r) + e * r2) * (r2 * r2)
-    t = p * _power_of_2(rounded)
+    c0, c1, c2, c3, c4 = _EXP_COEFFICIENTS
+    p = ((1 + r) + (c0 + c1 * r) * r2) + ((c2 + c3 * r) + c4 * r2) * (r2 * r2)
+    t = p * _exp2_from_exponent(rounded)
     return mx.where(z < 0, t, 1) / (1 + t)
 
 
-@_logistic.vjp
+@_vectorized_sigmoid.vjp
 def _(_z, ds, s):
     return ds * (s * (1 - s))
 
 
 def sigmoid(z: mx.array) -> mx.array:
-    """1 / (1 + exp(-z)), in the dtype of z."""
-    return _logistic(z) if _pays(z) else _mlx_sigmoid(z)
+    """Return 1 / (1 + exp(-z)) in the shape and dtype of z."""
+    return _vectorized_sigmoid(z) if _use_vectorized(z) else _mlx_sigmoid(z)
 
 
 def tanh(z: mx.array) -> mx.array:
-    """tanh(z) to an absolute error of 2e-7, in the dtype of z."""
-    return 2 * _logistic(2 * z) - 1 if _pays(z) else mx.tanh(z)
+    """Return tanh(z) = 2 sigmoid(2 z) - 1 in the shape and dtype of z, with an absolute error of 2e-7."""
+    return 2 * _vectorized_sigmoid(2 * z) - 1 if _use_vectorized(z) else mx.tanh(z)

@@ -1,1 +1,5 @@
-"""A page and pictures of one run or several: what `nalora report` writes."""
+"""The `nalora report` command: an HTML page and PNG plots of one run or several.
+
+A command, so it may import every package. Modules are imported where they are used: plots need the optional packages
+matplotlib, plotly and jinja2.
+"""

@@ -1,55 +1,60 @@
-"""`nalora report`: one page and pictures of a run, or of several compared."""
+"""`nalora report`: write an HTML page and PNG plots of a run, or of several compared."""
 
 import argparse
-import fcntl
 import importlib.util
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.signals import Stopped
-from nalora_mlx.report.palette import MOST_RUNS
+from nalora_mlx.report.style import MAX_RUNS
+
+if TYPE_CHECKING:
+    from nalora_mlx.report.run_data import RunData
 
 PAGE = "report.html"
-NEEDED = ("matplotlib", "plotly", "jinja2")
+REQUIRED_PACKAGES = ("matplotlib", "plotly", "jinja2")
 
 
 def build_parser(prog: str) -> Parser:
-    """Take the runs, where to write, and what to ask the models."""
-    parser = Parser(
-        prog=prog, description="Write an HTML page and PNG pictures of a run, or of several compared."
-    )
+    """Build the parser: the runs, the output, and prompts for the models."""
+    parser = Parser(prog=prog, description="Write an HTML page and PNG plots of a run, or compare several.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="directory that nalora lora trained into")
     add(
         "--output",
         type=Path,
         metavar="DIR",
-        help="where to write (default: RUN/report; of several runs ./report)",
+        help="directory to write (default: RUN/report, or ./report for several runs)",
     )
-    add("--watch", action="store_true", help="write anew while a run goes on; the page refreshes itself")
-    add("--every", type=float, default=10.0, metavar="SECONDS", help="with --watch: how often (default: 10)")
-    add("--model", help="base model, to show its answers and those of the runs")
+    add("--watch", action="store_true", help="update the report during the run; the page reloads itself")
+    add(
+        "--every",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="with --watch: update interval (default: 10)",
+    )
+    add("--model", help="base model, to compare its answers with those of the runs")
     add(
         "--prompt",
         action="append",
         default=[],
         metavar="TEXT",
-        help="with --model: a message to answer; repeatable (default: the first prompts of the validation rows)",
+        help="with --model: message to answer; repeatable (default: the first prompts of the validation rows)",
     )
-    add("--max-tokens", type=int, default=128, metavar="N", help="longest answer in tokens (default: 128)")
+    add("--max-tokens", type=int, default=128, metavar="N", help="maximum tokens of an answer (default: 128)")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read, draw, write; with --watch until the runs are over."""
-    _check(args)
+    """Write the report. With --watch, update it until the runs end, then write it once more."""
+    _check_flags(args)
     from nalora_mlx.core.paths import check_paths
-    from nalora_mlx.report.data import read_runs
+    from nalora_mlx.report.run_data import read_runs
     from nalora_mlx.runs.directory import REPORT
 
     paths = [path.expanduser() for path in args.runs]
@@ -59,37 +64,39 @@ def run(args: argparse.Namespace) -> None:
     if args.watch:
         _watch(paths, output, args.every)
     runs = read_runs(paths)
-    written = write(runs, output)
+    plots = write_report(runs, output)
     if args.model:
-        written = write(runs, output, _answers(args, runs))
-    print(f"{output / PAGE} ({(output / PAGE).stat().st_size / 1e6:.1f} MB), {', '.join(written)}")
+        plots = write_report(runs, output, _ask_models(args, runs))
+    page = output / PAGE
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), {', '.join(plots)}")
 
 
-def write(
-    runs: list[Any], output: Path, answers: list[dict[str, Any]] | None = None, refresh: float | None = None
+def write_report(
+    runs: "list[RunData]",
+    output: Path,
+    answers: list[dict[str, Any]] | None = None,
+    refresh: float | None = None,
 ) -> list[str]:
-    """Write the page and the pictures, each whole or not at all; names of the pictures."""
+    """Write the page and the plots, each file atomically; return the names of the plots."""
     from nalora_mlx.core.storage import bytes_writer, write_file
-    from nalora_mlx.report.page import page
-    from nalora_mlx.report.pictures import pictures
+    from nalora_mlx.report.page import render_page
+    from nalora_mlx.report.plots import draw_plots
 
-    drawn = pictures(runs)
-    for name, content in drawn.items():
-        write_file(output / name, bytes_writer(content))
-    write_file(output / PAGE, bytes_writer(page(runs, answers, refresh).encode()))
-    return list(drawn)
+    plots = draw_plots(runs)
+    for name, png in plots.items():
+        write_file(output / name, bytes_writer(png))
+    write_file(output / PAGE, bytes_writer(render_page(runs, answers, refresh).encode()))
+    return list(plots)
 
 
-def _check(args: argparse.Namespace) -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+def _check_flags(args: argparse.Namespace) -> None:
+    missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"nalora report needs {', '.join(missing)}: pip install 'nalora-mlx[report]'")
-    if len(args.runs) > MOST_RUNS:
-        raise InputError(
-            f"{len(args.runs)} runs; at most {MOST_RUNS} can be told apart in a chart, leave some out"
-        )
+    if len(args.runs) > MAX_RUNS:
+        raise InputError(f"{len(args.runs)} runs given; a report compares at most {MAX_RUNS}")
     if args.prompt and not args.model:
-        raise InputError("--prompt needs --model: who is asked")
+        raise InputError("--prompt needs --model, the model to ask")
     if not 1 <= args.every <= 3600:
         raise InputError(f"--every {args.every:g}: must be from 1 to 3600 seconds")
     if args.max_tokens < 1:
@@ -97,7 +104,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse a place that cannot be written, or whose page is not one of ours."""
+    """Raise InputError if the output cannot be written, or contains a page that is not a report."""
     from nalora_mlx.core.storage import check_writable
     from nalora_mlx.report.page import GENERATOR
 
@@ -106,55 +113,46 @@ def _check_output(output: Path) -> None:
     if page.exists():
         with page.open(encoding="utf-8", errors="replace") as file:
             if f'content="{GENERATOR} ' not in file.read(1000):
-                raise InputError(f"{page} is not a report of ours; choose another --output")
+                raise InputError(f"{page} was not written by nalora report; choose another --output")
 
 
 def _watch(paths: list[Path], output: Path, every: float) -> None:
-    """Write anew until the runs are over; once the watch is stopped, the page loads itself no more."""
-    from nalora_mlx.report.data import NoReportYet, read_runs
+    """Update the report until the runs end. If interrupted, leave a page that no longer reloads itself."""
+    from nalora_mlx.report.run_data import NoReportYet, read_runs
 
-    said = None
+    last_message = None
     try:
         while True:
-            over = not _running(paths)
+            ended = not _any_running(paths)
             try:
                 runs = read_runs(paths)
-                write(runs, output, refresh=every)
-                news = f"iteration {max(run.last_step for run in runs)}: {output / PAGE}"
+                write_report(runs, output, refresh=every)
+                message = f"iteration {max(run.last_step for run in runs)}: {output / PAGE}"
             except NoReportYet:
-                over, news = False, f"waiting for the first report in {', '.join(map(str, paths))}"
-            except (InputError, OSError) as error:  # a file that was replaced meanwhile: it is read again
-                news = f"note: {error}"
-            if over:
+                ended, message = False, f"waiting for the first report in {', '.join(map(str, paths))}"
+            except (InputError, OSError) as error:  # a file was replaced while reading: try again later
+                message = f"note: {error}"
+            if ended:
                 return
-            if news != said:
-                print(news, flush=True)
-            said = news
+            if message != last_message:
+                print(message, flush=True)
+            last_message = message
             time.sleep(every)
     except (KeyboardInterrupt, Stopped):
         with suppress(InputError, OSError):
-            write(read_runs(paths), output)
+            write_report(read_runs(paths), output)
         raise
 
 
-def _running(paths: list[Path]) -> bool:
-    """Whether a training process still has one of the directories."""
-    for path in paths:
-        if not path.is_dir():
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:  # shared, so that two who look do not see each other
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass  # a file system without locks
-        finally:
-            os.close(descriptor)
-    return False
+def _any_running(paths: list[Path]) -> bool:
+    """Return whether a training process still holds the lock of one of the directories."""
+    from nalora_mlx.core.locks import is_locked
+
+    return any(is_locked(path) for path in paths)
 
 
-def _answers(args: argparse.Namespace, runs: list[Any]) -> list[dict[str, Any]]:
+def _ask_models(args: argparse.Namespace, runs: "list[RunData]") -> list[dict[str, Any]]:
+    """Return the answers of the base model and of each run to the prompts."""
     from nalora_mlx.core.paths import check_paths
     from nalora_mlx.report.answers import answers
 
@@ -163,7 +161,7 @@ def _answers(args: argparse.Namespace, runs: list[Any]) -> list[dict[str, Any]]:
     prompts = [{"messages": [{"role": "user", "content": prompt}]} for prompt in args.prompt]
     prompts = prompts or next((run.samples for run in runs if run.samples), [])
     if not prompts:
-        raise InputError("the run has kept no prompts of its data; give --prompt TEXT")
+        raise InputError("the run has not saved any prompts of its data; give --prompt TEXT")
     return answers(args.model, [(run.name, run.path) for run in runs], prompts, args.max_tokens)
 
 

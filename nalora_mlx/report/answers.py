@@ -1,4 +1,4 @@
-"""Answers of a base model and of what runs made of it, greedy, so that they are the same each time."""
+"""Answers of a base model and of the runs that trained it. Decoding is greedy, so that they are reproducible."""
 
 from pathlib import Path
 from typing import Any
@@ -7,47 +7,52 @@ from typing import Any
 def answers(
     model_name: str, runs: list[tuple[str, Path]], prompts: list[dict[str, Any]], max_tokens: int
 ) -> list[dict[str, Any]]:
-    """Ask the base model and each run's adapter.
+    """Answer prompts with the base model and with each run's adapter.
 
     Args:
         model_name: base model: directory or Hugging Face repo.
         runs: name and adapter directory of each run.
-        prompts: each with "messages" and perhaps "tools", or with a "text" to go on with.
-        max_tokens: longest answer.
+        prompts: each has "messages" and optionally "tools", or "text" to be continued.
+        max_tokens: maximum length of an answer.
 
     Returns:
-        For each prompt its "prompt" and its "texts": pairs of who answered and what.
+        For each prompt, "prompt" as text and "texts": pairs of a model's name and its answer.
 
     Raises:
         InputError: the model or an adapter cannot be loaded.
     """
-    from mlx_lm import generate
-
-    from nalora_mlx.adapters.files import load_any_adapter
+    from nalora_mlx.adapters.comparison import load_tuned
+    from nalora_mlx.models.conversation import greedy_answer
     from nalora_mlx.models.loading import load_model
 
+    base, tokenizer, _ = load_model(model_name)
+    base.eval()
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     texts: list[list[tuple[str, str]]] = [[] for _ in prompts]
-    for name, adapter in [("before", None), *runs]:
-        model, tokenizer, _ = load_model(model_name)  # anew: an adapter is not taken off again
-        if adapter is not None:
-            load_any_adapter(model, adapter)
-            name = "after" if len(runs) == 1 else name
-        model.eval()
-        for prompt, found in zip(prompts, texts, strict=True):
-            tokens: Any = _shown(prompt)
-            if "messages" in prompt and tokenizer.has_chat_template:
-                tokens = tokenizer.apply_chat_template(
-                    prompt["messages"],
-                    tools=prompt.get("tools"),
-                    add_generation_prompt=True,
-                    return_dict=False,
-                )
-            found.append((name, generate(model, tokenizer, tokens, max_tokens=max_tokens).strip()))
-    return [{"prompt": _shown(prompt), "texts": found} for prompt, found in zip(prompts, texts, strict=True)]
+
+    def ask(name: str, model: Any) -> None:
+        for prompt, found in zip(encoded, texts, strict=True):
+            found.append((name, greedy_answer(model, tokenizer, prompt, max_tokens).text.strip()))
+
+    ask("before", base)
+    for name, adapter in runs:
+        ask("after" if len(runs) == 1 else name, load_tuned(base, model_name, adapter))
+    return [
+        {"prompt": _as_text(prompt), "texts": found} for prompt, found in zip(prompts, texts, strict=True)
+    ]
 
 
-def _shown(prompt: dict[str, Any]) -> str:
-    """A prompt as a person reads it: who says what, if it is more than one message."""
+def _encode(tokenizer: Any, prompt: dict[str, Any]) -> str | list[int]:
+    """Return a prompt as the model reads it: token ids of a chat, or plain text."""
+    from nalora_mlx.models.conversation import render_prompt
+
+    if "messages" in prompt and tokenizer.has_chat_template:
+        return render_prompt(tokenizer, prompt["messages"], prompt.get("tools"))
+    return _as_text(prompt)
+
+
+def _as_text(prompt: dict[str, Any]) -> str:
+    """Return a prompt as readers see it: with the roles if it has more than one message."""
     if "text" in prompt:
         return str(prompt["text"])
     messages = prompt["messages"]

@@ -1,32 +1,32 @@
 "use strict";
-// Draws the charts of a report from the data beside it, in the colours of the page's theme.
+// Draws the charts of a report from the page's JSON data, in the colors of the current theme.
 (() => {
-  const { runs, scalars, statistics, markers, dashes, heat, tints, regions, last, refresh, key } = JSON.parse(document.getElementById("data").textContent);
+  const { runs, scalars, statistics, markers, dashes, colorScale, regionColors, regions, lastStep, refresh, storageKey } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const element = (id) => document.getElementById(id);
-  const colour = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
+  const themeColor = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
   const stored = (store, name, value) => {
-    try { // a browser may keep nothing for pages of files
-      if (value === undefined) return store.getItem(key + name);
-      store.setItem(key + name, value);
-    } catch { /* then the choice lasts as long as the page */ }
+    try { // some browsers store nothing for local files
+      if (value === undefined) return store.getItem(storageKey + name);
+      store.setItem(storageKey + name, value);
+    } catch { /* then the choice is lost on reload */ }
     return null;
   };
-  // What was chosen on this very page, for when it loads itself anew.
-  const chosen = (name, value) => stored(sessionStorage, `${location.pathname} ${name}`, value);
+  // Choices on this page, kept when it reloads itself.
+  const saved = (name, value) => stored(sessionStorage, `${location.pathname} ${name}`, value);
   const several = runs.length > 1;
-  const overTime = new Set(); // charts whose x axis is the iteration
-  const kept = JSON.parse(chosen("range") || "[0,null]"); // null is the end, which moves while a run goes on
-  let range = kept[0] < (kept[1] ?? last) ? [kept[0], kept[1] ?? last] : [0, last];
+  const iterationCharts = new Set(); // ids of charts whose x axis is the iteration
+  const savedRange = JSON.parse(saved("range") || "[0,null]"); // null is the last step, which moves during a run
+  let range = savedRange[0] < (savedRange[1] ?? lastStep) ? [savedRange[0], savedRange[1] ?? lastStep] : [0, lastStep];
 
   const axis = (title, more = {}) => ({
-    title: { text: title, standoff: 8, font: { size: 12 } }, gridcolor: colour("line"), linecolor: colour("axis"),
-    tickcolor: colour("axis"), zeroline: false, showline: true, ticks: "outside", ticklen: 4, ...more,
+    title: { text: title, standoff: 8, font: { size: 12 } }, gridcolor: themeColor("line"), linecolor: themeColor("axis"),
+    tickcolor: themeColor("axis"), zeroline: false, showline: true, ticks: "outside", ticklen: 4, ...more,
   });
   const layout = (x, y, more = {}) => ({
     autosize: true, margin: { l: 56, r: 16, t: 8, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") }, hovermode: "x unified",
-    hoverlabel: { bgcolor: colour("card"), bordercolor: colour("axis"), font: { color: colour("ink") } },
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: themeColor("text") }, hovermode: "x unified",
+    hoverlabel: { bgcolor: themeColor("card"), bordercolor: themeColor("axis"), font: { color: themeColor("text") } },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" }, showlegend: false, xaxis: x, yaxis: { automargin: true, ...y }, ...more,
   });
   const steps = (more = {}) => axis("iteration", { range: range[0] < range[1] ? range : undefined, rangemode: "tozero", ...more });
@@ -36,27 +36,27 @@
     const place = element(id);
     if (!place) return;
     Plotly.react(place, traces, shape, { displayModeBar: false, responsive: true, doubleClick: "reset" });
-    if (overTime.has(id)) return;
-    overTime.add(id);
+    if (iterationCharts.has(id)) return;
+    iterationCharts.add(id);
     place.on("plotly_relayout", (event) => {
-      if ("xaxis.range[0]" in event) show([event["xaxis.range[0]"], event["xaxis.range[1]"]]);
-      else if (event["xaxis.autorange"]) show([0, last]);
+      if ("xaxis.range[0]" in event) setRange([event["xaxis.range[0]"], event["xaxis.range[1]"]]);
+      else if (event["xaxis.autorange"]) setRange([0, lastStep]);
     });
   }
 
-  function show(wanted) {
+  function setRange(wanted) {
     const next = [Math.max(0, Math.round(wanted[0])), Math.round(wanted[1])];
     if (!(next[0] < next[1]) || (next[0] === range[0] && next[1] === range[1])) return;
     range = next;
     [element("from").value, element("to").value] = range;
-    chosen("range", JSON.stringify([range[0], range[1] === last ? null : range[1]]));
-    for (const id of overTime) Plotly.relayout(id, { "xaxis.range": [...range] });
+    saved("range", JSON.stringify([range[0], range[1] === lastStep ? null : range[1]]));
+    for (const id of iterationCharts) Plotly.relayout(id, { "xaxis.range": [...range] });
   }
 
   function lossChart() {
     const traces = [], labels = [], log = element("log").checked;
     runs.forEach((run, i) => {
-      const training = colour(`run-${i}`), validation = several ? training : colour("run-1");
+      const training = themeColor(`run-${i}`), validation = several ? training : themeColor("run-1");
       const name = several ? `${run.name}: ` : "";
       if (run.train.loss) {
         const smooth = run.smooth.loss;
@@ -68,10 +68,10 @@
         traces.push({ x: run.valid[0], y: run.valid[1], mode: "lines+markers", line: { color: validation, width: 2.5 }, marker: { symbol: markers[i], size: run.valid[0].length > 60 ? 4 : 7 }, name: name + "validation", hovertemplate: "%{y:.4f}" });
       }
       if (run.best) {
-        traces.push({ x: [run.best[0]], y: [run.best[1]], mode: "markers", cliponaxis: false, marker: { symbol: "star", size: 16, color: validation, line: { color: colour("card"), width: 1.5 } }, name: name + "best", hoverinfo: "skip", showlegend: !several });
-        // Of several runs the labels would cover each other: the summary and the caption have these numbers too.
-        if (!several) labels.push({ x: run.best[0], y: log ? Math.log10(run.best[1]) : run.best[1], text: `best ${run.best[1].toPrecision(4)}`, ax: run.best[0] > 0.8 * last ? -36 : 36, ay: -34,
-          bgcolor: colour("card"), bordercolor: validation, borderpad: 3, arrowcolor: validation, arrowwidth: 1.2, arrowhead: 0, standoff: 9 });
+        traces.push({ x: [run.best[0]], y: [run.best[1]], mode: "markers", cliponaxis: false, marker: { symbol: "star", size: 16, color: validation, line: { color: themeColor("card"), width: 1.5 } }, name: name + "best", hoverinfo: "skip", showlegend: !several });
+        // Labels of several runs would overlap. The summary and the caption have these numbers too.
+        if (!several) labels.push({ x: run.best[0], y: log ? Math.log10(run.best[1]) : run.best[1], text: `best ${run.best[1].toPrecision(4)}`, ax: run.best[0] > 0.8 * lastStep ? -36 : 36, ay: -34,
+          bgcolor: themeColor("card"), bordercolor: validation, borderpad: 3, arrowcolor: validation, arrowwidth: 1.2, arrowhead: 0, standoff: 9 });
       }
     });
     draw("chart-loss", traces, layout(steps(), axis("loss (nats per token)", log ? { type: "log", dtick: "D2", tickformat: "~g" } : {}), { showlegend: true, annotations: labels }));
@@ -82,20 +82,20 @@
       const traces = runs.flatMap((run, i) => {
         const found = run.train[name];
         if (!found) return [];
-        const line = { color: colour(`run-${i}`), width: 1.8, dash: dashes[i] }, smooth = run.smooth[name];
+        const line = { color: themeColor(`run-${i}`), width: 1.8, dash: dashes[i] }, smooth = run.smooth[name];
         const shown = (smooth || found), main = { x: shown[0], y: shown[1], mode: "lines", line, name: run.name, hovertemplate: `%{y:${format}}` };
-        return smooth && !several ? [{ x: found[0], y: found[1], mode: "lines", line: { color: rgba(colour(`run-${i}`), 0.28), width: 1 }, hoverinfo: "skip" }, main] : [main];
+        return smooth && !several ? [{ x: found[0], y: found[1], mode: "lines", line: { color: rgba(themeColor(`run-${i}`), 0.28), width: 1 }, hoverinfo: "skip" }, main] : [main];
       });
       draw("chart-" + name, traces, layout(steps(), axis(unit, { rangemode: "tozero", exponentformat: name === "learning_rate" ? "e" : "SI" }), { showlegend: several }));
     }
   }
 
   const heatTrace = (x, y, z, low, high, unit) => ({
-    type: "heatmap", x, y, z, zmin: low, zmax: high, colorscale: heat, hoverongaps: false, hovertemplate: "iteration %{x}<br>%{y}<br>%{z:.4f}<extra></extra>",
+    type: "heatmap", x, y, z, zmin: low, zmax: high, colorscale: colorScale, hoverongaps: false, hovertemplate: "iteration %{x}<br>%{y}<br>%{z:.4f}<extra></extra>",
     colorbar: { title: { text: unit, side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0, len: 1, exponentformat: "e" },
   });
 
-  // Without spread, so that a grid of many thousand values cannot overflow the stack.
+  // Not Math.min(...values): that overflows the stack for grids of many thousand values.
   const extent = (grids) => {
     let low = Infinity, high = -Infinity;
     for (const grid of grids) for (const row of grid) for (const value of row) if (value !== null) { if (value < low) low = value; if (value > high) high = value; }
@@ -120,7 +120,7 @@
   }
 
   function caption(run, grid, label) {
-    if (!grid.z.length) return "This run did not measure it.";
+    if (!grid.z.length) return "This run did not record it.";
     const final = grid.z.map((row) => row[row.length - 1]);
     const known = final.map((value, n) => [value, run.layers[n]]).filter(([value]) => value !== null).sort((a, b) => a[0] - b[0]);
     if (!known.length) return "";
@@ -128,8 +128,8 @@
     return `${label}, at the end: lowest ${least[0].toPrecision(3)} in layer ${least[1]}, highest ${most[0].toPrecision(3)} in layer ${most[1]}.`;
   }
 
-  // A statistic of the chosen layer, or its mean over the layers that have it.
-  function row(run, name) {
+  // A statistic of the selected layer, or its mean over the layers that have it.
+  function layerLine(run, name) {
     const grid = run.grids[name], layer = element("layer-choice").value;
     if (!grid) return null;
     if (layer) {
@@ -148,11 +148,11 @@
     for (const [name, unit] of [["importance", "importance |φ'|"], ["mask", "mask m"], ["step_scale", "step scale g"], ["multiplier", "step multiplier q"]]) {
       const traces = [];
       runs.forEach((run, i) => {
-        const [low, middle, high] = ["p10", "p50", "p90"].map((part) => row(run, `${name}.${part}`));
+        const [low, middle, high] = ["p10", "p50", "p90"].map((part) => layerLine(run, `${name}.${part}`));
         if (!low || !high || !middle) return;
-        const line = { color: colour(`run-${i}`) };
+        const line = { color: themeColor(`run-${i}`) };
         traces.push({ ...low, mode: "lines", line: { ...line, width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: i });
-        traces.push({ ...high, mode: "lines", line: { ...line, width: 0 }, fill: "tonexty", fillcolor: rgba(colour(`run-${i}`), 0.2), hoverinfo: "skip", name: several ? run.name : "80 % of channels", showlegend: !several, legendgroup: i });
+        traces.push({ ...high, mode: "lines", line: { ...line, width: 0 }, fill: "tonexty", fillcolor: rgba(themeColor(`run-${i}`), 0.2), hoverinfo: "skip", name: several ? run.name : "80% of channels", showlegend: !several, legendgroup: i });
         traces.push({ ...middle, mode: "lines", line: { ...line, width: 2, dash: dashes[i] }, name: several ? run.name : "median", legendgroup: i, hovertemplate: "%{y:.4f}" });
       });
       draw(`band-${name}`, traces, layout(steps(), axis(unit, { rangemode: "tozero" }), { showlegend: true }));
@@ -160,15 +160,15 @@
     const share = { range: [0, 1.02], tickformat: ".0%" };
     for (const [name, unit, scale] of [["sparsity", "share of channels", share], ["effective", "share of channels", share], ["misalignment", "selection misalignment", { rangemode: "tozero" }]]) {
       draw(`band-${name}`, runs.flatMap((run, i) => {
-        const found = row(run, name);
-        return found ? [{ ...found, mode: "lines", line: { color: colour(`run-${i}`), width: 2, dash: dashes[i] }, name: run.name, hovertemplate: "%{y:.4f}" }] : [];
+        const found = layerLine(run, name);
+        return found ? [{ ...found, mode: "lines", line: { color: themeColor(`run-${i}`), width: 2, dash: dashes[i] }, name: run.name, hovertemplate: "%{y:.4f}" }] : [];
       }), layout(steps(), axis(unit, scale), { showlegend: several }));
     }
     runs.forEach((run, i) => {
       const traces = regions.flatMap((region, n) => {
-        const found = row(run, `occupancy.${region}`);
-        const tint = tints[regions.length === 2 ? 2 * n : n];
-        return found ? [{ ...found, mode: "lines", stackgroup: "all", line: { color: colour("card"), width: 1 }, fillcolor: tint, name: region, hovertemplate: "%{y:.1%}" }] : [];
+        const found = layerLine(run, `occupancy.${region}`);
+        const regionColor = regionColors[regions.length === 2 ? 2 * n : n];
+        return found ? [{ ...found, mode: "lines", stackgroup: "all", line: { color: themeColor("card"), width: 1 }, fillcolor: regionColor, name: region, hovertemplate: "%{y:.1%}" }] : [];
       });
       draw(`occupancy-${i}`, traces, layout(steps(), axis("share of tokens", { range: [0, 1], tickformat: ".0%" }), { showlegend: true }));
       channelChart(run, i);
@@ -180,12 +180,12 @@
     if (!place) return;
     const wanted = element("layer-choice").value, layer = wanted in run.channels ? wanted : Object.keys(run.channels)[0];
     const { x, z } = run.channels[layer];
-    element(`channels-note-${i}`).textContent = `Layer ${layer}: ${z.length} of its channels, evenly spaced.`;
+    element(`channels-note-${i}`).textContent = `Layer ${layer}: ${z.length} evenly spaced channels.`;
     draw(`channels-${i}`, [heatTrace(x, z.map((_, n) => n + 1), z, ...extent([z]), "importance |φ'|")],
-      layout(steps({ showgrid: false }), axis("channel, by importance at the end", { autorange: "reversed", showgrid: false }), { hovermode: "closest" }));
+      layout(steps({ showgrid: false }), axis("channel, by final importance", { autorange: "reversed", showgrid: false }), { hovermode: "closest" }));
   }
 
-  // One kind after the other, so that the page answers in between.
+  // One kind of chart at a time, so that the page stays responsive.
   function drawAll(done = () => {}) {
     const parts = [lossChart, scalarCharts, heatCharts, layerCharts];
     const next = () => {
@@ -197,47 +197,47 @@
     next();
   }
 
-  function dark(on) {
+  function setDark(on) {
     root.dataset.theme = on ? "dark" : "light";
     element("theme").setAttribute("aria-pressed", on);
   }
 
   const prefers = matchMedia("(prefers-color-scheme: dark)");
-  dark((stored(localStorage, "theme") || (prefers.matches ? "dark" : "light")) === "dark");
-  prefers.addEventListener("change", (event) => { if (!stored(localStorage, "theme")) { dark(event.matches); drawAll(); } });
+  setDark((stored(localStorage, "theme") || (prefers.matches ? "dark" : "light")) === "dark");
+  prefers.addEventListener("change", (event) => { if (!stored(localStorage, "theme")) { setDark(event.matches); drawAll(); } });
   element("theme").addEventListener("click", () => {
-    dark(root.dataset.theme !== "dark");
+    setDark(root.dataset.theme !== "dark");
     stored(localStorage, "theme", root.dataset.theme);
     drawAll();
   });
   const choices = ["statistic", "layer-choice"].map(element).filter(Boolean);
   for (const choice of choices) {
-    const before = chosen(choice.id);
+    const before = saved(choice.id);
     if (before !== null && [...choice.options].some((option) => option.value === before)) choice.value = before;
     choice.addEventListener("change", () => {
-      chosen(choice.id, choice.value);
+      saved(choice.id, choice.value);
       (choice.id === "statistic" ? heatCharts : layerCharts)();
     });
   }
   const log = element("log");
-  log.checked = chosen("log") === "true";
-  log.addEventListener("change", () => { chosen("log", log.checked); lossChart(); });
+  log.checked = saved("log") === "true";
+  log.addEventListener("change", () => { saved("log", log.checked); lossChart(); });
   const details = [...document.querySelectorAll("details")];
-  const open = JSON.parse(chosen("open") || "[]");
+  const open = JSON.parse(saved("open") || "[]");
   for (const each of details) {
     each.open = open.includes(each.querySelector("summary").textContent);
-    each.addEventListener("toggle", () => chosen("open", JSON.stringify(details.filter((one) => one.open).map((one) => one.querySelector("summary").textContent))));
+    each.addEventListener("toggle", () => saved("open", JSON.stringify(details.filter((one) => one.open).map((one) => one.querySelector("summary").textContent))));
   }
   [element("from").value, element("to").value] = range;
-  for (const id of ["from", "to"]) element(id).addEventListener("change", () => show([+element("from").value, +element("to").value]));
-  element("all").addEventListener("click", () => show([0, last]));
-  // Counted from the navigation, to the first picture that shows all.
+  for (const id of ["from", "to"]) element(id).addEventListener("change", () => setRange([+element("from").value, +element("to").value]));
+  element("all").addEventListener("click", () => setRange([0, lastStep]));
+  // Milliseconds from navigation to the first frame with all charts; the tests read it.
   drawAll(() => requestAnimationFrame(() => setTimeout(() => { root.dataset.drawn = Math.round(performance.now()); })));
 
   const pause = element("pause");
   if (pause) {
-    const paused = (on) => { pause.setAttribute("aria-pressed", on); chosen("paused", on); };
-    paused(chosen("paused") === "true");
+    const paused = (on) => { pause.setAttribute("aria-pressed", on); saved("paused", on); };
+    paused(saved("paused") === "true");
     pause.addEventListener("click", () => paused(pause.getAttribute("aria-pressed") !== "true"));
     setInterval(() => { if (pause.getAttribute("aria-pressed") !== "true" && !document.hidden) location.reload(); }, refresh * 1000);
   }

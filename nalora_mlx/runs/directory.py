@@ -1,4 +1,4 @@
-"""A run's directory before the run: what it holds, how it goes back to a checkpoint, and whether there is room."""
+"""Preparation of a run's directory: archive an earlier run, rewind to a checkpoint, check the disk space."""
 
 import filecmp
 import math
@@ -27,57 +27,62 @@ RUN_FILES = (
 
 
 def holds_run(output: Path) -> bool:
-    """Whether a directory holds what a run left.
+    """Return whether a directory holds files of a run.
 
     Raises:
-        InputError: it holds something of that name which no run left.
+        InputError: it holds a directory or file named like a run's, but with other content.
     """
-    # A run that was stopped early may have left its record only, or a best adapter and metrics.
-    signs = (ADAPTER_FILE, ADAPTER_CONFIG, METRICS_FILE, RECORD_FILE, f"{BEST}/{ADAPTER_FILE}")
-    if any((output / name).exists() for name in signs) or checkpoints.steps(output / CHECKPOINTS):
+    # A run that was stopped early may have written only run.json, or only metrics and a best adapter.
+    names = (ADAPTER_FILE, ADAPTER_CONFIG, METRICS_FILE, RECORD_FILE, f"{BEST}/{ADAPTER_FILE}")
+    if any((output / name).exists() for name in names) or checkpoints.steps(output / CHECKPOINTS):
         return True
     for name in (BEST, CHECKPOINTS):
         if (output / name).exists() and (not (output / name).is_dir() or any((output / name).iterdir())):
-            raise InputError(f"{output} holds a {name!r} that is not of a run; choose another --adapter-path")
+            raise InputError(f"{output} has a {name!r} that no run wrote; choose another --adapter-path")
     return False
 
 
 def remove_partial_files(output: Path) -> None:
-    """Remove what a run that was killed while writing left half done; nobody else may be writing there."""
-    for place in (output, output / CHECKPOINTS, output / BEST):
-        storage.clean(place)
+    """Remove files that a killed run left incomplete; no other process may be writing there."""
+    for directory in (output, output / CHECKPOINTS, output / BEST):
+        storage.remove_partial(directory)
 
 
 def archive_previous_run(output: Path) -> Path | None:
-    """Move the run that a directory holds to previous/N; where it is now, None if there was none."""
+    """Move a run in a directory to its subdirectory previous/N. Return the new directory, or None without a run."""
     return storage.move_aside(output, RUN_FILES) if holds_run(output) else None
 
 
 def rewind(output: Path, source: Path, iteration: int) -> Path | None:
-    """Bring a run's directory back to a checkpoint; what came after it is moved to previous/N, not lost.
+    """Restore a run's directory to the state at a checkpoint. Later files are moved to previous/N, not deleted.
+
+    1. Move aside what the checkpoint does not have: later checkpoints and a later best adapter. If the checkpoint is
+       from another directory, move aside the whole run.
+    2. Copy the metrics of this run along with what was moved, so that a complete copy remains.
+    3. Restore the best adapter, the adapter and its config from the checkpoint.
+    4. Truncate the metrics after the checkpoint's iteration.
 
     Args:
         output: the run's directory.
-        source: the checkpoint, in the same directory or elsewhere.
-        iteration: where it stands.
+        source: the checkpoint, in this directory or elsewhere.
+        iteration: the checkpoint's iteration.
 
     Returns:
-        Where the later files are now, if there were any.
+        The directory with the later files, or None if there were none.
     """
-    own = source.resolve().parent == (output / CHECKPOINTS).resolve()
-    gone: list[str | Path] = []
-    if own:
+    same_run = source.resolve().parent == (output / CHECKPOINTS).resolve()
+    outdated: list[str | Path] = []
+    if same_run:
         later = [step for step in checkpoints.steps(output / CHECKPOINTS) if step > iteration]
-        gone += [checkpoints.step_directory(Path(CHECKPOINTS), step) for step in later]
-        if not _same(output / BEST / ADAPTER_FILE, source / BEST_FILE):
-            gone.append(BEST)
+        outdated += [checkpoints.step_directory(Path(CHECKPOINTS), step) for step in later]
+        if not _same_file(output / BEST / ADAPTER_FILE, source / BEST_FILE):
+            outdated.append(BEST)
     else:
-        gone += RUN_FILES
-    run = source.parent.parent
-    records = run / METRICS_FILE
-    aside = storage.move_aside(output, gone)
-    if aside is not None and records.exists() and own:
-        storage.write_file(aside / METRICS_FILE, storage.copy_writer(records))
+        outdated += RUN_FILES
+    metrics = source.parent.parent / METRICS_FILE
+    archive = storage.move_aside(output, outdated)
+    if archive is not None and metrics.exists() and same_run:
+        storage.write_file(archive / METRICS_FILE, storage.copy_writer(metrics))
     if not (output / BEST).exists() and (source / BEST_FILE).exists():
         files = {ADAPTER_FILE: source / BEST_FILE, ADAPTER_CONFIG: source / ADAPTER_CONFIG}
         storage.write_directory(
@@ -85,44 +90,47 @@ def rewind(output: Path, source: Path, iteration: int) -> Path | None:
         )
     for name in (ADAPTER_CONFIG, ADAPTER_FILE):
         storage.write_file(output / name, storage.copy_writer(source / name))
-    keep_until(records, output / METRICS_FILE, iteration)
-    return aside
+    keep_until(metrics, output / METRICS_FILE, iteration)
+    return archive
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same_file(one: Path, other: Path) -> bool:
+    """Return whether two files have the same content, or both are missing."""
     if not one.exists() or not other.exists():
         return not one.exists() and not other.exists()
     return filecmp.cmp(one, other, shallow=False)
 
 
 def check_space(output: Path, adapter: int, state: int, saves: int, keep_last: int | None) -> str | None:
-    """Compare the room on the disk with what a run will write; a notice if not all of it has room.
+    """Compare the free disk space with what a run will write.
 
     Args:
         output: the run's directory.
-        adapter: bytes of the adapter.
-        state: bytes of what a checkpoint holds beside it.
-        saves: how many checkpoints the run writes.
-        keep_last: how many stay; None for all.
+        adapter: size of the adapter in bytes.
+        state: size of a checkpoint without its adapters, in bytes.
+        saves: number of checkpoints that the run writes.
+        keep_last: number of checkpoints that are kept; None for all.
+
+    Returns:
+        A notice if not all checkpoints fit, or None.
 
     Raises:
-        InputError: there is no room for a single checkpoint.
+        InputError: not even one checkpoint fits.
     """
-    each = 2 * adapter + state  # the adapter and the best one
-    others = 3 * adapter  # adapters.safetensors, best/, and a new one of them beside the old
+    each = 2 * adapter + state  # a checkpoint has the adapter and the best one
+    others = 3 * adapter  # adapters.safetensors, best/, and the temporary file that replaces one of them
     free = storage.free_space(output)
     if free < each + others:
         raise InputError(
             f"{output}: {_megabytes(free)} free, but a checkpoint and the adapters take {_megabytes(each + others)}; "
-            "make room, or choose another --adapter-path"
+            "free some disk space, or choose another --adapter-path"
         )
-    kept = (
-        saves if keep_last is None else min(saves, keep_last + 1)
-    )  # an old one goes when the new one is there
+    # A new checkpoint is complete before the oldest is removed.
+    kept = saves if keep_last is None else min(saves, keep_last + 1)
     if free >= kept * each + others:
         return None
     most = math.floor((free - others) / each) - 1
-    advice = f"--keep-last {most} fits" if most >= 1 else "make room"
+    advice = f"--keep-last {most} fits" if most >= 1 else "free some disk space"
     return f"{kept} checkpoints take {_megabytes(kept * each + others)}, and {_megabytes(free)} are free; {advice}"
 
 

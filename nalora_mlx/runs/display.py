@@ -1,4 +1,4 @@
-"""What the terminal shows: a run, with a bar over its last report, or in plain lines; and a page of checks."""
+"""Terminal display of a training run: a progress bar with the latest metrics, or plain lines if output is piped."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,18 +18,18 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from nalora_mlx.core.terminal import LastingConsole, colours, marked_text
+from nalora_mlx.core.terminal import LastingConsole, has_colors, marked_text
 
-RECENT = 24  # losses in the little chart
-TREND = 5  # reports whose mean is compared with that of as many before
-LEVEL = 0.01  # a smaller share of change is none
-FULL = 0.9  # of the memory: from here it is marked
-MEMORY_OF_SPEED = 3600.0  # seconds of steps that the time left is told from; a step may take minutes
+CHART_LENGTH = 24  # losses in the chart
+TREND_WINDOW = 5  # reports whose mean is compared with that of the reports before
+LEVEL_CHANGE = 0.01  # relative change of the mean up to which the trend is level
+NEARLY_FULL = 0.9  # fraction of the memory limit above which memory use is highlighted
+SPEED_WINDOW = 3600.0  # seconds of steps from which the time left is estimated; one step may take minutes
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def chart(values: Sequence[float]) -> str:
-    """Numbers as a line of blocks, the lowest and the highest of them at its ends; a gap where one is not finite."""
+    """Return numbers as a line of blocks, scaled from minimum to maximum, with gaps for NaN and infinity."""
     known = [value for value in values if math.isfinite(value)]
     low, high = min(known, default=0), max(known, default=0)
     unit = (high - low) / (len(BLOCKS) - 1) or 1
@@ -37,20 +37,20 @@ def chart(values: Sequence[float]) -> str:
 
 
 def trend(values: Sequence[float]) -> str:
-    """Whether the last numbers fall or rise against those before; nothing while there are too few."""
-    if len(values) < 2 * TREND or not all(map(math.isfinite, values[-2 * TREND :])):
+    """Return whether the last numbers are falling, rising or level against those before; empty for too few numbers."""
+    if len(values) < 2 * TREND_WINDOW or not all(map(math.isfinite, values[-2 * TREND_WINDOW :])):
         return ""
-    before, now = sum(values[-2 * TREND : -TREND]), sum(values[-TREND:])
-    if abs(now - before) <= LEVEL * abs(before):
+    before, now = sum(values[-2 * TREND_WINDOW : -TREND_WINDOW]), sum(values[-TREND_WINDOW:])
+    if abs(now - before) <= LEVEL_CHANGE * abs(before):
         return "level"
     return "falling" if now < before else "rising"
 
 
 class Status:
-    """What is under the bar: the last report, and how it compares; a renderable of rich.
+    """The latest metrics, shown under the bar; a renderable of rich.
 
     Args:
-        memory_limit: bytes that the run should stay within; None leaves them out.
+        memory_limit: bytes that the run should not exceed; None to show memory use without a limit.
     """
 
     def __init__(self, memory_limit: int | None = None):
@@ -61,34 +61,34 @@ class Status:
         self.best_step: int | None = None
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take a metrics event."""
+        """Add a metrics event."""
         if event["split"] == "valid":
             self.valid = event
             if event["loss"] == event["best_loss"]:
                 self.best_step = event["step"]
             return
         self.report = event
-        self.losses = [*self.losses, event["loss"]][-max(RECENT, 2 * TREND) :]
+        self.losses = [*self.losses, event["loss"]][-max(CHART_LENGTH, 2 * TREND_WINDOW) :]
 
     def __rich__(self) -> Table:
-        """Make the lines, a name and its value on each."""
+        """Return the metrics as a table of names and values."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
         table.add_column()
         if self.report:
             loss = Text(f"{self.report['loss']:.4f}  ", "bold")
-            loss.append(chart(self.losses[-RECENT:]), "cyan")
-            tends = trend(self.losses)
-            loss.append(f"  {tends}", {"rising": "yellow", "falling": "green"}.get(tends, ""))
+            loss.append(chart(self.losses[-CHART_LENGTH:]), "cyan")
+            direction = trend(self.losses)
+            loss.append(f"  {direction}", {"rising": "yellow", "falling": "green"}.get(direction, ""))
             table.add_row("loss", loss)
         if self.valid:
             table.add_row("validation", self._validation())
         if self.report:
             rate = self.report["learning_rate"]
             table.add_row("learning rate", "none" if rate is None else f"{rate:.2e}")
-            found = mean_misalignment(self.report)
-            if found is not None:
-                table.add_row("misalignment", f"{found:.3f}, mean over the layers")
+            misalignment = mean_misalignment(self.report)
+            if misalignment is not None:
+                table.add_row("misalignment", f"{misalignment:.3f}, mean over the layers")
             table.add_row(
                 "speed",
                 f"{self.report['tokens_per_second']:,.0f} tokens/s, "
@@ -99,10 +99,10 @@ class Status:
 
     def _validation(self) -> Text:
         text = Text(f"{self.valid['loss']:.4f}", "bold")
-        best, now = self.valid["best_loss"], self.best_step == self.valid["step"]
+        best = self.valid["best_loss"]
         if best is None:  # before the first update
             text.append(f"  at iteration {self.valid['step']}")
-        elif now:
+        elif self.best_step == self.valid["step"]:
             text.append("  the best so far", "green")
         else:
             place = "" if self.best_step is None else f" at iteration {self.best_step}"
@@ -112,43 +112,43 @@ class Status:
     def _memory(self, peak: float) -> Text:
         if self.memory_limit is None:
             return Text(f"{peak:.2f} GB")
-        share = peak / (self.memory_limit / 1e9)
-        full = share >= FULL
+        fraction = peak / (self.memory_limit / 1e9)
+        full = fraction >= NEARLY_FULL
         return Text(
-            f"{used(peak, self.memory_limit)} ({share:.0%}{', nearly full' if full else ''})",
+            f"{memory_use(peak, self.memory_limit)} ({fraction:.0%}{', nearly full' if full else ''})",
             "bold yellow" if full else "",
         )
 
 
-def used(peak: float, limit: int | None) -> str:
-    """Peak memory in GB, and of how much if there is a limit in bytes."""
+def memory_use(peak: float, limit: int | None) -> str:
+    """Return peak memory (in GB) and the limit (in bytes), if there is one, as text."""
     return f"{peak:.2f} GB" if limit is None else f"{peak:.2f} of {limit / 1e9:.1f} GB"
 
 
 def duration(seconds: float) -> str:
-    """A time in hours, minutes and seconds, such as 1:02:03."""
+    """Return a time in hours, minutes and seconds, for example 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def mean_misalignment(event: dict[str, Any]) -> float | None:
-    """Mean selection misalignment of the layers that have one."""
+    """Return the mean selection misalignment over the layers that report it, or None if none does."""
     found = [layer["misalignment"] for layer in event["layers"].values() if "misalignment" in layer]
     return sum(found) / len(found) if found else None
 
 
 class Display:
-    """Shows the events of `train`; usable as a listener. Use it as a context manager, so that the bar is closed.
+    """A listener of `train` that shows its events, and a context manager that closes the progress bar.
 
-    Set `status.memory_limit` before the run to show its memory against that.
+    Set `status.memory_limit` before the run to show memory use relative to a limit.
     """
 
     def __init__(self, console: Console | None = None):
         self.console = console or LastingConsole(highlight=False)
         self.progress: Progress | None = None
         self.live: Live | None = None
-        self.draws = self.console.is_terminal and not self.console.is_dumb_terminal  # else plain lines
+        self.interactive = self.console.is_terminal and not self.console.is_dumb_terminal
         self.status = Status()
         self.iterations = 0
         self.last_valid: float | None = None
@@ -163,14 +163,14 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print one line above the bar."""
-        # Not wrapped where output is piped: a line there is a record.
-        with suppress(OSError):  # the terminal is gone; the run goes on
-            self.console.print(text, markup=False, soft_wrap=not self.draws)
+        # If output is piped, lines are not wrapped, so that each stays one record.
+        with suppress(OSError):  # the terminal may be closed
+            self.console.print(text, markup=False, soft_wrap=not self.interactive)
 
     def masks(self, source: str, pieces: Iterable[tuple[str, bool]]) -> None:
-        """Print a row with what is trained on marked."""
-        text = marked_text(source, pieces, colours(self.console))
-        self.console.print(text, soft_wrap=not self.draws)
+        """Print a row with its supervised tokens marked."""
+        text = marked_text(source, pieces, has_colors(self.console))
+        self.console.print(text, soft_wrap=not self.interactive)
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
@@ -191,12 +191,14 @@ class Display:
     def _validating(self, batch: int, batches: int) -> None:
         if self.progress is not None:
             self.progress.update(self.validation, completed=batch, total=batches, visible=batch < batches)
-        elif batch == 1 < batches and self.last_valid is None:  # nothing else is said until it is done
-            self.note(f"validating the model as it is, {batches} batches")
+        elif (
+            batch == 1 < batches and self.last_valid is None
+        ):  # the only line until the first validation ends
+            self.note(f"validating the model on {batches} batches")
 
     def _start(self, iterations: int, done: int) -> None:
         self.iterations = iterations
-        if not self.draws:
+        if not self.interactive:
             return
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -206,7 +208,7 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("left"),
             console=self.console,
-            speed_estimate_period=MEMORY_OF_SPEED,
+            speed_estimate_period=SPEED_WINDOW,
         )
         self.training = self.progress.add_task("training", total=iterations, completed=done)
         self.validation = self.progress.add_task("validating", total=1, visible=False)
@@ -223,14 +225,14 @@ class Display:
             self.note(f"{step}: validation loss {event['loss']:.4f}{change}{best}, {event['seconds']:.1f} s")
             return
         if self.live is not None:
-            return  # it is under the bar
+            return  # the status under the bar shows it
         rate = "-" if event["learning_rate"] is None else f"{event['learning_rate']:.2e}"
-        found = mean_misalignment(event)
+        misalignment = mean_misalignment(event)
         left = (self.iterations - event["step"]) / event["iterations_per_second"]
         self.note(
             f"{step}: loss {event['loss']:.4f}, lr {rate}, "
             f"{event['iterations_per_second']:.2f} it/s, {event['tokens_per_second']:.0f} tokens/s, "
-            f"{event['tokens']} tokens, peak {used(event['peak_memory_gb'], self.status.memory_limit)}"
-            + ("" if found is None else f", misalignment {found:.3f}")
+            f"{event['tokens']} tokens, peak {memory_use(event['peak_memory_gb'], self.status.memory_limit)}"
+            + ("" if misalignment is None else f", misalignment {misalignment:.3f}")
             + f", {event['step'] / self.iterations:.0%} done, {duration(left)} left"
         )

@@ -1,7 +1,6 @@
-"""What decides which bits a run computes: base model, data, method, optimizer and settings; and how two runs differ."""
+"""Fingerprints of everything that determines what a run computes, and the differences between two runs."""
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -19,7 +18,12 @@ from nalora_mlx.data.tokenization import Example
 
 
 def fingerprint(arrays: Mapping[str, mx.array]) -> str:
-    """A hash of names, types, shapes, and the sums of the bits of every row and column; the same on every device."""
+    """Return a hash of arrays that is the same on every device.
+
+    1. View each array as unsigned integers and as a matrix with the array's last dimension.
+    2. Sum the integers of each row and each column, modulo their range. Integer sums do not depend on the order.
+    3. Hash names, dtypes, shapes and sums with SHA-256; keep 16 hex digits.
+    """
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         if not array.size:
@@ -33,23 +37,23 @@ def fingerprint(arrays: Mapping[str, mx.array]) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(
+def run_identity(
     model: nn.Module,
     optimizer: optim.Optimizer,
-    description: Mapping[str, Any] | None,
+    adapter_config: Mapping[str, Any] | None,
     config: TrainingConfig,
     train_set: Sequence[Example],
     valid_set: Sequence[Example],
     workers: int,
 ) -> dict[str, Any]:
-    """All that decides what a run computes: base model, data, method, optimizer, settings, and how many workers."""
+    """Return all that determines what a run computes, as JSON: model, data, adapter, optimizer, settings, workers."""
     trainable = adapter_weights(model)
-    frozen = {name: a for name, a in tree_flatten(model.parameters()) if name not in trainable}
-    known = {
+    frozen = {name: array for name, array in tree_flatten(model.parameters()) if name not in trainable}
+    identity = {
         "base_model": {"weights": fingerprint(frozen), "settings": _hash(repr(getattr(model, "args", "")))},
         "training_data": _data_identity(train_set),
         "validation_data": _data_identity(valid_set),
-        "adapter": description,
+        "adapter": adapter_config,
         "optimizer": _optimizer_identity(optimizer),
         "training": {
             f.name: getattr(config, f.name)
@@ -58,7 +62,7 @@ def identity(
         },
         "workers": workers,
     }
-    return json.loads(json.dumps(known))
+    return json.loads(json.dumps(identity))  # tuples become lists, as in a file that is read back
 
 
 def _hash(text: str) -> str:
@@ -75,45 +79,36 @@ def _data_identity(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def _optimizer_identity(optimizer: optim.Optimizer) -> dict[str, Any]:
-    """Kind, settings and learning rate; a schedule is known by its values at 0, 1, 2, 4, 8 ... updates."""
-    known: dict[str, Any] = {"kind": type(optimizer).__name__}
+    """Return kind, settings and learning rate. Schedules are functions, so they are sampled at 0, 1, 2, 4, ... updates.
+
+    The learning rate of an optimizer without a schedule is an array in its state.
+    """
+    identity: dict[str, Any] = {"kind": type(optimizer).__name__}
     for name, value in vars(optimizer).items():
         if not name.startswith("_") and isinstance(value, bool | int | float | str | list | tuple | None):
-            known[name] = value
+            identity[name] = value
     if isinstance(optimizer, optim.MultiOptimizer):
-        known["optimizers"] = [_optimizer_identity(one) for one in optimizer.optimizers]
-        return known
+        identity["optimizers"] = [_optimizer_identity(one) for one in optimizer.optimizers]
+        return identity
     for name, schedule in optimizer._schedulers.items():
         steps = [0, *(2**i for i in range(20))]
-        known[f"{name} schedule"] = [float(schedule(mx.array(step, mx.uint64))) for step in steps]
+        identity[f"{name} schedule"] = [float(schedule(mx.array(step, mx.uint64))) for step in steps]
     for name, value in optimizer.state.items():
         if name not in optimizer._schedulers and name != "step" and isinstance(value, mx.array):
-            known[name] = value.tolist()
-    return known
+            identity[name] = value.tolist()
+    return identity
 
 
-def differences(then: Any, now: Any, where: str = "") -> list[str]:
-    """What is not as it was, one phrase each."""
-    if isinstance(then, dict) and isinstance(now, dict):
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """Return the differences between two JSON values, one phrase each with its dotted path."""
+    if isinstance(before, dict) and isinstance(now, dict):
         return [
             phrase
-            for key in dict.fromkeys((*then, *now))
-            for phrase in differences(then.get(key), now.get(key), f"{where}.{key}" if where else key)
+            for key in dict.fromkeys((*before, *now))
+            for phrase in differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         ]
-    if then == now:
+    if before == now:
         return []
-    if max(len(str(then)), len(str(now))) > 60:
-        return [f"{where} differs"]
-    return [f"{where} was {then}, is {now}"]
-
-
-def versions() -> dict[str, str]:
-    """The libraries and the device that the arithmetic comes from."""
-    libraries = ("nalora-mlx", "mlx", "mlx-lm", "numpy")
-    known = {}
-    for name in libraries:
-        try:
-            known[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree
-            continue
-    return {**known, "device": str(mx.default_device())}
+    if max(len(str(before)), len(str(now))) > 60:
+        return [f"{path} differs"]
+    return [f"{path} was {before}, is {now}"]

@@ -1,4 +1,4 @@
-"""Services that get a run's metrics: those of mlx-lm through its own callbacks, TensorBoard through tensorboardX."""
+"""Services that receive a run's metrics: TensorBoard, and those of mlx-lm through its callbacks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,19 +8,19 @@ from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError, first_line
 from nalora_mlx.runs.record import record
 
-TENSORBOARD = "tensorboard"  # the service, and its directory in that of a run
+TENSORBOARD = "tensorboard"  # name of the service, and of its directory in the run's directory
 Reporter = Callable[[dict[str, Any]], None]
 
 
-def reporters(config: RunConfig, complain: Callable[[str], None] = print) -> list[Reporter]:
-    """Listeners of `train` for the services that report_to names; each of them starts with the run, not before.
+def reporters(config: RunConfig, warn: Callable[[str], None] = print) -> list[Reporter]:
+    """Return listeners of `train` for the services in `report_to`. They connect when the run starts, not before.
 
     Args:
         config: the run's settings.
-        complain: told, in a sentence, when a service fails for the first time; the run goes on.
+        warn: called with a message when a service fails for the first time. The run goes on.
 
     Raises:
-        InputError: no service is called that, or its package is not installed.
+        InputError: a service is unknown, or its package is not installed.
     """
     names = list(dict.fromkeys(n.strip().lower() for n in (config.report_to or "").split(",") if n.strip()))
     found: dict[str, Reporter] = {}
@@ -29,11 +29,11 @@ def reporters(config: RunConfig, complain: Callable[[str], None] = print) -> lis
     for name in names:
         if name != TENSORBOARD:
             found[name] = MlxLmCallback(name, config)
-    return [_guarded(name, reporter, complain) for name, reporter in found.items()]
+    return [_ignore_failures(name, reporter, warn) for name, reporter in found.items()]
 
 
-def _guarded(name: str, reporter: Reporter, complain: Callable[[str], None]) -> Reporter:
-    """A reporter whose failures, such as a lost network or a full disk, do not end the run."""
+def _ignore_failures(name: str, reporter: Reporter, warn: Callable[[str], None]) -> Reporter:
+    """Wrap a reporter so that its failures, such as a lost network connection, do not end the run."""
     failed = False
 
     def listen(event: dict[str, Any]) -> None:
@@ -43,18 +43,19 @@ def _guarded(name: str, reporter: Reporter, complain: Callable[[str], None]) -> 
         except Exception as error:
             if not failed:
                 failed = True
-                complain(
-                    f"note: --report-to {name} fails ({first_line(error)}); the run goes on, and metrics.jsonl has all"
+                warn(
+                    f"note: --report-to {name} fails ({first_line(error)}); the run goes on, and metrics.jsonl has "
+                    "all metrics"
                 )
 
     return listen
 
 
 class TensorBoard:
-    """Writes TensorBoard's event files; usable as a listener of `train`.
+    """A listener of `train` that writes TensorBoard's event files.
 
     Args:
-        directory: where they go; made when the run starts.
+        directory: directory of the files; created when the run starts.
 
     Raises:
         InputError: tensorboardX is not installed.
@@ -67,17 +68,17 @@ class TensorBoard:
             raise InputError(
                 "--report-to tensorboard: needs tensorboardX; pip install 'nalora-mlx[tensorboard]'"
             ) from None
-        self.directory, self.new_writer = directory, SummaryWriter
+        self.directory, self.writer_class = directory, SummaryWriter
         self.writer: Any = None
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Write an event that has a split."""
+        """Write metrics events."""
         if event["event"] == "start":
-            # What a resumed run had written after its checkpoint is told anew.
-            purge = event["done"] + 1 if event["done"] else None
-            self.writer = self.new_writer(str(self.directory), purge_step=purge)
+            # A resumed run writes again what it had written after its checkpoint.
+            purge_step = event["done"] + 1 if event["done"] else None
+            self.writer = self.writer_class(str(self.directory), purge_step=purge_step)
         elif self.writer is None:
-            return  # it did not start
+            return  # starting failed
         elif event["event"] == "end":
             self.writer.close()
         elif "split" in event:
@@ -87,7 +88,7 @@ class TensorBoard:
 
 
 def _scalars(event: dict[str, Any]) -> dict[str, float]:
-    """What of a report is one number, by TensorBoard's tag."""
+    """Return the scalars of a metrics event by TensorBoard tag."""
     values = {f"loss/{event['split']}": event["loss"]}
     for key in ("learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_gb"):
         values[f"training/{key}"] = event.get(key)
@@ -97,14 +98,14 @@ def _scalars(event: dict[str, Any]) -> dict[str, float]:
 
 
 class MlxLmCallback:
-    """Hands a run's reports to one of mlx-lm's own callbacks; usable as a listener of `train`.
+    """A listener of `train` that passes metrics to one of mlx-lm's callbacks.
 
     Args:
-        name: of the service.
-        config: the run's settings, which the service shows.
+        name: name of the service.
+        config: the run's settings, which the service displays.
 
     Raises:
-        InputError: mlx-lm has no such service, or its package is not installed.
+        InputError: mlx-lm does not support the service, or its package is not installed.
     """
 
     def __init__(self, name: str, config: RunConfig):
@@ -119,7 +120,7 @@ class MlxLmCallback:
         self.callback: Any = None
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Report an event of training or validation."""
+        """Report metrics events."""
         if event["event"] == "start":
             from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
@@ -130,7 +131,7 @@ class MlxLmCallback:
                 config=record(self.config, {})["settings"],
             )
         elif self.callback is None:
-            return  # it did not start
+            return  # starting failed
         elif event.get("split") == "train":
             self.callback.on_train_loss_report(
                 {

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, appended while a run goes on."""
+"""metrics.jsonl: one JSON object per line, appended during a run."""
 
 import json
 import math
@@ -13,50 +13,52 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends every metrics event of a run to a file; usable as a listener of `train`.
+    """A listener of `train` that appends metrics events to a file.
 
-    A full disk stops no run: records wait until they can be written.
+    A full disk does not stop the run: records are kept in memory until they can be written.
 
     Args:
-        path: the file; it is appended to.
-        complain: told once, in a sentence, when records cannot be written.
+        path: the file, which may exist.
+        warn: called with a message when records cannot be written, once per failure.
     """
 
-    def __init__(self, path: Path, complain: Callable[[str], None] = print):
-        self.path, self.complain = path, complain
-        self.waiting: list[str] = []
+    def __init__(self, path: Path, warn: Callable[[str], None] = print):
+        self.path, self.warn = path, warn
+        self.pending: list[str] = []
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Write an event that has a split; flush the file before a checkpoint refers to it."""
+        """Append metrics events. Flush the file before a checkpoint is written, because resuming needs its records."""
         if "split" in event:
-            record = {key: _rounded(value) for key, value in event.items() if key != "event"}
+            record = {key: _round(value) for key, value in event.items() if key != "event"}
             self._append(json.dumps(record) + "\n")
         elif event.get("event") == "saving" and self.path.exists():
             try:
                 flush(self.path)
             except OSError as error:
-                self.complain(f"{self.path} cannot be written ({error.strerror}); the run goes on")
+                self.warn(f"{self.path} cannot be written ({error.strerror}); the run goes on")
 
     def _append(self, line: str) -> None:
-        late = bool(self.waiting)
-        self.waiting.append(line)
+        already_failing = bool(self.pending)
+        self.pending.append(line)
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(self.waiting))
-            self.waiting = []
+                file.write("".join(self.pending))
+            self.pending = []
         except OSError as error:
             if self.path.exists():
-                os.truncate(self.path, size)  # no half of a line
-            if not late:
-                self.complain(f"{self.path} cannot be written ({error.strerror}); its records wait")
+                os.truncate(self.path, size)  # remove a partial line
+            if not already_failing:
+                self.warn(
+                    f"{self.path} cannot be written ({error.strerror}); records are kept in memory and written later"
+                )
 
 
 def keep_until(source: Path, target: Path, step: int) -> None:
-    """Write the records of a metrics file up to a step to a file (the same one, or another), whole or not at all.
+    """Copy the records of a metrics file up to a step, atomically; `target` may be the same file.
 
-    What follows the last record of that step or an earlier one goes, half lines too: it will be told anew.
+    Later records and partial lines are dropped, because the resumed run writes them again.
     """
     lines = source.read_bytes().splitlines(keepends=True) if source.exists() else []
     kept = 0
@@ -73,12 +75,12 @@ def keep_until(source: Path, target: Path, step: int) -> None:
         write_file(target, bytes_writer(b"".join(lines[:kept])))
 
 
-def _rounded(value: Any) -> Any:
-    """Six significant digits; JSON has no NaN, so that becomes null."""
+def _round(value: Any) -> Any:
+    """Round to six significant digits. NaN and infinity become null, because JSON has neither."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: _round(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [_round(item) for item in value]
     return value

@@ -1,22 +1,20 @@
-"""How far a run has come, in plain numbers that go into a checkpoint and come back from it to the last digit."""
-
-from __future__ import annotations
+"""Counters and losses of a run, all plain numbers, which a checkpoint stores exactly."""
 
 import math
 import statistics
 from dataclasses import dataclass, field
 
-SPIKE_HISTORY = 50  # batches that say what loss is usual
-SPIKE_REPEATS = 3  # spikes within so many batches that are worth a word
+SPIKE_HISTORY = 50  # batches whose losses define the typical loss
+SPIKE_REPEATS = 3  # spikes within SPIKE_WITHIN batches that cause a notice
 SPIKE_WITHIN = 100
 
 
 @dataclass
 class TrainResult:
-    """What came of a run, over all its parts if it was resumed.
+    """Result of a run, including the parts before it was resumed.
 
-    Losses are means over supervised tokens, None without a validation set; `skipped` counts updates that were not
-    applied; `stopped` says why the run ended early, None if it did not.
+    Losses are means over supervised tokens. Validation losses are None without a validation set. `skipped` counts
+    updates with a NaN or infinite loss or gradient. `stopped` says why the run ended early, or is None.
     """
 
     iterations: int
@@ -34,20 +32,21 @@ class TrainResult:
 
 @dataclass
 class Progress:
-    """What a run has done so far; losses are means over supervised tokens.
+    """Progress of a run. Losses are means over supervised tokens.
 
     Attributes:
-        iteration: batches done.
-        updates: optimizer updates applied.
-        skipped: updates that were not applied, because their loss or gradient was not finite.
-        skipped_in_a_row: how many of them were the last ones.
-        tokens: supervised tokens trained on.
-        seconds: time that the run took, over all its parts.
-        train_loss: as last reported.
-        stale_validations: validations since the best one.
-        loss_sum, loss_tokens, loss_steps, loss_seconds: since the last report.
-        recent: losses of the last batches, oldest first.
-        spikes: the iterations at which the loss jumped lately.
+        iteration: number of batches trained on.
+        updates: number of optimizer updates applied.
+        skipped: number of updates skipped because of a NaN or infinite loss or gradient.
+        skipped_in_a_row: number of skipped updates since the last one that was applied.
+        tokens: number of supervised tokens trained on.
+        seconds: training time, including the parts before the run was resumed.
+        train_loss: mean loss of the last report.
+        stale_validations: number of validations since the best one.
+        loss_sum, loss_tokens, loss_steps, loss_seconds: summed loss, supervised tokens, batches and time since the
+            last report.
+        recent: losses of the last SPIKE_HISTORY batches, oldest first.
+        spikes: iterations of recent loss spikes.
     """
 
     iteration: int = 0
@@ -69,8 +68,8 @@ class Progress:
     recent: list[float] = field(default_factory=list)
     spikes: list[int] = field(default_factory=list)
 
-    def count(self, loss: float, tokens: int, seconds: float) -> None:
-        """Count one batch: its summed loss, supervised tokens and time. A loss that is not finite is left out."""
+    def record_batch(self, loss: float, tokens: int, seconds: float) -> None:
+        """Count one batch: its summed loss, supervised tokens and time. A NaN or infinite loss is left out."""
         self.iteration += 1
         self.loss_steps += 1
         self.loss_seconds += seconds
@@ -80,16 +79,16 @@ class Progress:
             self.tokens += tokens
 
     def record_loss(self, loss: float) -> bool:
-        """Take the mean loss of the batch just counted; True at every third jump within a hundred batches.
+        """Record the mean loss of the last batch. Return True at every third spike within 100 batches.
 
-        A jump is a loss above three halves of the usual (the median) and far outside its usual spread.
+        A spike is a loss above 1.5 medians and above median + 10 MAD (median absolute deviation) of the recent losses.
         """
-        usual, self.recent = self.recent, [*self.recent, loss][-SPIKE_HISTORY:]
-        if len(usual) < SPIKE_HISTORY // 2:
+        history, self.recent = self.recent, [*self.recent, loss][-SPIKE_HISTORY:]
+        if len(history) < SPIKE_HISTORY // 2:
             return False
-        middle = statistics.median(usual)
-        spread = statistics.median(abs(value - middle) for value in usual)
-        if loss <= max(1.5 * middle, middle + 10 * spread):
+        median = statistics.median(history)
+        deviation = statistics.median(abs(value - median) for value in history)
+        if loss <= max(1.5 * median, median + 10 * deviation):
             return False
         self.spikes = [at for at in self.spikes if self.iteration - at < SPIKE_WITHIN] + [self.iteration]
         if len(self.spikes) < SPIKE_REPEATS:
@@ -98,12 +97,12 @@ class Progress:
         return True
 
     def start_interval(self) -> None:
-        """Take the mean loss since the last report for the report, and begin anew."""
+        """Set `train_loss` to the mean loss since the last report, and reset the sums."""
         self.train_loss = self.loss_sum / self.loss_tokens if self.loss_tokens else None
         self.loss_sum, self.loss_tokens, self.loss_steps, self.loss_seconds = 0.0, 0, 0, 0.0
 
     def record_validation(self, loss: float) -> bool:
-        """Take a validation loss; True where it is the best after training has begun."""
+        """Record a validation loss. Return whether it is the best so far; the one before training does not count."""
         self.valid_loss = loss if math.isfinite(loss) else None
         if self.iteration == 0:
             self.first_valid_loss = self.valid_loss
@@ -115,7 +114,7 @@ class Progress:
         return False
 
     def result(self, stopped: str | None) -> TrainResult:
-        """What came of the run, which ended for this reason, or at its end."""
+        """Return the result of the run; `stopped` is the reason why it ended early, if it did."""
         return TrainResult(
             iterations=self.iteration,
             updates=self.updates,

@@ -1,12 +1,12 @@
-"""What a checkpoint holds beside its adapter, and how a run is put back to it.
+"""What a checkpoint holds in addition to its adapter, and how a run is restored from it.
 
-The order of the data and the place in it follow from the rows, the batch size, the seed and the iteration, all of
-which are here: nothing else is needed to find the next batch.
+The order of the data and the position in it follow from the rows, the batch size, the seed and the iteration. All of
+these are in the checkpoint, so nothing else is needed to find the next batch.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,34 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_weights, load_weights
-from nalora_mlx.core import storage
-from nalora_mlx.core.config import TrainingConfig
+from nalora_mlx.adapters.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    adapter_files,
+    adapter_weights,
+    load_weights,
+)
+from nalora_mlx.core import storage, trees
+from nalora_mlx.core.config import RunConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.parsing import coerce, reject_unknown
+from nalora_mlx.core.versions import numeric_versions
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.checkpoints import BEST_FILE, CHECKPOINTS
-from nalora_mlx.runs.fingerprint import differences, fingerprint, versions
+from nalora_mlx.runs.directory import holds_run
+from nalora_mlx.runs.fingerprint import differences, fingerprint
 from nalora_mlx.runs.progress import Progress
 
 STATE_FILE = "training_state.json"
 STATE_ARRAYS = "training_state.safetensors"
-FORMAT = 2  # of the state; another number is another way to write it
+FORMAT = 2  # version of the state's format
+RANDOM = "random"  # the name of MLX's random key among the arrays
+LATEST = "latest"  # --resume without a path
 
 
 @dataclass
 class State:
-    """What training_state.json says: see `checkpoint_files`."""
+    """The content of training_state.json, see `checkpoint_files`."""
 
     progress: Progress
     identity: dict[str, Any]
@@ -41,48 +51,40 @@ class State:
     best: str | None
 
 
-def adapter_files(model: nn.Module, description: Mapping[str, Any] | None) -> dict[str, storage.Writer]:
-    """The two files of an adapter that mlx-lm loads."""
-    return {
-        ADAPTER_FILE: storage.arrays_writer(adapter_weights(model)),
-        ADAPTER_CONFIG: storage.json_writer(description),
-    }
-
-
 def checkpoint_files(
     model: nn.Module,
-    description: Mapping[str, Any] | None,
+    adapter_config: Mapping[str, Any] | None,
     state: Mapping[str, Any],
     progress: Progress,
-    known: Mapping[str, Any],
+    identity: Mapping[str, Any],
     config: TrainingConfig,
     best: Path | None,
 ) -> dict[str, storage.Writer]:
-    """The files of a checkpoint: an adapter that mlx-lm loads, and all that resume needs.
+    """Return the files of a checkpoint: an adapter that mlx-lm loads, and all that resume needs.
 
     Args:
-        model: its trainable arrays.
-        description: content of adapter_config.json.
-        state: trees of arrays: the optimizer's and the importance's state.
-        progress: counters, losses so far, and the place in the data and in the metrics, which is the iteration.
-        known: see `identity`.
-        config: for people to read.
-        best: the best adapter so far, if there is one.
+        model: its trainable arrays are saved.
+        adapter_config: content of adapter_config.json.
+        state: trees of arrays, the optimizer's and the importance's.
+        progress: counters and losses so far. Its iteration is the position in the data and in the metrics.
+        identity: see `runs.fingerprint`.
+        config: settings, for people to read.
+        best: file of the best adapter so far, if there is one.
     """
     weights = adapter_weights(model)
-    arrays = {**dict(_leaves(state)), "random": _random_key()}
+    arrays = {**trees.named_arrays(state), RANDOM: _random_key()}
     content = {
         "format": FORMAT,
         "progress": asdict(progress),
-        "identity": known,
-        "versions": versions(),
+        "identity": identity,
+        "versions": numeric_versions(),
         "config": {f.name: getattr(config, f.name) for f in fields(TrainingConfig)},
         "arrays": {ADAPTER_FILE: fingerprint(weights), STATE_ARRAYS: fingerprint(arrays)},
-        "best": None if best is None else _digest(best),
+        "best": None if best is None else _file_digest(best),
     }
     content["seal"] = _seal(content)
     files = {
-        **adapter_files(model, description),
+        **adapter_files(model, adapter_config),
         STATE_ARRAYS: storage.arrays_writer(arrays),
         STATE_FILE: storage.json_writer(content),
     }
@@ -92,23 +94,22 @@ def checkpoint_files(
 
 
 def _seal(content: Mapping[str, Any]) -> str:
-    """A hash by which a state that was changed is known; it is no proof of who wrote it."""
+    """Return a hash that reveals accidental changes of a state. It does not prove who wrote it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
-    """A hash of a file's bytes."""
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find(resume: str, output: Path) -> Path:
-    """The checkpoint that --resume names: "latest" of the output directory, or a path.
+def find_checkpoint(resume: str, output: Path) -> Path:
+    """Return the checkpoint that --resume names: the latest one of the output directory, or the one at a path.
 
     Raises:
         InputError: there is none.
     """
-    directory = output if resume == "latest" else Path(resume).expanduser()
+    directory = output if resume == LATEST else Path(resume).expanduser()
     if (directory / STATE_FILE).exists():
         return directory
     found = checkpoints.steps(directory / CHECKPOINTS)
@@ -120,11 +121,33 @@ def find(resume: str, output: Path) -> Path:
     return list(found.values())[-1]
 
 
+def find_start(config: RunConfig, output: Path) -> Path | None:
+    """Return what training starts from: a checkpoint, or the adapter weights of a file or directory.
+
+    Raises:
+        InputError: it does not exist, or the output directory cannot take a run.
+    """
+    storage.check_writable(output)
+    holds_run(output)
+    if config.resume is not None:
+        checkpoint = find_checkpoint(config.resume, output)
+        read_state(checkpoint)
+        return checkpoint
+    if config.resume_adapter_file is None:
+        return None
+    path = Path(config.resume_adapter_file).expanduser()
+    if path.is_dir():
+        path = path / ADAPTER_FILE
+    if not path.exists():
+        raise InputError(f"--resume-adapter-file {config.resume_adapter_file}: no {ADAPTER_FILE} there")
+    return path
+
+
 def read_state(directory: Path) -> State:
     """Read training_state.json.
 
     Raises:
-        InputError: it is missing, unreadable, or of another format.
+        InputError: it is missing, unreadable, or in another format.
     """
     path = directory / STATE_FILE
     content = storage.read_json(path)
@@ -138,7 +161,7 @@ def read_state(directory: Path) -> State:
     parts = {}
     for name in ("progress", "identity", "versions", "arrays"):
         if not isinstance(content.get(name), dict):
-            raise InputError(f"{path}: {name!r} is missing or no object")
+            raise InputError(f"{path}: {name!r} is missing or not an object")
         parts[name] = content[name]
     given = parts.pop("progress")
     reject_unknown(given, Progress.__dataclass_fields__, f"{path}: progress")
@@ -147,52 +170,55 @@ def read_state(directory: Path) -> State:
 
 def restore(
     directory: Path,
-    now: Mapping[str, Any],
+    identity: Mapping[str, Any],
     model: nn.Module,
     state: Mapping[str, Any],
     iterations: int,
     anyway: bool = False,
 ) -> tuple[Progress, list[str]]:
-    """Put a run back to a checkpoint: the model's trainable arrays, `state` in place, and mlx's random numbers.
+    """Restore the model's trainable arrays, `state` and MLX's random state from a checkpoint, all in place.
+
+    Everything is checked before anything is changed.
 
     Args:
         directory: the checkpoint.
-        now: the identity of this run.
-        model: adapted as the run's was.
-        state: trees of the same names and shapes as those that were saved.
-        iterations: how many this run will have.
-        anyway: go on although something differs.
+        identity: of this run.
+        model: adapted like the model of the checkpoint.
+        state: trees with the names and shapes of those that were saved.
+        iterations: iterations of this run.
+        anyway: continue even though something differs.
 
     Returns:
-        The progress, and what a person should know: what was ignored, and whether libraries have changed.
+        The progress, and notices: what was ignored, and which libraries have changed.
 
     Raises:
-        InputError: it is of another run, with all that differs, or a file is missing, was changed, or does not fit.
+        InputError: the checkpoint is from another run (with all differences), or a file is missing, was changed, or
+            does not fit.
     """
-    known = read_state(directory)
-    wrong = differences(known.identity, now)
+    saved = read_state(directory)
+    wrong = differences(saved.identity, identity)
     if wrong and not anyway:
         raise InputError(
-            f"--resume {directory}: not the same run: {listed(wrong)}; give what it had, or --resume-anyway"
+            f"--resume {directory}: not the same run: {listed(wrong)}; restore these settings, or give --resume-anyway"
         )
-    if known.progress.iteration > iterations:
+    if saved.progress.iteration > iterations:
         raise InputError(
-            f"--resume {directory}: it is at iteration {known.progress.iteration}, beyond the {iterations} asked for"
+            f"--resume {directory}: it is at iteration {saved.progress.iteration}, beyond --iters {iterations}"
         )
     notices = [f"resuming although {phrase}" for phrase in wrong]
-    if others := differences(known.versions, versions()):
-        notices.append(f"the last digits may come out otherwise: {listed(others)}")
-    _check_copies(directory, known)
-    _restore_arrays(directory, known, model, state)
-    return known.progress, notices
+    if others := differences(saved.versions, numeric_versions()):
+        notices.append(f"results may differ in the last digits: {listed(others)}")
+    _check_copies(directory, saved)
+    _restore_arrays(directory, saved, model, state)
+    return saved.progress, notices
 
 
-def _check_copies(directory: Path, known: State) -> None:
-    """Raise InputError for a file that goes back to the run's directory and is not what the run wrote."""
-    if storage.read_json(directory / ADAPTER_CONFIG) != known.identity.get("adapter"):
+def _check_copies(directory: Path, saved: State) -> None:
+    """Raise InputError for a changed file that would be copied back into the run's directory."""
+    if storage.read_json(directory / ADAPTER_CONFIG) != saved.identity.get("adapter"):
         raise InputError(_changed(directory / ADAPTER_CONFIG))
     best = directory / BEST_FILE
-    if (_digest(best) if best.is_file() else None) != known.best:
+    if (_file_digest(best) if best.is_file() else None) != saved.best:
         raise InputError(_changed(best))
 
 
@@ -200,51 +226,31 @@ def _changed(path: Path) -> str:
     return f"{path} is not what the run wrote; resume from an earlier checkpoint"
 
 
-def _restore_arrays(directory: Path, known: State, model: nn.Module, state: Mapping[str, Any]) -> None:
-    saved = storage.read_arrays(directory / STATE_ARRAYS)
-    wanted = {**dict(_leaves(state)), "random": _random_key()}
+def _restore_arrays(directory: Path, saved: State, model: nn.Module, state: Mapping[str, Any]) -> None:
+    arrays = storage.read_arrays(directory / STATE_ARRAYS)
+    wanted = {**trees.named_arrays(state), RANDOM: _random_key()}
     wrong = sorted(
         name
-        for name in saved.keys() | wanted.keys()
-        if name not in saved
+        for name in arrays.keys() | wanted.keys()
+        if name not in arrays
         or name not in wanted
-        or (saved[name].shape, saved[name].dtype) != (wanted[name].shape, wanted[name].dtype)
+        or (arrays[name].shape, arrays[name].dtype) != (wanted[name].shape, wanted[name].dtype)
     )
     if wrong:
         raise InputError(f"{directory / STATE_ARRAYS} does not fit this run: {listed(wrong, ', ')}")
     load_weights(model, directory / ADAPTER_FILE)
-    for name, arrays in ((ADAPTER_FILE, adapter_weights(model)), (STATE_ARRAYS, saved)):
-        if fingerprint(arrays) != known.arrays.get(name):
+    for name, content in ((ADAPTER_FILE, adapter_weights(model)), (STATE_ARRAYS, arrays)):
+        if fingerprint(content) != saved.arrays.get(name):
             raise InputError(_changed(directory / name))
-    high, low = np.array(saved.pop("random")).tolist()
+    high, low = np.array(arrays.pop(RANDOM)).tolist()
     mx.random.seed(high << 32 | low)
-    # The rate is a setting: with --resume-anyway that of now counts, else it is the same, or a schedule sets it.
+    # The learning rate is a setting. With --resume-anyway the new one counts; otherwise it is the same, or a schedule
+    # sets it.
     rates = {name: array for name, array in wanted.items() if name.endswith(".learning_rate")}
-    _fill(state, saved | rates, "")
+    trees.fill(state, arrays | rates)
 
 
 def _random_key() -> mx.array:
-    """What mlx draws the next random numbers from, [2] uint32; `mx.random.seed` puts it back."""
+    """Return the key from which MLX draws next; [2] uint32. `mx.random.seed` restores it."""
     state: Any = mx.random.state
     return state[0]
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, mx.array]]:
-    """The arrays of a tree of dicts and lists by dotted path."""
-    items: Any = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-    for key, value in items:
-        name = f"{path}.{key}" if path else str(key)
-        if isinstance(value, mx.array):
-            yield name, value
-        else:
-            yield from _leaves(value, name)
-
-
-def _fill(tree: Any, arrays: Mapping[str, mx.array], path: str) -> None:
-    """Put arrays where `_leaves` found them."""
-    for key in list(tree) if isinstance(tree, Mapping) else range(len(tree)):
-        name = f"{path}.{key}" if path else str(key)
-        if isinstance(tree[key], mx.array):
-            tree[key] = arrays[name]
-        else:
-            _fill(tree[key], arrays, name)

@@ -1,4 +1,4 @@
-"""A run's batches in accumulation windows, each collated while the one before it is trained on."""
+"""Accumulation windows: the batches of one optimizer update, prepared while the previous window trains."""
 
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,7 @@ from itertools import islice
 
 from nalora_mlx.data.batches import Batch
 
-Window = list[Batch]  # the batches of one optimizer update
+Window = list[Batch]
 
 
 def windows(batches: Iterator[Batch], iterations: int, size: int) -> Iterator[Window]:
@@ -19,9 +19,10 @@ def windows(batches: Iterator[Batch], iterations: int, size: int) -> Iterator[Wi
 
 
 def prefetch(items: Iterator[Window]) -> Generator[Window, None, None]:
-    """The same windows in the same order, each made in a thread while the one before it is in use.
+    """Yield the same windows, each prepared in a thread while the previous one is in use.
 
-    What making one raises is raised where it is asked for. Close it, so that the thread ends.
+    An exception raised while a window is prepared is raised when that window is requested. Close the generator to end
+    the thread.
     """
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, None)

@@ -8,35 +8,35 @@ import mlx.nn as nn
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.ops.fast_math import vectorized
 from nalora_mlx.training.distributed import ALONE, Workers
-from nalora_mlx.training.loss import ScoredLoss
+from nalora_mlx.training.loss import SupervisedLoss
 
 
 def evaluate(
     model: nn.Module,
     batches: Sequence[Batch],
     on_batch: Callable[[int], None] | None = None,
-    loss: ScoredLoss | None = None,
+    loss: SupervisedLoss | None = None,
     workers: Workers = ALONE,
 ) -> tuple[float, int]:
-    """Mean cross entropy over all supervised tokens of the batches, and their number.
+    """Return the mean cross entropy over all supervised tokens of the batches, in nats, and the number of tokens.
 
     Args:
-        model: any model; it is put into evaluation mode and back.
+        model: any model; runs in evaluation mode and is put back into its own.
         batches: a fixed set, see `evaluation_batches`.
         on_batch: called with the number of batches done.
-        loss: the model's loss, if there is one already.
-        workers: who have the batches' other shares.
+        loss: the model's loss; made here if None.
+        workers: hold the other shares of the batches.
     """
     training = model.training
     model.eval()
-    loss = loss or ScoredLoss(model)
+    loss = loss or SupervisedLoss(model)
     total, tokens = 0.0, 0
     try:
         for done, batch in enumerate(batches, 1):
             with vectorized():
-                value = loss.evaluate(*map(mx.array, (batch.inputs, *batch.scored())))
+                value = loss.evaluate(*map(mx.array, (batch.inputs, *batch.loss_positions())))
             total += float(value)
-            tokens += batch.tokens
+            tokens += batch.supervised_tokens
             mx.clear_cache()
             if on_batch is not None:
                 on_batch(done)

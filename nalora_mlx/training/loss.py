@@ -1,4 +1,4 @@
-"""The compiled training step: forward and backward, and the scaled update at the end of an accumulation window."""
+"""The training and validation loss: cross entropy at supervised positions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,14 +8,21 @@ import mlx.nn as nn
 
 from nalora_mlx.models.output_head import find_output_head
 from nalora_mlx.models.packed_attention import packed_caches
-from nalora_mlx.ops.cross_entropy import ROWS, cross_entropy_sum, gather_rows, tiled_cross_entropy_sum
+from nalora_mlx.ops.cross_entropy import (
+    TILE_ROWS,
+    cross_entropy_sum,
+    gather_rows,
+    tiled_cross_entropy_sum,
+)
 
 
-class ScoredLoss:
-    """Summed cross entropy of a model over the scored positions of a batch, with logits for no others.
+class SupervisedLoss:
+    """Summed cross entropy of a model at the supervised positions of a batch; other positions get no logits.
+
+    Probes the model for its output head. Make one per run, after adapters are attached, and share it.
 
     Args:
-        model: the model; what of it is trainable says whether its head may be run in tiles.
+        model: its trainable parameters decide whether the output head can run in tiles.
         forward: token ids [B, L] -> logits [B, L, V]; the model itself if None.
     """
 
@@ -23,7 +30,7 @@ class ScoredLoss:
         self.model = model
         self.forward = forward or model
         self.head = find_output_head(model, forward)
-        self.rows = ROWS
+        self.rows = TILE_ROWS
         inside = {id(m) for layer in model.layers for _, m in layer.named_modules()}
         self.head_is_frozen = not any(
             isinstance(leaf, mx.array) and name not in module._no_grad and not name.startswith("_")
@@ -41,15 +48,22 @@ class ScoredLoss:
         rows: mx.array,
         targets: mx.array,
         weights: mx.array,
-        segments: mx.array | None = None,
+        segment_ids: mx.array | None = None,
         with_gradient: bool = True,
     ) -> mx.array:
-        """Sum w * cross entropy; inputs [B, L], and per scored position [S]: its row in [B L], target, weight.
+        """Return sum_s weights_s * cross entropy_s, a float32 scalar.
 
-        `segments` [B, L] says which of the rows packed into a sequence an input belongs to. `evaluate` is the same,
-        compiled, for where no gradient is asked for.
+        `evaluate` computes the same, compiled and without a gradient.
+
+        Args:
+            inputs: token ids; [B, L].
+            rows: index of each supervised position in the flattened [B L]; [S].
+            targets: token id to predict at each of them; [S].
+            weights: weight of each of them, 0 for fillers; [S].
+            segment_ids: which packed row each input belongs to; [B, L], None if not packed.
+            with_gradient: False skips the gradient that is otherwise computed along with the loss.
         """
-        arguments = {} if segments is None else {"cache": packed_caches(self.model, segments)}
+        arguments = {} if segment_ids is None else {"cache": packed_caches(self.model, segment_ids)}
         if self.head is None:
             logits = self.forward(inputs, **arguments)  # [B, L, V]
             return cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[rows], targets, weights)
@@ -60,3 +74,19 @@ class ScoredLoss:
         return tiled_cross_entropy_sum(
             self.head.logits_for, self.head.vocabulary, hidden, targets, weights, self.rows, with_gradient
         )
+
+    def memory_notice(self) -> str | None:
+        """Return why the logits of a batch take more memory than they could, or None."""
+        if self.head is None:
+            reason = (
+                "the model's output head was not found, so logits are computed for every token of a batch"
+            )
+        elif not self.head_is_frozen:
+            reason = "the model's output head is trained, so all logits of a batch are computed at once"
+        elif self.head.projection is None:
+            reason = (
+                "the model's output head cannot run in tiles, so all logits of a batch are computed at once"
+            )
+        else:
+            return None
+        return f"{reason}; if memory runs short, lower --batch-size"

@@ -1,9 +1,9 @@
-"""Build mlx optimizers, and scale the steps that they take: new = decayed old + scale * step.
+"""Build mlx optimizers, and scale the steps they take: new = decayed old + scale * step.
 
-A constant factor on a gradient is divided out again by Adam and its kin, so the scale acts on the finished step.
-The optimizer's own state advances as if nothing were scaled. Decoupled weight decay is no part of the step: it
-acts on every entry as it would without us; coupled decay (L2, in SGD and Muon) is part of the gradient and so of
-the step. A step of Muon is no longer orthogonal once its columns are scaled.
+Adam and its relatives divide a constant factor on the gradient out again, so the scale acts on the finished step, and
+the optimizer's own state advances as if nothing were scaled. Decoupled weight decay is not part of the step: it acts on
+every entry as usual. Coupled decay (L2, in SGD and Muon) is part of the gradient, and therefore of the step. A step of
+Muon is no longer orthogonal once its columns are scaled.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.errors import InputError, first_line
 from nalora_mlx.core.parsing import reject_unknown
 
 OPTIMIZERS = {
@@ -24,7 +25,7 @@ OPTIMIZERS = {
     "adafactor": optim.Adafactor,
 }
 
-# How an optimizer's step depends on the parameter, beyond adding to it.
+# How an optimizer's step depends on the parameter that it is added to.
 _INDEPENDENT = (optim.Adam, optim.Adamax, optim.RMSprop, optim.Adagrad, optim.AdaDelta)
 _DECOUPLED_DECAY = (optim.AdamW, optim.Lion)
 _COUPLED_DECAY = (optim.SGD, optim.Muon)
@@ -33,10 +34,10 @@ _COUPLED_DECAY = (optim.SGD, optim.Muon)
 def build_optimizer(
     name: str, learning_rate: float, schedule: dict[str, Any] | None, settings: Mapping[str, Any]
 ) -> optim.Optimizer:
-    """Build an optimizer with mlx-lm's names, arguments and schedules, which count optimizer updates.
+    """Build an optimizer with mlx-lm's names, arguments and schedules. Schedules count optimizer updates.
 
     Raises:
-        InputError: a setting that the optimizer or the schedule does not take.
+        InputError: the optimizer or the schedule does not accept a setting.
     """
     from mlx_lm.tuner.utils import build_schedule
 
@@ -55,39 +56,56 @@ def build_optimizer(
         raise InputError(f"optimizer_config.{name}: {error}") from None
 
 
+def configured_optimizer(config: RunConfig) -> optim.Optimizer:
+    """Build the optimizer of a run's settings, after one trial step: some settings fail only there.
+
+    Raises:
+        InputError: the optimizer or the schedule does not accept a setting.
+    """
+    settings = config.optimizer_config.get(config.optimizer) or {}
+    trial, optimizer = (
+        build_optimizer(config.optimizer, config.learning_rate, config.lr_schedule, settings)
+        for _ in range(2)
+    )
+    one = {"one": mx.ones((1, 1))}
+    try:
+        mx.eval(trial.apply_gradients(one, one))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"optimizer_config.{config.optimizer}: {first_line(error)}") from None
+    return optimizer
+
+
 def apply_scaled(
     optimizer: optim.Optimizer, gradients: Any, parameters: Any, scales: Mapping[str, mx.array]
 ) -> Any:
-    """Take one optimizer step whose entries are scaled where `scales` says so.
-
-        new = old (1 - decay) + scale * step
+    """Take one optimizer step, scaled entry by entry: new = old (1 - decay) + scale * step.
 
     Args:
-        optimizer: any mlx optimizer; its state advances once, exactly as by `apply_gradients`.
+        optimizer: any mlx optimizer; its state advances once, exactly as in `apply_gradients`.
         gradients: tree of gradients.
         parameters: tree of parameters, a superset of the gradients.
-        scales: dotted path of a parameter -> factors that broadcast against it. Where a factor is 0 the entry does
-            not move (but for decay), even if the step is NaN; a factor of 1 gives the optimizer's own result to
-            the last bit. Other parameters are the optimizer's alone.
+        scales: dotted path of a parameter -> factors that broadcast against it. An entry with factor 0 does not move
+            (except for decay), even if its step is NaN. A factor of 1 gives the optimizer's own result, bit for bit.
+            Parameters without factors take the optimizer's own step.
 
     Returns:
-        A tree of the new parameters, of the structure of the gradients.
+        The new parameters, a tree with the structure of the gradients.
     """
     if not scales:
         return optimizer.apply_gradients(gradients, parameters)
     flat_gradients = dict(tree_flatten(gradients))
     old = dict(tree_flatten(parameters))
-    handed = dict(old)  # the parameters that the optimizer gets to see
+    seen = dict(old)  # the parameters that the optimizer gets to see
     for path in scales:
         if isinstance(optimizer, _COUPLED_DECAY) and optimizer.weight_decay:
             flat_gradients[path] = flat_gradients[path] + optimizer.weight_decay * old[path]
         if _step_is_independent(optimizer):
-            # From zero the result *is* the step: no digits are lost in a difference of nearly equal numbers.
-            handed[path] = mx.zeros_like(old[path])
+            # Starting from zero, the result is the step itself: no cancellation in a difference.
+            seen[path] = mx.zeros_like(old[path])
     new = dict(
         tree_flatten(
             optimizer.apply_gradients(
-                tree_unflatten(list(flat_gradients.items())), tree_unflatten(list(handed.items()))
+                tree_unflatten(list(flat_gradients.items())), tree_unflatten(list(seen.items()))
             )
         )
     )
@@ -103,12 +121,12 @@ def _step_is_independent(optimizer: optim.Optimizer) -> bool:
 
 
 def _decayed(optimizer: optim.Optimizer, parameter: mx.array) -> mx.array:
-    """The parameter after decoupled weight decay alone, as the optimizer itself would compute it."""
+    """Return the parameter after decoupled weight decay alone, as the optimizer itself computes it."""
     if isinstance(optimizer, _DECOUPLED_DECAY) and optimizer.weight_decay:
         rate = optimizer.learning_rate.astype(parameter.dtype)
         return parameter * (1 - rate * optimizer.weight_decay)
     if isinstance(optimizer, optim.Adafactor) and optimizer.weight_decay:
-        # Adafactor's rate depends on the parameter's size; mlx has it in these two methods only.
+        # Adafactor's rate depends on the parameter's RMS; only these two methods compute it.
         rate = optimizer._compute_learning_rate(optimizer.step, optimizer._compute_rms(parameter))
         return parameter + parameter * (-optimizer.weight_decay * rate)
     return parameter

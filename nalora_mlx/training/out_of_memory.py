@@ -1,4 +1,4 @@
-"""What to do when a run has no memory left."""
+"""What to tell the user when a run is out of memory."""
 
 import threading
 from collections.abc import Iterator
@@ -6,55 +6,56 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nalora_mlx.core.config import RunConfig
-from nalora_mlx.core.errors import RunError, first_line, out_of_memory
+from nalora_mlx.core.errors import RunError, first_line, is_out_of_memory
 from nalora_mlx.runs.checkpoints import CHECKPOINTS, steps
 
 
 @contextmanager
-def memory_advice(
-    config: RunConfig, output: Path, quantized: bool, start: Path | None, begun: threading.Event
+def explain_out_of_memory(
+    config: RunConfig, output: Path, quantized: bool, start: Path | None, started: threading.Event
 ) -> Iterator[None]:
-    """Say what is on the disk, and which flags save memory, when there is none left.
+    """Turn an out-of-memory error into one that names the last complete checkpoint and the flags that save memory.
 
     Args:
         config: the run's settings.
-        output: its directory.
-        quantized: whether the model is.
-        start: the checkpoint or adapter that it starts from.
-        begun: set when the directory is the run's own; what is in it before that is of an earlier one.
+        output: the run's directory.
+        quantized: whether the base model is quantized.
+        start: the checkpoint or adapter that the run starts from.
+        started: set once the directory is the run's own; before, its files belong to a previous run.
 
     Raises:
-        RunError: in the place of the error that says so.
+        RunError: in place of the out-of-memory error.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        whole = list(steps(output / CHECKPOINTS).values()) if begun.is_set() else []
-        if not whole and config.resume is not None and start is not None:
-            whole = [start]
-        advice = remedy(config, quantized, whole[-1] if whole else None)
+        complete = list(steps(output / CHECKPOINTS).values()) if started.is_set() else []
+        if not complete and config.resume is not None and start is not None:
+            complete = [start]
+        advice = remedy(config, quantized, complete[-1] if complete else None)
         raise RunError(f"out of memory ({first_line(error)}); {advice}") from error
 
 
-def remedy(config: RunConfig, quantized: bool, whole: Path | None) -> str:
-    """What to do when memory ran out: go on from the last whole checkpoint, as far as its run allows, or start anew."""
-    smaller = [
+def remedy(config: RunConfig, quantized: bool, checkpoint: Path | None) -> str:
+    """Return how to continue from the last complete checkpoint, or how to start again without one."""
+    same_run = [
         f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "",
         "" if config.grad_checkpoint else "--grad-checkpoint",
     ]
-    lighter = [  # with these it is another run
+    other_run = [
         f"--max-seq-length {config.max_seq_length // 2}" if config.max_seq_length > 256 else "",
         "" if quantized or config.fine_tune_type == "full" else "--quantize 4",
     ]
-    fewer = "--num-layers 8" if config.num_layers < 0 or config.num_layers > 8 else ""
-    if whole is None:
-        return f"what helps: {_either([*smaller, *lighter, fewer])}"
-    if any(smaller):
-        return f"{whole} is whole: go on with --resume --resume-anyway and {_either(smaller)}"
+    fewer_layers = "--num-layers 8" if config.num_layers < 0 or config.num_layers > 8 else ""
+    if checkpoint is None:
+        return f"try {_either([*same_run, *other_run, fewer_layers])}"
+    if any(same_run):
+        return f"{checkpoint} is complete: continue with --resume --resume-anyway and {_either(same_run)}"
     return (
-        f"{whole} is whole: start from its adapter with --resume-adapter-file {whole} and {_either(lighter)}"
+        f"{checkpoint} is complete: start from its adapter with --resume-adapter-file {checkpoint} and "
+        f"{_either(other_run)}"
     )
 
 

@@ -1,52 +1,53 @@
-"""One training run: the loop around the training step, and all that it reports, saves and survives."""
+"""One training run: the loop around the training step, its reports, validations and saves."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from nalora_mlx.adapters.attach import adapt_result
-from nalora_mlx.adapters.files import adapter_config, adapter_weights
-from nalora_mlx.adapters.forward_pass import recomputed
-from nalora_mlx.core import storage
+from nalora_mlx.adapters.files import adapter_config as config_of_adapter
+from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core.config import PLAIN_LORA, RunConfig, TrainingConfig
-from nalora_mlx.core.errors import first_line, places
+from nalora_mlx.core.errors import places
 from nalora_mlx.data.batches import Batch, batches_per_epoch, evaluation_batches, training_batches
 from nalora_mlx.data.tokenization import Example
-from nalora_mlx.runs import checkpoints
-from nalora_mlx.runs.checkpoints import CHECKPOINTS, Saver
-from nalora_mlx.runs.directory import (
-    archive_previous_run,
-    check_space,
-    holds_run,
-    remove_partial_files,
-    rewind,
-)
-from nalora_mlx.runs.fingerprint import identity
 from nalora_mlx.runs.progress import Progress, TrainResult
-from nalora_mlx.runs.resume import adapter_files, checkpoint_files, restore
-from nalora_mlx.training import distributed
-from nalora_mlx.training.accumulation import prefetch, windows
+from nalora_mlx.training.accumulation import Window, prefetch, windows
+from nalora_mlx.training.diagnostics import describe_layers, measure_misalignment
+from nalora_mlx.training.distributed import workers
 from nalora_mlx.training.evaluation import evaluate
-from nalora_mlx.training.step import TrainingStep
+from nalora_mlx.training.events import Events, Listener
+from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.run_files import RunFiles
+from nalora_mlx.training.step import TrainingStep, recomputed_layers
 
-# What a run tells those who watch it: {"event": one of these, ...}:
-# start, step, validating, metrics, notice, saving, saved, end
-# One that raises is told no more, and the run goes on.
-Listener = Callable[[dict[str, Any]], None]
+
+@dataclass(frozen=True)
+class SkippedUpdate:
+    """Why an update is skipped: the first batch of its window with a NaN or infinite number."""
+
+    batch: Batch
+    loss: float  # summed over the batch
+
+    @property
+    def reason(self) -> str:
+        """What is not finite, as a clause."""
+        if math.isfinite(self.loss):
+            return "the gradient or the new weights are not finite"
+        return f"the loss is {self.loss}"
 
 
 class Run:
-    """One run, with the arguments of `train`. Making it refuses what cannot work and touches nothing; `run` runs it."""
+    """One run, with the arguments of `train`. Constructing it changes nothing; `run` does everything."""
 
     def __init__(
         self,
@@ -57,117 +58,76 @@ class Run:
         optimizer: optim.Optimizer | None = None,
         output: str | Path | None = None,
         listeners: Sequence[Listener] = (),
-        description: dict[str, Any] | None = None,
+        adapter_config: dict[str, Any] | None = None,
         resume: str | Path | None = None,
         resume_anyway: bool = False,
         stop: Callable[[], bool] | None = None,
+        loss: SupervisedLoss | None = None,
     ):
-        report = adapt_result(model)
-        self.model, self.config, self.stop = model, config, stop
-        self.workers = distributed.workers()
-        speaks = self.workers.rank == 0
-        self.listeners = list(listeners) if speaks else []
-        self.train_set = train_set
-        self.valid_batches = evaluation_batches(
-            valid_set, config.batch_size, config.val_batches, config.seed, self.workers.share
-        )
+        result = adapt_result(model)
+        self.model, self.train_set, self.valid_set, self.config = model, train_set, valid_set, config
+        self.workers = workers()
+        leads = self.workers.rank == 0  # writes files and sends events
+        self.events = Events(listeners if leads else ())
         self.optimizer = optimizer or optim.Adam(learning_rate=RunConfig.learning_rate)
         self.step = TrainingStep(
             model,
             self.optimizer,
-            report.config if report else PLAIN_LORA,
+            result.config if result else PLAIN_LORA,
+            loss=loss,
             grad_clip=config.grad_clip,
             workers=self.workers,
+        )
+        self.has_files, self.resume_anyway, self.stop = bool(output or resume), resume_anyway, stop
+        self.files = RunFiles(
+            self.step,
+            config,
+            adapter_config or (config_of_adapter(model) if result else None),
+            Path(output) if output is not None and leads else None,
+            Path(resume) if resume is not None else None,
+            self.events,
+        )
+        self.valid_batches = evaluation_batches(
+            valid_set, config.batch_size, config.val_batches, config.seed, self.workers.share
         )
         self.iterations = config.iters
         if config.epochs is not None:
             per_epoch = batches_per_epoch(train_set, config.batch_size, config.packing)
             self.iterations = math.ceil(round(config.epochs * per_epoch, 6))
-        self.progress, self.notices = Progress(), _head_notices(self.step)
-        self.source = Path(resume) if resume is not None else None
-        self.saver: Saver | None = None
-        if output is None and resume is None:
-            return
-        description = description or (adapter_config(model) if report else None)
-        known = identity(model, self.optimizer, description, config, train_set, valid_set, self.workers.size)
-        trees = {"optimizer": self.optimizer.state, "importance": self.step.importance}
-        if self.source is not None:
-            self.progress, notices = restore(
-                self.source, known, self.model, trees, self.iterations, resume_anyway
-            )
-            self.notices += notices
-            if self.progress.iteration % config.grad_accumulation_steps:
-                self.notices.append(
-                    "the checkpoint follows a last, shorter accumulation window; what comes now is not what a run "
-                    "that had not ended there would have done"
-                )
-        if output is not None and speaks:
-            storage.check_writable(Path(output))
-            holds_run(Path(output))
-            self.saver = Saver(
-                Path(output),
-                config.keep_last,
-                lambda: adapter_files(model, description),
-                lambda best: checkpoint_files(model, description, trees, self.progress, known, config, best),
-                self.tell,
-            )
-            saves = math.ceil((self.iterations - self.progress.iteration) / config.save_every)
-            shortage = check_space(
-                Path(output), _size(adapter_weights(model)), _size(trees), saves, config.keep_last
-            )
-            if shortage:
-                self.notices.append(shortage)
+        self.layers = recomputed_layers(model, config)
+        self.notices: list[str] = []
 
-    def tell(self, event: str, **content: Any) -> None:
-        """Tell all listeners; one that raises is left out from then on: no watcher ends a run."""
-        for listener in list(self.listeners):
-            try:
-                listener({"event": event, **content})
-            except Exception as error:
-                self.listeners.remove(listener)
-                name = getattr(listener, "name", None) or getattr(
-                    listener, "__name__", type(listener).__name__
-                )
-                # Not an event: it may be the display that fails.
-                print(
-                    f"note: {name} failed ({type(error).__name__}: {first_line(error)}); the run goes on without it",
-                    file=sys.stderr,
-                )
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        return self.files.progress
 
     def run(self) -> TrainResult:
-        """Train until the iterations are done, or something ends the run before.
+        """Train until all iterations are done, or until something ends the run early.
 
         Raises:
-            InputError: another run is writing into the output directory.
+            InputError: the checkpoint does not fit, or the output directory is in use, not writable or full.
         """
-        with storage.lock_directory(self.saver.output) if self.saver is not None else nullcontext():
-            if self.saver is not None:
-                self.prepare_output(self.saver)
+        files = self.files
+        if notice := self.step.loss.memory_notice():
+            self.notices.append(notice)
+        if self.has_files:
+            files.identify(self.train_set, self.valid_set)
+            self.notices += files.restore(self.iterations, self.resume_anyway)
+            self.notices += files.check_output(self.iterations)
+        with files.locked():
+            self.notices += files.prepare_output()
             return self.train()
 
-    def prepare_output(self, saver: Saver) -> None:
-        """Make the output directory this run's; what was in it is moved aside, not lost."""
-        remove_partial_files(saver.output)
-        if self.source is None:
-            aside = archive_previous_run(saver.output)
-            if aside is not None:
-                self.notices.append(f"moved the run that was in {saver.output} to {aside}")
-            return
-        iteration = self.progress.iteration
-        aside = rewind(saver.output, self.source, iteration)
-        if iteration in checkpoints.steps(saver.output / CHECKPOINTS):
-            saver.saved = iteration
-        if aside is not None:
-            self.notices.append(f"moved what came after iteration {iteration} to {aside}")
+    # --- the loop -------------------------------------------------------------------------------------------------
 
     def train(self) -> TrainResult:
-        """Train, report and save."""
+        """Train, validate, report and save."""
         config, progress = self.config, self.progress
         maybe_set_recommended_wired_limit()
-        self.tell("start", iterations=self.iterations, done=progress.iteration)
+        self.events.send("start", iterations=self.iterations, done=progress.iteration)
         for text in self.notices:
-            self.tell("notice", text=text)
-        self.layers = recomputed_layers(self.model, config)
+            self.events.send("notice", text=text)
         self.began = time.perf_counter() - progress.seconds
         if progress.iteration == 0:
             self.validate()
@@ -182,8 +142,8 @@ class Run:
         )
         stopped = self.reason_to_stop()
         left = 0 if stopped else self.iterations - progress.iteration
-        with closing(prefetch(windows(batches, left, config.grad_accumulation_steps))) as made:
-            for window in made:
+        with closing(prefetch(windows(batches, left, config.grad_accumulation_steps))) as prepared:
+            for window in prepared:
                 first = progress.iteration + 1
                 self.update(window)
                 done, last = range(first, progress.iteration + 1), progress.iteration == self.iterations
@@ -196,113 +156,92 @@ class Run:
                     break
         progress.seconds = time.perf_counter() - self.began
         result = progress.result(stopped)
-        self.tell("end", result=result)
-        if self.saver is not None:
-            self.saver.finish()
+        self.events.send("end", result=result)
+        self.files.finish()
         return result
 
-    def reason_to_stop(self) -> str | None:
-        """Why the run ends here, the same on all workers; None if it goes on."""
-        asked = mx.array(float(self.stop is not None and self.stop()))
-        if self.workers.sum(asked).item():
-            return "it was asked to stop"
-        patience, stale = self.config.early_stopping, self.progress.stale_validations
-        if patience is not None and stale >= patience:
-            return f"{stale} validations brought no better loss"
-        return None
-
-    def update(self, window: list[Batch]) -> None:
-        """Run the iterations of one accumulation window, and with them one update."""
+    def update(self, window: Window) -> None:
+        """Run the iterations of one accumulation window, which ends in an optimizer update."""
         config, progress = self.config, self.progress
-        window_tokens = sum(batch.tokens for batch in window)
-        carry, suspect = None, None
+        window_tokens = sum(batch.supervised_tokens for batch in window)
+        accumulated, skipped = None, None
         for position, batch in enumerate(window, 1):
             iteration = progress.iteration + 1
             tic = time.perf_counter()
-            with recomputed(self.layers) if self.layers else nullcontext():
-                total, carry = self.step(
-                    batch, window_tokens, carry, position == len(window), (config.seed, iteration)
+            with recompute_activations(self.layers) if self.layers else nullcontext():
+                total, accumulated = self.step(
+                    batch, window_tokens, accumulated, position == len(window), (config.seed, iteration)
                 )
-            mx.eval(self.step.state, total, carry)
-            if self.reports(iteration):
-                self.step.measure(batch)
+            mx.eval(self.step.state, total, accumulated)
+            if self.is_report_due(iteration):
+                measure_misalignment(self.step, batch)
             if mx.get_cache_memory() > config.clear_cache_threshold:
                 mx.clear_cache()
             loss = float(total)
-            progress.count(loss, batch.tokens, time.perf_counter() - tic)
-            if suspect is None and not self.step.health["finite"].item():
-                suspect = (batch, loss)
-            if math.isfinite(loss) and progress.record_loss(loss / max(batch.tokens, 1)):
-                self.notice_spikes(batch)
-            self.tell("step", step=iteration, iterations=self.iterations)
+            progress.record_batch(loss, batch.supervised_tokens, time.perf_counter() - tic)
+            if skipped is None and not self.step.health.finite.item():
+                skipped = SkippedUpdate(batch, loss)
+            if math.isfinite(loss) and progress.record_loss(loss / max(batch.supervised_tokens, 1)):
+                self.events.send(
+                    "notice",
+                    text=f"iteration {iteration}: the loss jumps repeatedly; lower the learning rate, "
+                    f"clip the gradient (--grad-clip 1), or check these rows: {self.rows_of(batch)}",
+                )
+            self.events.send("step", step=iteration, iterations=self.iterations)
             if position == len(window):
-                self.finish_update(suspect)
-            if self.reports(iteration):
+                self.finish_update(skipped)
+            if self.is_report_due(iteration):
                 self.report()
 
-    def finish_update(self, suspect: tuple[Batch, float] | None) -> None:
-        """Count an update that was applied, or one that was not, because of a batch and its loss.
+    def finish_update(self, skipped: SkippedUpdate | None) -> None:
+        """Count an update as applied, or as skipped.
 
         Raises:
-            FloatingPointError: too many in a row were not.
+            FloatingPointError: too many updates in a row were skipped.
         """
         progress = self.progress
-        if suspect is None:
+        if skipped is None:
             progress.updates += 1
             progress.skipped_in_a_row = 0
             return
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        batch, loss = suspect
-        rows = self.rows_of(batch)
-        what = (
-            "the gradient or the new weights are not finite" if math.isfinite(loss) else f"the loss is {loss}"
-        )
-        self.tell(
-            "notice", text=f"iteration {progress.iteration}: {what}; the update is not applied; rows: {rows}"
-        )
+        rows, at = self.rows_of(skipped.batch), f"iteration {progress.iteration}"
+        self.events.send("notice", text=f"{at}: {skipped.reason}; the update is skipped; rows: {rows}")
         if progress.skipped_in_a_row < self.config.max_bad_steps:
             return
         count, progress.skipped_in_a_row = progress.skipped_in_a_row, 0
         self.save(prune=False)
         raise FloatingPointError(
-            f"{count} updates in a row were not applied, up to iteration {progress.iteration}: {what} (rows: {rows})"
-            f"{self.whereabouts()}; lower the learning rate, clip the gradient, or look for broken rows"
+            f"{count} updates in a row were skipped, up to {at}: {skipped.reason} (rows: {rows})"
+            f"{self.files.where_saved()}; lower the learning rate, clip the gradient, or look for broken rows"
         )
 
-    def whereabouts(self) -> str:
-        """Where the state before bad updates is, as the end of a sentence."""
-        if self.saver is None:
-            return ""
-        if self.saver.failure is None:
-            return f", and the state before them is in {self.saver.output}"
-        return f"; the state before them could not be saved ({self.saver.failure}), {self.saver.kept()}"
+    def reason_to_stop(self) -> str | None:
+        """Return why the run ends here, the same on all workers, or None."""
+        asked = mx.array(float(self.stop is not None and self.stop()))
+        if self.workers.sum(asked).item():
+            return "stop was requested"
+        patience, stale = self.config.early_stopping, self.progress.stale_validations
+        if patience is not None and stale >= patience:
+            return f"no better validation loss in {stale} validations"
+        return None
 
-    def notice_spikes(self, batch: Batch) -> None:
-        """Say that the loss jumped repeatedly, last at this batch."""
-        self.tell(
-            "notice",
-            text=f"iteration {self.progress.iteration}: the loss jumps again and again; lower the learning rate, clip "
-            f"the gradient (--grad-clip 1), or look at these rows: {self.rows_of(batch)}",
-        )
+    # --- reports, validation, saves -------------------------------------------------------------------------------
 
-    def rows_of(self, batch: Batch) -> str:
-        """All rows of a batch, as places in files."""
-        return places([self.train_set[row].source for row in batch.rows], most=len(batch.rows))
-
-    def reports(self, iteration: int) -> bool:
-        """Whether there is a report after this iteration."""
+    def is_report_due(self, iteration: int) -> bool:
+        """Return whether a report follows this iteration."""
         return iteration == self.iterations or iteration % self.config.steps_per_report == 0
 
     def report(self) -> None:
-        """Tell what training came to since the last report."""
+        """Send the metrics of training since the last report."""
         p = self.progress
         speeds = {
             "tokens_per_second": p.loss_tokens / p.loss_seconds,
             "iterations_per_second": p.loss_steps / p.loss_seconds,
         }
         p.start_interval()
-        self.tell(
+        self.events.send(
             "metrics",
             split="train",
             step=p.iteration,
@@ -310,37 +249,37 @@ class Run:
             tokens=p.tokens,
             **speeds,
             learning_rate=self.learning_rate(),
-            gradient_norm=self.step.health["norm"].item(),
+            gradient_norm=self.step.health.gradient_norm.item(),
             skipped=p.skipped,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
-            layers=self.step.describe(),
+            layers=describe_layers(self.step),
         )
 
     def learning_rate(self) -> float | None:
-        """The rate of the last update."""
+        """Return the learning rate of the last update."""
         try:
             return float(self.optimizer.learning_rate)
         except KeyError:  # Adafactor may have none of its own
             return None
 
     def validate(self) -> None:
-        """Take the validation loss, and keep the adapter if it is the best."""
+        """Compute the validation loss, and save the adapter if it is the best so far."""
         if not self.valid_batches:
             return
         tic, count, progress = time.perf_counter(), len(self.valid_batches), self.progress
         loss, tokens = evaluate(
             self.model,
             self.valid_batches,
-            lambda done: self.tell("validating", batch=done, batches=count),
+            lambda done: self.events.send("validating", batch=done, batches=count),
             self.step.loss,
             self.workers,
         )
         before = (progress.best_valid_loss, progress.best_iteration)
-        if progress.record_validation(loss) and self.saver is not None and not self.saver.best():
-            progress.best_valid_loss, progress.best_iteration = before  # it says what is on the disk
+        if progress.record_validation(loss) and not self.files.save_best():
+            progress.best_valid_loss, progress.best_iteration = before  # these describe the adapter on disk
         if not math.isfinite(loss):
-            self.tell("notice", text=f"iteration {progress.iteration}: the validation loss is {loss}")
-        self.tell(
+            self.events.send("notice", text=f"iteration {progress.iteration}: the validation loss is {loss}")
+        self.events.send(
             "metrics",
             split="valid",
             step=progress.iteration,
@@ -351,40 +290,10 @@ class Run:
         )
 
     def save(self, prune: bool = True) -> None:
-        """Write a checkpoint, if this run writes any."""
+        """Write a checkpoint, if this run writes files."""
         self.progress.seconds = time.perf_counter() - self.began
-        if self.saver is not None:
-            self.saver.save(self.progress.iteration, prune)
+        self.files.save(prune)
 
-
-def _head_notices(step: TrainingStep) -> list[str]:
-    """What a person should know of the model's head, if it takes memory that it need not take."""
-    if step.loss.head is None:
-        return [
-            "the model's head cannot be told from its body, so that logits are made for every token of a batch; "
-            "they take memory: a small --batch-size helps"
-        ]
-    if not step.loss.head_is_frozen:
-        return [
-            "the model's head is trained, so that the logits of a batch are made all at once; they take memory: "
-            "a small --batch-size helps"
-        ]
-    if step.loss.head.projection is None:
-        return [
-            "the model's head cannot be run in parts, so that the logits of a batch are made all at once; they take "
-            "memory: a small --batch-size helps"
-        ]
-    return []
-
-
-def _size(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(array.nbytes for _, array in tree_flatten(tree))
-
-
-def recomputed_layers(model: nn.Module, config: TrainingConfig) -> list[nn.Module]:
-    """The layers whose activations are recomputed: every k-th of those that the backward pass goes through."""
-    layers = list(model.layers)
-    while layers and not tree_flatten(layers[0].trainable_parameters()):
-        layers.pop(0)
-    return layers[:: config.grad_checkpoint_every] if config.grad_checkpoint else []
+    def rows_of(self, batch: Batch) -> str:
+        """Return all rows of a batch as places in files."""
+        return places([self.train_set[row].source for row in batch.rows], most=len(batch.rows))

@@ -1,10 +1,9 @@
-"""The compiled training step: forward and backward, and the scaled update at the end of an accumulation window."""
+"""The compiled training step: forward, backward, and the scaled optimizer update that ends an accumulation window."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,39 +13,59 @@ from mlx.utils import tree_flatten, tree_map
 
 from nalora_mlx.adapters.attach import dropout_count, gated_mlps
 from nalora_mlx.adapters.forward_pass import ForwardPass, forward_pass
-from nalora_mlx.core.config import PLAIN_LORA, NAParameters
+from nalora_mlx.core import trees
+from nalora_mlx.core.config import PLAIN_LORA, NAParameters, TrainingConfig
 from nalora_mlx.data.batches import Batch
-from nalora_mlx.models.packed_attention import packed_caches
 from nalora_mlx.ops.attention import lean_attention
 from nalora_mlx.ops.fast_math import vectorized, vectorized_models
 from nalora_mlx.training import importance
 from nalora_mlx.training.distributed import ALONE, Workers
-from nalora_mlx.training.loss import ScoredLoss
+from nalora_mlx.training.importance import LayerStatistics
+from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.optimizers import apply_scaled
 
-MAX_GRAPHS = 48  # compiled graphs that are kept, of as many shapes of a batch; each takes some 18 MB
-PROBED = 256  # tokens, at most, on which selection misalignment is measured
-SHOWN_CHANNELS = 32  # of a layer, whose importance a report tells one by one
+MAX_GRAPHS = 48  # compiled graphs kept, one per batch shape; each takes about 18 MB on a CPU
+
+
+class Statistics(NamedTuple):
+    """What the gated MLPs observed."""
+
+    layers: dict[
+        str, LayerStatistics
+    ]  # by path; experts in modules of their own are absent if they got no token
+    tokens: mx.array  # real tokens; []
+
+
+class Accumulated(NamedTuple):
+    """What the iterations of an accumulation window add up to."""
+
+    gradients: Any  # tree of the trainable parameters
+    statistics: Statistics
+
+
+class Health(NamedTuple):
+    """Whether the numbers of the current accumulation window are finite."""
+
+    finite: mx.array  # losses, gradient and, after an update, the new parameters; []
+    losses: mx.array  # the losses alone; []
+    gradient_norm: mx.array  # global norm of the gradient, float32; []
 
 
 class TrainingStep:
-    """One iteration: forward, backward, and at the end of an accumulation window the scaled optimizer update.
+    """One iteration: forward, backward and, at the end of an accumulation window, the optimizer update.
 
-    All mutable state is in `state`, one visible list that goes in and out of mx.compile. Forward and backward are
-    compiled for every shape of a batch; the update, which knows no shapes, once.
+    All mutable state is in `state`, which goes in and out of mx.compile. Forward and backward are compiled once per
+    batch shape, the update once. An update is skipped if a loss, the gradient or a new parameter is NaN or infinite:
+    parameters, optimizer and importance keep their values.
 
     Args:
-        model: an adapted (or unfrozen) model.
+        model: adapted model, or one with unfrozen parameters.
         optimizer: any mlx optimizer.
-        parameters: the NA settings; with both mechanisms off the update is the optimizer's own.
-        compiled: False runs the same step eagerly: for models that look at values on the way, and for debugging.
-        forward: token ids [B, L] -> logits [B, L, V]; the model itself if None.
-        grad_clip: largest global norm of an update's gradient; None clips nothing.
-        workers: over whom losses, gradients and statistics are summed before anything is made of them.
-
-    An update is not applied if a loss, the gradient or a new parameter is not finite: parameters, optimizer and
-    importance stay as they were. `health` says of the window so far whether it is "finite", whether its "losses" are,
-    and the global "norm" of its gradient.
+        parameters: NA settings; with both mechanisms off the update is the optimizer's own.
+        compiled: False runs the same step eagerly, for models that inspect values and for debugging.
+        loss: the model's loss; made here if None.
+        grad_clip: largest global norm of an update's gradient; None does not clip.
+        workers: data-parallel workers over whom losses, gradients and statistics are summed.
     """
 
     def __init__(
@@ -55,235 +74,188 @@ class TrainingStep:
         optimizer: optim.Optimizer,
         parameters: NAParameters = PLAIN_LORA,
         compiled: bool = True,
-        forward: Callable[[mx.array], mx.array] | None = None,
+        loss: SupervisedLoss | None = None,
         grad_clip: float | None = None,
         workers: Workers = ALONE,
     ):
-        self.model = model
-        self.loss = ScoredLoss(model, forward)
-        self.optimizer = optimizer
-        self.parameters = parameters
-        self.grad_clip = grad_clip
-        self.workers = workers
+        self.model, self.optimizer, self.parameters = model, optimizer, parameters
+        self.compiled, self.grad_clip, self.workers = compiled, grad_clip, workers
+        self.loss = loss or SupervisedLoss(model)
         self.gated = {mlp.path: mlp for mlp in gated_mlps(model)} if parameters.active else {}
         self.dropouts = dropout_count(model)
-        self.importance: dict[str, Any] = {
-            "step": mx.array(0),
-            "layers": {
-                path: importance.init(
-                    mlp.shape,
-                    len(mlp.activation.regions),
-                    self_gated=mlp.activation.selection is not None,
-                )
-                for path, mlp in self.gated.items()
-            },
-        }
         optimizer.init(model.trainable_parameters())
-        self.health = {"finite": mx.array(True), "losses": mx.array(True), "norm": mx.array(0.0)}
-        self.state = [model.state, optimizer.state, self.importance, mx.random.state, self.health]
+        layers = {
+            path: importance.init(
+                mlp.shape,
+                len(mlp.activation.regions),
+                self_gated=mlp.activation.selection is not None,
+            )
+            for path, mlp in self.gated.items()
+        }
+        self.state: dict[str, Any] = {
+            "model": model.state,
+            "optimizer": optimizer.state,
+            "importance": {"step": mx.array(0), "layers": layers},
+            "random": mx.random.state,
+            "health": Health(mx.array(True), mx.array(True), mx.array(0.0)),
+        }
         self._loss_and_gradients = nn.value_and_grad(model, self._loss)
-        self.compiled = compiled
-        self.graphs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()  # by shape, the last used ones last
-        self._finished = partial(mx.compile, inputs=self.state, outputs=self.state)(self._finish)
+        self.graph_of_shape = lru_cache(MAX_GRAPHS)(self._compile_backward)
+        self._compiled_finish = partial(mx.compile, inputs=self.state, outputs=self.state)(self._finish)
+
+    @property
+    def importance(self) -> dict[str, Any]:
+        """The number of updates, "step", and the LayerState of each gated MLP by path, "layers"."""
+        return self.state["importance"]
+
+    @property
+    def health(self) -> Health:
+        """Whether the current accumulation window is finite so far."""
+        return self.state["health"]
 
     def __call__(
         self,
         batch: Batch,
         window_tokens: int,
-        carry: Any,
+        accumulated: Accumulated | None,
         update: bool,
         seed: tuple[int, int] = (0, 0),
-    ) -> tuple[mx.array, Any]:
+    ) -> tuple[mx.array, Accumulated | None]:
         """Run one iteration.
 
         Args:
-            batch: rows, of which this worker has its share.
-            window_tokens: supervised tokens in the whole accumulation window; every token weighs 1 / this.
-            carry: what the previous iteration of the window returned, None at its start.
+            batch: this worker's share of a batch.
+            window_tokens: supervised tokens in the whole accumulation window; each weighs 1 / window_tokens.
+            accumulated: what the previous iteration of the window returned; None for its first.
             update: whether this iteration ends the window.
             seed: (run seed, iteration), from which dropout draws.
 
         Returns:
-            The summed loss of the batch, of all workers, lazy, and the carry for the next iteration of the window.
+            The summed loss of the batch over all workers, and what to pass to the next iteration of the window. Lazy.
         """
-        # Each worker draws its own dropout.
-        entropy = (*seed, self.workers.rank) if self.workers.rank else seed
-        word = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        segments = None if batch.segment_ids is None else mx.array(batch.segment_ids)
-        scored = [mx.array(a) for a in batch.scored()]
-        arrays = [mx.array(batch.inputs), *scored, segments, mx.array(batch.token_mask)]
-        weight, key = mx.array(1 / max(window_tokens, 1)), mx.random.key(word)
-        shape = (batch.inputs.shape, scored[0].shape, segments is None, carry is None)
-        backward = self._graph(shape) if self.compiled else self._backward
-        total, gradients, seen = backward(arrays, weight, key, carry)
-        finish = self._finished if self.compiled else self._finish
-        return finish(total, gradients, seen, carry is None, update)
+        entropy = (
+            (*seed, self.workers.rank) if self.workers.rank else seed
+        )  # each worker draws its own dropout
+        key = mx.random.key(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        segment_ids = None if batch.segment_ids is None else mx.array(batch.segment_ids)
+        positions = [mx.array(a) for a in batch.loss_positions()]
+        arrays = [mx.array(batch.inputs), *positions, segment_ids, mx.array(batch.token_mask)]
+        weight = mx.array(1 / max(window_tokens, 1))
+        shape = (batch.inputs.shape, positions[0].shape, segment_ids is None, accumulated is None)
+        backward = self.graph_of_shape(shape) if self.compiled else self._backward
+        loss, window = backward(arrays, weight, key, accumulated)
+        finish = self._compiled_finish if self.compiled else self._finish
+        return finish(loss, window, accumulated is None, update)
 
-    def _graph(self, shape: Any) -> Callable[..., Any]:
-        """The backward compiled for a shape; the one that was used longest ago is dropped when there are too many."""
-        if shape not in self.graphs:
-            # A function of its own for each: mx.compile forgets what it has made when the function is gone.
-            def backward(*arguments: Any) -> tuple[mx.array, Any, Any]:
-                return self._backward(*arguments)
+    def _compile_backward(self, _shape: Any) -> Callable[..., Any]:
+        """Compile the backward for one batch shape."""
 
-            state = [self.model.state, self.importance, mx.random.state]
-            self.graphs[shape] = partial(mx.compile, inputs=state, outputs=state)(backward)
-            if len(self.graphs) > MAX_GRAPHS:
-                self.graphs.popitem(last=False)
-        self.graphs.move_to_end(shape)
-        return self.graphs[shape]
+        # A function object per shape: mx.compile frees a graph when its function is gone.
+        def backward(*arguments: Any) -> tuple[mx.array, Accumulated]:
+            return self._backward(*arguments)
 
-    def _loss(self, arrays: list[Any], weight: mx.array, this: ForwardPass) -> tuple[mx.array, Any]:
-        inputs, rows, targets, weights, segments, real = arrays
-        # Weighed before the gradient, which in a half type might otherwise leave its range.
-        total = self.loss(inputs, rows, targets, weights * weight, segments)
-        # A copy, because a checkpointed layer writes again while the backward recomputes it. The token count is one
-        # for all layers: the same sum once per layer would be outputs that are equal, on which mx.compile fails.
-        return total, (total / weight, {"layers": dict(this.seen), "tokens": mx.sum(real)})
+        state = [self.model.state, self.importance, mx.random.state]
+        return partial(mx.compile, inputs=state, outputs=state)(backward)
 
-    def _backward(self, arrays, weight, key, carry):
-        """Loss of a batch, and gradient and statistics of the window so far."""
+    def _loss(self, arrays: list[Any], weight: mx.array, context: ForwardPass) -> tuple[mx.array, Any]:
+        inputs, rows, targets, weights, segment_ids, token_mask = arrays
+        # Weighed before the gradient is taken, which may leave the range of a half-precision type otherwise.
+        loss = self.loss(inputs, rows, targets, weights * weight, segment_ids)
+        # Copied, since checkpointed layers write their statistics again when the backward recomputes them.
+        return loss, (loss / weight, dict(context.statistics), mx.sum(token_mask))
+
+    def _backward(self, arrays, weight, key, accumulated):
+        """Return the loss of a batch, and the gradients and statistics of the window so far."""
         routes = {}
         if self.parameters.route:
-            # The mask as it stood after the previous update: the backward comes before this step's statistics.
-            routes = {path: state["mask"] for path, state in self.importance["layers"].items()}
-        this = ForwardPass(
-            weights=arrays[-1] if self.gated else None,
+            # The masks of the previous update: this step's statistics are not known yet.
+            routes = {path: state.mask for path, state in self.importance["layers"].items()}
+        context = ForwardPass(
+            token_mask=arrays[-1] if self.gated else None,
             routes=routes,
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
         )
         faster = vectorized_models() if self.compiled else nullcontext()
-        with forward_pass(this), vectorized(), faster, lean_attention():
-            (_, (total, seen)), gradients = self._loss_and_gradients(arrays, weight, this)
-        if carry is not None:
-            gradients = tree_map(mx.add, gradients, carry[0])
-            seen = _add_seen(seen, carry[1])
-        return total, gradients, seen
+        with forward_pass(context), vectorized(), faster, lean_attention():
+            (_, (loss, sums, tokens)), gradients = self._loss_and_gradients(arrays, weight, context)
+        statistics = Statistics({path: LayerStatistics(**layer) for path, layer in sums.items()}, tokens)
+        if accumulated is not None:
+            gradients = tree_map(mx.add, gradients, accumulated.gradients)
+            statistics = add_statistics(statistics, accumulated.statistics)
+        return loss, Accumulated(gradients, statistics)
 
-    def _finish(self, total, gradients, seen, first, update):
-        """Take note of what is not finite, and end the window if it is to end."""
+    def _finish(self, loss, window, first, update):
+        """Record whether all numbers are finite and, at the end of a window, update the parameters."""
         if update:
-            total, gradients, seen = self.workers.sum((total, gradients, seen))
-            norm = _global_norm(gradients)
-        else:  # of this worker's gradient so far; the sum is finite only if all of them are
-            total, norm = self.workers.sum((total, _global_norm(gradients)))
-        losses = mx.isfinite(total)
-        health = self.health
-        health["losses"] = losses if first else losses & health["losses"]
-        health["norm"] = norm
-        health["finite"] = health["losses"] & mx.isfinite(health["norm"])
+            loss, window = self.workers.sum((loss, window))
+            norm = global_norm(window.gradients)
+        else:  # the norm of this worker's gradient so far; the sum is finite only if every worker's is
+            loss, norm = self.workers.sum((loss, global_norm(window.gradients)))
+        losses = mx.isfinite(loss) if first else mx.isfinite(loss) & self.health.losses
+        self.state["health"] = Health(losses & mx.isfinite(norm), losses, norm)
         if not update:
-            return total, (gradients, seen)
-        changing = [self.model.trainable_parameters(), self.optimizer.state, self.importance]
-        before = tree_map(lambda array: array, changing)  # new containers, the same arrays
-        self._update(gradients, seen)
-        changing[0] = self.model.trainable_parameters()
-        health["finite"] = health["finite"] & mx.isfinite(_global_norm(changing[0]))
-        _undo_unless(health["finite"], changing, before)
-        self.model.update(changing[0])
-        return total, None
+            return loss, window
+        old = tree_map(lambda array: array, self._updated_state())  # new containers, the same arrays
+        self._update(window)
+        new = self._updated_state()
+        finite = self.health.finite & mx.isfinite(global_norm(new[0]))
+        self.state["health"] = self.health._replace(finite=finite)
+        kept = tree_map(lambda n, o: n if n is o else mx.where(finite, n, o), new, old)
+        self.model.update(kept[0])
+        trees.assign(self.optimizer.state, kept[1])
+        trees.assign(self.importance, kept[2])
+        return loss, None
 
-    def _update(self, gradients: Any, seen: dict[str, Any]) -> None:
+    def _updated_state(self) -> list[Any]:
+        """Return what an update changes: trainable parameters, optimizer state, importance."""
+        return [self.model.trainable_parameters(), self.optimizer.state, self.importance]
+
+    def _update(self, window: Accumulated) -> None:
+        """Clip the gradients, update the importance, and take the scaled optimizer step."""
+        gradients, factors = window.gradients, {}
         if self.grad_clip is not None:
-            factor = self.grad_clip / mx.maximum(self.health["norm"], self.grad_clip)
+            factor = self.grad_clip / mx.maximum(self.health.gradient_norm, self.grad_clip)
             gradients = tree_map(lambda g: (g * factor).astype(g.dtype), gradients)
-        scales = {}
         if self.gated:
             self.importance["step"] = self.importance["step"] + 1
             layers = self.importance["layers"]
-            for path, mlp in self.gated.items():
-                if path not in seen["layers"]:
-                    continue  # an expert of its own module, to which no token went
-                layer = {"tokens": seen["tokens"], **seen["layers"][path]}
-                state = importance.observe(layers[path], layer, self.parameters.beta)
+            for path, statistics in window.statistics.layers.items():
+                tokens = window.statistics.tokens if statistics.tokens is None else statistics.tokens
+                state = importance.observe(
+                    layers[path], statistics._replace(tokens=tokens), self.parameters.beta
+                )
                 layers[path] = importance.refresh(state, self.importance["step"], self.parameters)
                 q = importance.multiplier(layers[path], self.parameters)
-                scales.update(mlp.step_factors(q))
-        new = apply_scaled(self.optimizer, gradients, self.model.trainable_parameters(), scales)
-        self.model.update(new)
+                factors.update(self.gated[path].step_factors(q))
+        self.model.update(apply_scaled(self.optimizer, gradients, self.model.trainable_parameters(), factors))
 
-    def measure(self, batch: Batch) -> None:
-        """Measure selection misalignment, on the first tokens of this worker's share of a batch.
+    def state_tree(self) -> dict[str, Any]:
+        """Return the optimizer and importance state as nested dicts and lists of arrays, for a checkpoint."""
+        return {"optimizer": self.optimizer.state, "importance": importance.to_tree(self.importance)}
 
-        A short forward of its own, not compiled: it costs a small part of an iteration, keeps no graph, and leaves
-        the iterations that report as all others are.
-        """
-        layers = self.importance["layers"]
-        measured = [path for path, state in layers.items() if "misalignment" in state]
-        if not measured:
-            return
-        part = (slice(0, 1), slice(0, PROBED))
-        arguments = {}
-        if batch.segment_ids is not None:
-            arguments["cache"] = packed_caches(self.model, mx.array(batch.segment_ids[part]))
-        this = ForwardPass(weights=mx.array(batch.token_mask[part]), diagnose=True)
-        training = self.model.training
-        self.model.eval()  # no dropout
-        with forward_pass(this):  # lazy: what is not measured, as the logits, is never computed
-            self.loss.forward(mx.array(batch.inputs[part]), **arguments)
-        self.model.train(training)
-        nothing = mx.zeros(2)  # of an expert to which no token went
-        found = {path: this.seen.get(path, {}).get("misalignment", nothing) for path in measured}
-        for path, sums in self.workers.sum(found).items():
-            good = mx.all(mx.isfinite(sums))  # rows that give no finite loss give none here either
-            new = mx.where(good, sums, layers[path]["misalignment"])
-            layers[path] = {**layers[path], "misalignment": new}
-        mx.eval(layers)
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """Per layer: what its channels' importance, mask, step scales and multipliers are; occupancy; misalignment.
-
-        Of a quantity of the channels its mean and percentiles; of `channels` the importance of some, evenly spaced.
-        """
-        described = {}
-        for path, state in self.importance["layers"].items():
-            s = np.array(importance.importance(state, self.parameters.beta)).reshape(-1)
-            some = np.arange(min(SHOWN_CHANNELS, s.size)) * s.size // min(SHOWN_CHANNELS, s.size)
-            row: dict[str, Any] = {
-                "mask": _spread(np.array(state["mask"])),
-                "sparsity": importance.sparsity(state["mask"]).item(),
-                "effective": importance.effective_share(state["mask"]).item(),
-                "multiplier": _spread(np.array(importance.multiplier(state, self.parameters))),
-                "importance": _spread(s),
-                "channels": [float(f"{value:.4g}") for value in s[some].tolist()],
-            }
-            scale = importance.step_scale(state, self.parameters)
-            if scale is not None:
-                row["step_scale"] = _spread(np.array(scale))
-            if "above_boundary" in state:
-                occupancy = np.array(importance.occupancy(state, self.parameters.beta))
-                names = self.gated[path].activation.regions
-                row["occupancy"] = dict(zip(names, occupancy.mean(axis=-1).tolist(), strict=True))
-            if "misalignment" in state:
-                row["misalignment"] = importance.misalignment(state).item()
-            described[path] = row
-        return described
+    def load_state_tree(self, tree: dict[str, Any]) -> None:
+        """Restore what `state_tree` returned."""
+        trees.assign(self.optimizer.state, tree["optimizer"])
+        trees.assign(self.importance, importance.from_tree(tree["importance"]))
 
 
-def _global_norm(tree: Any) -> mx.array:
-    """Euclidean norm of all entries of a tree, in float32."""
+def global_norm(tree: Any) -> mx.array:
+    """Return the Euclidean norm of all entries of a tree, computed in float32."""
     squares = (mx.sum(mx.square(array.astype(mx.float32))) for _, array in tree_flatten(tree))
     return mx.sqrt(sum(squares, mx.array(0.0)))
 
 
-def _undo_unless(good: mx.array, tree: Any, before: Any) -> None:
-    """Put each array of a tree of dicts and lists back to what it was, unless `good`; in place."""
-    for key in tree if isinstance(tree, dict) else range(len(tree)):
-        new, old = tree[key], before[key]
-        if isinstance(new, dict | list):
-            _undo_unless(good, new, old)
-        elif new is not old:
-            tree[key] = mx.where(good, new, old)
+def add_statistics(new: Statistics, old: Statistics) -> Statistics:
+    """Add the statistics of two iterations; a module may have run in only one of them."""
+    layers = dict(old.layers)
+    for path, statistics in new.layers.items():
+        layers[path] = statistics.add(layers[path]) if path in layers else statistics
+    return Statistics(layers, new.tokens + old.tokens)
 
 
-def _add_seen(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Add what two micro-batches saw; a module may have run in one of them only."""
-    layers = dict(old["layers"])
-    for path, sums in new["layers"].items():
-        layers[path] = tree_map(mx.add, sums, layers[path]) if path in layers else sums
-    return {"layers": layers, "tokens": new["tokens"] + old["tokens"]}
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    low, median, high = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
-    return {"mean": float(values.mean()), "p10": low, "p50": median, "p90": high}
+def recomputed_layers(model: nn.Module, config: TrainingConfig) -> list[nn.Module]:
+    """Return the layers to checkpoint: every k-th of those that the backward pass goes through."""
+    layers = list(model.layers)
+    while layers and not tree_flatten(layers[0].trainable_parameters()):
+        layers.pop(0)
+    return layers[:: config.grad_checkpoint_every] if config.grad_checkpoint else []

@@ -1,4 +1,4 @@
-"""Adapting, fusing, saving and loading, against mlx-lm's own modules and loader."""
+"""Attaching, merging, saving and loading adapters, compared with mlx-lm's own modules and loader."""
 
 import json
 
@@ -52,7 +52,7 @@ def relative(got, want):
 
 
 def quantize(model, bits, mode):
-    # groups as small as the tiny model's rows allow
+    # Small groups, since the tiny model has short rows.
     nn.quantize(
         model,
         {"affine": 32, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}[mode],
@@ -68,7 +68,7 @@ def tree(model):
     return [(path, type(module)) for path, module in model.named_modules()]
 
 
-def test_adapting_changes_nothing(model):
+def test_adapting_does_not_change_outputs(model):
     before = logits(model)
     report = adapt(model, NALoRAConfig(num_layers=2))
     np.testing.assert_array_equal(logits(model), before)
@@ -80,7 +80,7 @@ def test_adapting_changes_nothing(model):
 
 
 @pytest.mark.parametrize(("bits", "mode"), QUANTIZATIONS)
-def test_quantized_bases_adapt_and_change_nothing(bits, mode):
+def test_adapting_a_quantized_model_does_not_change_outputs(bits, mode):
     model = quantize(build_model(args=llama_args(intermediate_size=64)), bits, mode)
     before = logits(model)
     report = adapt(model, NALoRAConfig(num_layers=-1))
@@ -89,34 +89,34 @@ def test_quantized_bases_adapt_and_change_nothing(bits, mode):
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
-def test_half_bases_keep_float32_masters_and_half_activations(dtype):
+def test_half_precision_models_get_float32_adapters_and_keep_their_activations(dtype):
     model = build_model(dtype=dtype)
     before = logits(model)
     adapt(model, NALoRAConfig(num_layers=-1))
     assert {a.dtype for a in adapter_weights(model).values()} == {mx.float32}
     assert model(TOKENS).dtype == dtype
-    # to the last bit: rounding after every operation, as the model does, is part of what it computes
+    # To the last bit: the rebuilt MLP rounds after every operation, as the model does.
     np.testing.assert_array_equal(logits(model), before)
 
 
-def test_activations_are_found_by_behaviour():
+def test_activations_are_identified_by_probing():
     model = build_model(module=gemma, args=GEMMA)
     report = adapt(model, NALoRAConfig(num_layers=-1))
     assert {g.activation for g in report.gated} == {"gelu"}
     for name in ("silu", "gelu_tanh", "relu2", "sigmoid"):
         mlp = _SmallMLP(name)
-        match = next(layouts.find(mlp))
+        match = layouts.find_gated_mlps(mlp)[0]
         assert layouts.identify(match)[1].name == name
 
 
-def test_a_learned_activation_is_found_with_its_parameters():
-    """xIELU: mlx-lm has it in an MLP without a gate only; in one with a gate it is found."""
+def test_a_learned_activation_is_identified_with_its_parameters():
+    """xIELU, which mlx-lm uses in MLPs without a gate only, is identified in a gated MLP."""
     from mlx_lm.models.activations import XieLU
 
     mlp = _SmallMLP()
     mlp.act_fn = XieLU(0.9, 0.7, 0.4)
     mlp._function = mlp.act_fn
-    _, activation = layouts.identify(next(layouts.find(mlp)))
+    _, activation = layouts.identify(layouts.find_gated_mlps(mlp)[0])
     assert activation.name == "xielu"
     z = mx.array([-3.0, -0.5, 0.5, 4.0])
     want = mx.grad(lambda z: mlp.act_fn(z).sum())(z)
@@ -124,7 +124,7 @@ def test_a_learned_activation_is_found_with_its_parameters():
 
 
 class _SmallMLP(nn.Module):
-    """A gated MLP in its own words, optionally wrong in a way that names do not show."""
+    """A gated MLP, optionally with a deviation that its attribute names do not show."""
 
     def __init__(self, activation="silu", factor=1.0, swapped=False, extra=None, leak=0.0):
         super().__init__()
@@ -152,18 +152,21 @@ class _SmallMLP(nn.Module):
     ("settings", "reason"),
     [
         ({"activation": "cube"}, "activation"),
-        ({"factor": 0.5}, "activation is none that is known"),
+        ({"factor": 0.5}, "its activation is unknown"),
         ({"swapped": True}, "activation"),
-        ({"leak": 0.1}, "another output than the original"),  # which probes on a zero input cannot see
+        (
+            {"leak": 0.1},
+            "output differs from the original's",
+        ),  # probes run with a zero input, so they do not see this
         ({"extra": lambda z: mx.clip(z, -1, 1)}, "activation"),
         ({"extra": lambda z: z @ mx.zeros((3, 3))}, "more than the projections"),
     ],
 )
-def test_what_does_not_match_stays_plain_lora_with_a_reason(model, settings, reason):
+def test_an_unidentified_mlp_keeps_plain_lora_with_a_reason(model, settings, reason):
     model.model.layers[1].mlp = odd = _SmallMLP(**settings)
     if "extra" in settings and "more" in reason:
         with pytest.raises(ValueError, match=reason):
-            layouts.identify(next(m for m in layouts.find(model) if m.module is odd))
+            layouts.identify(next(m for m in layouts.find_gated_mlps(model) if m.module is odd))
         return
     before = logits(model)
     report = adapt(model, NALoRAConfig(num_layers=-1))
@@ -175,20 +178,20 @@ def test_what_does_not_match_stays_plain_lora_with_a_reason(model, settings, rea
     np.testing.assert_array_equal(logits(model), before)
 
 
-def test_verification_sees_a_wrong_weight(model):
-    """The rebuilt module is compared as a whole, not only through probes."""
-    match = next(layouts.find(model))
+def test_verification_detects_a_wrong_weight(model):
+    """The rebuilt module is compared as a whole, since probes do not see its weights."""
+    match = layouts.find_gated_mlps(model)[0]
     adapt(model, NALoRAConfig(num_layers=-1))
     rebuilt = model.model.layers[0].mlp
     rebuilt.up_proj.linear = nn.Linear(32, 48, bias=False)
-    with pytest.raises(ValueError, match="another output"):
+    with pytest.raises(ValueError, match="output differs"):
         layouts.verify(match, rebuilt, mx.float32)
 
 
 @pytest.mark.parametrize(
     "keys", [None, ("mlp.gate_proj",), ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")]
 )
-def test_function_and_gradients_equal_mlx_lm(keys):
+def test_outputs_and_gradients_equal_mlx_lms(keys):
     ours, theirs = build_model(), build_model()
     adapt(ours, NALoRAConfig(num_layers=2, rank=4, scale=3.0, keys=keys))
     theirs.freeze()
@@ -209,7 +212,7 @@ def test_function_and_gradients_equal_mlx_lm(keys):
         assert relative(np.array(got[name]), np.array(want[name])) < 1e-5, name
 
 
-def test_fuse_restores_the_tree_and_keeps_the_function(model):
+def test_merging_restores_the_module_tree_and_keeps_the_outputs(model):
     before_tree, plain = tree(model), logits(model)
     adapt(model, NALoRAConfig(num_layers=-1, scale=2.0))
     random_adapters(model)
@@ -219,10 +222,10 @@ def test_fuse_restores_the_tree_and_keeps_the_function(model):
     assert len(merged) == 3 * 7
     close(logits(model), adapted, plain, 1e-5)
     assert adapt_result(model) is None
-    adapt(model)  # and it can be adapted again
+    adapt(model)  # a merged model can be adapted again
 
 
-def test_fuse_on_a_quantized_base():
+def test_merging_into_a_quantized_model():
     base = quantize(build_model(), 4, "affine")
     frozen = {
         name: np.array(a)
@@ -250,7 +253,7 @@ def test_fuse_on_a_quantized_base():
     assert errors[None, False] > 2 * errors[8, False]
 
 
-def test_routers_are_left_alone():
+def test_routers_are_not_adapted_by_default():
     model = build_model(module=mixtral, args=MIXTRAL)
     before = logits(model)
     report = adapt(model, NALoRAConfig(num_layers=-1))
@@ -263,12 +266,12 @@ def test_routers_are_left_alone():
     assert any("acts nowhere" in n for n in report.notices)
 
 
-def test_keys_that_name_nothing(model):
+def test_unknown_keys(model):
     with pytest.raises(InputError, match=r"'mlp.gate'.*did you mean 'mlp.gate_proj'"):
         adapt(model, NALoRAConfig(keys=("mlp.gate",)))
     report = adapt(model, NALoRAConfig(keys=("mlp.gate_proj", "mlp.nothing")))
     assert any("mlp.nothing" in n for n in report.notices)
-    assert any("num_layers is 16, the model has 3" in n for n in report.notices)
+    assert any("num_layers is 16, but the model has 3 layers" in n for n in report.notices)
 
 
 def test_keys_outside_the_layers(model):
@@ -286,7 +289,7 @@ def test_keys_outside_the_layers(model):
     close(logits(model), adapted, plain, 1e-5)
 
 
-def test_adapting_twice_is_refused(model):
+def test_adapting_twice_is_an_error(model):
     adapt(model)
     with pytest.raises(InputError, match="adapted already"):
         adapt(model)
@@ -340,7 +343,7 @@ def test_an_adapter_of_mlx_lm_loads_here(tmp_path):
 
 
 def test_an_expert_adapter_of_mlx_lm_loads_with_its_routers(tmp_path):
-    """Without keys mlx-lm adapts routers as well; its file says so by its names."""
+    """Without keys mlx-lm adapts routers too, which shows only in the names of the saved arrays."""
     theirs = build_model(module=mixtral, args=MIXTRAL)
     theirs.freeze()
     linear_to_lora_layers(theirs, 2, {"rank": 4, "scale": 20.0, "dropout": 0.0})
@@ -359,7 +362,7 @@ def test_an_expert_adapter_of_mlx_lm_loads_with_its_routers(tmp_path):
 
 @pytest.mark.parametrize("size", [1e-5, 1e-4])
 def test_float16_gradients_do_not_underflow(size):
-    """Of lora_a, while lora_b is still tiny and every token weighs little; no worse than mlx-lm's own."""
+    """Gradients of lora_a, while lora_b is tiny and each token has little weight, are as accurate as mlx-lm's."""
     errors = {}
     weights = None
     for kind in ("float32", "ours", "mlx_lm"):
@@ -392,7 +395,7 @@ def test_float16_gradients_do_not_underflow(size):
     assert mean["ours"] < 1.2 * mean["mlx_lm"] + 1e-3
 
 
-def test_dora_is_mlx_lms(model):
+def test_dora_uses_mlx_lms_layers(model):
     report = adapt_dora(model, NALoRAConfig(num_layers=1))
     assert gated_mlps(model) == []
     assert adapter_config(model)["fine_tune_type"] == "dora"
@@ -403,7 +406,7 @@ def test_dora_is_mlx_lms(model):
     assert relative(logits(model), adapted) < 1e-5
 
 
-def test_weights_that_do_not_fit_are_listed(model, tmp_path):
+def test_all_weights_that_do_not_fit_are_listed(model, tmp_path):
     adapt(model, NALoRAConfig(rank=4, num_layers=1))
     weights = adapter_weights(model)
     name = next(iter(weights))
@@ -417,16 +420,16 @@ def test_weights_that_do_not_fit_are_listed(model, tmp_path):
     message = str(caught.value)
     assert f"{name} is missing" in message
     assert f"{other} is (2, 2)" in message
-    assert "nothing.lora_a is no trainable array" in message
+    assert "nothing.lora_a is not a trainable array" in message
     path.write_bytes(b"not safetensors")
-    with pytest.raises(InputError, match="no readable safetensors"):
+    with pytest.raises(InputError, match="not a valid safetensors"):
         load_weights(model, path)
 
 
-def test_gated_mlp_is_what_stands_in_the_tree(model):
+def test_na_lora_needs_an_adapter_on_one_of_its_branches(model):
     report = adapt(model, NALoRAConfig(num_layers=1, keys=("mlp.up_proj",)))
     assert not isinstance(model.model.layers[2].mlp, GatedMLP)
-    assert "no adapter is on its gate projection" in report.skipped[0].reason
+    assert "its gate projection has no adapter" in report.skipped[0].reason
     other = build_model()
     adapt(other, NALoRAConfig(num_layers=1, keys=("mlp.up_proj",), branches=("gate", "up")))
     factors = other.model.layers[2].mlp.step_factors(mx.ones(48))
@@ -435,9 +438,9 @@ def test_gated_mlp_is_what_stands_in_the_tree(model):
 
 @pytest.mark.parametrize(
     ("bits", "dequantize", "error"),
-    [(None, True, 0.12), (8, False, 0.12), (None, False, 0.17)],  # the last one is rounded to 4 bits twice
+    [(None, True, 0.12), (8, False, 0.12), (None, False, 0.17)],  # the last is rounded to 4 bits twice
 )
-def test_fusing_experts_that_have_a_scale_of_their_own(bits, dequantize, error):
+def test_merging_into_experts_with_one_scale_per_expert(bits, dequantize, error):
     mx.random.seed(0)
     dense = SwitchLinear(64, 16, 3, bias=False)
     dense.weight = dense.weight * mx.array([1.0, 30.0, 0.003])[:, None, None]

@@ -1,4 +1,4 @@
-"""mlx-vlm: adapters on the language tower and on a gated vision tower, trained on an image-text batch."""
+"""Models of mlx-vlm: adapters on the language tower and a gated vision tower, trained on an image-text batch."""
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -10,11 +10,12 @@ from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.adapters.merge import fuse_model
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.data.batches import Batch
+from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.step import TrainingStep
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed (pip install '.[vlm]')")
 
-IMAGE = 60  # the token that stands for a patch of the image
+IMAGE = 60  # token id of an image patch
 TEXT = {
     "model_type": "qwen2_5_vl",
     "hidden_size": 32,
@@ -59,7 +60,7 @@ def build():
 
 
 def image_text_batch():
-    """One image of 4 x 4 patches, merged 2 x 2 into 4 tokens, and a few words; [1, 12] tokens."""
+    """Return a batch with one image, of 4 x 4 patches merged 2 x 2 into 4 tokens, and some text; [1, 12] tokens."""
     grid = mx.array([[1, 4, 4]])
     pixels = mx.random.normal((16, 3 * 2 * 4 * 4), key=mx.random.key(3))
     tokens = np.array([[5, 61, IMAGE, IMAGE, IMAGE, IMAGE, 7, 8, 9, 10, 11, 12, 13]], np.int32)
@@ -87,13 +88,13 @@ def test_both_towers_adapt_and_train_on_an_image():
     ]
     np.testing.assert_allclose(np.array(forward(mx.array(batch.inputs))), before, rtol=1e-5, atol=1e-5)
     start = {path: np.array(a) for path, a in adapter_weights(model).items()}
-    # The model merges the image by counting its tokens, which no compiled function can do.
-    step = TrainingStep(model, optim.Adam(5e-3), config, compiled=False, forward=forward)
+    # Not compiled: to merge the image, the model reads values of the token ids.
+    step = TrainingStep(model, optim.Adam(5e-3), config, compiled=False, loss=SupervisedLoss(model, forward))
     losses = []
     for _ in range(25):
-        total, _ = step(batch, batch.tokens, None, True)
+        total, _ = step(batch, batch.supervised_tokens, None, True)
         mx.eval(step.state, total)
-        losses.append(total.item() / batch.tokens)
+        losses.append(total.item() / batch.supervised_tokens)
     assert losses[-1] < 0.7 * losses[0]
     moved = {
         path for path, a in adapter_weights(model).items() if not np.array_equal(np.array(a), start[path])
@@ -104,8 +105,8 @@ def test_both_towers_adapt_and_train_on_an_image():
     ):
         assert path in moved
     for state in step.importance["layers"].values():
-        assert state["updates"].item() == 25
-        assert 0 < np.array(state["importance"]).mean() < 1.2
+        assert state.updates.item() == 25
+        assert 0 < np.array(state.importance).mean() < 1.2
     tuned = np.array(forward(mx.array(batch.inputs)))
     fuse_model(model)
     np.testing.assert_allclose(np.array(forward(mx.array(batch.inputs))), tuned, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,8 @@
-"""Every model of mlx-lm: its gated MLPs are found, nothing changes, gradients are mlx-lm's, the mask acts, it fuses."""
+"""Every model of mlx-lm, in miniature.
+
+Gated MLPs are found, adapting changes no output, gradients equal those of mlx-lm's LoRA, the mask acts, and adapters
+merge.
+"""
 
 import copy
 import importlib
@@ -24,7 +28,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.ops import cross_entropy
 from nalora_mlx.ops.cross_entropy import tiled_cross_entropy_sum
-from nalora_mlx.training.loss import ScoredLoss
+from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.step import TrainingStep
 from tests.conftest import build_model, random_adapters
 from tests.zoo.first import MINIATURES as FIRST
@@ -32,28 +36,26 @@ from tests.zoo.second import MINIATURES as SECOND
 
 ZOO = FIRST | SECOND
 NAMES = sorted(ZOO)
-# NA-LoRA cannot act on these gated MLPs, each for the reason that its row has; nothing else may be plain.
+# The only gated MLPs that NA-LoRA does not act on. Their rows in the zoo have the reasons.
 PLAIN = {
     "bitnet: model.layers.*.mlp",
     "phi3small: model.layers.*.mlp",
     "prism_hadamard_qwen35: language_model.model.layers.0.mlp",
     "prism_hadamard_qwen35: language_model.model.layers.1.mlp",
 }
-# mlx on a Linux CPU cannot run these, each for the reason that its row has.
+# Models that MLX cannot run on a Linux CPU. Their rows have the reasons.
 NO_FORWARD = {"bitnet", "muse_spark", "olmo"}
 NO_BACKWARD = NO_FORWARD - {"olmo"} | {"deepseek_v41", "recurrent_gemma"}
 NO_FREEZE = {"recurrent_gemma"}
 
 
 def load_module(name):
-    sys.modules.setdefault(
-        "hf_olmo", types.ModuleType("hf_olmo")
-    )  # which olmo wants to be there, and does not use
+    sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))  # olmo requires it, but does not use it
     return importlib.import_module(f"mlx_lm.models.{name}")
 
 
 def model_modules():
-    """Names of the modules of mlx-lm that give a model."""
+    """Return the names of mlx-lm's modules that define a model."""
     names = [info.name for info in pkgutil.iter_modules(mlx_lm.models.__path__)]
     return [name for name in names if hasattr(load_module(name), "Model")]
 
@@ -65,7 +67,7 @@ def test_every_model_of_mlx_lm_is_in_the_zoo():
 def build(name):
     model = build_model(module=load_module(name), args=copy.deepcopy(ZOO[name].config), gain=1.5)
     for path, array in tree_flatten(model.parameters()):
-        # Arrays that a checkpoint fills, and that are zero until then, would make gradients zero or NaN.
+        # Parameters that are zero until a checkpoint is loaded would make gradients zero or NaN.
         if array.size > 1 and mx.issubdtype(array.dtype, mx.floating) and not mx.any(array).item():
             filled = 0.1 * mx.random.normal(array.shape, key=mx.random.key(len(path))).astype(array.dtype)
             model.load_weights([(path, filled)], strict=False)
@@ -77,7 +79,7 @@ TOKENS = np.random.default_rng(0).integers(1, 60, (2, 18)).astype(np.int32)
 
 def logits(model):
     out = np.array(model(mx.array(TOKENS[:, :-1])).astype(mx.float32))
-    return out[np.isfinite(out)]  # phi3small gives -inf to ids that stand for nothing
+    return out[np.isfinite(out)]  # phi3small gives -inf to unused token ids
 
 
 def relative(got, want):
@@ -100,7 +102,7 @@ def usable(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gated_mlps_are_found_and_nothing_changes(name):
+def test_gated_mlps_are_found_and_outputs_do_not_change(name):
     row = usable(name)
     model = build(name)
     before, before_tree = logits(model), tree(model)
@@ -127,7 +129,7 @@ def test_gated_mlps_are_found_and_nothing_changes(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_mlx_lms_lora(name):
+def test_gradients_equal_those_of_mlx_lm(name):
     row = usable(name)
     if row.no_backward:
         pytest.skip(row.no_backward)
@@ -151,74 +153,87 @@ def test_gradients_are_those_of_mlx_lms_lora(name):
     largest = max(np.abs(np.array(a)).max() for a in want.values())
     for path in want:
         a, b = np.array(got[path]), np.array(want[path])
-        # relative to the array's own size, but not below what float32 leaves of the largest gradient
+        # Relative to the array's own size, but not below float32's accuracy for the largest gradient.
         assert np.abs(a - b).max() < 1e-5 * max(np.abs(b).max(), 1e-2 * largest), path
 
 
+KEEP_FRACTION = 0.25
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_trains_and_a_hard_mask_acts(name):
+def test_a_hard_mask_freezes_the_channels_that_it_drops(name):
     row = usable(name)
     if row.no_backward:
         pytest.skip(row.no_backward)
     model = build(name)
     config = NALoRAConfig(
-        num_layers=-1, rank=2, mask="hard", keep_fraction=0.25, mask_warmup=0, preserve="none"
+        num_layers=-1, rank=2, mask="hard", keep_fraction=KEEP_FRACTION, mask_warmup=0, preserve="none"
     )
     report = adapt(model, config)
     random_adapters(model, size=0.05)
     before = {path: np.array(a) for path, a in adapter_weights(model).items()}
     step = TrainingStep(model, optim.SGD(1.0), report.config, compiled=False)
     model.train()
-    real = np.ones((2, 17), np.float32)
-    real[1, 12:] = 0
-    total, _ = step(Batch(TOKENS[:, :-1], TOKENS[:, 1:], real, real, (0, 1)), int(real.sum()), None, True)
-    mx.eval(step.state, total)
-    assert np.isfinite(total.item())
-    moved = 0
+    token_mask = np.ones((2, 17), np.float32)
+    token_mask[1, 12:] = 0
+    batch = Batch(TOKENS[:, :-1], TOKENS[:, 1:], token_mask, token_mask, (0, 1))
+    loss, _ = step(batch, int(token_mask.sum()), None, True)
+    mx.eval(step.state, loss)
+    assert np.isfinite(loss.item())
+    after = {path: np.array(a) for path, a in adapter_weights(model).items()}
     for mlp in gated_mlps(model):
-        mask = np.array(step.importance["layers"][mlp.path]["mask"])
-        factors = mlp.step_factors(mx.array(mask))
-        assert list(factors) == [f"{mlp.path}.{mlp.layout.gate}.lora_b"] or not factors
-        for path, factor in factors.items():
-            after = np.array(dict(tree_flatten(model.trainable_parameters()))[path])
-            frozen = np.broadcast_to(np.array(factor) == 0, after.shape)
-            np.testing.assert_array_equal(after[frozen], before[path][frozen])
-            seen = np.array(step.importance["layers"][mlp.path]["updates"])
-            if mlp.experts:
-                assert seen.sum() >= 1
-            moved += (after != before[path]).sum()
-    assert moved > 0 or not report.gated
+        state = step.importance["layers"][mlp.path]
+        mask = np.array(state.mask)
+        assert_keeps_the_most_important(mask, np.array(state.importance), np.array(state.updates) > 0)
+        ((path, factors),) = mlp.step_factors(mx.array(mask)).items()
+        assert path == f"{mlp.path}.{mlp.layout.gate}.lora_b"
+        frozen = np.broadcast_to(np.array(factors) == 0, after[path].shape)
+        np.testing.assert_array_equal(after[path][frozen], before[path][frozen])
+        assert frozen.any()
+        assert (after[path] != before[path])[~frozen].any()
 
 
-# Several hidden streams leave the backbone of this one, so that it is not cut.
+def assert_keeps_the_most_important(mask, importance, had_tokens):
+    """Check a hard mask [..., F]: a fixed share of the channels, those of highest importance; all without tokens."""
+    channels = mask.shape[-1]
+    kept = np.where(had_tokens, max(1, round(KEEP_FRACTION * channels)), channels)
+    np.testing.assert_array_equal((mask == 1).sum(axis=-1), kept)
+    np.testing.assert_array_equal((mask == 0).sum(axis=-1), channels - kept)
+    assert had_tokens.any()
+    lowest_kept = np.where(mask == 1, importance, np.inf).min(axis=-1)
+    highest_dropped = np.where(mask == 0, importance, -np.inf).max(axis=-1)
+    assert (lowest_kept >= highest_dropped).all()
+
+
+# Not split: its backbone outputs several hidden streams.
 NO_HEAD = {"gemma3n"}
-# All logits at once: phi3small's head addresses entries of the vocabulary by number, talkie's is no module.
+# All logits at once: phi3small's head addresses vocabulary entries by index, and talkie's is not a module.
 WHOLE = {"phi3small", "talkie"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_where_it_counts_is_the_full_one(name, monkeypatch):
-    """Logits for scored positions only, in tiles: loss to 1e-6 and gradients as from all logits, whatever the head."""
+def test_the_loss_of_supervised_positions_equals_that_of_all_logits(name, monkeypatch):
+    """Logits for supervised positions only, in tiles, give the loss (to 1e-6) and gradients of all logits."""
     row = usable(name)
     if row.no_backward:
         pytest.skip(row.no_backward)
     model = build(name)
-    scored = ScoredLoss(model)
+    scored = SupervisedLoss(model)
     assert (scored.head is None) == (name in NO_HEAD)
     assert (scored.head is None or scored.head.projection is None) == (name in NO_HEAD | WHOLE)
-    monkeypatch.setattr(cross_entropy, "COLUMNS", 13)
+    monkeypatch.setattr(cross_entropy, "TILE_COLUMNS", 13)
     adapt(model, NALoRAConfig(num_layers=-1, rank=2))
     random_adapters(model, size=0.05)
     supervised = (np.random.default_rng(1).random((2, 17)) < 0.4).astype(np.float32)
     batch = Batch(TOKENS[:, :-1], TOKENS[:, 1:], supervised, np.ones_like(supervised), (0, 1))
-    arrays = [mx.array(a) for a in batch.scored()]
+    arrays = [mx.array(a) for a in batch.loss_positions()]
 
-    def in_full(model):
+    def full_loss(model):
         out = model(mx.array(batch.inputs)).astype(mx.float32)
         losses = nn.losses.cross_entropy(out, mx.array(batch.targets))
         return mx.where(mx.array(supervised) > 0, losses, 0).sum()
 
-    def in_part(model):
+    def tiled_loss(model):
         if name in NO_HEAD | WHOLE:
             return scored(mx.array(batch.inputs), *arrays)
         hidden = scored.head.hidden(mx.array(batch.inputs))
@@ -226,8 +241,8 @@ def test_the_loss_where_it_counts_is_the_full_one(name, monkeypatch):
         head = scored.head
         return tiled_cross_entropy_sum(head.logits_for, head.vocabulary, hidden, *arrays[1:], rows=5)
 
-    want, want_gradients = nn.value_and_grad(model, in_full)(model)
-    got, got_gradients = nn.value_and_grad(model, in_part)(model)
+    want, want_gradients = nn.value_and_grad(model, full_loss)(model)
+    got, got_gradients = nn.value_and_grad(model, tiled_loss)(model)
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
     assert scored(mx.array(batch.inputs), *arrays).item() == pytest.approx(want.item(), rel=1e-6)
     want_gradients, got_gradients = dict(tree_flatten(want_gradients)), dict(tree_flatten(got_gradients))
@@ -236,20 +251,20 @@ def test_the_loss_where_it_counts_is_the_full_one(name, monkeypatch):
         assert np.abs(np.array(got_gradients[path]) - np.array(a)).max() < 1e-5 * largest, path
 
 
-def test_exceptions_are_the_ones_that_are_listed():
+def test_the_exceptions_are_those_listed_above():
     assert {f"{name}: {kind.paths}" for name, row in ZOO.items() for kind in row.gated if kind.plain} == PLAIN
     assert {name for name, row in ZOO.items() if row.no_forward} == NO_FORWARD
     assert {name for name, row in ZOO.items() if row.no_backward} == NO_BACKWARD
     assert {name for name, row in ZOO.items() if row.no_freeze} == NO_FREEZE
 
 
-def test_a_model_without_linear_layers_is_refused():
-    with pytest.raises(InputError, match="hold nothing that a LoRA adapter fits"):
+def test_a_model_without_linear_layers_is_an_error():
+    with pytest.raises(InputError, match="have no module that a LoRA adapter fits"):
         adapt(build("bitnet"), NALoRAConfig(num_layers=-1))
 
 
 @pytest.mark.parametrize("name", ["phi3small", "prism_hadamard_qwen35", "olmo"])
-def test_what_stays_plain_is_listed_with_its_reason(name):
+def test_skipped_gated_mlps_have_a_reason(name):
     model = build(name)
     report = adapt(model, NALoRAConfig(num_layers=-1))
     kinds = ZOO[name].gated
@@ -261,7 +276,7 @@ def test_what_stays_plain_is_listed_with_its_reason(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_load_in_mlx_lm(name, tmp_path):
-    """What adapt attaches is what an unmodified mlx-lm recreates from the saved keys, name by name."""
+    """mlx-lm creates the same adapters, by name and shape, from the saved keys."""
     usable(name)
     ours, theirs = build(name), build(name)
     report = adapt(ours, NALoRAConfig(num_layers=-1, rank=2))
@@ -282,7 +297,7 @@ MODES = [(b, "affine") for b in (2, 3, 4, 6, 8)] + [(4, "mxfp4"), (4, "nvfp4"), 
 @pytest.mark.parametrize(("bits", "mode"), MODES)
 @pytest.mark.parametrize("name", ["qwen2", "mixtral", "phi3", "gpt_oss", "lfm2"])
 def test_quantized_bases(name, bits, mode):
-    """In every mode of mlx, with one layer in other bits: found, nothing changes, and the update survives fusing."""
+    """In every mode, with one layer in other bits: found, outputs do not change, and the update survives merging."""
     model = build(name)
     group = 16 if mode == "nvfp4" else 32
 
@@ -301,12 +316,12 @@ def test_quantized_bases(name, bits, mode):
     random_adapters(model, size=0.02)
     adapted = logits(model)
     fuse_model(model)
-    # in the mean, since a router near a tie may send a token elsewhere
+    # On average, since a router near a tie may send a token to another expert.
     assert np.square(logits(model) - adapted).mean() < 0.15**2 * np.square(adapted - before).mean()
 
 
-def test_a_module_that_runs_several_times_is_seen_once_per_token():
-    """The mean over its runs: nanbeige goes through its layers more than once."""
+def test_statistics_of_a_module_called_several_times_are_its_mean():
+    """nanbeige runs its layers several times, so shares of tokens must still be at most 1."""
     config = NALoRAConfig(num_layers=-1, rank=2, beta=0.0)
     model = build("nanbeige")
     assert ZOO["nanbeige"].config["num_loops"] > 1
@@ -315,5 +330,5 @@ def test_a_module_that_runs_several_times_is_seen_once_per_token():
     real = np.ones((2, 17), np.float32)
     step(Batch(TOKENS[:, :-1], TOKENS[:, 1:], real, real, (0, 1)), 34, None, True)
     for state in step.importance["layers"].values():
-        assert np.array(state["above_boundary"]).min() >= 0
-        assert np.array(state["above_boundary"]).max() <= 1 + 1e-6
+        assert np.array(state.above_boundary).min() >= 0
+        assert np.array(state.above_boundary).max() <= 1 + 1e-6

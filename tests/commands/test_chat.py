@@ -1,4 +1,4 @@
-"""The chat: what it answers, against mlx-lm's own answers; what its commands do; what Ctrl-C leaves."""
+"""nalora chat: answers compared with mlx-lm's own, chat commands, and Ctrl-C."""
 
 import json
 import os
@@ -19,8 +19,9 @@ from mlx_lm.utils import load
 from rich.console import Console
 
 from nalora_mlx.adapters.attach import adapt
+from nalora_mlx.adapters.comparison import load_tuned
 from nalora_mlx.adapters.files import adapter_config, adapter_weights
-from nalora_mlx.chat import COMMANDS, Chat, share_weights
+from nalora_mlx.chat import COMMANDS, Chat
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.models.conversation import Conversation
@@ -33,7 +34,7 @@ SETTINGS = {"max_tokens": 8}
 
 @pytest.fixture(scope="module")
 def adapter(model_directory, tmp_path_factory):
-    """An adapter of random numbers, which changes every answer."""
+    """A random adapter, which changes every answer."""
     output = tmp_path_factory.mktemp("run") / "adapters"
     output.mkdir()
     model, _ = load(str(model_directory))
@@ -55,7 +56,7 @@ def tuned(model_directory, adapter):
 
 
 def greedy(model, *messages, tokens=8):
-    """mlx-lm's answer to messages: a leading (text,) is the system message, then user and assistant take turns."""
+    """Return mlx-lm's answer to messages of user and assistant in turn; a leading (text,) is the system message."""
     model, tokenizer = model
     system = [{"role": "system", "content": messages[0][0]}] if isinstance(messages[0], tuple) else []
     roles = ("user", "assistant") * len(messages)
@@ -65,12 +66,12 @@ def greedy(model, *messages, tokens=8):
 
 
 def talk(base, tuned, capsys, monkeypatch, *lines, **console):
-    """Hand lines to a chat; returns what it printed, and its notes."""
-    typed = iter(lines)
-    monkeypatch.setattr("builtins.input", lambda _: next(typed, "/quit"))
+    """Pass lines to a chat; return its output, its notes and the chat."""
+    remaining = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda _: next(remaining, "/quit"))
     conversations = [Conversation(*tuned, None), Conversation(*base, None) if base else None]
     chat = Chat(Console(highlight=False, **console), *conversations, SETTINGS)
-    chat.typed = False
+    chat.interactive = False
     chat.loop()
     done = capsys.readouterr()
     return done.out, done.err, chat
@@ -85,32 +86,29 @@ def test_compare_answers_as_the_base_and_as_the_tuned_model(model_directory, ada
     assert done.returncode == 0, done.stderr
     first, second = [greedy(model, QUESTION) for model in (base, tuned)]
     assert first != second
-    # each goes on from its own answer
+    # Each continues from its own answer.
     third, fourth = greedy(base, QUESTION, first, SECOND), greedy(tuned, QUESTION, second, SECOND)
     assert done.stdout == f"base:\n{first}\ntuned:\n{second}\nbase:\n{third}\ntuned:\n{fourth}\n"
 
 
-def test_the_two_models_are_of_the_same_arrays(model_directory, adapter):
-    from nalora_mlx.adapters.files import load_any_adapter
-
-    model, _ = load(str(model_directory))
-    twin = share_weights(model, str(model_directory), False)
-    kept = dict(tree_flatten(model.parameters()))
+def test_base_and_tuned_model_share_their_arrays(model_directory, adapter):
+    base, _ = load(str(model_directory))
+    kept = dict(tree_flatten(base.parameters()))
     before = mx.get_active_memory()
-    load_any_adapter(twin, adapter)
-    own = sum(a.nbytes for name, a in tree_flatten(twin.parameters()) if "lora_" in name)
+    tuned = load_tuned(base, str(model_directory), adapter)
+    own = sum(a.nbytes for name, a in tree_flatten(tuned.parameters()) if "lora_" in name)
     x = mx.array([[1, 5, 11, 14]])
-    mx.eval(twin.parameters())
+    mx.eval(tuned.parameters())
     assert mx.get_active_memory() - before <= own + 4096
-    assert not mx.allclose(model(x), twin(x))
-    assert all(a is kept[name] for name, a in tree_flatten(model.parameters()))
+    assert not mx.allclose(base(x), tuned(x))
+    assert all(a is kept[name] for name, a in tree_flatten(base.parameters()))
 
 
-def test_pieces_arrive_one_by_one(tuned):
+def test_an_answer_is_streamed_in_pieces(tuned):
     conversation = Conversation(*tuned, None)
     pieces = conversation.answer(QUESTION, **SETTINGS)
     first = next(pieces)
-    assert conversation.messages == []  # there is no answer yet, but a piece of it is here
+    assert conversation.messages == []  # the answer is not complete
     rest = list(pieces)
     assert len(rest) > 2
     assert first + "".join(rest) == greedy(tuned, QUESTION)
@@ -126,25 +124,25 @@ def test_history_system_and_reset(tuned, capsys, monkeypatch):
     fifth = greedy(tuned, QUESTION, fourth, QUESTION)
     assert out.splitlines() == [first, second, third, fourth, fifth]
     assert len({greedy(tuned, (words,), QUESTION) for words in ("the dog", "two blue")} | {first}) > 1
-    assert re.sub("cut at 8 tokens; --max-tokens is the limit\n", "", err) == ""
+    assert re.sub("cut at 8 tokens; raise --max-tokens for longer answers\n", "", err) == ""
 
 
-def test_compare_can_be_switched(base, tuned, capsys, monkeypatch):
+def test_compare_can_be_switched_on_and_off(base, tuned, capsys, monkeypatch):
     lines = [QUESTION, "/compare", SECOND, "/compare", QUESTION]
     out, err, chat = talk(base, tuned, capsys, monkeypatch, *lines)
     first = greedy(tuned, QUESTION)
     theirs, ours = (greedy(model, QUESTION, first, SECOND) for model in (base, tuned))
     last = greedy(tuned, QUESTION, first, SECOND, ours, QUESTION)
     assert out == f"{first}\nbase:\n{theirs}\ntuned:\n{ours}\n{last}\n"
-    assert [line for line in err.splitlines() if "answer" in line] == [
+    assert [line for line in err.splitlines() if "model" in line] == [
         "base and tuned model both answer",
-        "the tuned model answers alone",
+        "only the tuned model answers",
     ]
     assert not chat.comparing
 
 
 @pytest.mark.parametrize("width", [100, 60])
-def test_side_by_side_where_there_is_room(base, tuned, capsys, monkeypatch, width):
+def test_answers_stand_side_by_side_on_a_wide_terminal(base, tuned, capsys, monkeypatch, width):
     out, _, _ = talk(base, tuned, capsys, monkeypatch, "/compare", QUESTION, force_terminal=True, width=width)
     screen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out)
     theirs, ours = greedy(base, QUESTION), greedy(tuned, QUESTION)
@@ -156,16 +154,16 @@ def test_side_by_side_where_there_is_room(base, tuned, capsys, monkeypatch, widt
         assert f"{ours}\n" in screen
 
 
-def test_an_answer_that_was_cut_is_marked(model_directory, base):
+def test_a_cut_answer_is_marked(model_directory, base):
     done = run("nalora_mlx.chat", "--model", model_directory, "--max-tokens", "3", text=QUESTION)
     assert done.stdout == greedy(base, QUESTION, tokens=3) + "\n"
-    assert done.stderr == "cut at 3 tokens; --max-tokens is the limit\n"
+    assert done.stderr == "cut at 3 tokens; raise --max-tokens for longer answers\n"
     whole = Conversation(*base, None)
     assert "".join(whole.answer(QUESTION, max_tokens=3))
     assert whole.cut
 
 
-def test_an_answer_that_ends_by_itself_is_not_marked(base):
+def test_a_complete_answer_is_not_marked(base):
     conversation = Conversation(*base, None)
     pieces = list(conversation.answer(QUESTION, max_tokens=400))
     assert len(pieces) < 400
@@ -181,18 +179,18 @@ def test_an_unknown_command_does_not_reach_the_model(tuned, capsys, monkeypatch)
     assert out == ""
     assert chat.tuned.messages == []
     lines = err.splitlines()
-    assert lines[0].startswith("no command /sytem; there are /system, /compare, /reset, /help, /quit")
-    assert [line.split("  ")[0] for line in lines[1:6]] == list(COMMANDS)
-    assert lines[6] == "comparing takes --model BASE with --adapter-path ADAPTER"
+    assert lines[0].startswith("no command /sytem; the commands are /system, /compare, /reset, /help, /quit")
+    assert [line.split("  ")[0] for line in lines[1:6]] == [command.usage for command in COMMANDS]
+    assert lines[6] == "comparing needs --model BASE with --adapter-path ADAPTER"
     assert lines[7].startswith("no command /;")
 
 
-def test_a_message_may_begin_with_a_slash_after_a_space(tuned, capsys, monkeypatch):
+def test_a_message_can_start_with_a_space_and_a_slash(tuned, capsys, monkeypatch):
     _, _, chat = talk(None, tuned, capsys, monkeypatch, " /compare the dog")
     assert chat.tuned.messages[0]["content"] == "/compare the dog"
 
 
-def test_a_template_without_system_messages_says_so(tuned, capsys, monkeypatch):
+def test_a_template_without_system_messages_is_an_error(tuned, capsys, monkeypatch):
     model, tokenizer = tuned
     refusing = (
         "{% for m in messages %}{{ raise_exception('no') if m['role'] == 'system' else 'x' }}{% endfor %}"
@@ -200,21 +198,21 @@ def test_a_template_without_system_messages_says_so(tuned, capsys, monkeypatch):
     ignoring = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
     for template in (refusing, ignoring):
         monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
-        with pytest.raises(InputError, match="takes no system message"):
+        with pytest.raises(InputError, match="does not support a system message"):
             Conversation(model, tokenizer, "the dog")
         _, err, chat = talk(None, tuned, capsys, monkeypatch, "/system the dog")
-        assert err == "the model's chat template takes no system message\n"
+        assert err == "the model's chat template does not support a system message\n"
         assert chat.tuned.messages == []
 
 
-def test_what_cannot_be_compared_is_one_line(model_directory):
-    refused(["nalora_mlx.chat", "--model", model_directory, "--compare"], "--compare takes --adapter-path")
+def test_compare_without_an_adapter_is_one_line(model_directory):
+    refused(["nalora_mlx.chat", "--model", model_directory, "--compare"], "--compare needs --adapter-path")
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_that_was_left_changes_nothing(tuned):
+def test_an_abandoned_answer_changes_nothing(tuned):
     conversation = Conversation(*tuned, None)
     first = "".join(conversation.answer(QUESTION, **SETTINGS))
     left = conversation.answer("the dog", **SETTINGS)
@@ -226,8 +224,8 @@ def test_an_answer_that_was_left_changes_nothing(tuned):
 
 
 @pytest.mark.parametrize("width", [100, 60])
-def test_a_stopped_turn_is_taken_back_from_both(base, tuned, capsys, monkeypatch, width):
-    """The base had answered, the tuned model was at it: neither keeps the turn, and the next answers are right."""
+def test_a_stopped_turn_is_removed_from_both(base, tuned, capsys, monkeypatch, width):
+    """Stopped during the tuned model's answer, neither model keeps the turn, and the next answers are right."""
     _, _, chat = talk(
         base, tuned, capsys, monkeypatch, "/compare", QUESTION, force_terminal=True, width=width
     )
@@ -238,19 +236,19 @@ def test_a_stopped_turn_is_taken_back_from_both(base, tuned, capsys, monkeypatch
         yield next(whole(*arguments, **settings))
         raise KeyboardInterrupt
 
-    chat.typed = True
+    chat.interactive = True
     monkeypatch.setattr(chat.tuned, "answer", stopped)
-    chat.turn("the dog")
-    assert "stopped; this turn is forgotten" in capsys.readouterr().out
+    chat.answer("the dog")
+    assert "stopped; this turn is removed from the history" in capsys.readouterr().out
     assert (chat.base.messages, chat.tuned.messages) == before
     monkeypatch.undo()
-    chat.turn(SECOND)
+    chat.answer(SECOND)
     for one, model in ((chat.base, base), (chat.tuned, tuned)):
         assert one.messages[-1]["content"] == greedy(model, QUESTION, one.messages[1]["content"], SECOND)
 
 
 class Terminal:
-    """A command at a terminal of its own."""
+    """A command in a pseudo-terminal."""
 
     def __init__(self, *argv, **environment):
         self.screen = ""
@@ -261,7 +259,7 @@ class Terminal:
         self.pid = pid
 
     def until(self, pattern, seconds=60):
-        """Read until the text since the last call matches."""
+        """Read until the text since the last call matches the pattern."""
         seen, deadline = "", time.monotonic() + seconds
         while not re.search(pattern, seen):
             assert time.monotonic() < deadline, (pattern, seen)
@@ -283,7 +281,7 @@ class Terminal:
 
 @pytest.fixture(scope="module")
 def endless(model_directory, tmp_path_factory):
-    """Flags of a chat with a model whose answers do not end."""
+    """Flags of a chat with a model whose answers never end."""
     directory = tmp_path_factory.mktemp("endless") / "model"
     shutil.copytree(model_directory, directory)
     config = json.loads((directory / "config.json").read_text())
@@ -297,8 +295,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(endless):
     terminal.type(QUESTION + "\r")
     terminal.until(r"(\w+ ){20}")
     terminal.type("\x03")
-    terminal.until("stopped; this turn is forgotten[^>]*> ")
-    terminal.type("/quti\x7f\x7fit\r")  # two keys back: the line can be edited
+    terminal.until("stopped; this turn is removed from the history[^>]*> ")
+    terminal.type("/quti\x7f\x7fit\r")  # two backspaces: the line can be edited
     assert terminal.status() == 0
 
 

@@ -1,4 +1,4 @@
-"""The commands end to end on a tiny model: what they write, what other tools make of it, what they refuse."""
+"""The commands end to end on a tiny model: files, compatibility with mlx-lm, and errors."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ def run(*argv, text=None):
     return subprocess.run([sys.executable, "-m", *map(str, argv)], capture_output=True, text=True, input=text)
 
 
-# --- what is written ----------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------
 
 
 def test_a_run_writes_its_files_and_learns(adapter):
@@ -62,7 +62,7 @@ def test_a_run_writes_its_files_and_learns(adapter):
     assert sorted(layers) == [f"model.layers.{i}.mlp" for i in range(3)]
 
 
-def test_no_path_of_the_machine_in_what_is_shared(adapter, fused):
+def test_shared_files_contain_no_local_path(adapter, fused):
     for path in (adapter / "adapter_config.json", fused / "README.md", fused / "config.json"):
         text = path.read_text()
         for place in (str(Path.home()), str(Path.cwd()), "/tmp/", str(adapter.parent)):
@@ -81,7 +81,7 @@ def answers(model, tokenizer, prompts=("what colour is the cat one ?", "what col
     return [generate(model, tokenizer, prompt, max_tokens=8) for prompt in rendered]
 
 
-def test_unmodified_mlx_lm_answers_as_we_do(model_directory, adapter, fused):
+def test_unmodified_mlx_lm_gives_the_same_answers(model_directory, adapter, fused):
     """Base + adapter in mlx-lm, base + adapter here, and the fused model: the same greedy answers."""
     from nalora_mlx import load_adapter
 
@@ -128,7 +128,7 @@ def test_generate_has_every_flag_of_mlx_lm():
     assert all(kinds[names[0]].nargs == 0 for names, _ in SWITCHES)
 
 
-def test_mlx_lms_fuse_takes_the_adapter(model_directory, adapter, fused, tmp_path):
+def test_mlx_lm_fuse_reads_the_adapter(model_directory, adapter, fused, tmp_path):
     done = run(
         "mlx_lm",
         "fuse",
@@ -157,7 +157,7 @@ def test_fuse_has_every_flag_of_mlx_lm():
     assert set(re.findall(r'"(--[a-z-]+)"', source)) <= ours
     peer = importlib.import_module("mlx_lm.chat").setup_arg_parser()
     ours = {option for action in chat_parser("x")._actions for option in action.option_strings}
-    # --pipeline splits a model over machines
+    # --pipeline splits a model across machines.
     assert {o for a in peer._actions for o in a.option_strings} - ours == {"--pipeline"}
 
 
@@ -171,8 +171,8 @@ def test_chat_answers_line_by_line(model_directory, adapter, fused):
     assert first == answers(model, tokenizer, ["what colour is the cat one ?"])[0]
 
 
-def test_a_conversation_is_what_a_fresh_rendering_gives(fused):
-    """The kept cache changes nothing: the second answer equals one computed from the whole history anew."""
+def test_a_cached_conversation_equals_a_fresh_rendering(fused):
+    """Reusing the cache changes nothing: the last answer equals one computed from the whole history."""
     from mlx_lm import generate
 
     from nalora_mlx.models.conversation import Conversation
@@ -247,7 +247,7 @@ def test_resume_from_weights_and_nothing_is_overwritten(
         "3",
     )
     assert status == 0
-    assert "moved the run" in capsys.readouterr().out
+    assert "moved the previous run" in capsys.readouterr().out
     assert (output / "previous" / "1" / "adapters.safetensors").read_bytes() == before
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     old = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
@@ -257,7 +257,7 @@ def test_resume_from_weights_and_nothing_is_overwritten(
 
 def test_quantized_base(model_directory, data_directory, tmp_path):
     output = tmp_path / "adapters"
-    # rows of 32 are too short for groups of 64: quantize the directory in groups of 32
+    # Rows of 32 are too short for groups of 64.
     base = tmp_path / "base"
     done = run(
         "mlx_lm", "convert", "--hf-path", model_directory, "--mlx-path", base, "-q", "--q-group-size", "32"
@@ -296,11 +296,11 @@ def test_yaml_config_and_epochs(model_directory, data_directory, tmp_path, capsy
     assert description["lora_parameters"]["rank"] == 4
 
 
-# --- what is refused ----------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 def refused(argv, *expected):
-    """Run in a process of its own: exit 2, one line on stderr, no traceback, the words expected."""
+    """Run in a separate process; expect exit status 2 and one line on stderr with the given words."""
     done = run(*argv)
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -354,7 +354,7 @@ def test_bad_input_of_the_other_commands(model_directory, fused, tmp_path):
     refused(["nalora_mlx.export", "gguf", *model, "--output", fused], "--output .* is a directory")
 
 
-def test_overwriting_replaces_models_and_nothing_else(model_directory, adapter, tmp_path, capsys):
+def test_overwrite_replaces_only_models(model_directory, adapter, tmp_path, capsys):
     where = [
         "fuse",
         "--model",
@@ -378,8 +378,8 @@ def test_overwriting_replaces_models_and_nothing_else(model_directory, adapter, 
     assert (target / "model.safetensors").stat().st_size > 3
 
 
-def test_nothing_bad_is_written_over_what_is_good(model_directory, data_directory, tmp_path, capsys):
-    """A run that diverges saves no NaN, and keeps no NaN as its best."""
+def test_a_diverged_run_saves_no_nan(model_directory, data_directory, tmp_path, capsys):
+    """Neither in its checkpoints nor as its best adapter."""
     output = tmp_path / "a"
     status = train(
         model_directory,
@@ -394,7 +394,7 @@ def test_nothing_bad_is_written_over_what_is_good(model_directory, data_director
         assert all(mx.isfinite(array).all().item() for array in mx.load(str(path)).values()), path
 
 
-def test_an_earlier_run_stays_until_the_new_one_can_start(model_directory, data_directory, adapter, tmp_path):
+def test_an_earlier_run_stays_if_the_new_one_cannot_start(model_directory, data_directory, adapter, tmp_path):
     import shutil
 
     output = tmp_path / "a"
@@ -412,7 +412,7 @@ def test_an_earlier_run_stays_until_the_new_one_can_start(model_directory, data_
 
 
 def test_the_best_of_a_run_stopped_early_is_kept(model_directory, data_directory, tmp_path):
-    """It had validated, but not saved yet, when it was stopped."""
+    """The run had validated but not saved when it was stopped."""
     output = tmp_path / "a"
     assert train(model_directory, data_directory, output) == 0
     for name in ("adapters.safetensors", "adapter_config.json", "metrics.jsonl"):
@@ -427,7 +427,8 @@ def test_more_bad_input(model_directory, data_directory, fused, adapter, tmp_pat
     data = ["--data", data_directory]
     refused(["nalora_mlx.generate", *model, "--max-tokens", "abc"], "invalid int value: .abc.")
     refused(
-        ["nalora_mlx.generate", *model, "--chat-template-config", "{x"], "--chat-template-config is no JSON"
+        ["nalora_mlx.generate", *model, "--chat-template-config", "{x"],
+        "--chat-template-config is not valid JSON",
     )
     refused(["nalora_mlx.generate", *model, "--prompt-cache-file", "none"], "--prompt-cache-file none")
     refused(["nalora_mlx.generate", *model, "--draft-model", "./none"], "--draft-model ./none")
@@ -446,17 +447,17 @@ def test_more_bad_input(model_directory, data_directory, fused, adapter, tmp_pat
     )
 
 
-def test_an_adapters_directory_resumes(model_directory, data_directory, adapter, tmp_path, capsys):
+def test_resume_adapter_file_takes_a_directory(model_directory, data_directory, adapter, tmp_path, capsys):
     assert train(model_directory, data_directory, tmp_path / "b", "--resume-adapter-file", str(adapter)) == 0
     assert f"starting from {adapter / 'adapters.safetensors'}" in capsys.readouterr().out
 
 
-def test_an_empty_directory_is_no_model(data_directory, tmp_path):
+def test_an_empty_directory_is_not_a_model(data_directory, tmp_path):
     refused(
         ["nalora_mlx.lora", "--train", "--model", tmp_path, "--data", data_directory], "has no config.json"
     )
 
 
-def test_debug_lets_the_traceback_through(data_directory):
+def test_debug_shows_the_traceback(data_directory):
     done = run("nalora_mlx.lora", "--train", "--model", "./nowhere", "--data", data_directory, "--debug")
     assert "Traceback" in done.stderr

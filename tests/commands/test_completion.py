@@ -1,4 +1,4 @@
-"""Shell completion: what bash makes of the script, and what the flags of a command are."""
+"""nalora completion: the words that bash completes."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def script(tmp_path_factory):
 
 
 def completed(script, *words, directory="."):
-    """What bash offers for the last word, by the function that the script names for nalora."""
+    """Return bash's completions of the last word, from the function that the script registers for nalora."""
     ask = (
         'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}\n'
         "function=$(complete -p nalora | sed 's/.*-F \\([^ ]*\\) .*/\\1/')\n"
@@ -43,7 +43,7 @@ def completed(script, *words, directory="."):
     return set(done.stdout.split())
 
 
-@pytest.mark.skipif(BASH is None, reason="there is no bash")
+@pytest.mark.skipif(BASH is None, reason="bash is not installed")
 def test_bash_completes_commands_flags_choices_and_paths(script, tmp_path):
     assert completed(script, "ch") == {"chat"}
     assert completed(script, "") >= set(COMMANDS)
@@ -55,9 +55,9 @@ def test_bash_completes_commands_flags_choices_and_paths(script, tmp_path):
     assert completed(script, "chat", "--adapter-path", "tra", directory=tmp_path) == {"trained"}
 
 
-@pytest.mark.skipif(BASH is None, reason="there is no bash")
+@pytest.mark.skipif(BASH is None, reason="bash is not installed")
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_flag_of_every_command_is_offered(script, name):
+def test_bash_completes_every_flag_of_every_command(script, name):
     flags = {o for action in command(name).build_parser("x")._actions for o in action.option_strings}
     assert completed(script, name, "--") == {o for o in flags if o.startswith("--")} | {
         "--debug",
@@ -66,7 +66,7 @@ def test_every_flag_of_every_command_is_offered(script, name):
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_have_a_script(shell, capsys):
+def test_scripts_for_other_shells(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert all(name in script for name in COMMANDS)

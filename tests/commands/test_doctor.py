@@ -1,4 +1,4 @@
-"""The doctor's page: what it says of a right and of a wrong machine, model and run, and the exit status."""
+"""nalora doctor: its findings on machines, models and data, and its exit status."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from rich.console import Console
 
 from nalora_mlx import doctor
 from nalora_mlx.__main__ import main
+from nalora_mlx.core import extras, machine
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.terminal import Page
 
@@ -19,13 +20,13 @@ HEADINGS = ["Machine", "Kernels", "Model", "Data", "Memory", "Disk", "Extras"]
 
 @pytest.fixture(autouse=True)
 def fast_machine(monkeypatch):
-    """A page without findings, whatever machine this is."""
-    monkeypatch.setattr(doctor, "_gflops", lambda: 100.0)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    """No findings about the machine, whichever it is."""
+    monkeypatch.setattr(machine, "matmul_gflops", lambda: 100.0)
+    monkeypatch.setattr(machine, "has_cpp_compiler", lambda: True)
 
 
 def page_of(capsys, *flags, status=0):
-    """{heading: lines} of the page, and what stood on stderr; every line has a mark."""
+    """Return {heading: lines} of the page and what was printed to stderr. Every line has a mark."""
     assert main(["doctor", *map(str, flags)]) == status
     done = capsys.readouterr()
     sections, blocks = {}, done.out.strip("\n").split("\n\n")
@@ -39,14 +40,14 @@ def page_of(capsys, *flags, status=0):
     return sections, done.err
 
 
-def test_the_page_of_a_machine_alone(capsys):
+def test_the_page_without_model_and_data(capsys):
     sections, err = page_of(capsys)
-    assert sections["Machine"][-1] == "  ✓ float32 products: 100 GFLOP/s"
-    assert sections["Model"] == ["  · none given; --model M says what NA-LoRA would do with it"]
+    assert sections["Machine"][-1] == "  ✓ float32 matrix products: 100 GFLOP/s"
+    assert sections["Model"] == ["  · none given; --model M shows what NA-LoRA would adapt"]
     assert re.match(
-        r"  · [\d.]+ GB in this machine; a run should stay within [\d.]+ GB", sections["Memory"][0]
+        r"  · this machine has [\d.]+ GB; a run should stay within [\d.]+ GB", sections["Memory"][0]
     )
-    assert re.match(r"  ✓ [\d.]+ GB free where adapters is", sections["Disk"][0])
+    assert re.match(r"  ✓ [\d.]+ GB free for adapters", sections["Disk"][0])
     assert sections["verdict"] == ["  ✓ no findings"]
     assert err == ""
 
@@ -59,17 +60,17 @@ def test_the_page_of_a_run(model_directory, data_directory, capsys):
     assert sections["Model"][2].startswith("  · 3 layers adapted, 12 other modules; keys: ")
     assert any(re.match(r"  ✓ train: 9 rows, \d+ tokens", line) for line in sections["Data"])
     assert re.match(
-        r"  ✓ about [\d.]+ GB at the largest batch, 2 rows of \d+ tokens; .*: fits",
+        r"  ✓ about [\d.]+ GB for the largest batch, 2 rows of \d+ tokens; .*: fits",
         sections["Memory"][1],
     )
     assert any(line.startswith("  · with --grad-checkpoint: about ") for line in sections["Memory"])
     assert "10 checkpoints of " in sections["Disk"][0]
-    # the rows of valid and test are in train too
+    # The rows of valid and test are in train too.
     assert sections["verdict"] == ["  ! 2 findings, none that keeps a run from starting"]
     assert err == ""
 
 
-def test_the_plan_is_that_of_the_command(model_directory, data_directory, tmp_path, capsys):
+def test_the_memory_plan_is_that_of_lora_plan(model_directory, data_directory, tmp_path, capsys):
     flags = ["--model", model_directory, "--data", data_directory, *SMALL, "--grad-checkpoint"]
     sections, _ = page_of(capsys, *flags, "--memory-budget", "2GB")
     place = ["--adapter-path", str(tmp_path / "a")]
@@ -85,10 +86,11 @@ def test_the_plan_is_that_of_the_command(model_directory, data_directory, tmp_pa
     assert not any("with --grad-checkpoint" in line for line in sections["Memory"])
 
 
-def test_memory_without_data_is_of_full_rows_and_too_little_is_a_finding(model_directory, capsys):
+def test_memory_without_data_assumes_full_rows_and_too_little_is_a_finding(model_directory, capsys):
     sections, _ = page_of(capsys, "--model", model_directory, *SMALL, "--memory-budget", "1000")
     assert (
-        sections["Memory"][1] == "  · without --data, every row is taken to have 32 tokens (--max-seq-length)"
+        sections["Memory"][1]
+        == "  · without --data, all rows are assumed to have 32 tokens (--max-seq-length)"
     )
     assert re.match(
         r"  ! finding: about .* 2 rows of 32 tokens; .*does not fit; what would fit: ",
@@ -97,7 +99,7 @@ def test_memory_without_data_is_of_full_rows_and_too_little_is_a_finding(model_d
     assert sections["verdict"] == ["  ! 1 finding, none that keeps a run from starting"]
 
 
-def test_a_config_file_is_what_the_run_would_take(model_directory, data_directory, tmp_path, capsys):
+def test_settings_come_from_a_config_file(model_directory, data_directory, tmp_path, capsys):
     config = tmp_path / "c.yaml"
     config.write_text(
         f"model: {model_directory}\ndata: {data_directory}\nbatch_size: 3\nnum_layers: 2\n"
@@ -111,13 +113,13 @@ def test_a_config_file_is_what_the_run_would_take(model_directory, data_director
     assert "3 rows of" in sections["Memory"][1]
 
 
-def test_no_gate_is_a_finding(model_directory, capsys):
+def test_an_adapter_without_gates_is_a_finding(model_directory, capsys):
     sections, _ = page_of(capsys, "--model", model_directory, *SMALL, "--keys", "self_attn.q_proj")
     assert any("! finding: " in line and "acts nowhere" in line for line in sections["Model"])
 
 
-def test_everything_wrong_is_on_one_page(tmp_path, capsys):
-    """A model that is not there and rows that are bad: both are told, and the rest of the page too."""
+def test_all_problems_are_on_one_page(tmp_path, capsys):
+    """A missing model and bad rows are both reported, and the rest of the page is complete."""
     (tmp_path / "train.jsonl").write_text('{"prompt": \n' + json.dumps({"text": "a"}) + "\n")
     sections, err = page_of(capsys, "--model", "./nowhere", "--data", tmp_path, status=2)
     assert sections["Model"][0].startswith("  ✗ finding: --model ./nowhere: no such directory")
@@ -128,28 +130,28 @@ def test_everything_wrong_is_on_one_page(tmp_path, capsys):
     assert "1 finding that keeps a run from starting" in err
 
 
-def test_a_full_disk_keeps_a_run_from_starting(model_directory, capsys, monkeypatch):
+def test_a_full_disk_prevents_a_run(model_directory, capsys, monkeypatch):
     from nalora_mlx.core import storage
 
     monkeypatch.setattr(storage, "free_space", lambda _: 10**9)
     sections, _ = page_of(capsys)
-    assert sections["Disk"][0].startswith("  ! finding: 1.0 GB free where adapters is")
+    assert sections["Disk"][0].startswith("  ! finding: 1.0 GB free for adapters")
     monkeypatch.setattr(storage, "free_space", lambda _: 1000)
     sections, _ = page_of(capsys, "--model", model_directory, *SMALL, status=2)
     assert re.match(r"  ✗ finding: adapters: .* free, but a checkpoint", sections["Disk"][0])
 
 
-def test_a_slow_machine_has_remedies(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_gflops", lambda: 3.0)
-    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+def test_a_slow_machine_gets_remedies(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "matmul_gflops", lambda: 3.0)
+    monkeypatch.setattr(machine, "has_cpp_compiler", lambda: False)
     sections, _ = page_of(capsys)
     assert [line[:13] for line in sections["Machine"][2:]] == ["  ! finding: ", "  ! finding: "]
     assert "LD_PRELOAD" in sections["Machine"][2]
     assert "Install g++" in sections["Machine"][3]
 
 
-def test_missing_extras_come_with_the_line_that_installs_them(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_is_installed", lambda package: package == "gguf")
+def test_missing_extras_come_with_their_install_command(capsys, monkeypatch):
+    monkeypatch.setattr(extras, "is_installed", lambda package: package == "gguf")
     sections, _ = page_of(capsys)
     assert sections["Extras"][0] == "  ✓ installed: export"
     assert sections["Extras"][1].endswith(
@@ -157,47 +159,47 @@ def test_missing_extras_come_with_the_line_that_installs_them(capsys, monkeypatc
     )
 
 
-def test_the_extras_are_those_of_the_project():
+def test_extras_are_those_of_pyproject():
     declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
     device, developers = {"cpu", "cuda"}, {"peft", "interop", "browser", "dev"}
-    assert set(doctor.EXTRAS) == set(declared) - device - developers
-    for extra in doctor.EXTRAS:
+    assert set(extras.EXTRAS) == set(declared) - device - developers
+    for extra in extras.EXTRAS:
         names = {re.split(r"[^\w.-]", line)[0].lower() for line in declared[extra]}
-        assert {name.lower() for name in doctor._packages(extra)} == names
-    assert doctor._is_installed("mlx")
-    assert not doctor._is_installed("no-such-package")
+        assert {name.lower() for name in extras.packages(extra)} == names
+    assert extras.is_installed("mlx")
+    assert not extras.is_installed("no-such-package")
 
 
-def test_an_extra_that_is_newer_than_what_is_installed_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_packages", lambda extra: [] if extra == "notebook" else ["mlx"])
+def test_an_extra_unknown_to_the_installed_version_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(extras, "packages", lambda extra: [] if extra == "notebook" else ["mlx"])
     sections, _ = page_of(capsys)
     assert "notebook" not in sections["Extras"][0]
     assert sections["Extras"][1].endswith("pip install 'nalora-mlx[notebook]'")
 
 
-def test_run_from_its_source_it_still_has_a_page(capsys, monkeypatch):
+def test_doctor_runs_from_a_source_tree(capsys, monkeypatch):
     def missing(name):
-        raise doctor.importlib.metadata.PackageNotFoundError(name)
+        raise extras.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", missing)
+    monkeypatch.setattr(extras.importlib.metadata, "requires", missing)
     sections, _ = page_of(capsys)
     assert "not installed: export" in sections["Extras"][0]
 
 
-def test_bad_settings_are_refused_before_the_page(capsys):
+def test_bad_settings_are_an_error_before_the_page(capsys):
     assert main(["doctor", "--batch-size", "0"]) == 2
     done = capsys.readouterr()
     assert done.out == ""
     assert "batch_size is 0" in done.err
 
 
-def test_on_a_terminal_long_lines_hang_under_their_mark(capsys):
+def test_long_lines_are_indented_on_a_terminal(capsys):
     console = Console(force_terminal=True, width=40, color_system=None)
     page = Page(console)
     with page.section("Data"):
         page.good("short")
         page.finding("word " * 12)
-        raise InputError("what was refused")
+        raise InputError("a problem")
     with pytest.raises(InputError, match="1 finding that keeps a run from starting; see above"):
         page.verdict()
     lines = capsys.readouterr().out.splitlines()
@@ -207,16 +209,16 @@ def test_on_a_terminal_long_lines_hang_under_their_mark(capsys):
         "  ✓ short",
         "  ! finding: word word word word word",
         "    word word word word word word word",
-        "  ✗ finding: what was refused",
+        "  ✗ finding: a problem",
         "",
         "  ✗ 1 finding that keeps a run from",
         "    starting, 1 other",
     ]
 
 
-def test_spans():
-    assert doctor._spans([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
-    assert list(doctor._alike([("a.0.b.1", "x"), ("a.1.b.1", "x"), ("a.2.b.1", "y"), ("c", "x")])) == [
+def test_layers_are_grouped_by_number():
+    assert doctor._format_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert list(doctor._group_layers([("a.0.b.1", "x"), ("a.1.b.1", "x"), ("a.2.b.1", "y"), ("c", "x")])) == [
         ("a.0-1.b.1", "x"),
         ("a.2.b.1", "y"),
         ("c", "x"),

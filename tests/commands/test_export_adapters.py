@@ -1,4 +1,4 @@
-"""`nalora export mlx` and `peft`: adapters scaled, added up and converted; what is refused; nothing half-written."""
+"""`nalora export mlx` and `peft`: scaling, summing and converting adapters, rejected input, and interruption."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def make(base, directory, attach=adapt, seed=7, **settings):
 
 
 def logits(base, adapter=None):
-    """In unmodified mlx-lm."""
+    """Return logits computed by unmodified mlx-lm."""
     model, _ = load(str(base), adapter_path=str(adapter) if adapter else None)
     return np.array(model(X))
 
@@ -83,10 +83,10 @@ def moe(tokenizer_directory, tmp_path_factory):
 
 
 @pytest.mark.parametrize("attach", [adapt, adapt_dora])
-def test_a_checkpoint_becomes_an_adapter(model_directory, tmp_path, attach):
-    """Only the two files of mlx-lm's form are read, whatever else a checkpoint holds."""
+def test_checkpoint_is_exported_as_adapter(model_directory, tmp_path, attach):
+    """Only the adapter's two files are read, whatever else the checkpoint contains."""
     adapter = make(model_directory, tmp_path / "step-0000010", attach, num_layers=2)
-    (adapter / "optimizer.safetensors").write_text("not mlx-lm's")
+    (adapter / "optimizer.safetensors").write_text("not a safetensors file")
     (adapter / "state.json").write_text("{")
     assert export(model_directory, tmp_path / "out", "--adapter-path", adapter) == 0
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -110,11 +110,11 @@ def test_scale(model_directory, tmp_path, factor):
     close(logits(model_directory, tmp_path / "out"), np.array(model(X)), logits(model_directory), 1e-5)
 
 
-# --- several -----------------------------------------------------------------------------------------
+# --- sums --------------------------------------------------------------------------------------------
 
 
 def delta(base, adapter):
-    """The change of every weight, in float64."""
+    """Return the adapter's change of every weight, in float64."""
     found = {}
     content = json.loads((adapter / "adapter_config.json").read_text())["lora_parameters"]
     arrays = {
@@ -127,8 +127,8 @@ def delta(base, adapter):
     return found
 
 
-def test_adapters_are_added_up_exactly(moe, tmp_path):
-    """Other ranks, scales, layers and modules, experts and an embedding among them."""
+def test_sum_of_adapters_is_exact(moe, tmp_path):
+    """The adapters differ in rank, scale, layers and modules, including experts and an embedding."""
     first = make(moe, tmp_path / "a", rank=2, scale=2.0, keys=("mlp.switch_mlp.gate_proj", *ATTENTION))
     second = make(
         moe,
@@ -144,14 +144,14 @@ def test_adapters_are_added_up_exactly(moe, tmp_path):
     weights = (0.5, -2.0, 1.0)
     flags += [x for w in weights for x in ("--weight", w)]
     assert export(moe, tmp_path / "sum", *flags, "--scale", 1.5) == 0
-    want: dict = {}
+    expected: dict = {}
     for path, weight in zip((first, second, third), weights, strict=True):
         for name, change in delta(moe, path).items():
-            want[name] = want.get(name, 0) + 1.5 * weight * change
-    got = delta(moe, tmp_path / "sum")
-    assert want.keys() <= got.keys()
-    for name, change in got.items():
-        np.testing.assert_allclose(change, want.get(name, 0 * change), rtol=0, atol=1e-6, err_msg=name)
+            expected[name] = expected.get(name, 0) + 1.5 * weight * change
+    actual = delta(moe, tmp_path / "sum")
+    assert expected.keys() <= actual.keys()
+    for name, change in actual.items():
+        np.testing.assert_allclose(change, expected.get(name, 0 * change), rtol=0, atol=1e-6, err_msg=name)
     theirs = logits(moe, tmp_path / "sum")
     ours, _ = load(str(moe))
     load_any_adapter(ours, tmp_path / "sum")
@@ -160,18 +160,18 @@ def test_adapters_are_added_up_exactly(moe, tmp_path):
     assert np.abs(theirs - logits(moe)).max() > 0.1
 
 
-def test_an_adapter_minus_itself_is_the_base(model_directory, tmp_path):
+def test_adapter_minus_itself_is_the_base(model_directory, tmp_path):
     adapter = make(model_directory, tmp_path / "a")
     flags = ["--adapter-path", adapter, "--adapter-path", adapter, "--weight", "1", "--weight=-1"]
     assert export(model_directory, tmp_path / "none", *flags) == 0
-    alone = logits(model_directory, adapter)  # the distance that the difference has taken back
+    alone = logits(model_directory, adapter)
     close(logits(model_directory, tmp_path / "none"), logits(model_directory), alone, 1e-5)
 
 
-# --- PEFT's files, without PEFT ----------------------------------------------------------------------
+# --- PEFT's files ------------------------------------------------------------------------------------
 
 
-def test_the_form_of_a_peft_adapter(model_directory, tmp_path):
+def test_peft_files(model_directory, tmp_path):
     base = shutil.copytree(model_directory, tmp_path / "base")
     (base / "README.md").write_text("---\nlibrary_name: mlx\nbase_model: somebody/original\n---\n")
     adapter = make(base, tmp_path / "a", keys=("mlp.up_proj", "model.embed_tokens"), num_layers=1)
@@ -203,37 +203,37 @@ QUANTIZED = {"quantization": {"bits": 4}}
 @pytest.mark.parametrize(
     ("base", "config", "card", "name"),
     [
-        # A model of the Hub is what it is, whatever it was trained from.
+        # A full-precision model on the Hub is its own original, whatever its card says.
         ("me/model", {}, "base_model: a/b", "me/model"),
         ("me/model", {}, MLX + "a/b", "me/model"),
         ("me/model", {}, OURS, "me/model"),
-        # Quantized: the one that it was made of.
+        # Quantized: the model it was converted from.
         ("me/model-4bit", QUANTIZED, MLX + "a/b", "a/b"),
         ("me/model-4bit", QUANTIZED, MLX + "[a/b, c/d]", "a/b"),
         ("me/model-4bit", {"quantization_config": {"quant_method": "awq"}}, MLX + "a/b", "a/b"),
         ("me/model-4bit", QUANTIZED, "base_model: a/b", None),
         ("me/model-4bit", QUANTIZED, "", None),
-        # On this machine: converted by mlx-lm, or unknown.
+        # A local directory: known only if mlx-lm converted it.
         (None, QUANTIZED, MLX + "a/b", "a/b"),
         (None, {}, MLX + "a/b", "a/b"),
         (None, {}, "base_model: a/b", None),
         (None, {}, MLX + "/home/me/model", None),
         (None, {}, MLX + "../model", None),
         (None, {}, "tags: [x", None),
-        # What we have merged is no longer its base, in full precision or not.
+        # A merged model differs from its base, whatever its precision.
         (None, {}, OURS, None),
         (None, QUANTIZED, OURS, None),
         ("me/tuned-4bit", QUANTIZED, OURS, None),
     ],
 )
-def test_the_name_of_the_original(tmp_path, base, config, card, name):
+def test_name_of_the_original(tmp_path, base, config, card, name):
     from nalora_mlx.models.hub import original_name
 
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
     assert original_name(base or str(tmp_path), tmp_path, config) == name
 
 
-def test_a_directory_that_looks_like_a_name_is_none(tmp_path, monkeypatch):
+def test_local_directory_that_looks_like_a_hub_name(tmp_path, monkeypatch):
     from nalora_mlx.models.hub import original_name
 
     monkeypatch.chdir(tmp_path)
@@ -243,7 +243,7 @@ def test_a_directory_that_looks_like_a_name_is_none(tmp_path, monkeypatch):
 
 
 def peft_adapter(directory, base, **changes):
-    """A PEFT adapter, some settings of which are changed."""
+    """Create a PEFT adapter with changed settings."""
     adapter = make(base, directory / "source", keys=("mlp.up_proj",))
     assert export(base, directory / "peft", "--adapter-path", adapter, format="peft") == 0
     path = directory / "peft" / "adapter_config.json"
@@ -264,30 +264,30 @@ def peft_adapter(directory, base, **changes):
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
     ],
 )
-def test_what_mlx_lm_cannot_do_is_refused(model_directory, tmp_path, capsys, changes, message):
+def test_unsupported_peft_settings_are_rejected(model_directory, tmp_path, capsys, changes, message):
     adapter = peft_adapter(tmp_path, model_directory, **changes)
     assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
-def test_a_start_that_leaves_the_base_alone_is_taken(model_directory, tmp_path, start):
-    adapter = peft_adapter(tmp_path, model_directory, init_lora_weights=start)
+@pytest.mark.parametrize("initialization", [True, False, "gaussian", "eva", "orthogonal"])
+def test_initializations_that_keep_the_base_are_accepted(model_directory, tmp_path, initialization):
+    adapter = peft_adapter(tmp_path, model_directory, init_lora_weights=initialization)
     assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 0
 
 
-def test_a_peft_adapter_that_does_not_fit_is_refused(model_directory, moe, tmp_path, capsys):
+def test_peft_adapter_that_does_not_fit_is_rejected(model_directory, moe, tmp_path, capsys):
     adapter = peft_adapter(tmp_path, model_directory)
     assert export(moe, tmp_path / "out", "--from-peft", adapter) == 2
-    assert "model.layers.0.mlp.up_proj is no linear layer of the model" in capsys.readouterr().err
+    assert "model.layers.0.mlp.up_proj is not a linear layer of the model" in capsys.readouterr().err
     path = adapter / "adapter_model.safetensors"
     arrays = dict(mx.load(str(path)))
     head = {"base_model.model.lm_head.lora_A.weight": mx.ones((4, 32))}
     head |= {"base_model.model.lm_head.lora_B.weight": mx.ones((64, 4))}
     mx.save_safetensors(str(path), arrays | head)
     assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 2
-    assert "its embedding is its head too" in capsys.readouterr().err
+    assert "embedding is also its output head" in capsys.readouterr().err
     path.rename(adapter / "adapter_model.bin")
     assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 2
     assert "pickled" in capsys.readouterr().err
@@ -296,32 +296,32 @@ def test_a_peft_adapter_that_does_not_fit_is_refused(model_directory, moe, tmp_p
 @pytest.mark.parametrize(
     ("keys", "attach", "message"),
     [
-        (("mlp.switch_mlp.gate_proj",), adapt, "PEFT has no such adapter of experts"),
+        (("mlp.switch_mlp.gate_proj",), adapt, "PEFT has no adapters of experts"),
         (("mlp.gate",), adapt, "is a router"),
         (("model.embed_tokens",), adapt_dora, "DoRA of an embedding"),
     ],
 )
-def test_what_peft_cannot_do_is_refused(moe, tmp_path, capsys, keys, attach, message):
+def test_adapters_without_a_peft_format_are_rejected(moe, tmp_path, capsys, keys, attach, message):
     adapter = make(moe, tmp_path / "a", attach, keys=keys)
     assert export(moe, tmp_path / "out", "--adapter-path", adapter, format="peft") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-# --- what is refused ---------------------------------------------------------------------------------
+# --- rejected input ----------------------------------------------------------------------------------
 
 
-def test_flags_that_do_not_go_together(model_directory, tmp_path, capsys):
+def test_contradicting_flags_are_rejected(model_directory, tmp_path, capsys):
     adapter = make(model_directory, tmp_path / "a")
     one = ["--adapter-path", adapter]
     cases = [
-        ("mlx", [], "has nothing to write; give --adapter-path"),
-        ("mlx", [*one, "--type", "f16"], "--type f16: is for export gguf alone"),
-        ("peft", ["--from-peft", adapter], "--from-peft: is for export mlx"),
-        ("mlx", [*one, "--from-peft", adapter], "--from-peft: is for export mlx"),
-        ("mlx", [*one, "--weight", "1", "--weight", "2"], "--weight: 2 for 1 --adapter-path"),
+        ("mlx", [], "nothing to export; give --adapter-path"),
+        ("mlx", [*one, "--type", "f16"], "--type f16: only export gguf"),
+        ("peft", ["--from-peft", adapter], "--from-peft: only export mlx"),
+        ("mlx", [*one, "--from-peft", adapter], "--from-peft: only export mlx"),
+        ("mlx", [*one, "--weight", "1", "--weight", "2"], "--weight: given 2 times, --adapter-path 1 times"),
         ("mlx", [*one, "--scale", "nan"], "must be finite"),
-        ("gguf-lora", [], "has nothing to write"),
+        ("gguf-lora", [], "nothing to export"),
         ("mlx", ["--adapter-path", tmp_path], "has no adapter_config.json"),
         ("mlx", ["--from-peft", tmp_path], "has no adapter_config.json"),
     ]
@@ -331,7 +331,7 @@ def test_flags_that_do_not_go_together(model_directory, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_but_an_adapter_is_overwritten(model_directory, tmp_path, capsys):
+def test_overwrite_replaces_only_adapters(model_directory, tmp_path, capsys):
     adapter = make(model_directory, tmp_path / "a")
     output = tmp_path / "out"
     flags = ["--adapter-path", adapter]
@@ -341,11 +341,11 @@ def test_nothing_but_an_adapter_is_overwritten(model_directory, tmp_path, capsys
     assert export(model_directory, output, *flags, "--overwrite", "--scale", "2") == 0
     (output / "notes.txt").write_text("mine")
     assert export(model_directory, output, *flags, "--overwrite") == 2
-    assert "holds more than an adapter" in capsys.readouterr().err
+    assert "is not just an adapter" in capsys.readouterr().err
     assert (output / "notes.txt").read_text() == "mine"
 
 
-def test_all_that_does_not_fit_is_named(model_directory, tmp_path):
+def test_all_misfits_are_listed(model_directory, tmp_path):
     adapter = make(model_directory, tmp_path / "a", num_layers=1, keys=("mlp.up_proj", "mlp.down_proj"))
     path = adapter / "adapters.safetensors"
     arrays = dict(mx.load(str(path)))
@@ -353,20 +353,20 @@ def test_all_that_does_not_fit_is_named(model_directory, tmp_path):
     arrays["model.layers.9.mlp.up_proj.lora_a"] = mx.zeros((32, 4))
     arrays["model.norm.lora_a"], arrays["model.norm.lora_b"] = mx.zeros((32, 4)), mx.zeros((4, 32))
     mx.save_safetensors(str(path), arrays)
-    with pytest.raises(Exception) as refused:
-        updates.read_updates(adapter, open_model(model_directory).sources)
+    with pytest.raises(Exception) as raised:
+        updates.read_updates(adapter, open_model(model_directory).weights)
     for part in (
         "model.layers.2.mlp.up_proj has factors (7, 4) and (4, 32), its weight is (48, 32)",
         "model.layers.9.mlp.up_proj has lora_a, not lora_a, lora_b",
-        "model.norm is no linear or embedding layer",
+        "model.norm is not a linear or embedding layer",
     ):
-        assert part in str(refused.value)
+        assert part in str(raised.value)
 
 
-def test_dora_and_full_weights_are_no_sums(model_directory, tmp_path, capsys):
+def test_dora_and_full_weights_cannot_be_summed(model_directory, tmp_path, capsys):
     dora = make(model_directory, tmp_path / "dora", adapt_dora, keys=("mlp.up_proj",))
     assert export(model_directory, tmp_path / "out", "--adapter-path", dora, "--scale", "0.5") == 2
-    assert "a dora adapter is no sum" in capsys.readouterr().err
+    assert "a dora adapter cannot be scaled or summed" in capsys.readouterr().err
     full = tmp_path / "full"
     name = "model.layers.0.mlp.up_proj.weight"
     files = {
@@ -379,7 +379,7 @@ def test_dora_and_full_weights_are_no_sums(model_directory, tmp_path, capsys):
         assert "fully trained weights, not an adapter" in capsys.readouterr().err
 
 
-# --- whole or absent ---------------------------------------------------------------------------------
+# --- interruption ------------------------------------------------------------------------------------
 
 
 DIRECTORY = ((mx, "save_safetensors"), (os, "fsync"), (Path, "rename"))
@@ -387,11 +387,20 @@ FILE = ((os, "fsync"), (os, "replace"))
 
 
 @pytest.mark.parametrize(
-    ("format", "steps"), [("mlx", DIRECTORY), ("peft", DIRECTORY), ("fuse", DIRECTORY), ("gguf-lora", FILE)]
+    ("format", "steps", "error"),
+    [
+        ("mlx", DIRECTORY, KeyboardInterrupt),
+        ("mlx", DIRECTORY, OSError("disk")),
+        ("peft", DIRECTORY, KeyboardInterrupt),
+        ("peft", DIRECTORY, OSError("disk")),
+        ("gguf-lora", FILE, KeyboardInterrupt),
+        ("gguf-lora", FILE, OSError("disk")),
+        ("fuse", DIRECTORY, OSError("disk")),
+        pytest.param("fuse", DIRECTORY, KeyboardInterrupt, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk")])
-def test_an_interrupted_export_leaves_nothing(model_directory, tmp_path, monkeypatch, format, steps, error):
-    """A whole GGUF is cut off in tests/interop/test_gguf_export.py."""
+def test_interrupted_export_leaves_nothing(model_directory, tmp_path, monkeypatch, format, steps, error):
+    """tests/interop/test_gguf_export.py does the same for whole models."""
     base, output = model_directory, tmp_path / "place" / "out"
     if format == "gguf-lora":
         writer = pytest.importorskip("gguf").GGUFWriter
@@ -422,7 +431,7 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_export_leaves_only_a_temporary_name(model_directory, tmp_path):
+def test_killed_export_leaves_only_a_temporary_directory(model_directory, tmp_path):
     adapter = make(model_directory, tmp_path / "a")
     place = tmp_path / "place"
     place.mkdir()
@@ -441,14 +450,14 @@ def test_a_killed_export_leaves_only_a_temporary_name(model_directory, tmp_path)
     assert [path.name[:5] for path in place.iterdir()] == [".out."]
 
 
-# --- the page ----------------------------------------------------------------------------------------
+# --- docs/export.md ----------------------------------------------------------------------------------
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 COMMANDS = re.findall(r"nalora (?:export|fuse) [^`\n]*", PAGE)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_of_the_page_parse(line):
+def test_documented_commands_parse(line):
     from nalora_mlx import fuse
     from nalora_mlx.export import __main__ as export_command
 
@@ -458,7 +467,7 @@ def test_commands_of_the_page_parse(line):
         command.build_parser(name).parse_args(flags)
 
 
-def test_the_page_names_the_types_and_models_that_there_are():
+def test_documentation_lists_all_types_and_models():
     from nalora_mlx.export.__main__ import FORMATS, TYPES
     from nalora_mlx.export.gguf_architectures import ARCHITECTURES
     from nalora_mlx.export.peft import MODEL_TYPES

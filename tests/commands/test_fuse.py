@@ -1,4 +1,4 @@
-"""Fuse: what is kept of an adapter, what is written beside the weights, and what is refused before anything is."""
+"""nalora fuse: how much of the adapter's effect is kept, which files are written, and which errors come first."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from nalora_mlx.adapters.files import adapter_config, adapter_weights, load_adap
 from nalora_mlx.adapters.merge import fuse_model
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
-from nalora_mlx.export.model_card import public
+from nalora_mlx.export.model_card import without_paths
 from tests.conftest import build_model, llama_args, random_adapters
 from tests.effect import close
 
@@ -53,7 +53,7 @@ def quantized_model(seed=0):
 
 
 def set_relative_size(model, size):
-    """Give every update a norm of `size` times that of the weight that it changes."""
+    """Scale every update to `size` times the norm of its weight."""
     for path, module in model.named_modules():
         if "lora_b" in module:
             module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(len(path)))
@@ -62,7 +62,7 @@ def set_relative_size(model, size):
 
 
 def plain(layer):
-    """The weight of a layer, dequantized if it is quantized."""
+    """Return the weight of a layer in float32, dequantized if necessary."""
     if "scales" not in layer:
         return layer.weight.astype(mx.float32)
     how = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
@@ -102,12 +102,12 @@ def fuse(base, adapter, output, *flags):
 X = mx.array([[1, 5, 11, 14, 8, 9, 30, 2]])
 
 
-# --- how much of the effect is left ------------------------------------------------------------------
+# --- how much of the effect is kept ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.1), (None, 1.5)])
 def test_error_of_the_effect_at_a_relative_update_of_a_tenth(bits, most):
-    """Weights, so that nothing else is in it: the error of the merged update, relative to the update."""
+    """The error of the merged weights relative to the update."""
     model = quantized_model()
     before = plain_weights(model)
     adapt(model, NALoRAConfig(num_layers=-1, rank=4, scale=2.0))
@@ -123,7 +123,7 @@ def test_error_of_the_effect_at_a_relative_update_of_a_tenth(bits, most):
         (mx.linalg.norm(after[p] - before[p] - u) / mx.linalg.norm(u)).item() for p, u in updates.items()
     ]
     assert max(errors) < most
-    if bits is None:  # what the default is there for
+    if bits is None:  # why the default is 8 bits
         assert min(errors) > 0.5
 
 
@@ -145,7 +145,7 @@ def test_fusing_a_quantized_base_keeps_the_effect_and_reloads_in_unmodified_mlx_
     load_adapter(ours, adapter)
     fuse_model(ours)
     np.testing.assert_array_equal(np.array(ours(X)), np.array(fused(X)))
-    # Layers without an adapter have the bits that they had.
+    # Layers without an adapter keep their bits.
     before, after = (mx.load(str(path / "model.safetensors")) for path in (base, tmp_path / "fused"))
     name = "model.embed_tokens.weight"
     assert before[name].dtype == mx.uint32
@@ -158,7 +158,7 @@ BASES = {  # (module, args, group size, bits, mode)
     "mxfp4": (llama, WIDE, 32, 4, "mxfp4"),
     "experts": (qwen3_moe, MOE, 64, 4, "affine"),
 }
-# Flags -> the largest error of the effect; at 4 bits it is mostly lost.
+# Flags -> maximum error relative to the effect, which is mostly lost at 4 bits.
 MODES = {(): 0.1, ("--dequantize",): 0.05, ("--bits", "same", "--force"): 2.0}
 
 
@@ -189,7 +189,7 @@ def test_every_mode_reloads_in_unmodified_mlx_lm(tokenizer_directory, tmp_path, 
         assert any("scales" in m for _, m in theirs.named_modules()) != dequantize
 
 
-def test_the_command_of_mlx_lm_answers_as_base_and_adapter_do(quantized, tmp_path):
+def test_mlx_lm_generate_answers_like_base_and_adapter(quantized, tmp_path):
     base, adapter = quantized
     assert fuse(base, adapter, tmp_path / "fused") == 0
     prompt, count = "what colour is the cat ?", 8
@@ -206,12 +206,10 @@ def test_the_command_of_mlx_lm_answers_as_base_and_adapter_do(quantized, tmp_pat
     assert done.stdout.strip() == answers[1].strip()
 
 
-def test_a_merge_that_loses_the_effect_is_refused_before_anything_is_written(
-    tokenizer_directory, tmp_path, capsys
-):
+def test_a_merge_that_loses_the_effect_is_refused_before_writing(tokenizer_directory, tmp_path, capsys):
     base, adapter = save_both(tokenizer_directory, tmp_path, quantized_model(), 0.02)
     assert fuse(base, adapter, tmp_path / "fused", "--bits", "same") == 2
-    assert "loses most of what the adapter does" in (error := capsys.readouterr().err)
+    assert "loses most of the adapter's effect" in (error := capsys.readouterr().err)
     assert "give --bits 8 or --dequantize, or --force" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "fused").exists()
@@ -220,36 +218,36 @@ def test_a_merge_that_loses_the_effect_is_refused_before_anything_is_written(
     assert "quantization" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
-def test_full_precision_is_not_told_of_bits(tokenizer_directory, tmp_path, capsys):
-    """An update that is finer than bfloat16: neither --bits nor --dequantize would help."""
+def test_errors_on_a_full_precision_base_do_not_mention_bits(tokenizer_directory, tmp_path, capsys):
+    """An update below the resolution of bfloat16: neither --bits nor --dequantize would help."""
     model = build_model(args=WIDE, dtype=mx.bfloat16, gain=1.0)
     base, adapter = save_both(tokenizer_directory, tmp_path, model, 3e-4, WIDE)
     assert fuse(base, adapter, tmp_path / "fused") == 2
     error = capsys.readouterr().err
-    assert f"--model {base}: the merged model loses most of what the adapter does" in error
+    assert f"--model {base}: the merged model loses most of the adapter's effect" in error
     assert "use the adapter unmerged, or give --force" in error
     assert "--bits" not in error
     assert fuse(base, adapter, tmp_path / "fused", "--dequantize") == 2
     assert "--dequantize: the merged model loses" in capsys.readouterr().err
 
 
-def test_rows_that_fill_no_group_of_the_new_bits_are_refused(tokenizer_directory, tmp_path, capsys):
+def test_rows_that_are_not_a_multiple_of_the_group_size_are_refused(tokenizer_directory, tmp_path, capsys):
     args = WIDE | {"hidden_size": 48, "intermediate_size": 48}
     model = build_model(args=args, gain=1.0)
-    # mlx cannot look such rows up.
+    # MLX has no embedding lookup for such rows.
     nn.quantize(model, 16, 4, mode="nvfp4", class_predicate=lambda _, layer: isinstance(layer, nn.Linear))
     config = args | {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4"}}
     base, adapter = save_both(tokenizer_directory, tmp_path, model, 0.1, config)
     assert fuse(base, adapter, tmp_path / "fused") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "has rows of 48, no multiple of the 32" in error
+    assert "has rows of 48 elements, which is not a multiple of the group size 32" in error
     assert "give --bits same or --dequantize" in error
     assert fuse(base, adapter, tmp_path / "fused", "--dequantize") == 0
 
 
-def test_experts_with_a_scale_of_their_own(tokenizer_directory, tmp_path, capsys):
-    """What mlx-lm's dequantize_model leaves out."""
+def test_experts_with_one_scale_each(tokenizer_directory, tmp_path, capsys):
+    """mlx-lm's dequantize_model skips these layers."""
     model = build_model(module=qwen3_moe, args=MOE, gain=1.0)
     special = {"group_size": 16, "bits": 4, "mode": "nvfp4", "global_scale": True}
     path = "model.layers.1.mlp.switch_mlp.up_proj"
@@ -259,18 +257,17 @@ def test_experts_with_a_scale_of_their_own(tokenizer_directory, tmp_path, capsys
     config = MOE | {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4", path: special}}
     base, adapter = save_both(tokenizer_directory, tmp_path, model, 0.1, config)
     assert fuse(base, adapter, tmp_path / "fused") == 2
-    assert f"{path} has a scale for each expert; give --dequantize" in capsys.readouterr().err
+    assert f"{path} has one scale per expert; give --dequantize" in capsys.readouterr().err
     assert fuse(base, adapter, tmp_path / "fused", "--dequantize") == 0
     arrays = dict(mx.load(str(adapter / "adapters.safetensors")))
-    update = 2.0 * (
-        arrays[f"{path}.lora_b"] @ arrays[f"{path}.lora_a"]
-    )  # mlx runs such a layer on a GPU alone
+    # MLX runs such a layer on a GPU only, so that the weights are compared.
+    update = 2.0 * (arrays[f"{path}.lora_b"] @ arrays[f"{path}.lora_a"])
     fused = dict(mx.load(str(tmp_path / "fused" / "model.safetensors")))[f"{path}.weight"]
     for given, wanted in zip(fused, exact + update, strict=True):
         assert (mx.linalg.norm(given - wanted) / mx.linalg.norm(wanted)).item() < 0.15
 
 
-def test_an_adapter_without_effect_is_no_reason_to_refuse(model_directory, tmp_path, capsys):
+def test_an_adapter_without_effect_is_merged(model_directory, tmp_path, capsys):
     model = build_model()
     adapt(model, NALoRAConfig(num_layers=-1))
     assert fuse(model_directory, save_adapter(model, tmp_path / "adapter"), tmp_path / "fused") == 0
@@ -294,7 +291,7 @@ def test_divergence_and_agreement_against_float64():
 
 
 @pytest.mark.parametrize("attach", [adapt, adapt_dora])
-def test_the_reference_is_the_adapted_model_and_the_base_alone(attach, tokenizer):
+def test_the_reference_holds_the_adapted_model_and_the_base(attach, tokenizer):
     plain = build_model()
     model = build_model()
     attach(model, NALoRAConfig(num_layers=2, scale=4.0, keys=("mlp.gate_proj", "self_attn.q_proj")))
@@ -303,14 +300,16 @@ def test_the_reference_is_the_adapted_model_and_the_base_alone(attach, tokenizer
     tuned = model(X)
     reference = merge_quality.take_reference(model, tokenizer)
     assert mx.array_equal(model(X), tuned)  # the adapters are back
-    text = reference.texts[0]
-    assert 0 < len(text.tokens) - text.prompt <= merge_quality.ANSWER
+    sample = reference.samples[0]
+    assert 0 < len(sample.tokens) - sample.prompt_length <= merge_quality.ANSWER_TOKENS
     for m, found in ((model, reference.tuned), (plain, reference.base)):
-        logits = np.array(m(mx.array([text.tokens]))[0], np.float64)
+        logits = np.array(m(mx.array([sample.tokens]))[0], np.float64)
         want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        np.testing.assert_allclose(np.array(found[0]), want[text.prompt - 1 : -1], rtol=0, atol=1e-4)
-    # The answer is the adapted model's own: each token is its first choice.
-    np.testing.assert_array_equal(np.array(reference.tuned[0]).argmax(-1), text.tokens[text.prompt :])
+        np.testing.assert_allclose(np.array(found[0]), want[sample.prompt_length - 1 : -1], rtol=0, atol=1e-4)
+    # The answer is greedy: each token is the adapted model's top token.
+    np.testing.assert_array_equal(
+        np.array(reference.tuned[0]).argmax(-1), sample.tokens[sample.prompt_length :]
+    )
     kept = reference.compare(plain)
     assert kept.loss == pytest.approx(kept.effect, rel=1e-4)
     assert kept.effect > 1e-3
@@ -318,7 +317,7 @@ def test_the_reference_is_the_adapted_model_and_the_base_alone(attach, tokenizer
     assert not reference.compare(model).mostly_lost
 
 
-# --- what stands beside the weights ------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------
 
 GENERATION = {"temperature": 0.3, "eos_token_id": [2]}
 HEAD = "---\nlicense: apache-2.0\nlibrary_name: mlx\nbase_model: [somebody/original]\nlanguage: [en]\n---\n# A card\n"
@@ -351,7 +350,7 @@ def whole(model_directory, tmp_path):
     return base, adapter
 
 
-def test_everything_that_a_model_needs_is_written(whole, tmp_path, monkeypatch):
+def test_a_complete_model_is_written(whole, tmp_path, monkeypatch):
     import mlx_lm.utils
 
     def small_shards(weights, **_):
@@ -380,7 +379,7 @@ def test_everything_that_a_model_needs_is_written(whole, tmp_path, monkeypatch):
     assert tokenizer.eos_token_ids == original.eos_token_ids
 
 
-def test_the_card_says_what_it_is_and_nothing_of_this_machine(whole, tmp_path):
+def test_the_model_card_describes_the_model_without_local_paths(whole, tmp_path):
     from huggingface_hub import ModelCard
 
     base, adapter = whole
@@ -416,15 +415,15 @@ def test_the_card_says_what_it_is_and_nothing_of_this_machine(whole, tmp_path):
         (0.5, 0.5),
     ],
 )
-def test_of_a_path_the_card_has_the_last_part(value, shown):
-    assert public(value) == shown
+def test_the_model_card_shows_the_last_part_of_a_path(value, shown):
+    assert without_paths(value) == shown
 
 
 # --- the Hub -----------------------------------------------------------------------------------------
 
 
 class FakeApi:
-    """Records what would be sent."""
+    """Records what would be uploaded."""
 
     calls: ClassVar[list] = []
 
@@ -454,7 +453,7 @@ def test_upload(whole, tmp_path, hub, capsys):
     assert "# me/tuned" in (tmp_path / "fused" / "README.md").read_text()
 
 
-def test_a_failed_upload_keeps_the_model_and_says_so(whole, tmp_path, hub, monkeypatch, capsys):
+def test_a_failed_upload_keeps_the_model_and_names_its_directory(whole, tmp_path, hub, monkeypatch, capsys):
     def fail(*_, **__):
         raise OSError("no network")
 
@@ -466,7 +465,7 @@ def test_a_failed_upload_keeps_the_model_and_says_so(whole, tmp_path, hub, monke
     assert (tmp_path / "fused" / "model.safetensors").exists()
 
 
-def test_an_upload_that_cannot_work_is_refused_first(whole, tmp_path, hub, monkeypatch, capsys):
+def test_an_impossible_upload_is_refused_first(whole, tmp_path, hub, monkeypatch, capsys):
     import huggingface_hub
 
     assert fuse(*whole, tmp_path / "fused", "--upload-repo", "a/b/c") == 2
@@ -478,13 +477,13 @@ def test_an_upload_that_cannot_work_is_refused_first(whole, tmp_path, hub, monke
     assert hub.calls == []
 
 
-def test_gguf_of_an_unknown_architecture_is_refused_before_the_model_is_written(whole, tmp_path, capsys):
+def test_gguf_of_an_unsupported_architecture_is_refused_before_writing(whole, tmp_path, capsys):
     pytest.importorskip("gguf")
     base, adapter = whole
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "seed_oss", "head_dim": 8}))
     assert fuse(base, adapter, tmp_path / "fused", "--export-gguf") == 2
-    assert "no GGUF export for it" in capsys.readouterr().err
+    assert "model_type seed_oss: cannot be exported to GGUF" in capsys.readouterr().err
     (base / "config.json").write_text(json.dumps(config))
     (tmp_path / "mine.gguf").write_text("mine")
     flags = ["--export-gguf", "--gguf-path", str(tmp_path / "mine.gguf")]
@@ -493,7 +492,7 @@ def test_gguf_of_an_unknown_architecture_is_refused_before_the_model_is_written(
     assert not (tmp_path / "fused").exists()
 
 
-def test_gguf_of_an_unknown_tokenizer_is_refused_before_the_model_is_written(whole, tmp_path, capsys):
+def test_gguf_of_an_unsupported_tokenizer_is_refused_before_writing(whole, tmp_path, capsys):
     pytest.importorskip("gguf")
     base, adapter = whole
     config = json.loads((base / "config.json").read_text())

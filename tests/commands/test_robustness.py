@@ -1,7 +1,7 @@
-"""Files from strangers and files that were damaged: one clear line, or the right result; nothing else, ever.
+"""Damaged and malicious files: every command gives one clear error line or the correct result.
 
-Hypothesis mutates whole, valid files: bytes (flipped, cut, doubled, inserted) and JSON trees (values replaced by
-anything, keys renamed or gone, numbers made huge or negative).
+Hypothesis mutates valid files: bytes are flipped, cut, doubled or inserted; in JSON trees, values are replaced, keys
+renamed or removed, and numbers made huge or negative.
 """
 
 import ast
@@ -61,7 +61,7 @@ ANYTHING = st.recursive(
 
 
 def places(tree, path=()):
-    """Every place in a JSON tree, as a path of keys."""
+    """Yield the path of keys of every value in a JSON tree."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         yield (*path, key)
@@ -70,7 +70,7 @@ def places(tree, path=()):
 
 @st.composite
 def mutated_tree(draw, tree):
-    """A JSON tree with one to three changes."""
+    """Apply one to three changes to a JSON tree."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
         found = list(places(tree))
@@ -98,7 +98,7 @@ def mutated_tree(draw, tree):
 
 @st.composite
 def mutated_bytes(draw, content):
-    """Bytes with one to three changes."""
+    """Apply one to three changes to bytes."""
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(len(content) - 1, 0)))
         size = draw(st.integers(1, 40))
@@ -136,7 +136,7 @@ def with_header(header, body, size=None):
 
 @st.composite
 def mutated_safetensors(draw, content):
-    """A safetensors file with another header, another length of it, or other bytes."""
+    """Change the header, the header length or the bytes of a safetensors file."""
     header, body = header_of(content)
     what = draw(st.sampled_from(["tree", "tree", "header", "length", "any", "body"]))
     if what == "tree":
@@ -149,7 +149,7 @@ def mutated_safetensors(draw, content):
 
 
 def attempt(action, *words):
-    """The result of an action and None, or None and what a person reads, which has one of the words."""
+    """Return (result, None), or (None, error message), which must contain one of the words."""
     try:
         return action(), None
     except InputError as error:
@@ -182,7 +182,7 @@ LINES = st.sampled_from(ROWS).flatmap(
 @mutations(200)
 @given(line=LINES, mask=st.booleans())
 def test_data_lines(line, mask, tmp_path, tokenizer):
-    """A mutated line between two good ones is named, or is the row that it says; the good ones stay what they were."""
+    """A mutated line between two good ones is reported, or read correctly; the good ones are unaffected."""
     good = dumped(COMPLETION)
     (tmp_path / "train.jsonl").write_bytes(b"\n".join([good, line, good]))
     found = read_rows(RunConfig(data=str(tmp_path), mask_prompt=mask), ["train"])
@@ -231,7 +231,7 @@ SETTINGS = {
     | mutated_bytes(dumped(SETTINGS))
 )
 def test_config_files(content, tmp_path):
-    """A mutated config is refused in words that name the file or a setting, or every setting has its type."""
+    """A mutated config gives an error that names the file or a setting, or every setting has its type."""
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     config, refused = attempt(lambda: load_run_config(path, {}), "c.yaml")
@@ -253,7 +253,7 @@ def test_config_files(content, tmp_path):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """A whole adapter of the tiny llama."""
+    """A valid adapter of the tiny llama."""
     from nalora_mlx.adapters.files import adapter_config
     from nalora_mlx.core.config import NALoRAConfig
 
@@ -275,7 +275,7 @@ def broken(adapter, tmp_path):
 @mutations(200)
 @given(data=st.data())
 def test_adapter_configs(data, adapter, broken):
-    """It is refused, or what is loaded is what it says, with the weights of the file."""
+    """A mutated config is refused, or loaded correctly with the weights of the file."""
     whole = json.loads((adapter / "adapter_config.json").read_text())
     content = data.draw(mutated_tree(whole).map(dumped) | mutated_bytes(dumped(whole)))
     (broken / "adapter_config.json").write_bytes(content)
@@ -297,7 +297,7 @@ def test_adapter_configs(data, adapter, broken):
 @mutations(200)
 @given(data=st.data())
 def test_adapter_weights(data, adapter, broken):
-    """They are refused, or they are what another reader of the format finds in the file."""
+    """Mutated weights are refused, or equal what another reader finds in the file."""
     whole = (adapter / "adapters.safetensors").read_bytes()
     content = data.draw(mutated_safetensors(whole))
     (broken / "adapters.safetensors").write_bytes(content)
@@ -316,15 +316,15 @@ def test_adapter_weights(data, adapter, broken):
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory):
-    from tests.runs.test_resume import go
+    from tests.runs.test_resume import start_run
 
     output = tmp_path_factory.mktemp("state") / "run"
-    go(output, iters=2, save_every=2)
+    start_run(output, iters=2, save_every=2)
     return output / "checkpoints" / "step-0000002"
 
 
 def state_of(directory):
-    """An adapted model and the trees that a checkpoint is put into."""
+    """Return an adapted model and the trees that a checkpoint restores."""
     import mlx.optimizers as optim
 
     from nalora_mlx.core.config import NALoRAConfig
@@ -335,13 +335,13 @@ def state_of(directory):
     config = NALoRAConfig(num_layers=-1, rank=4, scale=4.0, mask_warmup=3)
     adapt(model, config)
     step = TrainingStep(model, optim.Adam(1e-2), config)
-    return model, {"optimizer": step.optimizer.state, "importance": step.importance}
+    return model, step.state_tree()
 
 
 @mutations(200)
 @given(data=st.data())
 def test_checkpoints(data, run_directory, tmp_path):
-    """Any change of what it holds is refused; nothing of the directory changes."""
+    """Any change of the content is refused, and the directory stays unchanged."""
     directory = tmp_path / "step"
     shutil.copytree(run_directory, directory, dirs_exist_ok=True)
     name = data.draw(st.sampled_from(sorted(p.name for p in run_directory.iterdir())))
@@ -374,7 +374,7 @@ def test_checkpoints(data, run_directory, tmp_path):
 @mutations(200)
 @given(data=st.data())
 def test_model_files(data, model_directory, tmp_path):
-    """A model whose config, index or weights were changed is refused in one line, or has the shapes of its files."""
+    """A model with a mutated config, index or weights is refused in one line, or loaded."""
     directory = tmp_path / "model"
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(model_directory, directory)
@@ -405,10 +405,10 @@ def test_model_files(data, model_directory, tmp_path):
         ("model.safetensors.index.json", {"weight_map": ["a"]}, "same directory"),
     ],
 )
-def test_models_of_ill_will(name, change, words, model_directory, tmp_path):
+def test_malicious_models_are_refused(name, change, words, model_directory, tmp_path):
     directory = tmp_path / "model"
     shutil.copytree(model_directory, directory)
-    (directory / "evil.py").write_text("raise SystemExit('code of a stranger was run')")
+    (directory / "evil.py").write_text("raise SystemExit('untrusted code was run')")
     path = directory / name
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(content | change))
@@ -416,17 +416,17 @@ def test_models_of_ill_will(name, change, words, model_directory, tmp_path):
         load_model(str(directory))
 
 
-def test_a_tokenizer_of_ill_will_runs_no_code(model_directory, tmp_path):
+def test_a_malicious_tokenizer_runs_no_code(model_directory, tmp_path):
     directory = tmp_path / "model"
     shutil.copytree(model_directory, directory)
-    (directory / "evil.py").write_text("raise SystemExit('code of a stranger was run')")
+    (directory / "evil.py").write_text("raise SystemExit('untrusted code was run')")
     path = directory / "tokenizer_config.json"
     change = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     attempt(lambda: load_model(str(directory)), "--model")
 
 
-def test_an_adapter_of_ill_will_takes_no_memory(adapter, broken):
+def test_a_malicious_adapter_allocates_no_memory(adapter, broken):
     content = json.loads((adapter / "adapter_config.json").read_text())
     content["lora_parameters"]["rank"] = 10**9
     (broken / "adapter_config.json").write_text(json.dumps(content))
@@ -445,10 +445,10 @@ def test_an_adapter_of_ill_will_takes_no_memory(adapter, broken):
         ({"keys": "mlp"}, "keys is 'mlp'; it takes a list"),
     ],
 )
-def test_generate_looks_at_an_adapter_before_mlx_lm_does(
+def test_generate_and_serve_check_an_adapter_before_mlx_lm_loads_it(
     change, words, adapter, broken, model_directory, capsys
 ):
-    """mlx-lm would make arrays of that rank, or end in a TypeError."""
+    """mlx-lm would allocate arrays of that rank, or raise a TypeError."""
     assert check_adapter(adapter) is None
     content = json.loads((adapter / "adapter_config.json").read_text())
     content["lora_parameters"] |= change
@@ -460,7 +460,7 @@ def test_generate_looks_at_an_adapter_before_mlx_lm_does(
         assert re.search(f"adapter_config.json: .*{words}", line)
 
 
-def test_generate_and_serve_and_export_look_at_a_model_before_mlx_lm_does(
+def test_generate_serve_and_export_check_a_model_before_mlx_lm_loads_it(
     model_directory, adapter, tmp_path, capsys
 ):
     directory = tmp_path / "model"
@@ -481,20 +481,13 @@ def test_generate_and_serve_and_export_look_at_a_model_before_mlx_lm_does(
     assert not (tmp_path / "x.gguf").exists()
 
 
-UNPICKLING = {
-    "pickle",
-    "cPickle",
-    "dill",
-    "joblib",
-    "shelve",
-    "marshal",
-    "torch",
-}  # modules that run what they read
+# Modules whose loaders can run code from a file.
+UNPICKLING = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "torch"}
 NUMPY_LOADERS = {"load", "loads", "fromfile", "memmap"}
 
 
 def unpickles(code):
-    """The lines of a program that import a module that unpickles, or call one of numpy's loaders."""
+    """Return the lines that import a module that unpickles, or call one of numpy's loaders."""
     found = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -514,7 +507,7 @@ def unpickles(code):
 
 
 def test_no_reader_unpickles():
-    """safetensors and JSON only: nothing in the package could run a pickle."""
+    """The package reads safetensors and JSON only."""
     for path in PACKAGE.rglob("*.py"):
         assert unpickles(path.read_text()) == [], path
     for bad in (
@@ -527,17 +520,17 @@ def test_no_reader_unpickles():
         assert unpickles(bad), bad
 
 
-# --- the command --------------------------------------------------------------------------------------------
+# --- the commands -------------------------------------------------------------------------------------------
 
 KINDS = ("data", "config", "adapter config", "adapter weights", "checkpoint")
 
 
 @mutations(200)
 @given(data=st.data(), kind=st.sampled_from(KINDS))
-def test_the_command_never_shows_a_traceback(
+def test_lora_never_shows_a_traceback(
     data, kind, adapter, run_directory, model_directory, data_directory, tmp_path, capsys
 ):
-    """Exit 2 with one line, or 0; and whatever was there before is there afterwards."""
+    """The exit status is 0, or nonzero with one line; files of an earlier run stay."""
     place = tmp_path / "place"
     shutil.rmtree(place, ignore_errors=True)
     output = place / "out"
@@ -599,7 +592,7 @@ OTHERS = {
 @mutations(60)
 @given(data=st.data(), command=st.sampled_from(sorted(OTHERS)))
 def test_the_other_commands_never_show_a_traceback(data, command, adapter, model_directory, tmp_path, capsys):
-    """One line where a file is refused, nothing is left of what was not written, and the inputs stay as they are."""
+    """A refused file gives one line, leaves no partial output, and the inputs stay unchanged."""
     place = tmp_path / "place"
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(model_directory, place / "model")
@@ -626,7 +619,7 @@ def test_the_other_commands_never_show_a_traceback(data, command, adapter, model
     except SystemExit as stopped:
         status = stopped.code
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nalora ")]
-    # mlx-lm's generator loads the model itself: what else is wrong with a config is said in one line of its words
+    # mlx-lm's generator loads the model itself, so that other errors in a config exit with status 1.
     assert status in ((0, 1, 2) if command == "generate" else (0, 2)), errors
     assert len(errors) == bool(status), errors
     after = snapshot(place)

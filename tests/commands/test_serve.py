@@ -1,4 +1,4 @@
-"""The server: real requests over HTTP, and what is refused before a model is loaded."""
+"""nalora serve: requests over HTTP, and errors before the model is loaded."""
 
 import argparse
 import importlib
@@ -71,7 +71,7 @@ def server(model_directory, adapter, tmp_path_factory):
 
 
 @pytest.mark.parametrize("named", ["default_model", "gpt-4o-mini", "../elsewhere"])
-def test_every_request_is_answered_by_the_model_and_its_adapter(server, model_directory, adapter, named):
+def test_every_request_is_answered_by_the_served_model(server, model_directory, adapter, named):
     body = {"model": named, "adapters": "nowhere", "messages": [{"role": "user", "content": QUESTION}]}
     answer = json.loads(ask(server[0], "/v1/chat/completions", body))["choices"][0]["message"]["content"]
     tuned, tokenizer = load(str(model_directory), adapter_path=str(adapter))
@@ -80,13 +80,13 @@ def test_every_request_is_answered_by_the_model_and_its_adapter(server, model_di
     assert answer.strip() != answers(base, tokenizer, [QUESTION])[0].strip()
 
 
-def test_the_model_is_listed_and_no_other(server, model_directory):
-    """mlx-lm lists the whole cache of the Hub, and fails where there is none."""
+def test_only_the_served_model_is_listed(server, model_directory):
+    """mlx-lm lists the whole Hub cache, and fails if there is none."""
     models = json.loads(ask(server[0], "/v1/models"))["data"]
     assert [model["id"] for model in models] == [str(Path(model_directory).resolve())]
 
 
-def test_answers_stream(server):
+def test_answers_are_streamed(server):
     body = {"messages": [{"role": "user", "content": QUESTION}]}
     whole = json.loads(ask(server[0], "/v1/chat/completions", body))["choices"][0]["message"]["content"]
     lines = ask(server[0], "/v1/chat/completions", body | {"stream": True}).splitlines()
@@ -104,7 +104,7 @@ def test_a_port_in_use_is_one_line(server, model_directory):
 
 
 def listening(port):
-    """The addresses at which a port is listened on: IPv4 as four numbers, IPv6 as the kernel writes it."""
+    """Return the addresses that listen on a port: IPv4 in dotted form, IPv6 as the kernel writes it."""
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         if not Path(table).exists():
@@ -118,11 +118,11 @@ def listening(port):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the sockets from /proc")
-def test_it_listens_on_this_machine_alone(server):
+def test_it_listens_on_localhost_only(server):
     assert listening(server[0]) == {"127.0.0.1"}
 
 
-def test_sigterm_ends_the_server(model_directory):
+def test_sigterm_stops_the_server(model_directory):
     port = free_port()
     flags = ["--model", str(model_directory), "--port", str(port)]
     process = subprocess.Popen(
@@ -141,14 +141,14 @@ def test_sigterm_ends_the_server(model_directory):
     assert process.stderr.read().endswith("nalora serve: terminated: stopped by SIGTERM\n")
 
 
-def test_what_cannot_be_served_is_one_line(model_directory, tmp_path):
+def test_bad_input_is_one_line(model_directory, tmp_path):
     serve, model = "nalora_mlx.serve", ["--model", model_directory]
     refused([serve], "required: --model")
     refused([serve, "--model", "./nowhere"], "--model ./nowhere: no such directory")
     refused([serve, *model, "--adapter-path", tmp_path], "--adapter-path .* has no adapter_config.json")
-    refused([serve, *model, "--port", "0"], "--port 0: choose one from 1 to 65535")
+    refused([serve, *model, "--port", "0"], "--port 0: must be from 1 to 65535")
     refused([serve, *model, "--host", "192.0.2.1"], "--host 192.0.2.1: not an address of this machine")
-    refused([serve, *model, "--chat-template-args", "{x"], "--chat-template-args is no JSON")
+    refused([serve, *model, "--chat-template-args", "{x"], "--chat-template-args is not valid JSON")
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     refused(
         [serve, "--model", tmp_path, "--port", free_port()],
@@ -169,6 +169,6 @@ def test_serve_has_every_flag_of_mlx_lm():
         importlib.import_module("mlx_lm.server").main()
     peer = seen.value.args[0]
     ours = {option for action in build_parser("x")._actions for option in action.option_strings}
-    # --pipeline splits a model over machines
+    # --pipeline splits a model across machines.
     assert {option for action in peer._actions for option in action.option_strings} - ours == {"--pipeline"}
     assert (peer.get_default("host"), peer.get_default("port")) == (HOST, PORT)

@@ -1,11 +1,10 @@
-"""One save of a run, in a process that ends, or whose disk is full, at the operation that the caller names.
+"""One save of a run whose process dies, or whose disk is full, at a given operation.
 
 python -m tests.core.failpoints DIRECTORY STOP
 
-DIRECTORY holds checkpoints 1 and 2; the third is saved, the first goes. STOP is the number of the operation (from 0)
-before which the process ends, or in whose middle, if it writes a file; -1 lets it end in peace. It prints how many
-operations there were. mlx writes its files itself, so that what it does counts as one operation here; the test that
-traces system calls looks inside.
+DIRECTORY holds checkpoints 1 and 2. The program saves checkpoint 3, which removes checkpoint 1. The process dies before
+operation STOP (counted from 0) or, if that operation writes a file, in the middle of it. With STOP -1 it completes. It
+prints the number of operations. A file that mlx writes counts as one operation; the tests with strace look inside.
 """
 
 import errno
@@ -20,7 +19,7 @@ import mlx.core as mx
 from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
 from nalora_mlx.core import storage
 from nalora_mlx.core.storage import arrays_writer, copy_writer, json_writer
-from nalora_mlx.runs.checkpoints import BEST_FILE, Saver
+from nalora_mlx.runs.checkpoints import BEST_FILE, CheckpointWriter
 
 
 def files(value: int) -> dict[str, storage.Writer]:
@@ -37,16 +36,16 @@ def whole(value: int, best: Path | None) -> dict[str, storage.Writer]:
 
 
 def save(directory: Path, value: int) -> list[str]:
-    """Save iteration `value` as a run does after a validation that was the best; returns the notices."""
+    """Save iteration `value` as a run does after its best validation; return the notices."""
     notices: list[str] = []
-    saver = Saver(
+    saver = CheckpointWriter(
         directory,
         2,
         lambda: files(value),
         lambda best: whole(value, best),
         lambda event, **content: notices.append(content["text"]) if event == "notice" else None,
     )
-    saver.best()
+    saver.save_best()
     saver.save(value)
     return notices
 
@@ -55,9 +54,9 @@ WRITES = ("save_safetensors", "write_text", "copyfile")
 
 
 class Operations:
-    """Counts what changes the disk, and does something else in the place of one operation.
+    """Counts operations that change the disk, and calls `instead` in place of one of them.
 
-    `events` are the operations in their order, each a name and the paths that it is of.
+    `events` are the operations in order, each with its name and paths.
     """
 
     def __init__(self, stop: int, instead: Callable[[], None]):
@@ -108,7 +107,7 @@ class Operations:
             self.events.append((name, self.paths(name, args)))
             if number != self.stop:
                 return function(*args, **kwargs)
-            if name in WRITES:  # leave half of it there
+            if name in WRITES:  # write half of the file
                 path = Path(args[1] if name == "copyfile" else args[0])
                 function(*args, **kwargs)
                 os.truncate(path, path.stat().st_size // 2)

@@ -1,16 +1,18 @@
-"""Settings: mlx_lm.lora's own flags, keys, defaults and example config; strictness; every problem in one line."""
+"""Settings: compatibility with mlx_lm.lora's flags, keys, defaults and config files; error messages."""
 
 import importlib
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from nalora_mlx.cli import Parser, add_settings
 from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.core.parsing import parse_size, read_yaml
+from nalora_mlx.core.parsing import coerce, parse_size, read_yaml
 from nalora_mlx.lora import build_parser
 
-# As people write it for mlx_lm.lora 0.32: every key of its documentation.
+# A config for mlx_lm.lora 0.32 with all keys of its documentation.
 MLX_LM_CONFIG = """
 model: "mlx-community/Llama-3.2-1B-Instruct-bf16"
 train: true
@@ -80,10 +82,10 @@ def test_a_config_of_mlx_lm_runs_unchanged(tmp_path):
     adapter = config.lora_config()
     assert adapter.keys == ("self_attn.q_proj", "self_attn.v_proj")
     assert (adapter.rank, adapter.scale, adapter.num_layers) == (8, 20.0, 16)
-    assert not adapter.active  # it says lora, and gets plain LoRA
+    assert not adapter.active  # fine_tune_type is lora, which means plain LoRA
 
 
-def test_every_flag_and_default_of_mlx_lm():
+def test_all_flags_and_defaults_of_mlx_lm():
     peer = importlib.import_module("mlx_lm.lora")
     ours = {option for action in build_parser("x")._actions for option in action.option_strings}
     for action in peer.build_parser()._actions:
@@ -95,11 +97,11 @@ def test_every_flag_and_default_of_mlx_lm():
         assert getattr(config, key) == default, key
     lora = peer.CONFIG_DEFAULTS["lora_parameters"]
     assert {key: getattr(NALoRAConfig(), key) for key in lora} == lora
-    # a declared deviation
+    # a documented deviation
     assert config.fine_tune_type == "na-lora"
 
 
-def test_flags_win_over_the_file(tmp_path):
+def test_flags_override_the_file(tmp_path):
     path = write(tmp_path, "iters: 5\nlora_parameters: {rank: 4, scale: 10}\nna_parameters: {mask: hard}\n")
     args = build_parser("x").parse_args(
         ["--train", "--iters", "7", "--rank", "2", "--beta", "0.5", "--no-step-scaling"]
@@ -127,16 +129,16 @@ def test_flags_of_every_kind():
         ("iters: many", "iters is 'many'; it takes a whole number"),
         ("iters: 1.5", "iters is 1.5; it takes a whole number"),
         ("train: 1", "train is 1; it takes true or false"),
-        ("model: [a]", "model is .*it takes a text"),
+        ("model: [a]", "model is .*it takes text"),
         ("a: b: c", r"config.yaml:1: not valid YAML"),
         ("- a", "must hold 'key: value' lines"),
-        ("clear_cache_threshold: lots", "'lots' is no size"),
+        ("clear_cache_threshold: lots", "'lots' is not a size"),
         ("iters: .inf", "iters is inf; it takes a whole number"),
         ("lora_parameters: [1, 2]", "lora_parameters is .*; it takes a mapping"),
         ("optimizer_config: [adam]", "optimizer_config is .*; it takes a mapping"),
     ],
 )
-def test_files_that_are_wrong(tmp_path, text, message):
+def test_invalid_files(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
         load_run_config(write(tmp_path, text), {})
 
@@ -161,24 +163,24 @@ def test_files_that_are_wrong(tmp_path, text, message):
         ({"val_batches": 0}, "val_batches is 0"),
     ],
 )
-def test_values_that_are_wrong(settings, message):
+def test_invalid_values(settings, message):
     config = RunConfig(**({"train": True} | settings))
     with pytest.raises(InputError, match=message) as caught:
         config.check()
     assert "\n" not in str(caught.value)
 
 
-def test_what_mlx_lm_takes_too(tmp_path):
+def test_values_that_mlx_lm_accepts(tmp_path):
     config = load_run_config(
         write(tmp_path, "train: true\noptimizer: AdamW\nnum_layers: 0\nepochs: 3"), {"iters": 5}
     )
     config.check()
     assert config.optimizer == "adamw"
-    assert config.epochs is None  # the flag wins over the file, under its other name too
+    assert config.epochs is None  # --iters overrides epochs in the file
     assert load_run_config(None, {"epochs": 2.0}).epochs == 2.0
 
 
-def test_whole_numbers_written_as_floats_and_nulls(tmp_path):
+def test_integers_written_as_floats_and_nulls(tmp_path):
     config = load_run_config(write(tmp_path, "iters: 1e3\nseed: null\nepochs: 2"), {})
     assert config.iters == 1000
     assert isinstance(config.iters, int)
@@ -186,7 +188,7 @@ def test_whole_numbers_written_as_floats_and_nulls(tmp_path):
     assert config.epochs == 2.0
 
 
-def test_the_yaml_resolver_stays_at_home(tmp_path):
+def test_the_yaml_resolver_is_not_global(tmp_path):
     import yaml
 
     assert read_yaml(write(tmp_path, "a: 1e-5\nb: e5\nc: 1.e3\nd: .5e-2")) == {
@@ -195,8 +197,34 @@ def test_the_yaml_resolver_stays_at_home(tmp_path):
         "c": 1e3,
         "d": 5e-3,
     }
-    # mlx_lm.lora, if it was imported, has changed the global loader; ours must not have
+    # 1.5 and not 1e-5, because mlx_lm.lora changes the global loader if it is imported
     assert yaml.safe_load("a: 1.5") == {"a": 1.5}
+
+
+def test_types():
+    """Every kind of annotation that occurs in a settings dataclass."""
+
+    @dataclass
+    class Settings:
+        number: float = 0.0
+        size: int | None = field(default=None, metadata={"size": True})
+        names: tuple[str, ...] | None = None
+        losses: list[float] = field(default_factory=list)
+        dataset: dict[str, Any] | list[Any] | None = None
+
+    given = {"number": 1, "size": "2KB", "names": ["a"], "losses": [1, 2.5], "dataset": [{}, 1]}
+    found = coerce(given, Settings, "here")
+    assert found == {"number": 1.0, "size": 2000, "names": ("a",), "losses": [1.0, 2.5], "dataset": [{}, 1]}
+    assert isinstance(found["number"], float)
+    assert coerce({"size": None, "names": None}, Settings, "here") == {"size": None, "names": None}
+    assert coerce({"dataset": {"path": "a"}}, Settings, "here") == {"dataset": {"path": "a"}}
+    wrong = {"number": True, "names": "a", "losses": {"a": 1}, "dataset": "a", "size": True}
+    with pytest.raises(InputError) as caught:
+        coerce(wrong, Settings, "here")
+    assert str(caught.value) == (
+        "here: number is True; it takes a number; names is 'a'; it takes a list; losses is {'a': 1}; it takes a list; "
+        "dataset is 'a'; it takes a mapping or a list; size is True; it takes a whole number"
+    )
 
 
 def test_sizes():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, once and twice, on a run in a process of its own."""
+"""One and two signals sent to a run in a separate process."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from nalora_mlx.runs.resume import read_state
 
 
 def start(model_directory, data_directory, output, *flags):
-    """A run that has begun to train."""
+    """Start a run and wait until it trains."""
     where = ["--model", model_directory, "--data", data_directory, "--adapter-path", output]
     process = subprocess.Popen(
         [sys.executable, "-m", "nalora_mlx.lora", "--train", *map(str, where), "--iters", "100000", *flags],
@@ -22,7 +22,7 @@ def start(model_directory, data_directory, output, *flags):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        # A shell starts what it puts into the background with SIGINT ignored, and that would be inherited.
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
@@ -39,7 +39,9 @@ def start(model_directory, data_directory, output, *flags):
         (signal.SIGHUP, 129, "hung up"),
     ],
 )
-def test_once_saves_and_says_how_to_go_on(number, status, word, model_directory, data_directory, tmp_path):
+def test_the_first_signal_saves_and_says_how_to_resume(
+    number, status, word, model_directory, data_directory, tmp_path
+):
     output = tmp_path / "a"
     process = start(model_directory, data_directory, output, "--grad-accumulation-steps", "4")
     process.send_signal(number)
@@ -47,11 +49,11 @@ def test_once_saves_and_says_how_to_go_on(number, status, word, model_directory,
     assert process.returncode == status
     (line,) = errors.splitlines()
     assert line.startswith(f"nalora lora: {word}: stopped at iteration ")
-    assert line.endswith(f"saved in {output}; the same command with --resume goes on from there")
+    assert line.endswith(f"saved in {output}; the same command with --resume continues from there")
     assert "finishing this update and saving; once more ends the run at once" in said
     (step,) = checkpoints.steps(output / "checkpoints")
     assert f"stopped at iteration {step}," in line
-    assert step % 4 == 0  # an update was finished
+    assert step % 4 == 0  # the current update was finished
     progress = read_state(output / "checkpoints" / f"step-{step:07d}").progress
     assert progress.updates == step // 4
     steps = [json.loads(text).get("step") for text in (output / "metrics.jsonl").read_text().splitlines()]
@@ -59,7 +61,7 @@ def test_once_saves_and_says_how_to_go_on(number, status, word, model_directory,
 
 
 def read_until(process, words):
-    """Read what a run says up to a line with these words, which may come after many others."""
+    """Read the output of a run up to a line with these words."""
     for line in process.stdout:
         if words in line:
             return
@@ -67,17 +69,17 @@ def read_until(process, words):
 
 
 def kill_at_once(process, output):
-    """Send the second signal; the exit status, what was said, and the checkpoints that are there."""
+    """Send the second signal; return exit status, stderr and the checkpoints."""
     assert process.poll() is None
     tic = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - tic < 30  # what it would go on with takes longer
+    assert time.monotonic() - tic < 30  # what it is doing would take longer
     return process.returncode, errors, list(checkpoints.steps(output / "checkpoints"))
 
 
-def test_twice_ends_at_once_and_the_last_checkpoint_is_whole(model_directory, data_directory, tmp_path):
-    """The update that runs would take very long; the checkpoint is that of an earlier one."""
+def test_the_second_signal_ends_the_run_at_once(model_directory, data_directory, tmp_path):
+    """The current update would take very long. The last checkpoint is from before it."""
     output = tmp_path / "a"
     flags = ["--save-every", "5", "--steps-per-report", "5", "--keep-last", "1"]
     process = start(model_directory, data_directory, output, *flags)
@@ -91,15 +93,15 @@ def test_twice_ends_at_once_and_the_last_checkpoint_is_whole(model_directory, da
     status, errors, steps = kill_at_once(resumed, output)
     assert status == 130
     assert errors == (
-        f"nalora lora: interrupted: ended at once; the checkpoint of iteration {before} is whole; "
-        "the same command with --resume goes on from there\n"
+        f"nalora lora: interrupted: ended at once; the checkpoint of iteration {before} is complete; "
+        "the same command with --resume continues from there\n"
     )
     assert steps == [before]
     read_state(output / "checkpoints" / f"step-{before:07d}")
 
 
 def patched(code, model_directory, data_directory, output, *flags):
-    """A run in a process whose rooms were changed by a piece of code."""
+    """Start a run in a process that first executes some code."""
     where = ["--model", model_directory, "--data", data_directory, "--adapter-path", output]
     program = f"{code}\nimport sys\nfrom nalora_mlx.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(
@@ -125,7 +127,9 @@ storage.flush = slow
 """
 
 
-def test_the_second_one_while_saving_leaves_the_checkpoint_before(model_directory, data_directory, tmp_path):
+def test_a_second_signal_during_a_save_keeps_the_previous_checkpoint(
+    model_directory, data_directory, tmp_path
+):
     output = tmp_path / "a"
     flags = ["--iters", "100000", "--save-every", "2", "--val-batches", "1"]
     process = patched(SLOW, model_directory, data_directory, output, *flags)
@@ -134,10 +138,10 @@ def test_the_second_one_while_saving_leaves_the_checkpoint_before(model_director
     read_until(process, "finishing this update")
     status, errors, steps = kill_at_once(process, output)
     assert status == 130
-    assert "ended at once; the checkpoint of iteration 2 is whole" in errors
+    assert "ended at once; the checkpoint of iteration 2 is complete" in errors
     assert steps == [2]
     read_state(output / "checkpoints" / "step-0000002")
-    # the half one is no checkpoint, and the next start clears it away
+    # The incomplete directory is not a checkpoint, and the next start removes it.
     assert any(name.name.endswith(".new") for name in (output / "checkpoints").iterdir())
     done = patched(
         "", model_directory, data_directory, output, "--iters", "4", "--val-batches", "1", "--resume"
@@ -150,8 +154,8 @@ def test_the_second_one_while_saving_leaves_the_checkpoint_before(model_director
     ]
 
 
-def test_a_stop_that_cannot_be_saved_is_a_failure(model_directory, data_directory, tmp_path):
-    """Exit status 1 with the reason, not that of a run that was stopped and saved."""
+def test_a_stop_that_cannot_save_fails(model_directory, data_directory, tmp_path):
+    """The exit status is 1, not that of a run that stopped and saved."""
     code = """
 import os, signal
 from nalora_mlx.core import storage
@@ -176,12 +180,14 @@ storage.write_directory, run.Run.update = full, stopping
     assert process.returncode == 1, errors
     (line,) = errors.splitlines()
     assert line.startswith("nalora lora: failed: the end of the run could not be saved in")
-    assert "(No space left on device); the last whole checkpoint is of iteration 2; make room" in line
+    assert (
+        "(No space left on device); the last complete checkpoint is iteration 2; free some disk space" in line
+    )
     assert list(checkpoints.steps(tmp_path / "a" / "checkpoints")) == [2]
 
 
 def test_a_signal_before_training_ends_the_command(model_directory, data_directory, tmp_path):
-    """While the validation before the first update runs, there is nothing to save."""
+    """During the validation before the first update, there is nothing to save."""
     output = tmp_path / "a"
     code = (
         "import os, signal, sys\n"
@@ -200,8 +206,8 @@ def test_a_signal_before_training_ends_the_command(model_directory, data_directo
     assert not (output / "checkpoints").exists()
 
 
-def test_what_is_ignored_stays_so(model_directory, data_directory, tmp_path):
-    """nohup: the run goes on when its terminal closes."""
+def test_ignored_signals_stay_ignored():
+    """A run under nohup goes on when its terminal closes."""
     from nalora_mlx.core.signals import stoppable
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

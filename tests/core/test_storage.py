@@ -1,4 +1,4 @@
-"""Files are there whole or not at all."""
+"""Files and directories are complete or absent."""
 
 import json
 import os
@@ -14,7 +14,7 @@ def names(directory):
     return sorted(p.name for p in directory.iterdir())
 
 
-def test_files_are_written_whole(tmp_path):
+def test_files_are_written(tmp_path):
     path = tmp_path / "a" / "x.safetensors"
     storage.write_file(path, storage.arrays_writer({"a": mx.arange(3)}))
     assert mx.load(str(path))["a"].tolist() == [0, 1, 2]
@@ -28,7 +28,7 @@ def fail(path):
     raise OSError(28, "No space left on device")
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
+def test_a_failed_write_leaves_old_files_intact(tmp_path):
     path = tmp_path / "x.json"
     storage.write_file(path, storage.json_writer(1))
     with pytest.raises(OSError, match="No space"):
@@ -43,7 +43,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert names(tmp_path) == ["step", "x.json"]
 
 
-def test_a_directory_is_replaced_whole(tmp_path):
+def test_a_directory_is_replaced_as_a_whole(tmp_path):
     directory = tmp_path / "best"
     storage.write_directory(directory, {"a.json": storage.json_writer(1), "b.json": storage.json_writer(1)})
     storage.write_directory(directory, {"a.json": storage.json_writer(2)})
@@ -51,7 +51,7 @@ def test_a_directory_is_replaced_whole(tmp_path):
     assert names(tmp_path) == ["best"]
 
 
-def test_setting_aside_counts_up(tmp_path):
+def test_runs_that_are_moved_aside_are_numbered(tmp_path):
     assert storage.move_aside(tmp_path, ("a", "b")) is None
     for number in ("1", "2"):
         (tmp_path / "a").write_text(number)
@@ -60,8 +60,8 @@ def test_setting_aside_counts_up(tmp_path):
     assert names(tmp_path) == ["previous"]
 
 
-def test_leftovers_of_a_process_of_the_same_number_are_in_nobodys_way(tmp_path):
-    """In a container the numbers of processes begin anew with every start."""
+def test_temporary_files_of_a_dead_process_with_the_same_pid_do_no_harm(tmp_path):
+    """In containers, process IDs start over at every start."""
     content = {"a.json": storage.json_writer(2)}
     for kind in ("new", "old", "gone"):
         stale = tmp_path / f".step-0000004.{os.getpid()}.{kind}"
@@ -76,21 +76,21 @@ def test_leftovers_of_a_process_of_the_same_number_are_in_nobodys_way(tmp_path):
     assert names(tmp_path) == ["step-0000005"]
 
 
-def test_a_checkpoint_between_two_renames_comes_back(tmp_path):
-    """It was moved out of the way of a new one, which never came; a pruned one stays gone, a half one is none."""
+def test_a_checkpoint_whose_replacement_was_interrupted_is_restored(tmp_path):
+    """Removed and incomplete checkpoints are not restored."""
     for step, kind in ((4, "old"), (5, "old"), (6, "gone"), (7, "new")):
         left = tmp_path / f".step-{step:07d}.12.{kind}"
         left.mkdir()
         (left / "a").write_text(str(step))
     (tmp_path / "step-0000005").mkdir()
     (tmp_path / "step-0000005" / "a").write_text("the new one")
-    storage.clean(tmp_path)
+    storage.remove_partial(tmp_path)
     assert names(tmp_path) == ["step-0000004", "step-0000005"]
     assert (tmp_path / "step-0000004" / "a").read_text() == "4"
     assert (tmp_path / "step-0000005" / "a").read_text() == "the new one"
 
 
-def test_setting_aside_flushes_every_directory_that_it_touches(tmp_path, monkeypatch):
+def test_moving_aside_flushes_all_directories_involved(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("x")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b").write_text("x")

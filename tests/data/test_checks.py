@@ -1,4 +1,4 @@
-"""Every row that cannot be used is found before training, named as file:line, with what to do."""
+"""Unusable rows are found before training and named as file:line, with a remedy."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError, listed, places
 from nalora_mlx.core.terminal import marked_text
 from nalora_mlx.data import sources
-from nalora_mlx.data.checks import read_rows, repeated, tokenize
-from nalora_mlx.data.formats import Features
+from nalora_mlx.data.checks import duplicate_notices, read_rows, tokenize
+from nalora_mlx.data.formats import Features, Row, parse_row, parse_rows
 from nalora_mlx.data.sources import load_hub, load_hub_entry, read_jsonl, read_lines
-from nalora_mlx.data.summary import histogram, marked, summary
-from nalora_mlx.data.tokenization import Example, tokenize_rows
+from nalora_mlx.data.summary import histogram, mask_pieces, summary
+from nalora_mlx.data.tokenization import Example, Split, tokenize_rows, tokenize_split
 from tests.data.test_tokenization import CHAT, COMPLETION, RewritingTokenizer
 
 GOOD = json.dumps(COMPLETION)
@@ -33,14 +33,14 @@ BAD_LINES = {
     b"{" * 50_000: "not valid JSON",
     b'{"question": "x"}': r"no known format; give 'prompt' and 'completion'.* \(found 'question'\)",
     b'{"prompt": "x"}': "no known format",
-    b'{"prompt": 3, "completion": "x"}': "'prompt' is a int",
-    b'{"prompt": "x", "completion": null}': "'completion' is a NoneType",
+    b'{"prompt": 3, "completion": "x"}': "'prompt' must be a string, not int",
+    b'{"prompt": "x", "completion": null}': "'completion' must be a string, not NoneType",
     b'{"prompt": "\\ud83d", "completion": "x"}': "'prompt' holds half of a surrogate pair",
-    b'{"prompt": "x", "completion": "y", "tools": "z"}': "'tools' is a str",
+    b'{"prompt": "x", "completion": "y", "tools": "z"}': "'tools' must be a list of objects",
     b'{"messages": []}': "must be a list of messages",
     b'{"messages": [{"role": 1}]}': "must be a list of messages",
     b'{"messages": [{"role": "user"}]}': "message 1 of 'messages' has no 'content'",
-    b'{"messages": [{"role": "user", "content": 4}]}': "the 'content' of message 1 is a int",
+    b'{"messages": [{"role": "user", "content": 4}]}': "the 'content' of message 1 must be a string, not int",
     b'{"messages": [{"role": "user", "content": "\\udc00"}]}': "message 1 holds half of a surrogate pair",
 }
 
@@ -63,16 +63,33 @@ def test_all_bad_rows_are_found_at_once(tmp_path):
     by_line = {int(re.match(rf"{tmp_path}/train.jsonl:(\d+): ", text)[1]): text for text in found}
     for number, (line, what) in enumerate(BAD_LINES.items(), 1):
         assert re.search(what, by_line[2 * number]), (line[:50], by_line[2 * number])
-        assert re.search(r"; (each|give|it|save|mend|cut)|must be", by_line[2 * number]), by_line[2 * number]
+        assert re.search(r"; (each|give|add|save|fix)|must be", by_line[2 * number]), by_line[2 * number]
 
 
-def test_ten_are_told_and_the_rest_is_counted(tmp_path, model_directory, capsys):
+def test_parse_row():
+    def parsed(content, **keys):
+        return parse_row("x:1", content, Features(**keys))
+
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    both = {"prompt": "a", "completion": "b", "text": "c", "messages": CHAT["messages"]}
+    assert parsed(both) == Row("x:1", pair)
+    del both["completion"]
+    assert parsed(both) == Row("x:1", CHAT["messages"])
+    del both["messages"]
+    assert parsed(both) == Row("x:1", [], text="c")
+    assert parsed(both, text="prompt") == Row("x:1", [], text="a")
+    assert parsed({**CHAT, "tools": [{"name": "f"}]}) == Row("x:1", CHAT["messages"], [{"name": "f"}])
+    with pytest.raises(InputError, match="x:1: --mask-prompt needs prompt/completion or chat rows"):
+        parsed(both, mask_prompt=True)
+
+
+def test_ten_problems_are_listed_and_the_rest_counted(tmp_path, model_directory, capsys):
     write(tmp_path, "train", [*["[1]"] * 14, GOOD])
     flags = ["lora", "--train", "--model", str(model_directory), "--data", str(tmp_path)]
     assert main([*flags, "--adapter-path", str(tmp_path / "a")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    said = "train.jsonl:1, :2, :3, :4, :5, :6, :7, :8, :9, :10 and 4 more: holds a list; each line"
-    assert said in line
+    listing = "train.jsonl:1, :2, :3, :4, :5, :6, :7, :8, :9, :10 and 4 more: holds a list; each line"
+    assert listing in line
     assert line.count("holds a list") == 1
     assert not (tmp_path / "a").exists()
     assert listed(["a", "b"]) == "a; b"
@@ -82,7 +99,7 @@ def test_ten_are_told_and_the_rest_is_counted(tmp_path, model_directory, capsys)
     assert places(["a:1", "b:1", "b:2", "c"]) == "a:1, b:1, :2, c"
 
 
-def test_long_lines_are_named_and_not_read(tmp_path, monkeypatch):
+def test_long_lines_are_named_and_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LONGEST_LINE", 100)
     path = tmp_path / "train.jsonl"
     long = b'{"text": "' + b"x" * 1000 + b'"}'
@@ -90,14 +107,14 @@ def test_long_lines_are_named_and_not_read(tmp_path, monkeypatch):
     rows, problems = read_lines(path)
     assert [source for source, _ in rows] == [f"{path}:1", f"{path}:3"]
     assert [re.sub(r".*:(\d+): .*", r"\1", p) for p in problems] == ["2", "4"]
-    assert "cut it into several" in problems[0]
+    assert "split it" in problems[0]
     fits = b'{"text": "' + b"x" * 88 + b'"}'
     assert len(fits) == 100
     path.write_bytes(fits)
     assert len(read_jsonl(path)) == 1
 
 
-def test_a_line_of_a_hundred_megabytes_takes_no_hundred_megabytes(tmp_path):
+def test_a_line_of_100_mb_is_not_held_in_memory(tmp_path):
     path = tmp_path / "train.jsonl"
     with path.open("wb") as file:
         file.write(b'{"text": "')
@@ -115,16 +132,16 @@ def test_a_line_of_a_hundred_megabytes_takes_no_hundred_megabytes(tmp_path):
     assert peak < 90 * 2**20
 
 
-def test_lines_of_every_kind_of_end(tmp_path):
+def test_line_endings_and_blank_lines(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "b"}\n\n{"text": "c"}')
     assert [source for source, _ in read_jsonl(path)] == [f"{path}:{n}" for n in (1, 4, 6)]
 
 
-# --- what is odd --------------------------------------------------------------------------------------------
+# --- notices ------------------------------------------------------------------------------------------------
 
 
-def test_empty_answers_strange_roles_and_repeated_rows_are_noticed(tmp_path):
+def test_notices_of_empty_answers_unknown_roles_and_repeated_rows(tmp_path):
     empty = json.dumps({"prompt": "x", "completion": " "})
     strange = json.dumps(
         {"messages": [{"role": "asistant", "content": "a"}, {"role": "user", "content": "b"}]}
@@ -134,41 +151,39 @@ def test_empty_answers_strange_roles_and_repeated_rows_are_noticed(tmp_path):
     )
     calls = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}]
     write(tmp_path, "train", [GOOD, empty, strange, silent, json.dumps({"messages": calls})])
-    other = json.dumps(dict(reversed(COMPLETION.items())))  # the same row, its keys in another order
+    other = json.dumps(dict(reversed(COMPLETION.items())))  # the same row with its keys in another order
     write(tmp_path, "valid", [strange, other, json.dumps(CHAT)])
     found = read(tmp_path)
     assert found.problems == []
     place = f"{tmp_path}/train.jsonl"
     valid = f"{tmp_path}/valid.jsonl"
     assert found.notices == [
-        f"train: 2 of 5 rows have an empty answer ({place}:2, :4); the model learns to answer nothing from them; "
-        "fill them or take them out",
+        f"train: 2 of 5 rows have an empty answer ({place}:2, :4); the model learns to answer nothing; "
+        "add the answers or remove the rows",
         f"train: 1 of 5 rows have roles like 'asistant' ({place}:3); did you mean 'assistant'?",
         f"valid: 1 of 3 rows have roles like 'asistant' ({valid}:1); did you mean 'assistant'?",
         f"valid: 2 rows are in train too ({valid}:1 is {place}:3, {valid}:2 is {place}:1); "
-        "the loss on them says little; take them out of one",
+        "their loss says little; remove them from one of the two",
     ]
-    assert repeated([{"train": [("a:1", COMPLETION)], "test": [("b:1", CHAT)]}]) == []
+    assert duplicate_notices([{"train": [("a:1", COMPLETION)], "test": [("b:1", CHAT)]}]) == []
 
 
-def test_rows_that_do_not_end_are_noticed(tokenizer):
+def test_notices_of_rows_without_an_end_token(tokenizer):
     class Endless(RewritingTokenizer):
         eos_token_id = 999
 
-    split = tokenize_rows(
-        [("x:1", CHAT), ("x:2", CHAT)], Endless(), Features(mask_prompt=True), 1000, "train"
-    )
-    assert any(
-        "2 of 2 rows do not end in an end-of-sequence token" in n and "x:1, :2" in n for n in split.notices
-    )
-    split = tokenize_rows([("x:1", CHAT)], tokenizer, Features(mask_prompt=True), 1000)
+    masked = Features(mask_prompt=True)
+    split = tokenize_split([("x:1", CHAT), ("x:2", CHAT)], Endless(), masked, 1000, "train")
+    said = "2 of 2 rows do not end in a supervised end-of-sequence token (x:1, :2)"
+    assert any(said in notice for notice in split.notices)
+    split = tokenize_split([("x:1", CHAT)], tokenizer, masked, 1000)
     assert split.notices == []
-    # a row that is cut has no end, and is told of as cut
-    split = tokenize_rows([("x:1", COMPLETION)], tokenizer, Features(), 9)
+    # A row that is cut has lost its end; the notice about cut rows covers it.
+    split = tokenize_split([("x:1", COMPLETION)], tokenizer, Features(), 9)
     assert [n for n in split.notices if "do not end" in n] == []
 
 
-def test_rows_that_the_template_refuses_are_all_named():
+def test_all_rows_that_the_template_refuses_are_named():
     class Refusing(RewritingTokenizer):
         def apply_chat_template(self, messages, **rest):
             if messages[0]["content"] == "no":
@@ -176,31 +191,31 @@ def test_rows_that_the_template_refuses_are_all_named():
             return super().apply_chat_template(messages, **rest)
 
     row = {"messages": [{"role": "user", "content": "no"}, {"role": "assistant", "content": "a"}]}
-    split = tokenize_rows([("x:1", row), ("x:2", CHAT), ("x:3", row)], Refusing(), Features(), 1000)
+    rows, problems = parse_rows([("x:1", row), ("x:2", CHAT), ("x:3", row)], Features())
+    assert problems == []
+    split = tokenize_rows(rows, Refusing(), False, 1000)
     assert len(split.examples) == 1
     assert [error[:4] for error in split.errors] == ["x:1:", "x:3:"]
     assert all("refuses this row (roles must alternate)" in error for error in split.errors)
 
 
-def test_names_of_data_sets_lead_nowhere_else():
+def test_dataset_names_cannot_be_paths():
     for name in ("../../etc", "a/../b", "a/b/c", "/etc", "a b", "owner/..", "..", ["x"]):
-        with pytest.raises(InputError, match="no name of a Hugging Face dataset"):
+        with pytest.raises(InputError, match="not the name of a Hugging Face dataset"):
             load_hub(name, ("train",))
-        with pytest.raises(InputError, match="no name of a Hugging Face dataset"):
+        with pytest.raises(InputError, match="not the name of a Hugging Face dataset"):
             load_hub_entry({"path": name}, ("train",))
-    with pytest.raises(InputError, match="run no code"):
+    with pytest.raises(InputError, match="without trust_remote_code"):
         load_hub_entry({"path": "a/b", "config": {"trust_remote_code": True}}, ("train",))
 
 
-# --- what is shown ------------------------------------------------------------------------------------------
+# --- display ------------------------------------------------------------------------------------------------
 
 
-def test_a_split_in_one_line_and_in_a_histogram(tokenizer):
+def test_summary_and_histogram_of_a_split():
     lengths = [5] * 10 + [6] * 5 + [40]
     examples = [Example(np.arange(n), np.arange(n) > 2, f"x:{n}") for n in lengths]
-    split = tokenize_rows([], tokenizer, Features(), 100)
-    split.examples = examples
-    assert summary("train", split) == (
+    assert summary("train", Split(examples)) == (
         "train: 16 rows, 120 tokens, 60% of them supervised; lengths 5 to 40, half of them up to 5, 95% up to 14"
     )
     lines = histogram(examples, width=10)
@@ -213,31 +228,31 @@ def test_a_split_in_one_line_and_in_a_histogram(tokenizer):
     assert histogram(examples[:1]) == ["      5 to 5       " + "█" * 40 + " 1"]
 
 
-def test_masks_are_shown_in_colours_or_brackets(tokenizer):
-    split = tokenize_rows([("x:1", CHAT)], tokenizer, Features(mask_prompt=True), 1000)
-    pieces = marked(split.examples[0], tokenizer)
+def test_masks_in_colours_or_brackets(tokenizer):
+    split = tokenize_split([("x:1", CHAT)], tokenizer, Features(mask_prompt=True), 1000)
+    pieces = mask_pieces(split.examples[0], tokenizer)
     assert [text.strip() for text, supervised in pieces if supervised] == [
         "the bird is red <|im_end|>",
         "the dog <|im_end|>",
     ]
-    plain = marked_text("x:1", pieces, colours=False).plain
+    plain = marked_text("x:1", pieces, colors=False).plain
     assert plain.startswith("x:1\n<|im_start|> system")
     assert plain.count("⟦") == plain.count("⟧") == 2
-    text = marked_text("x:1", pieces, colours=True)
+    text = marked_text("x:1", pieces, colors=True)
     assert "⟦" not in text.plain
     assert [text.plain[s.start : s.end].strip() for s in text.spans if "green" in str(s.style)] == [
         "the bird is red <|im_end|>",
         "the dog <|im_end|>",
     ]
-    # a row does not steer the terminal
+    # Control characters in a row do not reach the terminal.
     console = Console(force_terminal=True, width=80)
     with console.capture() as capture:
-        console.print(marked_text("x:1", [("a\x1b[2Jb\x07", True)], colours=True))
+        console.print(marked_text("x:1", [("a\x1b[2Jb\x07", True)], colors=True))
     assert "\x1b[2J" not in capture.get()
     assert "\\x1b[2Jb\\x07" in re.sub(r"\x1b\[[0-9;]*m", "", capture.get())
 
 
-def test_the_command_shows_masks(model_directory, data_directory, tmp_path, capsys):
+def test_lora_shows_masks(model_directory, data_directory, tmp_path, capsys):
     flags = ["--model", str(model_directory), "--data", str(data_directory), "--mask-prompt", "--iters", "1"]
     place = ["--adapter-path", str(tmp_path / "a")]
     assert main(["lora", "--train", *flags, *place, "--show-masks", "2", "--val-batches", "1"]) == 0
@@ -248,7 +263,7 @@ def test_the_command_shows_masks(model_directory, data_directory, tmp_path, caps
 
 
 @pytest.mark.parametrize(("encoding", "brackets", "bar"), [("latin-1", "[[]]", "#"), ("utf-8", "⟦⟧", "█")])
-def test_a_terminal_without_these_characters_gets_others(
+def test_terminals_that_lack_these_characters_get_others(
     encoding, brackets, bar, model_directory, data_directory, tmp_path
 ):
     flags = ["--model", model_directory, "--data", data_directory, "--mask-prompt", "--iters", "1"]
@@ -265,14 +280,16 @@ def test_a_terminal_without_these_characters_gets_others(
     assert bar * 20 in out
 
 
-def test_doctor_leaves_no_finding_out(tmp_path, capsys):
+def test_doctor_lists_all_problems(tmp_path, capsys):
     write(tmp_path, "train", [*["[1]"] * 70, GOOD])
     assert main(["doctor", "--data", str(tmp_path)]) in (1, 2)
     out = capsys.readouterr().out
     assert all(f"train.jsonl:{number}: holds a list" in out for number in range(1, 71))
 
 
-def test_lora_compares_with_the_test_set_and_draws_lengths(model_directory, data_directory, tmp_path, capsys):
+def test_lora_compares_with_the_test_set_and_draws_a_histogram(
+    model_directory, data_directory, tmp_path, capsys
+):
     data = tmp_path / "data"
     write(data, "train", [GOOD, json.dumps(CHAT), GOOD])
     write(data, "test", [json.dumps(CHAT)])
@@ -282,13 +299,13 @@ def test_lora_compares_with_the_test_set_and_draws_lengths(model_directory, data
     assert f"test: 1 rows are in train too ({data}/test.jsonl:1 is {data}/train.jsonl:2)" in out
     (bar,) = [line for line in out.splitlines() if "█" in line and line.endswith(" 2")]
     assert re.match(r" +\d+ to \d+ +█{40} 2$", bar)
-    # what is wrong with rows that this run does not use is none of its problems
+    # Rows that this run does not use are no problem for it.
     write(data, "test", ["[1]", json.dumps(CHAT)])
     assert read(data, ("train",), train=True).problems == []
     assert read_rows(RunConfig(data=str(data)), ("train",), compare_with_test=True).problems == []
 
 
-def test_doctor_lists_every_finding(model_directory, tmp_path, capsys):
+def test_doctor_lists_findings_of_every_kind(model_directory, tmp_path, capsys):
     data = tmp_path / "data"
     long = json.dumps({"prompt": "the cat " * 40, "completion": "red"})
     write(data, "train", [GOOD, "[1]", '{"x": 1}', long, json.dumps({"prompt": "a", "completion": ""})])
@@ -317,7 +334,7 @@ def test_doctor_lists_every_finding(model_directory, tmp_path, capsys):
     assert main(["doctor", "--data", str(tmp_path / "none")]) == 2
 
 
-def test_real_data_has_nothing_that_keeps_a_run_from_starting(tokenizer):
+def test_the_example_data_has_no_problems(tokenizer):
     found = read("examples/bakery", ("train", "valid", "test"), mask_prompt=True)
     assert found.problems == []
     assert all("are in train too" not in notice for notice in found.notices)

@@ -1,4 +1,4 @@
-"""Formats, masks and batches, against mlx-lm's datasets and against what its trainer gets wrong."""
+"""Formats, masks and batches, compared with mlx-lm's datasets, and with the errors of its trainer fixed."""
 
 import itertools
 import json
@@ -16,12 +16,12 @@ from nalora_mlx.data.batches import (
     collate,
     epoch_batches,
     evaluation_batches,
-    shapes_of,
+    row_shapes,
     sorted_batches,
     training_batches,
 )
 from nalora_mlx.data.formats import Features
-from nalora_mlx.data.padding import PAD_TO, fitted, rounded_length
+from nalora_mlx.data.padding import PAD_TO, fit_shapes, rounded_length
 from nalora_mlx.data.sources import load_hub_entry, load_local, read_jsonl
 from nalora_mlx.data.tokenization import Example, tokenize_split
 from tests.conftest import CHAT_TEMPLATE, build_examples
@@ -38,7 +38,7 @@ CHAT = {
 COMPLETION = {"prompt": "what is the cat ?", "completion": "the cat is green"}
 
 
-def one(row, tokenizer, mask_prompt=False, longest=100):
+def tokenize_one(row, tokenizer, mask_prompt=False, longest=100):
     return tokenize_split([("x:1", row)], tokenizer, Features(mask_prompt=mask_prompt), longest).examples[0]
 
 
@@ -50,25 +50,25 @@ def words(example, tokenizer):
 
 
 @pytest.mark.parametrize("mask_prompt", [False, True])
-def test_completions_have_mlx_lms_tokens_and_mask(tokenizer, mask_prompt):
+def test_completions_match_mlx_lm(tokenizer, mask_prompt):
     tokens, offset = CompletionsDataset([COMPLETION], tokenizer, "prompt", "completion", mask_prompt).process(
         COMPLETION
     )
-    example = one(COMPLETION, tokenizer, mask_prompt)
+    example = tokenize_one(COMPLETION, tokenizer, mask_prompt)
     assert example.tokens.tolist() == tokens
-    # mlx-lm supervises the token at `offset` and all after it, and (its error) one pad token after the end
+    # mlx-lm supervises the tokens from `offset` on and, by mistake, one padding token after the end.
     assert np.flatnonzero(example.loss_mask).tolist() == list(range(max(offset, 1), len(tokens)))
 
 
-def test_chat_without_a_mask_is_mlx_lms(tokenizer):
+def test_unmasked_chats_match_mlx_lm(tokenizer):
     tokens, _ = ChatDataset([CHAT], tokenizer).process(CHAT)
-    example = one(CHAT, tokenizer)
+    example = tokenize_one(CHAT, tokenizer)
     assert example.tokens.tolist() == tokens
     assert example.loss_mask.sum() == len(tokens) - 1
 
 
-def test_masked_chat_trains_on_every_assistant_turn(tokenizer):
-    example = one(CHAT, tokenizer, mask_prompt=True)
+def test_masked_chats_train_on_every_assistant_turn(tokenizer):
+    example = tokenize_one(CHAT, tokenizer, mask_prompt=True)
     assert words(example, tokenizer) == "the bird is red <|im_end|> the dog <|im_end|>"
     _, offset = ChatDataset([CHAT], tokenizer, mask_prompt=True).process(CHAT)
     last = np.flatnonzero(example.loss_mask)[-3:]
@@ -91,18 +91,22 @@ class RewritingTokenizer:
 def test_a_template_that_rewrites_earlier_turns_falls_back_to_the_last(tokenizer):
     split = tokenize_split([("x:1", CHAT)], RewritingTokenizer(), Features(mask_prompt=True), 1000)
     example = split.examples[0]
-    told = "".join(chr(t) for t, s in zip(example.tokens, example.loss_mask, strict=True) if s and t > 3)
-    assert told == "the dog"
+    supervised = "".join(
+        chr(t) for t, s in zip(example.tokens, example.loss_mask, strict=True) if s and t > 3
+    )
+    assert supervised == "the dog"
     assert "1 of 1 rows have earlier turns that the chat template rewrites (x:1)" in split.notices[0]
 
 
 def rendered(messages, mask_prompt=True, tokenizer=None):
-    example = one({"messages": messages}, tokenizer or RewritingTokenizer(), mask_prompt, longest=1000)
+    example = tokenize_one(
+        {"messages": messages}, tokenizer or RewritingTokenizer(), mask_prompt, longest=1000
+    )
     return "".join(chr(t) for t, s in zip(example.tokens, example.loss_mask, strict=True) if s and t > 3)
 
 
-def test_what_a_person_says_last_is_not_trained_on():
-    """Not even where the template changes the beginning of the chat with its length."""
+def test_a_final_user_turn_is_not_supervised():
+    """Not even if the beginning of the rendered chat depends on its length."""
 
     class Counting(RewritingTokenizer):
         def apply_chat_template(self, messages, tools=None, add_generation_prompt=False, return_dict=False):
@@ -116,8 +120,8 @@ def test_what_a_person_says_last_is_not_trained_on():
     assert rendered(messages[:4]) == "d"
 
 
-def test_a_prompt_that_opens_a_thought_loses_no_answer():
-    """The generation prompt adds a thought that the finished turn does not have."""
+def test_a_generation_prompt_that_opens_a_thought():
+    """The whole answer is supervised, although the finished turn lacks the thought."""
 
     class Thinking(RewritingTokenizer):
         def apply_chat_template(self, messages, tools=None, add_generation_prompt=False, return_dict=False):
@@ -130,18 +134,18 @@ def test_a_prompt_that_opens_a_thought_loses_no_answer():
     assert rendered(messages, tokenizer=Thinking()) == "yes"
 
 
-def test_rows_for_a_template_that_is_not_there():
+def test_chats_need_a_chat_template():
     class Bare(RewritingTokenizer):
         has_chat_template = False
 
-    with pytest.raises(InputError, match="x:1: the model has no chat template; give 'text' rows"):
-        one(COMPLETION, Bare())
+    with pytest.raises(InputError, match="x:1: the model has no chat template; use 'text' rows"):
+        tokenize_one(COMPLETION, Bare())
 
 
-def test_text_ends_with_one_end_token(tokenizer):
+def test_texts_end_with_one_end_token(tokenizer):
     for text in ("the cat is red", "the cat is red <|im_end|>"):
         row = {"text": text}
-        example = one(row, tokenizer)
+        example = tokenize_one(row, tokenizer)
         assert example.tokens.tolist() == TextDataset([row], tokenizer).process(row)[0]
         assert example.tokens.tolist().count(tokenizer.eos_token_id) == 1
 
@@ -154,7 +158,7 @@ def test_tools_reach_the_template():
             seen.append(tools)
             return super().apply_chat_template(messages, tools, **kwargs)
 
-    one(CHAT | {"tools": [{"type": "function"}]}, Tokenizer(), mask_prompt=True, longest=1000)
+    tokenize_one(CHAT | {"tools": [{"type": "function"}]}, Tokenizer(), mask_prompt=True, longest=1000)
     *trained, compared = seen
     assert trained
     assert all(tools == [{"type": "function"}] for tools in trained)
@@ -200,7 +204,7 @@ def unused_in(rows, tokenizer, mask_prompt=True):
         (WRITES_TOOLS + WRITES_CALLS, []),
     ],
 )
-def test_what_a_chat_template_leaves_out_is_told(tokenizer_directory, template, missing):
+def test_notices_of_parts_that_a_chat_template_ignores(tokenizer_directory, template, missing):
     tokenizer, _ = with_template(tokenizer_directory, template)
     rows = [
         {"messages": [*ASKED, CALL], "tools": TOOLS},
@@ -211,16 +215,16 @@ def test_what_a_chat_template_leaves_out_is_told(tokenizer_directory, template, 
         {"messages": [*ASKED, CALL | {"content": None}], "tools": None},
     ]
     want = {
-        "tools": "train: 2 of 6 rows have 'tools' that the chat template leaves out (x:1, :3); they train as if "
-        "there were none; take a model whose template writes tools, or put them into a system message",
-        "tool_calls": "train: 3 of 6 rows have 'tool_calls' that the chat template leaves out (x:1, :5, :6); those "
-        "turns train without them, empty where there is no other content; take a model whose template writes tool "
-        "calls, or put them into 'content'",
+        "tools": "train: 2 of 6 rows have 'tools' that the chat template leaves out (x:1, :3); they are "
+        "trained on without tools; use a model whose template renders tools, or put the tools into a system message",
+        "tool_calls": "train: 3 of 6 rows have 'tool_calls' that the chat template leaves out (x:1, :5, :6); "
+        "these turns are trained on without their calls, and are empty if they have no other content; use a model "
+        "whose template renders tool calls, or put the calls into 'content'",
     }
     assert unused_in(rows, tokenizer) == [want[part] for part in missing]
 
 
-def test_a_template_is_asked_once_for_rows_that_are_alike(tokenizer_directory):
+def test_a_template_is_checked_once_for_similar_rows(tokenizer_directory):
     tokenizer, rendered = with_template(tokenizer_directory, CHAT_TEMPLATE)
     rows = [{"messages": [*ASKED, CALL], "tools": TOOLS}] * 20
     (tools, calls) = unused_in(rows, tokenizer, mask_prompt=False)
@@ -229,9 +233,9 @@ def test_a_template_is_asked_once_for_rows_that_are_alike(tokenizer_directory):
     assert len(rendered) == 20 + 2 * 2
 
 
-def test_a_template_that_writes_tools_for_some_roles_only(tokenizer_directory):
-    beside = "{% if messages[0]['role'] == 'system' %}" + WRITES_TOOLS + "{% endif %}" + CHAT_TEMPLATE
-    tokenizer, _ = with_template(tokenizer_directory, beside)
+def test_a_template_that_renders_tools_for_some_roles_only(tokenizer_directory):
+    with_system = "{% if messages[0]['role'] == 'system' %}" + WRITES_TOOLS + "{% endif %}" + CHAT_TEMPLATE
+    tokenizer, _ = with_template(tokenizer_directory, with_system)
     for rows in ([CHAT, COMPLETION], [COMPLETION, CHAT]):
         (notice,) = unused_in([row | {"tools": TOOLS} for row in rows], tokenizer)
         assert (
@@ -240,8 +244,8 @@ def test_a_template_that_writes_tools_for_some_roles_only(tokenizer_directory):
         )
 
 
-def test_a_template_that_needs_what_is_there_leaves_nothing_out(tokenizer_directory):
-    """It fails without tool calls where there is no content either."""
+def test_a_template_that_fails_without_a_part_does_not_ignore_it(tokenizer_directory):
+    """This one fails without tool calls if there is no content either."""
     strict = CHAT_TEMPLATE.replace(
         "{{ m['content'] }}",
         "{{ m['content'] if m['content'] is defined else m['tool_calls'][0]['name'] }}",
@@ -250,13 +254,13 @@ def test_a_template_that_needs_what_is_there_leaves_nothing_out(tokenizer_direct
     assert unused_in([{"messages": [*ASKED, CALL | {"content": None}]}], tokenizer) == []
 
 
-def test_other_feature_names(tokenizer):
+def test_custom_feature_names(tokenizer):
     row = {"input": "what is the cat ?", "output": "the cat is green"}
     split = tokenize_split([("x:1", row)], tokenizer, Features(prompt="input", completion="output"), 100)
-    assert split.examples[0].tokens.tolist() == one(COMPLETION, tokenizer).tokens.tolist()
+    assert split.examples[0].tokens.tolist() == tokenize_one(COMPLETION, tokenizer).tokens.tolist()
 
 
-def test_long_rows_are_cut_and_empty_ones_left_out(tokenizer):
+def test_long_rows_are_cut_and_unsupervised_rows_dropped(tokenizer):
     rows = [(f"d:{i}", COMPLETION) for i in (1, 2)] + [
         ("d:3", {"prompt": "the cat " * 30, "completion": "red"})
     ]
@@ -271,26 +275,26 @@ def test_long_rows_are_cut_and_empty_ones_left_out(tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": 3, "completion": "x"}, "'prompt' is a int"),
+        ({"prompt": 3, "completion": "x"}, "'prompt' must be a string, not int"),
         ({"messages": "hello"}, "must be a list of messages"),
         ({"messages": [{"content": "x"}]}, "must be a list of messages"),
         ({"question": "x"}, r"no known format; .*found 'question'"),
         ({}, "found nothing"),
-        ({"text": None}, "'text' is a NoneType"),
+        ({"text": None}, "'text' must be a string, not NoneType"),
     ],
 )
-def test_rows_of_no_known_format_are_named(tokenizer, row, message):
+def test_invalid_rows_are_named(tokenizer, row, message):
     with pytest.raises(InputError, match=rf"x:1: .*{message}"):
-        one(row, tokenizer)
+        tokenize_one(row, tokenizer)
 
 
-def test_a_template_that_refuses_a_row_is_one_line():
+def test_a_template_error_is_one_line():
     class Tokenizer(RewritingTokenizer):
         def apply_chat_template(self, *_args, **_kwargs):
             raise ValueError("roles must alternate\nmore")
 
     with pytest.raises(InputError, match=r"x:1: .*refuses this row \(roles must alternate\)"):
-        one(CHAT, Tokenizer())
+        tokenize_one(CHAT, Tokenizer())
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -318,7 +322,7 @@ def test_broken_lines_are_named(tmp_path, content, message):
         read_jsonl(path)
 
 
-def test_absent_splits_are_empty(tmp_path):
+def test_missing_splits_are_empty(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
     rows = load_local(tmp_path, ("train", "valid"))
     assert len(rows["train"]) == 1
@@ -335,14 +339,14 @@ def test_absent_splits_are_empty(tmp_path):
     seed=st.integers(0, 5),
     epoch=st.integers(0, 3),
 )
-def test_an_epoch_holds_every_row_once_in_batches_of_like_length(lengths, batch_size, seed, epoch):
+def test_an_epoch_holds_every_row_once_in_batches_of_similar_length(lengths, batch_size, seed, epoch):
     examples = [Example(np.arange(n, dtype=np.int32), np.ones(n, bool), str(n)) for n in lengths]
     batches = epoch_batches(examples, batch_size, seed, epoch)
     assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
     assert len(batches) == batches_per_epoch(examples, batch_size)
     assert batches == epoch_batches(examples, batch_size, seed, epoch)
     assert sum(len(rows) < batch_size for rows in batches) <= 1
-    # Sorted by padded length, the batches' ranges do not overlap.
+    # Sorted by padded length, the ranges of the batches do not overlap.
     ranges = sorted(
         (min(p), max(p)) for p in ([-(-(lengths[r] - 1) // PAD_TO) for r in rows] for rows in batches)
     )
@@ -351,7 +355,7 @@ def test_an_epoch_holds_every_row_once_in_batches_of_like_length(lengths, batch_
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_collate_shifts_pads_and_weighs(lengths, seed):
+def test_collate_shifts_pads_and_masks(lengths, seed):
     rng = np.random.default_rng(seed)
     examples = [Example(rng.integers(1, 99, n, dtype=np.int32), rng.random(n) < 0.5, str(n)) for n in lengths]
     batch = collate(examples, range(len(examples)))
@@ -362,12 +366,12 @@ def test_collate_shifts_pads_and_weighs(lengths, seed):
         np.testing.assert_array_equal(batch.inputs[i, :n], example.tokens[:-1])
         np.testing.assert_array_equal(batch.targets[i, :n], example.tokens[1:])
         np.testing.assert_array_equal(batch.loss_mask[i, :n], example.loss_mask[1:])
-        # no pad token is supervised, none is real
+        # Padding is neither supervised nor counted as tokens.
         assert batch.loss_mask[i, n:].sum() == 0
         assert batch.token_mask[i].sum() == n
 
 
-def test_padding_is_little_on_lengths_like_those_of_chats():
+def test_padding_is_low_for_chat_like_lengths():
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5, 0.9, 512), 4, 2048).astype(int)
     examples = [Example(np.zeros(n, np.int32), np.ones(n, bool), "") for n in lengths]
@@ -375,11 +379,11 @@ def test_padding_is_little_on_lengths_like_those_of_chats():
     for batch in itertools.islice(training_batches(examples, 8, 0), batches_per_epoch(examples, 8)):
         real += batch.token_mask.sum()
         total += batch.token_mask.size
-    assert real / total > 0.85  # mlx-lm's batches of such rows are half padding
+    assert real / total > 0.85  # half of mlx-lm's batches of such rows is padding
 
 
-def test_few_shapes_occur_however_rows_differ():
-    """Each shape is a graph that is compiled and kept."""
+def test_few_shapes_for_rows_of_any_length():
+    """Each shape costs a compiled graph that stays in memory."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5.7, 0.8, 2000), 16, 2047).astype(int)
     answers = np.maximum(1, lengths * np.clip(rng.normal(0.4, 0.15, 2000), 0.05, 0.95)).astype(int)
@@ -388,21 +392,21 @@ def test_few_shapes_occur_however_rows_differ():
         for n, m in zip(lengths, answers, strict=True)
     ]
     batches = list(itertools.islice(training_batches(examples, 4, 0), 500))
-    shapes = {(batch.inputs.shape, batch.scored()[0].size) for batch in batches}
+    shapes = {(batch.inputs.shape, batch.loss_positions()[0].size) for batch in batches}
     assert len(shapes) < 60  # of 500 batches
     for batch in batches:
-        positions, _, weights = batch.scored()
-        assert batch.tokens <= positions.size <= batch.inputs.size
-        assert weights.sum() == batch.tokens
-        assert positions.size <= 2 * batch.tokens + PAD_TO
-    room = sum(batch.scored()[0].size for batch in batches)
-    assert room < 1.5 * sum(batch.tokens for batch in batches)
+        positions, _, weights = batch.loss_positions()
+        assert batch.supervised_tokens <= positions.size <= batch.inputs.size
+        assert weights.sum() == batch.supervised_tokens
+        assert positions.size <= 2 * batch.supervised_tokens + PAD_TO
+    capacity = sum(batch.loss_positions()[0].size for batch in batches)
+    assert capacity < 1.5 * sum(batch.supervised_tokens for batch in batches)
 
 
 @settings(max_examples=100, deadline=None)
 @given(inputs=st.lists(st.integers(1, 300), min_size=1, max_size=12))
-def test_as_few_lengths_as_waste_little(inputs):
-    """Against all choices of lengths there are."""
+def test_fewest_lengths_with_low_padding(inputs):
+    """Compare with an exhaustive search."""
     lengths = sorted({rounded_length(n) for n in inputs})
 
     def positions(chosen):
@@ -417,9 +421,9 @@ def test_as_few_lengths_as_waste_little(inputs):
         for count in range(1, len(lengths) + 1)
     }
     fewest = min(count for count, total in best.items() if 1 - sum(inputs) / total <= allowed + 1e-12)
-    shapes = fitted(inputs, [1] * len(inputs))
+    shapes = fit_shapes(inputs, [1] * len(inputs))
     assert len(shapes.lengths) == fewest
-    assert sum(map(shapes.length, inputs)) == best[fewest]
+    assert sum(map(shapes.length_for, inputs)) == best[fewest]
     assert set(shapes.lengths) <= set(lengths)
 
 
@@ -427,41 +431,41 @@ def test_as_few_lengths_as_waste_little(inputs):
 @given(
     rows=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=20), data=st.data()
 )
-def test_there_is_room_for_all_that_is_scored_and_mostly_the_same(rows, data):
+def test_loss_capacity_holds_all_supervised_tokens_and_rarely_changes(rows, data):
     inputs = [max(a, b) for a, b in rows]
-    shapes = fitted(inputs, [b for _, b in rows])
+    shapes = fit_shapes(inputs, [b for _, b in rows])
     length = data.draw(st.sampled_from(shapes.lengths))
     sequences = data.draw(st.integers(1, 8))
     supervised = data.draw(st.integers(0, sequences * length))
-    room = shapes.loss_capacity(supervised, sequences, length)
-    assert supervised <= room <= sequences * length
-    own = [b for one, (_, b) in zip(inputs, rows, strict=True) if shapes.length(one) == length]
+    capacity = shapes.loss_capacity(supervised, sequences, length)
+    assert supervised <= capacity <= sequences * length
+    own = [b for one, (_, b) in zip(inputs, rows, strict=True) if shapes.length_for(one) == length]
     usual = sequences * np.mean(own) + 2.5 * sequences**0.5 * np.std(own)
     if max(1, usual / 2) < supervised <= usual:
-        assert room == min(-(-usual // PAD_TO) * PAD_TO, sequences * length)
+        assert capacity == min(-(-usual // PAD_TO) * PAD_TO, sequences * length)
 
 
 def test_batches_keep_the_shapes_of_all_rows():
     examples = build_examples(60, low=5, high=90)
-    shapes = shapes_of(examples)
+    shapes = row_shapes(examples)
     for batch in itertools.islice(training_batches(examples, 4, 0), 30):
         assert batch.inputs.shape[1] in shapes.lengths
         assert batch.loss_capacity == shapes.loss_capacity(
-            batch.tokens, len(batch.rows), batch.inputs.shape[1]
+            batch.supervised_tokens, len(batch.rows), batch.inputs.shape[1]
         )
     chosen = evaluation_batches(examples, 4, 5, 0)
     inputs, supervised = (
         [int(n) for batch in chosen for n in array(batch).sum(axis=1)]
         for array in (lambda batch: batch.token_mask, lambda batch: batch.loss_mask)
     )
-    own = fitted(inputs, supervised)
+    own = fit_shapes(inputs, supervised)
     for batch in chosen:
         length = batch.inputs.shape[1]
-        assert length == own.length(int(batch.token_mask.sum(axis=1).max()))
-        assert batch.loss_capacity == own.loss_capacity(batch.tokens, len(batch.rows), length)
+        assert length == own.length_for(int(batch.token_mask.sum(axis=1).max()))
+        assert batch.loss_capacity == own.loss_capacity(batch.supervised_tokens, len(batch.rows), length)
 
 
-def test_epochs_differ_and_follow_each_other():
+def test_epochs_differ_and_follow_one_another():
     examples = build_examples(40, low=5, high=9)
     first, second = epoch_batches(examples, 4, 0, 0), epoch_batches(examples, 4, 0, 1)
     assert {frozenset(rows) for rows in first} != {frozenset(rows) for rows in second}
@@ -470,7 +474,7 @@ def test_epochs_differ_and_follow_each_other():
     assert drawn == first + second
 
 
-def test_the_evaluation_set_is_fixed_and_whole():
+def test_the_evaluation_set_is_fixed_and_complete():
     examples = build_examples(10)
     whole = evaluation_batches(examples, 4, -1, 0)
     assert sum(len(b.rows) for b in whole) == 10
@@ -483,7 +487,7 @@ def test_the_evaluation_set_is_fixed_and_whole():
     assert sorted_batches([], 4) == []
 
 
-def test_hub_data_sets_through_the_datasets_library(tmp_path, tokenizer):
+def test_hub_datasets_through_the_datasets_library(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     datasets.disable_progress_bars()
     path = tmp_path / "rows.jsonl"

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that can become GGUF or PEFT, as mlx-lm directories with a tokenizer."""
+"""Tiny random models of every model type that can be exported to GGUF or PEFT, with a tokenizer."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ ZOO = FIRST | SECOND
 VOCABULARY = 320
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
-    "num_hidden_layers": 6,  # a whole period of gemma3's layers
+    "num_hidden_layers": 6,  # one period of gemma3's layer pattern
     "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 HEAD = {"head_dim": 16}
-WINDOW = {"sliding_window": 8}  # shorter than PROMPT, so that the window cuts
+WINDOW = {"sliding_window": 8}  # shorter than PROMPT, so that the window has an effect
 UNTIED = {"tie_word_embeddings": False}
 EXPERTS = UNTIED | {"num_experts_per_tok": 2}
 GEMMA = SIZES | {"head_dim": 32, "query_pre_attn_scalar": 32.0}
@@ -64,7 +64,7 @@ LONGROPE = {
 }
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
-# One row a model type: its config.
+# Model type -> config.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": SIZES,
     "mistral": SIZES | UNTIED | HEAD,
@@ -102,7 +102,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cohere2": SIZES | HEAD | WINDOW | {"logit_scale": 0.25, "sliding_window_pattern": 4},
     "starcoder2": SIZES | {"norm_epsilon": 1e-5},
 }
-# The same, with what a config may change: (model type, what it changes).
+# Variants of these configs: name -> (model type, changes).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama untied": ("llama", UNTIED),
     "llama head_dim": ("llama", {"head_dim": 32}),
@@ -135,7 +135,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2 pattern": ("cohere2", {"sliding_window_pattern": 3}),
     "starcoder2 untied": ("starcoder2", UNTIED),
 }
-# Model types that llama.cpp has no place for here, and transformers has.
+# Model types that can be exported to PEFT but not to GGUF.
 OTHERS = {
     name: ZOO[name].config | {"vocab_size": VOCABULARY}
     for name in ("ernie4_5", "helium", "hunyuan_v1_dense", "nemotron", "stablelm")
@@ -144,19 +144,19 @@ PROMPT = [int(token) for token in np.random.default_rng(1).integers(3, VOCABULAR
 
 
 def build(model_type: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a random float32 model, every weight of which moves the logits, and its config."""
+    """Return a random float32 model and its config. Every weight affects the logits."""
     config = (CONFIGS | OTHERS)[model_type] | {"model_type": model_type} | changes
     module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}")
     model = module.Model(module.ModelArgs.from_dict(config))
     if model_type == "gemma3_text" and config["tie_word_embeddings"]:
-        model.sanitize({})  # which drops the head, as for a checkpoint without one
+        model.sanitize({})  # drops the head, as for a checkpoint without one
     rng = np.random.default_rng(0)
-    one = 0.0 if model_type.startswith("gemma") else 1.0
+    norm_center = 0.0 if model_type.startswith("gemma") else 1.0
 
     def random(path: str, array: mx.array) -> mx.array:
         values = 0.15 * rng.standard_normal(array.shape).astype(np.float32)
         return mx.array(
-            values + one if path.endswith("norm.weight") or "norm" in path.split(".")[-2] else values
+            values + norm_center if path.endswith("norm.weight") or "norm" in path.split(".")[-2] else values
         )
 
     model.update(tree_map_with_path(random, model.parameters()))
@@ -166,7 +166,7 @@ def build(model_type: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def save(directory: Path, model: nn.Module, config: dict[str, Any], *, shards: int = 1) -> Path:
-    """Write `model` as mlx-lm does: config, safetensors, and a tokenizer of VOCABULARY tokens."""
+    """Write a model as mlx-lm does: config, safetensors, and a tokenizer of VOCABULARY tokens."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = sorted(tree_flatten(model.parameters()))
     for i in range(shards):
@@ -181,7 +181,7 @@ def save(directory: Path, model: nn.Module, config: dict[str, Any], *, shards: i
 
 @cache
 def tokenizer_json() -> str:
-    """A byte-level BPE of VOCABULARY tokens."""
+    """Return the tokenizer.json of a byte-level BPE with VOCABULARY tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

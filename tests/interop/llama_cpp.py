@@ -1,6 +1,6 @@
-"""llama.cpp for tests: raw logits and token ids through the C API inside the package xllamacpp.
+"""llama.cpp for tests: raw logits and token ids through the C API in the package xllamacpp.
 
-The struct layouts are those of one llama.cpp: the package's version is pinned, and another one skips the tests.
+The struct layouts belong to one version of llama.cpp, so the tests are skipped for any other version of the package.
 """
 
 import ctypes
@@ -79,15 +79,15 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {  # name: (result, arguments ...)
 
 
 def require() -> None:
-    """Skip the test unless the llama.cpp whose layouts are above is installed."""
+    """Skip the tests unless the version of llama.cpp with these struct layouts is installed."""
     pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install 'nalora-mlx[interop]'")
     if (found := metadata.version("xllamacpp")) != VERSION:
-        pytest.skip(f"knows the structs of xllamacpp {VERSION}, not of {found}", allow_module_level=True)
+        pytest.skip(f"the struct layouts are for xllamacpp {VERSION}, not {found}", allow_module_level=True)
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """Load llama.cpp, quiet, with its functions typed."""
+    """Load llama.cpp without logging, and declare the types of its functions."""
     import xllamacpp
 
     shared = next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))
@@ -95,7 +95,7 @@ def library() -> ctypes.CDLL:
     for name, (result, *arguments) in FUNCTIONS.items():
         function = getattr(llama, name)
         function.restype, function.argtypes = result, arguments
-    # MergeQuality on the library, or the callback would be collected and called all the same.
+    # Stored on the library, so that the callback is not garbage-collected while llama.cpp can call it.
     llama.silent = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)(lambda level, text, data: None)
     llama.llama_log_set(ctypes.cast(llama.silent, c_void_p), None)
     llama.llama_backend_init()
@@ -103,11 +103,11 @@ def library() -> ctypes.CDLL:
 
 
 class LoadError(RuntimeError):
-    """llama.cpp refuses a file."""
+    """llama.cpp does not load a file."""
 
 
 class Llama:
-    """A GGUF file in llama.cpp on the CPU: float32 KV cache, no flash attention, the tight comparison."""
+    """A GGUF file in llama.cpp on the CPU, with a float32 KV cache and no flash attention for exact comparisons."""
 
     def __init__(
         self,
@@ -130,14 +130,16 @@ class Llama:
         params = self.llama.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = context
         params.type_k = params.type_v = params.flash_attention = 0
-        params.n_threads = params.n_threads_batch = 1  # more would wait for one another on a busy machine
+        params.n_threads = params.n_threads_batch = (
+            1  # several threads would wait for each other on a busy machine
+        )
         self.context = self.llama.llama_init_from_model(self.model, params)
-        assert self.context, f"llama.cpp makes no context for {path.name}"
+        assert self.context, f"llama.cpp creates no context for {path.name}"
         if loras:
             self._add(loras)
 
     def _add(self, loras: dict[Path, float]) -> None:
-        """Add adapters with factors; they live as long as the model."""
+        """Add adapters with their factors; llama.cpp frees them with the model."""
         adapters = [self.llama.llama_adapter_lora_init(self.model, str(path).encode()) for path in loras]
         if not all(adapters):
             raise LoadError(f"llama.cpp does not load one of {', '.join(path.name for path in loras)}")
@@ -154,11 +156,11 @@ class Llama:
         self.llama.llama_model_free(self.model)
 
     def tokenize(self, text: str, *, special: bool = True, affixes: bool = False) -> list[int]:
-        """Return token ids; `special` finds special tokens in the text, `affixes` adds BOS and EOS."""
+        """Return token ids. `special` parses special tokens in the text, `affixes` adds BOS and EOS."""
         data = text.encode()
-        room = len(data) + 8
-        ids = (c_int32 * room)()
-        count = self.llama.llama_tokenize(self.vocab, data, len(data), ids, room, affixes, special)
+        capacity = len(data) + 8
+        ids = (c_int32 * capacity)()
+        count = self.llama.llama_tokenize(self.vocab, data, len(data), ids, capacity, affixes, special)
         return list(ids[:count])
 
     def logits(self, ids: list[int]) -> np.ndarray:

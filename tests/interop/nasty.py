@@ -1,4 +1,4 @@
-"""A text on which tokenizers disagree, and what to train small ones on."""
+"""A text on which tokenizers disagree, and texts to train small tokenizers on."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ UNCASED = (
     "\u00bd \u00b2 \u2167 \u0664\u0665\u0666 \u2460 \u201cquotes\u201d \u2026 \u2014 \u20ac\u00a3\u00a5 \u2192 \u2211\n"
     "\u00a0nbsp\u200bzero\u2003em\u3000wide\ufeffbom \u2028line\u0085next\n"
 )
-# Upper and lower case beyond ASCII, and combining marks, not normalized.
+# Non-ASCII upper and lower case and combining marks, not normalized.
 CASED = (
     "na\u00efve \u00c5ngstr\u00f6m \u00c9COLE \u00fcber Stra\u00dfe \u0130stanbul \u041f\u0440\u0438\u0432\u0435\u0442 "
     "\u039a\u03b1\u03bb\u03b7\u03bc\u03ad\u03c1\u03b1 \u017f \u00df\u1e9e \ufb01\n"
     "e\u0301 a\u0308\u0323 n\u0303o z\u0334\u0352a\u0338lgo \u0939\u093f\u0928\u094d\u0926\u0940\n"
 )
 TEXT = ASCII + UNCASED + CASED
-# The rare words often, so that tokens are made of them too.
+# Rare words are repeated so that the vocabulary contains them.
 TRAINING = [
     *[UNCASED + CASED] * 20,
     TEXT,

@@ -1,7 +1,7 @@
-"""A real fine-tuned model, SmolLM2-135M, in the programs that its user goes to.
+"""A fine-tuned SmolLM2-135M in llama.cpp and transformers + PEFT.
 
-The model is that of scripts/demo.sh. So is the adapter, where the demo was run whole; otherwise a short run makes one.
-In every comparison the adapter's own effect is at least 100 times the tolerance.
+Model and adapter come from scripts/demo.sh. Without a full run of the demo, a short run trains an adapter. In every
+comparison the adapter's effect is at least 100 times the tolerance.
 """
 
 import json
@@ -22,9 +22,7 @@ from tests.interop import llama_cpp
 ROOT = Path(__file__).parents[2]
 MODEL, DEMO = ROOT / "demo" / "model", ROOT / "demo" / "adapters"
 EXAMPLE = ROOT / "examples" / "bakery"
-LAYERS = (
-    12  # that the example's config trains; the smaller cut of the demo has fewer, and changes too few answers
-)
+LAYERS = 12  # in the example's config; the small demo trains fewer and changes too few answers
 SHORT = ("--num-layers", "6", "--batch-size", "2", "--iters", "24", "--val-batches", "2")
 QUESTIONS = 5
 ANSWER = 48  # tokens
@@ -33,17 +31,17 @@ ANSWER = 48  # tokens
 @pytest.fixture(scope="module", autouse=True)
 def _model():
     if not MODEL.exists():
-        pytest.skip("SmolLM2 is not there: scripts/test.sh and scripts/demo.sh get it, if there is a network")
+        pytest.skip("no SmolLM2: scripts/test.sh and scripts/demo.sh download it")
     weights = mx.load(str(MODEL / "model.safetensors"))
     if next(iter(weights.values())).dtype != mx.float32:
-        pytest.skip("the tolerances are for float32, which the demo's model is on a CPU")
+        pytest.skip("the tolerances are for float32, the demo model's dtype on a CPU")
 
 
 @pytest.fixture(scope="module")
 def adapter(_model, tmp_path_factory):
-    """Directory of a real adapter."""
-    description = DEMO / "adapter_config.json"
-    if description.exists() and json.loads(description.read_text())["num_layers"] == LAYERS:
+    """Return the directory of a trained adapter."""
+    config = DEMO / "adapter_config.json"
+    if config.exists() and json.loads(config.read_text())["num_layers"] == LAYERS:
         return DEMO
     made = tmp_path_factory.mktemp("trained") / "adapters"
     where = ["--model", str(MODEL), "--data", str(EXAMPLE), "--adapter-path", str(made)]
@@ -53,7 +51,7 @@ def adapter(_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(adapter):
-    """What mlx says: chats, tokens of each with the answer of base + adapter, both models' logits and answers."""
+    """Return chats, their tokens with the answer of base + adapter, and logits and answers of both models in mlx."""
     rows = (EXAMPLE / "test.jsonl").read_text().splitlines()
     chats = [_messages(json.loads(row)) for row in rows[:QUESTIONS]]
     base, tokenizer = load(str(MODEL))
@@ -80,14 +78,14 @@ def expected(adapter):
 
 
 def _messages(row):
-    """The conversation of a row up to the answer."""
+    """Return the conversation of a row without the answer."""
     messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     return [message for message in messages if message["role"] != "assistant"]
 
 
 @pytest.fixture(scope="module")
 def files(adapter, tmp_path_factory):
-    """Every export of the tuned model: name -> path."""
+    """Export the tuned model in every format; return name -> path."""
     pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
     place = tmp_path_factory.mktemp("exports")
 
@@ -108,7 +106,7 @@ def files(adapter, tmp_path_factory):
 @pytest.mark.parametrize(
     ("file", "lora", "tolerance"), [("f32", None, 1e-5), ("f16", None, 2e-3), ("base", "lora", 1e-5)]
 )
-def test_logits_of_llama_cpp(expected, files, file, lora, tolerance):
+def test_llama_cpp_gives_the_same_logits(expected, files, file, lora, tolerance):
     llama_cpp.require()
     with llama_cpp.Llama(files[file], loras={files[lora]: 1.0} if lora else None, context=512) as llama:
         for ids, base, tuned in zip(expected["ids"], *expected["logits"].values(), strict=True):
@@ -117,13 +115,13 @@ def test_logits_of_llama_cpp(expected, files, file, lora, tolerance):
 
 
 def chat(path, lora, chats):
-    """Greedy answers of llama.cpp's server, which renders the chat template of the file itself."""
+    """Return greedy answers of llama.cpp's server, which renders the file's chat template itself."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_gpu_layers, params.n_ctx, params.n_parallel, params.warmup = 0, 1024, 1, False
-    # One thread: more would wait for one another on a busy machine.
+    # Several threads would wait for each other on a busy machine.
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -139,14 +137,14 @@ def chat(path, lora, chats):
 
 
 @pytest.mark.parametrize(("file", "lora"), [("f32", None), ("base", "lora")])
-def test_greedy_chat_answers_are_the_same(expected, files, file, lora):
+def test_llama_cpp_gives_the_same_greedy_answers(expected, files, file, lora):
     llama_cpp.require()
     assert chat(files[file], files[lora] if lora else None, expected["chats"]) == expected["answers"]["tuned"]
 
 
 @pytest.mark.parametrize("file", ["q8_0", "q4_k_m"])
-def test_quantized_files_load_and_answer(expected, files, file):
-    """Rounded weights may change a word; they are still the tuned model."""
+def test_quantized_files_answer_like_the_tuned_model(expected, files, file):
+    """Rounding may change words, but the answers stay closer to the tuned model's than the base's are."""
     llama_cpp.require()
     answers = chat(files[file], None, expected["chats"])
     shared = [_shared_words(a, t) for a, t in zip(answers, expected["answers"]["tuned"], strict=True)]
@@ -158,8 +156,8 @@ def _shared_words(a, b):
     return len(set(a.split()) & set(b.split())) / max(1, len(set(a.split()) | set(b.split())))
 
 
-def test_logits_of_transformers_and_peft(adapter, expected, tmp_path, monkeypatch):
-    """In float64: each library's float32 logits, which reach 58, are up to 1.5e-4 from it, the base's alone too."""
+def test_peft_gives_the_same_logits(adapter, expected, tmp_path, monkeypatch):
+    """Compare in float64, because float32 logits, which reach 58, differ from it by up to 1.5e-4 in either library."""
     torch = pytest.importorskip("torch", reason="needs PyTorch: see CONTRIBUTING.md")
     peft = pytest.importorskip("peft", reason="needs PEFT: see CONTRIBUTING.md")
     from transformers import AutoModelForCausalLM
@@ -180,9 +178,9 @@ def test_logits_of_transformers_and_peft(adapter, expected, tmp_path, monkeypatc
         assert given.dtype == wanted.dtype == np.float64
         assert np.abs(base - tuned).max() > 100 * 1e-4
         np.testing.assert_allclose(given, wanted, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(wanted, tuned, rtol=0, atol=1e-3)  # and these are the logits in float32
+        np.testing.assert_allclose(wanted, tuned, rtol=0, atol=1e-3)  # and float64 agrees with float32
 
 
 def _norm(self, x):
-    """mlx's own, but that it keeps to float32 whatever it is given."""
+    """Compute RMSNorm in the dtype of x; mlx's own computes in float32."""
     return self.weight * x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + self.eps)

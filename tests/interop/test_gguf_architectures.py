@@ -1,4 +1,4 @@
-"""Every architecture that can become GGUF: llama.cpp's logits are mlx-lm's."""
+"""GGUF export of every model type: llama.cpp and mlx-lm give the same logits."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from tests.interop.gguf_models import CONFIGS, PROMPT, VARIANTS, build, logits, 
 pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 llama_cpp.require()
 
-# ggml looks GELU up in a table of float16.
+# ggml looks GELU up in a float16 table.
 GELU = {"gemma", "gemma2", "gemma3_text", "starcoder2"}
 CASES = {model_type: (model_type, {}) for model_type in CONFIGS} | VARIANTS
 
@@ -23,13 +23,13 @@ def error_in_llama_cpp(tmp_path, model_type, changes):
 
     model, config = build(model_type, **changes)
     expected = logits(model)
-    report = export_gguf(save(tmp_path / "model", model, config), tmp_path / "model.gguf", "f32")
-    with llama_cpp.Llama(report.path) as llama:
+    result = export_gguf(save(tmp_path / "model", model, config), tmp_path / "model.gguf", "f32")
+    with llama_cpp.Llama(result.path) as llama:
         return relative_error(llama.logits(PROMPT), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_computes_the_same_logits(tmp_path, case):
+def test_llama_cpp_gives_the_same_logits(tmp_path, case):
     model_type, changes = CASES[case]
     tolerance = 1e-3 if model_type in GELU else 1e-5
     assert error_in_llama_cpp(tmp_path, model_type, changes) < tolerance
@@ -39,21 +39,23 @@ def test_every_architecture_is_compared():
     assert CONFIGS.keys() == ARCHITECTURES.keys()
 
 
-# What each row says is needed: without it the comparison above must fail, or it shows nothing.
-BREAKS = {
-    "interleaved": ["llama", "mixtral", "internlm2", "granite", "smollm3"],
+# Fields without which the comparison above must fail. Otherwise it would not test them.
+NEEDED_FIELDS = {
+    "interleaved_rope": ["llama", "mixtral", "internlm2", "granite", "smollm3"],
     "norm_offset": ["gemma", "gemma2", "gemma3_text"],
-    "metadata": ["gemma3_text", "granite", "cohere2", "gemma2"],
+    "extra_metadata": ["gemma3_text", "granite", "cohere2", "gemma2"],
 }
 
 
-@pytest.mark.parametrize(("field", "model_type"), [(f, m) for f, models in BREAKS.items() for m in models])
-def test_the_comparison_notices_what_is_left_out(tmp_path, monkeypatch, field, model_type):
+@pytest.mark.parametrize(
+    ("field", "model_type"), [(f, m) for f, models in NEEDED_FIELDS.items() for m in models]
+)
+def test_comparison_fails_without_a_needed_field(tmp_path, monkeypatch, field, model_type):
     plain = getattr(gguf_architectures.Architecture("any"), field)
     broken = dataclasses.replace(ARCHITECTURES[model_type], **{field: plain})
     monkeypatch.setitem(ARCHITECTURES, model_type, broken)
     try:
         error = error_in_llama_cpp(tmp_path, model_type, {})
     except llama_cpp.LoadError:
-        return  # noticed, and loudly
+        return
     assert error > 2e-3

@@ -1,4 +1,4 @@
-"""`nalora export gguf` and `nalora fuse --export-gguf`: what llama.cpp computes is base + adapter."""
+"""`nalora export gguf` and `nalora fuse --export-gguf`: llama.cpp gives the logits of base + adapter."""
 
 import pytest
 from mlx_lm.utils import load
@@ -23,7 +23,7 @@ def _llama_cpp():
 
 @pytest.fixture
 def base(tmp_path):
-    model, config = build("llama", num_hidden_layers=2)  # random layers amplify every rounding to f16
+    model, config = build("llama", num_hidden_layers=2)  # random layers amplify rounding errors
     return save(tmp_path / "base", model, config)
 
 
@@ -41,10 +41,10 @@ def adapter(base, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["export", "fuse"])
-def test_llama_cpp_computes_base_plus_adapter(command, base, adapter, tmp_path):
+def test_llama_cpp_gives_logits_of_base_plus_adapter(command, base, adapter, tmp_path):
     tuned, _ = load(str(base))
     load_adapter(tuned, adapter)
-    want = logits(tuned)
+    expected = logits(tuned)
     plain = logits(load(str(base))[0])
     where = ["--model", str(base), "--adapter-path", str(adapter)]
     if command == "export":
@@ -55,6 +55,6 @@ def test_llama_cpp_computes_base_plus_adapter(command, base, adapter, tmp_path):
         flags = ["--save-path", str(tmp_path / "fused"), "--export-gguf", "--gguf-path", "out.gguf"]
         assert main(["fuse", *where, *flags]) == 0
     with llama_cpp.Llama(path) as model:
-        close(model.logits(PROMPT), want, plain, tolerance)
+        close(model.logits(PROMPT), expected, plain, tolerance)
     name = gguf.GGUFReader(path).fields["general.name"].contents()
     assert name == ("base" if command == "export" else "fused")

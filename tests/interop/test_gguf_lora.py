@@ -1,4 +1,4 @@
-"""`nalora export gguf-lora`: llama.cpp computes base + adapter, from the base's GGUF and the adapter's."""
+"""`nalora export gguf-lora`: llama.cpp gives the logits of base + adapter, from two GGUF files."""
 
 import numpy as np
 import pytest
@@ -19,21 +19,21 @@ from tests.interop.gguf_models import PROMPT, build, logits, save
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 llama_cpp.require()
 
-GELU = {"gemma", "gemma2", "gemma3_text", "starcoder2"}  # ggml looks GELU up in a table of float16
+GELU = {"gemma", "gemma2", "gemma3_text", "starcoder2"}  # ggml looks GELU up in a float16 table
 UNTIED = {"tie_word_embeddings": False}
 HEAD = ("mlp.down_proj", "model.embed_tokens", "lm_head")
 TIED_OLMO2 = ("mlp.up_proj", "model.embed_tokens")
-# Case: (model type, changes of its config, keys; None for all linear layers).
+# Case -> (model type, changes of its config, keys; None for all linear layers).
 CASES = {name: (name, {}, None) for name in ARCHITECTURES}
 CASES |= {
     "untied embedding and head": ("llama", UNTIED, HEAD),
-    "embedding that has its own head in GGUF": ("olmo2", {"tie_word_embeddings": True}, TIED_OLMO2),
+    "tied embedding with output.weight in GGUF": ("olmo2", {"tie_word_embeddings": True}, TIED_OLMO2),
     "eight experts": ("mixtral", {"num_local_experts": 8}, ("block_sparse_moe.switch_mlp.gate_proj",)),
 }
 
 
 def prepare(tmp_path, model_type, changes, keys, attach=adapt, seed=7):
-    """(base directory, adapter directory, logits of the base, of base + adapter)."""
+    """Create a base model and an adapter; return their directories and the logits of base and base + adapter."""
     model, config = build(model_type, **changes)
     base = save(tmp_path / "base", model, config)
     plain = logits(model)
@@ -52,8 +52,8 @@ def export(format, base, output, *flags):
     return main(["export", format, "--model", str(base), "--output", str(output), *map(str, flags)])
 
 
-def with_adapter(tmp_path, base, adapter):
-    """llama.cpp's logits for the base and for base + adapter."""
+def llama_cpp_logits(tmp_path, base, adapter):
+    """Return llama.cpp's logits for the base and for base + adapter."""
     assert export("gguf", base, tmp_path / "base.gguf", "--type", "f32") == 0
     assert export("gguf-lora", base, tmp_path / "lora.gguf", "--adapter-path", adapter) == 0
     with llama_cpp.Llama(tmp_path / "base.gguf") as llama:
@@ -63,23 +63,23 @@ def with_adapter(tmp_path, base, adapter):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_computes_base_plus_adapter(tmp_path, case):
+def test_llama_cpp_gives_logits_of_base_plus_adapter(tmp_path, case):
     model_type, changes, keys = CASES[case]
     base, adapter, plain, tuned = prepare(tmp_path, model_type, changes, keys)
-    alone, both = with_adapter(tmp_path, base, adapter)
+    alone, both = llama_cpp_logits(tmp_path, base, adapter)
     tolerance = 1e-3 if model_type in GELU else 1e-5
     assert relative_error(alone, plain) < tolerance
     close(both, tuned, plain, tolerance)
 
 
-def test_the_comparison_notices_rows_that_are_not_moved(tmp_path, monkeypatch):
+def test_comparison_fails_if_rows_are_not_reordered(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_adapter, "tensor_rows", lambda arch, args, path: [(path, None)])
     base, adapter, _, tuned = prepare(tmp_path, "llama", {}, ("self_attn.q_proj", "self_attn.k_proj"))
-    assert relative_error(with_adapter(tmp_path, base, adapter)[1], tuned) > 2e-3
+    assert relative_error(llama_cpp_logits(tmp_path, base, adapter)[1], tuned) > 2e-3
 
 
-def test_two_adapters_in_one_file(tmp_path):
-    """With factors: what llama.cpp makes of both files, and mlx-lm of the sum that `export mlx` writes."""
+def test_sum_of_two_adapters(tmp_path):
+    """llama.cpp with both files or with their sum gives the same logits as mlx-lm with the exported sum."""
     base, first, plain, _ = prepare(tmp_path, "llama", {}, ("self_attn.q_proj",))
     (tmp_path / "two").mkdir()
     _, second, _, _ = prepare(tmp_path / "two", "llama", {}, ("self_attn.q_proj", "mlp.up_proj"), seed=8)
@@ -95,7 +95,7 @@ def test_two_adapters_in_one_file(tmp_path):
     for loras in ({tmp_path / "sum.gguf": 1.0}, apart):
         with llama_cpp.Llama(tmp_path / "base.gguf", loras=loras) as llama:
             close(llama.logits(PROMPT), tuned, plain, 1e-5)
-    one = {tmp_path / "first.gguf": 1.0}  # that the second matters too
+    one = {tmp_path / "first.gguf": 1.0}  # the second adapter has an effect
     with llama_cpp.Llama(tmp_path / "base.gguf", loras=one) as llama:
         effect_of(tuned, llama.logits(PROMPT), 1e-5)
 
@@ -103,12 +103,12 @@ def test_two_adapters_in_one_file(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "changes", "keys", "attach", "message"),
     [
-        ("llama", {}, ("model.embed_tokens",), adapt, "embedding and head in one"),
+        ("llama", {}, ("model.embed_tokens",), adapt, "both embedding and output head"),
         ("llama", {}, ("mlp.up_proj",), adapt_dora, "no dora adapters"),
-        ("seed_oss", {}, ("mlp.up_proj",), adapt, "no GGUF export"),
+        ("seed_oss", {}, ("mlp.up_proj",), adapt, "cannot be exported to GGUF"),
     ],
 )
-def test_what_llama_cpp_cannot_do_is_refused(tmp_path, capsys, model_type, changes, keys, attach, message):
+def test_unsupported_adapters_are_rejected(tmp_path, capsys, model_type, changes, keys, attach, message):
     base, adapter, *_ = prepare(tmp_path, "llama", changes, keys, attach)
     path = base / "config.json"
     path.write_text(path.read_text().replace('"llama"', f'"{model_type}"'))
@@ -120,8 +120,8 @@ def test_what_llama_cpp_cannot_do_is_refused(tmp_path, capsys, model_type, chang
 
 
 @pytest.mark.parametrize("attach", [adapt, adapt_dora])
-def test_a_merge_on_the_way_to_gguf_is_exact(tmp_path, attach):
-    """LoRA and DoRA, experts and fused projections apart, weight by weight in float32."""
+def test_merge_into_gguf_is_exact(tmp_path, attach):
+    """LoRA and DoRA, on linear layers, embedding and head."""
     base, adapter, plain, tuned = prepare(tmp_path, "llama", UNTIED, (*HEAD, "self_attn.k_proj"), attach)
     assert export("gguf", base, tmp_path / "whole.gguf", "--type", "f32", "--adapter-path", adapter) == 0
     with llama_cpp.Llama(tmp_path / "whole.gguf") as llama:
@@ -129,14 +129,14 @@ def test_a_merge_on_the_way_to_gguf_is_exact(tmp_path, attach):
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "internlm2", "phi3"])
-def test_a_merge_of_experts_and_shared_projections_is_exact(tmp_path, model_type):
+def test_merge_of_experts_and_fused_projections_is_exact(tmp_path, model_type):
     base, adapter, plain, tuned = prepare(tmp_path, model_type, {}, None)
     assert export("gguf", base, tmp_path / "whole.gguf", "--type", "f32", "--adapter-path", adapter) == 0
     with llama_cpp.Llama(tmp_path / "whole.gguf") as llama:
         close(llama.logits(PROMPT), tuned, plain, 1e-5)
 
 
-def test_fully_trained_weights_go_into_gguf(tmp_path):
+def test_fully_trained_weights_are_exported(tmp_path):
     model, config = build("llama")
     base = save(tmp_path / "base", model, config)
     plain = logits(model)
@@ -156,13 +156,13 @@ def test_fully_trained_weights_go_into_gguf(tmp_path):
         close(llama.logits(PROMPT), logits(model), plain, 1e-5)
 
 
-def test_the_file_says_what_it_is_and_not_where_it_was_made(tmp_path):
+def test_metadata_describes_the_adapter_without_local_paths(tmp_path):
     base, adapter, *_ = prepare(tmp_path, "llama", {}, ("mlp.up_proj",))
     assert export("gguf-lora", base, tmp_path / "lora.gguf", "--adapter-path", adapter) == 0
     fields = gguf.GGUFReader(tmp_path / "lora.gguf").fields
-    said = {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
-    assert said["general.type"] == "adapter"
-    assert said["general.architecture"] == "llama"
-    assert said["adapter.type"] == "lora"
-    np.testing.assert_allclose(said["adapter.lora.alpha"], 12)
+    metadata = {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
+    assert metadata["general.type"] == "adapter"
+    assert metadata["general.architecture"] == "llama"
+    assert metadata["adapter.type"] == "lora"
+    np.testing.assert_allclose(metadata["adapter.lora.alpha"], 12)
     assert str(tmp_path).encode() not in (tmp_path / "lora.gguf").read_bytes()

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF: llama.cpp gives the tokens that tokenizers and sentencepiece give."""
+"""Tokenizers in GGUF: llama.cpp gives the same tokens as the tokenizers and sentencepiece packages."""
 
 import ast
 import io
@@ -32,7 +32,7 @@ CHAT = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n<tool> x <to
 
 
 def vocabulary_file(tmp_path, size, **config):
-    """A GGUF of metadata only, with the tokenizer that lies in tmp_path."""
+    """Write a GGUF with only the tokenizer in tmp_path; return its vocabulary and path."""
     vocabulary = read_vocabulary(tmp_path, config, size)
     return vocabulary, write(tmp_path, vocabulary)
 
@@ -49,19 +49,16 @@ def write(tmp_path, vocabulary):
 
 
 def same_tokens(tmp_path, tokenizer, text, *, affixes=False):
-    """Assert that llama.cpp gives `text` the tokens that `tokenizer` (of the tokenizers package) gives it.
-
-    So does mlx-lm, unless a note says that it does not.
-    """
+    """Assert that llama.cpp tokenizes `text` like `tokenizer`, and so does mlx-lm unless a note says otherwise."""
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     if not (tmp_path / "tokenizer_config.json").exists():
         (tmp_path / "tokenizer_config.json").write_text("{}")
     vocabulary, path = vocabulary_file(tmp_path, tokenizer.get_vocab_size())
     expected = tokenizer.encode(text, add_special_tokens=affixes)
     with llama_cpp.Llama(path, vocab_only=True) as llama:
-        given = llama.tokenize(text, affixes=affixes)
-    if given != expected.ids:
-        differing = next(i for i, (a, b) in enumerate(zip(given, expected.ids, strict=False)) if a != b)
+        actual = llama.tokenize(text, affixes=affixes)
+    if actual != expected.ids:
+        differing = next(i for i, (a, b) in enumerate(zip(actual, expected.ids, strict=False)) if a != b)
         near = expected.offsets[differing][0]
         pytest.fail(f"differ at {text[max(0, near - 10) : near + 10]!r}")
     notes = compare_with_mlx_lm(tmp_path, vocabulary)
@@ -73,22 +70,22 @@ def same_tokens(tmp_path, tokenizer, text, *, affixes=False):
 # --- byte-level BPE ----------------------------------------------------------------------------------
 
 
-def pre_tokenizer(cuts):
+def pre_tokenizer(patterns):
     steps = []
-    for cut in cuts:
-        if cut == BYTE_LEVEL:
+    for pattern in patterns:
+        if pattern == BYTE_LEVEL:
             steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
-        elif cut == DIGITS:
+        elif pattern == DIGITS:
             steps.append(pre_tokenizers.Digits(individual_digits=True))
         else:
-            steps.append(pre_tokenizers.Split(Regex(cut), "isolated"))
-    if BYTE_LEVEL not in cuts:
+            steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
+    if BYTE_LEVEL not in patterns:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     return pre_tokenizers.Sequence(steps)
 
 
-def byte_level(cuts, *, ignore_merges=False, size=1500):
-    """A byte-level BPE whose merges cross every cut, so that each cut changes the tokens."""
+def byte_level(patterns, *, ignore_merges=False, size=1500):
+    """Train a byte-level BPE without splits, so that its merges cross word boundaries and every split has an effect."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizer(())
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,28 +96,30 @@ def byte_level(cuts, *, ignore_merges=False, size=1500):
         show_progress=False,
     )
     tokenizer.train_from_iterator(TRAINING, trainer)
-    tokenizer.pre_tokenizer = pre_tokenizer(cuts)
+    tokenizer.pre_tokenizer = pre_tokenizer(patterns)
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
     return tokenizer
 
 
-@pytest.mark.parametrize("row", PRE_TOKENIZERS, ids=lambda row: f"{row.name}-{len(row.cuts[0])}")
-def test_every_way_of_cutting_gives_the_same_tokens(tmp_path, row):
-    tokenizer = byte_level(row.cuts, ignore_merges=row.ignore_merges)
+@pytest.mark.parametrize("row", PRE_TOKENIZERS, ids=lambda row: f"{row.name}-{len(row.patterns[0])}")
+def test_every_pretokenizer_gives_the_same_tokens(tmp_path, row):
+    tokenizer = byte_level(row.patterns, ignore_merges=row.ignore_merges)
     text = ASCII + UNCASED if row.note else CHAT
     vocabulary = same_tokens(tmp_path, tokenizer, text)
-    assert vocabulary.pre == row.name
-    # With the name of any other row llama.cpp gives other tokens, so that the right one is no accident.
-    same_cuts = {"dbrx", "llama-bpe"}
-    others = {other.name for other in PRE_TOKENIZERS} - (same_cuts if row.name in same_cuts else {row.name})
+    assert vocabulary.pretokenizer == row.name
+    # The name of any other row gives different tokens, so the test text distinguishes them.
+    same_splits = {"dbrx", "llama-bpe"}
+    others = {other.name for other in PRE_TOKENIZERS} - (
+        same_splits if row.name in same_splits else {row.name}
+    )
     expected = tokenizer.encode(text, add_special_tokens=False).ids
     for other in others:
-        vocabulary.pre = other
+        vocabulary.pretokenizer = other
         with llama_cpp.Llama(write(tmp_path, vocabulary), vocab_only=True) as llama:
             assert llama.tokenize(text) != expected, other
 
 
-def test_bos_and_eos_are_added_as_in_the_template(tmp_path):
+def test_bos_and_eos_are_added_as_the_post_processor_says(tmp_path):
     tokenizer = byte_level([BYTE_LEVEL])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
@@ -132,7 +131,7 @@ def test_bos_and_eos_are_added_as_in_the_template(tmp_path):
     assert vocabulary.special == {"bos": 1, "eos": 2}
 
 
-def test_special_tokens_come_from_the_tokenizer_and_then_from_the_config(tmp_path):
+def test_special_tokens_come_from_the_tokenizer_before_the_config(tmp_path):
     tokenizer = byte_level([BYTE_LEVEL])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
@@ -147,60 +146,62 @@ def test_special_tokens_come_from_the_tokenizer_and_then_from_the_config(tmp_pat
         assert [i for i in range(1600) if native.llama_vocab_is_eog(words, i)] == [0, 2]
         assert not native.llama_vocab_get_add_bos(words)
         assert native.llama_model_chat_template(llama.model, None) == b"{{ messages }}"
-        assert llama.tokenize("<|im_end|>", special=False) != [2]  # text a user writes is not a control token
+        assert llama.tokenize("<|im_end|>", special=False) != [
+            2
+        ]  # user text is not parsed as a control token
 
 
-def test_tokens_without_an_embedding_are_left_out_with_a_note(tmp_path):
+def test_tokens_without_an_embedding_are_left_out(tmp_path):
     byte_level([BYTE_LEVEL], size=400).save(str(tmp_path / "tokenizer.json"))
     vocabulary, _ = vocabulary_file(tmp_path, 400)
     assert len(vocabulary.tokens) == 400
     assert "<tool>" in " ".join(vocabulary.notes)
 
 
-def test_a_normalizer_is_noted(tmp_path):
+def test_normalizer_gives_a_note(tmp_path):
     tokenizer = byte_level([BYTE_LEVEL])
     tokenizer.normalizer = normalizers.NFC()
     vocabulary = same_tokens(tmp_path, tokenizer, ASCII + UNCASED)
     assert any("NFC" in note for note in vocabulary.notes)
 
 
-def test_ignore_merges_does_not_matter_where_merges_reach_every_token(tmp_path):
+def test_ignore_merges_is_accepted_if_merges_reach_every_token(tmp_path):
     qwen2 = next(row for row in PRE_TOKENIZERS if row.name == "qwen2")
-    assert same_tokens(tmp_path, byte_level(qwen2.cuts, ignore_merges=True), CHAT).pre == "qwen2"
+    assert same_tokens(tmp_path, byte_level(qwen2.patterns, ignore_merges=True), CHAT).pretokenizer == "qwen2"
 
 
-def test_ignore_merges_is_refused_where_it_matters(tmp_path):
+def test_ignore_merges_is_rejected_if_it_has_an_effect(tmp_path):
     qwen2 = next(row for row in PRE_TOKENIZERS if row.name == "qwen2")
-    content = json.loads(byte_level(qwen2.cuts, ignore_merges=True).to_str())
+    content = json.loads(byte_level(qwen2.patterns, ignore_merges=True).to_str())
     content["model"]["merges"] = content["model"]["merges"][:-50]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="not known"):
+    with pytest.raises(InputError, match="unknown pre-tokenizer"):
         read_vocabulary(tmp_path, {}, 1600)
 
 
-def test_a_name_from_gguf_counts_where_the_regex_is_unknown(tmp_path):
+def test_gguf_tokenizer_pre_is_used_for_unknown_patterns(tmp_path):
     tokenizer = byte_level(["[a-z]+"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match=r"known are .*gpt-2.*llama-bpe.*SentencePiece"):
+    with pytest.raises(InputError, match=r"supported are .*gpt-2.*llama-bpe.*SentencePiece"):
         read_vocabulary(tmp_path, {}, 1600)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"gguf_tokenizer_pre": "deepseek-llm"}))
     vocabulary, path = vocabulary_file(tmp_path, 1600)
-    assert vocabulary.pre == "deepseek-llm"
+    assert vocabulary.pretokenizer == "deepseek-llm"
     with llama_cpp.Llama(path, vocab_only=True) as llama:
         assert llama.tokenize("a")
 
 
-def test_the_regex_counts_before_a_name_from_gguf(tmp_path):
+def test_known_patterns_override_gguf_tokenizer_pre(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"gguf_tokenizer_pre": "smollm"}))
     vocabulary = same_tokens(tmp_path, byte_level([BYTE_LEVEL]), CHAT)
-    assert vocabulary.pre == "gpt-2"
+    assert vocabulary.pretokenizer == "gpt-2"
     assert any("smollm" in note for note in vocabulary.notes)
 
 
-# --- the classes of mlx-lm's tokenizers -----------------------------------------------------------------
+# --- tokenizer classes of mlx-lm ---------------------------------------------------------------------
 
-ROWS = {row.name: row.cuts for row in PRE_TOKENIZERS}
-# What makes a tokenizer.json, the class that tokenizer_config.json names, and whether mlx-lm reads the file as it is.
+PATTERNS = {row.name: row.patterns for row in PRE_TOKENIZERS}
+# (kind of tokenizer.json, tokenizer_class in tokenizer_config.json, whether mlx-lm then gives the file's tokens)
 CLASSES = [
     ("smollm", "PreTrainedTokenizerFast", True),
     ("smollm", "LlamaTokenizerFast", True),
@@ -218,24 +219,24 @@ CLASSES = [
 
 
 @pytest.mark.parametrize(("made", "name", "same"), CLASSES)
-def test_a_note_says_where_mlx_lm_reads_the_file_otherwise(tmp_path, made, name, same):
-    if made in ROWS:
-        tokenizer = byte_level(ROWS[made], ignore_merges=made == "llama-bpe")
+def test_note_if_mlx_lm_tokenizes_differently(tmp_path, made, name, same):
+    if made in PATTERNS:
+        tokenizer = byte_level(PATTERNS[made], ignore_merges=made == "llama-bpe")
         if made == "qwen2":
-            tokenizer.normalizer = normalizers.NFC()  # as the real one has
+            tokenizer.normalizer = normalizers.NFC()  # like the real one
     else:
         tokenizer = converted(sentencepiece_model(user_defined_symbols=["<tool>"])[1], made)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
     vocabulary = same_tokens(tmp_path, tokenizer, ASCII + UNCASED)
-    said = [note for note in vocabulary.notes if "gives some texts other tokens than tokenizer.json" in note]
-    assert [note.split()[1] for note in said] == ([] if same else [name])
-    theirs = load(tmp_path)
-    if not same:  # and the text that it names is one
-        text = ast.literal_eval(said[0].partition("tokenizer.json, ")[2].rpartition(" for one")[0])
-        assert theirs.encode(text) != tokenizer.encode(text).ids
+    notes = [n for n in vocabulary.notes if "tokenizes some texts differently from tokenizer.json" in n]
+    assert [note.split()[1] for note in notes] == ([] if same else [name])
+    mlx_lm_tokenizer = load(tmp_path)
+    if not same:  # the example in the note is right
+        text = ast.literal_eval(notes[0].partition("for example ")[2].rpartition("; the GGUF")[0])
+        assert mlx_lm_tokenizer.encode(text) != tokenizer.encode(text).ids
 
 
-def test_a_sentencepiece_file_is_compared_too(tmp_path):
+def test_sentencepiece_file_is_compared_with_mlx_lm(tmp_path):
     data, processor = sentencepiece_model(prefix=False)
     (tmp_path / "tokenizer.model").write_bytes(data)
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
@@ -272,7 +273,7 @@ def sentencepiece_model(*, prefix=True, **changes):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_gives_the_same_tokens(tmp_path, prefix):
-    # A space in front comes back after every user-defined token in llama.cpp, so that with it there is none here.
+    # With a prefix space, llama.cpp adds one after every user-defined token, so that case has none.
     own = {"user_defined_symbols": []} if prefix else {}
     data, processor = sentencepiece_model(prefix=prefix, **own)
     (tmp_path / "tokenizer.model").write_bytes(data)
@@ -287,7 +288,7 @@ def test_sentencepiece_gives_the_same_tokens(tmp_path, prefix):
 
 
 def converted(processor, style):
-    """The tokenizer.json that a converter makes of a SentencePiece model: merges are all pairs, best score first."""
+    """Convert a SentencePiece model to tokenizer.json: the merges are all pairs of pieces, best score first."""
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     ids = {piece: i for i, piece in enumerate(pieces)}
     own = {"<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<tool>"}
@@ -317,16 +318,18 @@ def test_sentencepiece_as_tokenizer_json_gives_the_same_tokens(tmp_path, style):
     _, processor = sentencepiece_model(user_defined_symbols=["<tool>"])
     vocabulary = same_tokens(tmp_path, converted(processor, style), TEXT)
     assert vocabulary.add_space_prefix == (style != "gemma")
-    chat = CHAT.replace("> x", ">x") if style == "metaspace" else CHAT  # which joins two spaces after a token
+    chat = (
+        CHAT.replace("> x", ">x") if style == "metaspace" else CHAT
+    )  # Metaspace joins two spaces after a token
     same_tokens(tmp_path, converted(processor, style), chat)
 
 
-def test_what_is_no_sentencepiece_bpe_is_refused(tmp_path):
+def test_bpe_not_made_by_sentencepiece_is_rejected(tmp_path):
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
     tokenizer.train_from_iterator(TRAINING, trainers.BpeTrainer(vocab_size=500, show_progress=False))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match="SentencePiece did not make"):
+    with pytest.raises(InputError, match="not made by SentencePiece"):
         read_vocabulary(tmp_path, {}, 500)
 
 
@@ -334,7 +337,7 @@ def test_what_is_no_sentencepiece_bpe_is_refused(tmp_path):
     ("changes", "message"),
     [({"model_type": "unigram"}, "Unigram"), ({"byte_fallback": False}, "byte fallback")],
 )
-def test_other_sentencepiece_models_are_refused(tmp_path, changes, message):
+def test_other_sentencepiece_models_are_rejected(tmp_path, changes, message):
     data, processor = sentencepiece_model(**changes)
     (tmp_path / "tokenizer.model").write_bytes(data)
     with pytest.raises(InputError, match=message):
@@ -342,7 +345,7 @@ def test_other_sentencepiece_models_are_refused(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("data", [b"", b"\x0a\xff", b"not a model", bytes(range(256))])
-def test_a_broken_tokenizer_model_is_refused(tmp_path, data):
+def test_damaged_tokenizer_model_is_rejected(tmp_path, data):
     (tmp_path / "tokenizer.model").write_bytes(data)
     with pytest.raises(InputError, match=r"tokenizer\.model"):
         read_vocabulary(tmp_path, {}, 100)
@@ -356,12 +359,12 @@ def test_a_broken_tokenizer_model_is_refused(tmp_path, data):
         (models.BPE(), "without bytes"),
     ],
 )
-def test_other_tokenizers_are_refused_by_name(tmp_path, model, message):
+def test_other_tokenizers_are_rejected(tmp_path, model, message):
     Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match=message):
         read_vocabulary(tmp_path, {}, 100)
 
 
-def test_no_tokenizer_is_refused(tmp_path):
+def test_missing_tokenizer_is_reported(tmp_path):
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
         read_vocabulary(tmp_path, {}, 100)

@@ -1,4 +1,4 @@
-"""The Ollama Modelfile beside a GGUF: its syntax, and that its template says what the model's own says."""
+"""Ollama Modelfiles: their syntax, and that their templates render like the models' own."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.tokenizer_utils import load
 
 from nalora_mlx.__main__ import main
-from nalora_mlx.export.modelfile import find_wraps, write_modelfile
+from nalora_mlx.export.modelfile import extract_chat_format, write_modelfile
 from tests.interop.gguf_models import build, save
 
 INSTRUCTIONS = {"FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE", "REQUIRES"}
@@ -25,24 +25,24 @@ PARAMETERS = {
 
 
 def parse(text):
-    """[(instruction, argument)] of a Modelfile: a line, or text between three quotation marks."""
-    found, at = [], 0
-    while at < len(text):
-        if match := re.compile(r"\s*(#[^\n]*)?\n|\s*\Z").match(text, at):
-            at = match.end() or len(text)
+    """Return [(instruction, argument)] of a Modelfile. An argument is a line, or text in triple quotes."""
+    found, position = [], 0
+    while position < len(text):
+        if match := re.compile(r"\s*(#[^\n]*)?\n|\s*\Z").match(text, position):
+            position = match.end() or len(text)
             if match.end() == len(text):
                 break
             continue
-        match = re.compile(r'(\w+) +("""(.*?)"""|[^\n]*)(\n|\Z)', re.DOTALL).match(text, at)
-        assert match, f"no instruction at {text[at : at + 60]!r}"
+        match = re.compile(r'(\w+) +("""(.*?)"""|[^\n]*)(\n|\Z)', re.DOTALL).match(text, position)
+        assert match, f"no instruction at {text[position : position + 60]!r}"
         assert match[1] in INSTRUCTIONS, match[1]
         found.append((match[1], match[2] if match[3] is None else match[3]))
-        at = match.end()
+        position = match.end()
     return found
 
 
 def render(template, messages):
-    """What Go's text/template makes of the few constructs that are used."""
+    """Render the few constructs of Go's text/template that Modelfiles use."""
     match = re.fullmatch(
         r"(.*?)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.DOTALL
     )
@@ -66,7 +66,7 @@ NO_SYSTEM = "{% if " + IS_SYSTEM + " %}{{ raise_exception('no system') }}{% endi
 OWN_SYSTEM = "{% if not " + IS_SYSTEM + ' %}<|im_start|>system\nBe "kind".<|im_end|>\n{% endif %}'
 TEMPLATES = {
     "chatml": EACH + TURN + ANSWER,
-    "a system message of its own": OWN_SYSTEM + EACH + TURN + ANSWER,
+    "default system message": OWN_SYSTEM + EACH + TURN + ANSWER,
     "llama 3": BOS
     + EACH
     + "{{ '[' + m['role'] + ']\n\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}"
@@ -83,17 +83,19 @@ TEMPLATES = {
     + "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     + "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}",
 }
-# Where fixed texts around each message would say something else.
+# Templates that are not fixed texts around each message.
 NOT_SIMPLE = {
-    "the last message is another": EACH + "{% if loop.last %}!{% endif %}{{ m['content'] }};{% endfor %}",
-    "the system message inside the first": "{% set s = messages[0]['content'] if " + IS_SYSTEM + " else '' %}"
+    "last message differs": EACH + "{% if loop.last %}!{% endif %}{{ m['content'] }};{% endfor %}",
+    "system message inside the first turn": "{% set s = messages[0]['content'] if "
+    + IS_SYSTEM
+    + " else '' %}"
     "{% for m in messages if m['role'] != 'system' %}"
     "[{{ m['role'] }}]{{ s if loop.first }}{{ m['content'] }};{% endfor %}",
-    "thoughts are cut from earlier answers": EACH
+    "thoughts are removed from earlier answers": EACH
     + "[{{ m['role'] }}]{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'][3:] }}"
     + "{% else %}{{ m['content'] }}{% endif %};{% endfor %}",
-    "braces of Go": EACH + "{{ '{{' + m['role'] + '}}' + m['content'] }}{% endfor %}",
-    "nothing but errors": "{{ raise_exception('never') }}",
+    "Go braces": EACH + "{{ '{{' + m['role'] + '}}' + m['content'] }}{% endfor %}",
+    "always raises": "{{ raise_exception('never') }}",
 }
 CONVERSATIONS = [
     ("user",),
@@ -119,7 +121,7 @@ def conversation(roles):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_template_says_what_the_models_own_says(tokenizer, tmp_path, name):
+def test_template_renders_like_the_models_own(tokenizer, tmp_path, name):
     tokenizer = with_template(tokenizer, TEMPLATES[name])
     path, notes = write_modelfile(tmp_path / "model.gguf", tokenizer)
     assert path == tmp_path / "model.gguf.Modelfile"
@@ -130,13 +132,13 @@ def test_the_template_says_what_the_models_own_says(tokenizer, tmp_path, name):
     for roles in CONVERSATIONS:
         messages = conversation(roles)
         try:
-            want = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception:
             assert "system" in roles
             continue
-        if "SYSTEM" in found and roles[0] != "system":  # which Ollama puts first
+        if "SYSTEM" in found and roles[0] != "system":  # Ollama puts it first
             messages = [{"role": "system", "content": found["SYSTEM"]}, *messages]
-        assert render(found["TEMPLATE"], messages) == want
+        assert render(found["TEMPLATE"], messages) == expected
         compared += 1
     assert compared >= 2
     if "PARAMETER" in found:
@@ -145,7 +147,7 @@ def test_the_template_says_what_the_models_own_says(tokenizer, tmp_path, name):
         assert re.fullmatch(r'"[^"\n]+"', value)
 
 
-def test_bos_is_not_written_where_tokenizing_adds_it(tmp_path):
+def test_bos_is_omitted_if_tokenization_adds_it(tmp_path):
     from tokenizers import Tokenizer, processors
 
     directory = save(tmp_path / "model", *build("llama", num_hidden_layers=1))
@@ -159,15 +161,15 @@ def test_bos_is_not_written_where_tokenizing_adds_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", NOT_SIMPLE)
-def test_where_fixed_texts_do_not_do_there_is_no_template(tokenizer, tmp_path, name):
+def test_complex_templates_are_omitted_with_a_note(tokenizer, tmp_path, name):
     tokenizer = with_template(tokenizer, NOT_SIMPLE[name])
-    assert find_wraps(tokenizer) is None
+    assert extract_chat_format(tokenizer) is None
     path, notes = write_modelfile(tmp_path / "model.gguf", tokenizer)
     assert [instruction for instruction, _ in parse(path.read_text())] == ["FROM"]
     assert "Ollama" in notes[0]
 
 
-def test_an_adapter_names_its_base(tokenizer, tmp_path):
+def test_adapter_names_its_base(tokenizer, tmp_path):
     path, _ = write_modelfile(
         tmp_path / "lora.gguf", with_template(tokenizer, TEMPLATES["chatml"]), "base.gguf"
     )
@@ -175,14 +177,14 @@ def test_an_adapter_names_its_base(tokenizer, tmp_path):
     assert found[:2] == [("FROM", "./base.gguf"), ("ADAPTER", "./lora.gguf")]
 
 
-def test_a_modelfile_that_is_there_stays(tokenizer, tmp_path):
+def test_existing_modelfile_is_kept(tokenizer, tmp_path):
     (tmp_path / "model.gguf.Modelfile").write_text("FROM mine\n")
     path, notes = write_modelfile(tmp_path / "model.gguf", tokenizer)
     assert path.read_text() == "FROM mine\n"
-    assert "left as it was" in notes[0]
+    assert "was not changed" in notes[0]
 
 
-def test_the_commands_write_it(tmp_path, capsys):
+def test_export_writes_a_modelfile(tmp_path, capsys):
     pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
     base = save(tmp_path / "base", *build("llama", num_hidden_layers=1))
     where = ["--model", str(base), "--output", str(tmp_path / "model.gguf")]
@@ -190,4 +192,4 @@ def test_the_commands_write_it(tmp_path, capsys):
     assert "model.gguf.Modelfile" in capsys.readouterr().out
     assert parse(Path(tmp_path / "model.gguf.Modelfile").read_text())[0] == ("FROM", "./model.gguf")
     assert main(["export", "gguf", *where, "--overwrite"]) == 0
-    assert "left as it was" in capsys.readouterr().out
+    assert "was not changed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`nalora export peft` and `export mlx --from-peft`: transformers + PEFT compute what mlx does, both ways."""
+"""`nalora export peft` and `export mlx --from-peft`: transformers + PEFT give the same logits as mlx."""
 
 import json
 import shutil
@@ -20,20 +20,20 @@ from tests.interop.gguf_models import PROMPT, build, logits, save
 torch = pytest.importorskip("torch", reason="needs PyTorch: see CONTRIBUTING.md")
 peft = pytest.importorskip("peft", reason="needs PEFT: see CONTRIBUTING.md")
 
-# What a config must say so that both libraries take the same form of GELU, and tokens that are in the vocabulary.
+# Config changes for transformers: special tokens inside the vocabulary, and the same GELU as mlx-lm.
 TOKENS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-ALSO = {
+CONFIG_CHANGES = {
     "gemma": {"hidden_act": "gelu_python"},
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3_text": {"query_pre_attn_scalar": 32},
     "starcoder2": {"hidden_act": "gelu"},
 }
-# Names of an expert's projections in transformers; mlx-lm stacks all experts of a layer in one tensor.
+# Names of an expert's projections in transformers. mlx-lm stacks all experts of a layer in one tensor.
 EXPERTS = {
     "mixtral": ("block_sparse_moe", {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}),
     "qwen3_moe": ("mlp", {name: name for name in ("gate_proj", "down_proj", "up_proj")}),
 }
-# Adapters of experts have no form in PEFT.
+# PEFT has no adapters of experts.
 KEYS = {
     "mixtral": ("self_attn.q_proj", "self_attn.o_proj"),
     "qwen3_moe": ("self_attn.q_proj", "self_attn.v_proj"),
@@ -56,7 +56,7 @@ def export(format, base, adapter, output, *flags):
 
 
 def reference(base, tmp_path):
-    """The base model in transformers, from its weights as transformers names them."""
+    """Load the base model in transformers, with its weights renamed and experts unstacked."""
     from transformers import AutoModelForCausalLM
 
     model_type = json.loads((base / "config.json").read_text())["model_type"]
@@ -82,9 +82,9 @@ def torch_logits(model):
 
 
 def prepare(tmp_path, model_type, attach=adapt, **settings):
-    """A base model and an adapter that matters: (base, adapter, logits of the base, of base + adapter)."""
+    """Create a base and an adapter; return their directories and the logits of base and base + adapter."""
     changes = settings.pop("changes", {})
-    model, config = build(model_type, **TOKENS | ALSO.get(model_type, {}) | changes)
+    model, config = build(model_type, **TOKENS | CONFIG_CHANGES.get(model_type, {}) | changes)
     base = save(tmp_path / "base", model, config)
     plain = logits(model)
     attach(model, NALoRAConfig(**{"num_layers": -1, "rank": 4, "scale": 3.0} | settings))
@@ -97,7 +97,7 @@ def prepare(tmp_path, model_type, attach=adapt, **settings):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_transformers_and_peft_compute_the_same_logits(tmp_path, model_type):
+def test_peft_gives_the_same_logits(tmp_path, model_type):
     base, adapter, plain, tuned = prepare(tmp_path, model_type, keys=KEYS.get(model_type))
     assert export("peft", base, adapter, tmp_path / "peft") == 0
     theirs = reference(base, tmp_path)
@@ -106,7 +106,7 @@ def test_transformers_and_peft_compute_the_same_logits(tmp_path, model_type):
     np.testing.assert_allclose(torch_logits(theirs), tuned, rtol=0, atol=TOLERANCE)
 
 
-# --- other adapters ----------------------------------------------------------------------------------
+# --- both directions ---------------------------------------------------------------------------------
 
 UNTIED = {"tie_word_embeddings": False}
 WITH_HEAD = ("self_attn.q_proj", "mlp.down_proj", "model.embed_tokens", "lm_head")
@@ -119,15 +119,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back(tmp_path, case):
+def test_round_trip(tmp_path, case):
     attach, settings = CASES[case]
     base, adapter, _, tuned = prepare(tmp_path, "llama", attach, **settings)
-    if attach is adapt_dora:  # a magnitude that training has moved
+    if attach is adapt_dora:  # magnitudes as after training
         adapter, tuned = move_magnitudes(tmp_path, base, adapter)
     assert export("peft", base, adapter, tmp_path / "peft") == 0
     theirs = peft.PeftModel.from_pretrained(reference(base, tmp_path), tmp_path / "peft")
     np.testing.assert_allclose(torch_logits(theirs), tuned, rtol=0, atol=TOLERANCE)
-    # What PEFT itself saves comes back the same.
+    # An adapter saved by PEFT converts back to the same logits.
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     assert export("mlx", base, None, tmp_path / "back", "--from-peft", tmp_path / "theirs") == 0
     back, _ = load(str(base))
@@ -151,8 +151,8 @@ def move_magnitudes(tmp_path, base, adapter):
     return moved, logits(model)
 
 
-def test_a_peft_adapter_with_every_pattern_becomes_one_of_mlx(tmp_path):
-    """Ranks and alphas by pattern, and rank-stabilized scaling: PEFT trains it, both compute the same."""
+def test_patterns_and_rslora_are_converted(tmp_path):
+    """rank_pattern, alpha_pattern and rank-stabilized scaling give the same logits in PEFT and mlx-lm."""
     base = save(tmp_path / "base", *build("llama", **TOKENS))
     config = peft.LoraConfig(
         r=4,
@@ -170,9 +170,9 @@ def test_a_peft_adapter_with_every_pattern_becomes_one_of_mlx(tmp_path):
             parameter.data = 0.1 * torch.randn_like(parameter)
     theirs.eval()
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    want = torch_logits(theirs)
+    expected = torch_logits(theirs)
     assert export("mlx", base, None, tmp_path / "back", "--from-peft", tmp_path / "theirs") == 0
     back, _ = load(str(base), adapter_path=str(tmp_path / "back"))
     plain, _ = load(str(base))
-    np.testing.assert_allclose(logits(back), want, rtol=0, atol=TOLERANCE)
-    assert np.abs(logits(plain) - want).max() > 100 * TOLERANCE
+    np.testing.assert_allclose(logits(back), expected, rtol=0, atol=TOLERANCE)
+    assert np.abs(logits(plain) - expected).max() > 100 * TOLERANCE

@@ -1,4 +1,4 @@
-"""Rows packed into one sequence train as rows of their own do, or are refused."""
+"""Packed rows train exactly like separate rows, or packing is an error."""
 
 from itertools import chain, islice
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from nalora_mlx.adapters.attach import adapt
-from nalora_mlx.adapters.forward_pass import recomputed
+from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.data.batches import batches_per_epoch, collate, collate_packs, pack_shapes, training_batches
 from nalora_mlx.data.packing import epoch_packs
@@ -24,66 +24,66 @@ from nalora_mlx.training.step import TrainingStep
 from tests.adapters.test_zoo import build
 from tests.conftest import build_examples, random_adapters
 
-# Full attention and windows, latent attention, experts, fused projections, sinks.
-ISOLATED = ["llama", "qwen3", "phi3", "gemma3_text", "cohere2", "olmo2", "mixtral", "deepseek_v3", "gpt_oss"]
-REFUSED = {
+# Full and sliding-window attention, latent attention, experts, joint projections, attention sinks.
+PACKABLE = ["llama", "qwen3", "phi3", "gemma3_text", "cohere2", "olmo2", "mixtral", "deepseek_v3", "gpt_oss"]
+NOT_PACKABLE = {
     "mamba": r"keep more of earlier positions than keys and values \(ArraysCache\)",
     "lfm2": r"keep more of earlier positions .* \(ArraysCache\)",
     "deepseek_v32": r"keep more of earlier positions .* \(CacheList\)",
-    "gemma2": "something else after another row than alone",  # takes one mask for all sequences
-    "gpt2": "something else after another row than alone",
-    "phi3small": "something else after another row than alone",
-    "iquestloopcoder": "something else after another row than alone",
+    "gemma2": "outputs change when another row precedes it",  # uses one mask for all sequences
+    "gpt2": "outputs change when another row precedes it",
+    "phi3small": "outputs change when another row precedes it",
+    "iquestloopcoder": "outputs change when another row precedes it",
     "gemma3n": "does not take a packed sequence .*keys_and_values",
 }
 
 
-def why_not(model, length=64):
+def packing_error_of(model, length=64):
     head = find_output_head(model)
     return packing_error(model, head.hidden if head else model, length)
 
 
-@pytest.mark.parametrize("name", ISOLATED)
+@pytest.mark.parametrize("name", PACKABLE)
 def test_packed_and_unpacked_training_are_equal(name):
-    """Loss, every gradient and everything that the importance is made of, row by row and all in two sequences."""
+    """Loss, gradients and importance statistics, for one row at a time and for all rows in two sequences."""
     model = build(name)
-    assert why_not(model) is None
+    assert packing_error_of(model) is None
     report = adapt(model, NALoRAConfig(num_layers=-1, rank=2, scale=2.0))
     random_adapters(model, size=0.05)
     examples = build_examples(5, seed=4, low=5, high=14)
     length = padded_length(examples) + 2 * PAD_TO
     packed = collate_packs(examples, [[3, 0], [1, 4, 2]], length)
-    assert packed.tokens == sum(int(e.loss_mask.sum()) for e in examples)
+    assert packed.supervised_tokens == sum(int(e.loss_mask.sum()) for e in examples)
     captured = []
     step = TrainingStep(model, optim.SGD(1.0), report.config, compiled=False)
-    step._update = lambda gradients, seen: captured.append(
-        {k: np.array(a) for k, a in tree_flatten((gradients, seen))}
+    step._update = lambda window: captured.append(
+        {k: np.array(a) for k, a in tree_flatten(window) if a is not None}
     )
     model.train()
-    got, _ = step(packed, packed.tokens, None, True)
-    want, carry = 0.0, None
+    got, _ = step(packed, packed.supervised_tokens, None, True)
+    want, accumulated = 0.0, None
     for row in range(5):
-        total, carry = step(collate(examples, [row]), packed.tokens, carry, row == 4)
+        total, accumulated = step(collate(examples, [row]), packed.supervised_tokens, accumulated, row == 4)
         want += total.item()
     assert got.item() == pytest.approx(want, rel=1e-5)
     in_one, alone = captured
     assert in_one.keys() == alone.keys()
     largest = max(np.abs(a).max() for k, a in alone.items() if k.startswith("0."))
     for path, a in alone.items():
-        # a gradient relative to the largest one of the model, as float32 leaves no more of the small ones
+        # Gradients are compared relative to the model's largest one, which bounds the accuracy of the small ones.
         size = largest if path.startswith("0.") else np.abs(a).max()
         assert np.abs(in_one[path] - a).max() <= 1e-5 * size, path
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_what_cannot_be_isolated_is_refused(name):
+@pytest.mark.parametrize("name", sorted(NOT_PACKABLE))
+def test_models_that_cannot_keep_rows_apart_are_an_error(name):
     import re
 
-    assert re.search(REFUSED[name], why_not(build(name)) or "no refusal")
+    assert re.search(NOT_PACKABLE[name], packing_error_of(build(name)) or "no error")
 
 
-def test_a_faint_leak_is_found():
-    """One layer of three that mixes neighbours, and little of them."""
+def test_a_small_leak_is_detected():
+    """One layer of three adds a little of the previous position."""
 
     class Mixing(nn.Module):
         def __init__(self, inner):
@@ -94,14 +94,14 @@ def test_a_faint_leak_is_found():
             return self.inner(x + 0.05 * mx.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0)]))
 
     model = build("llama")
-    assert why_not(model) is None
+    assert packing_error_of(model) is None
     layer = model.model.layers[1]
     layer.mlp = Mixing(layer.mlp)
-    assert "alone" in why_not(model)
+    assert "another row precedes it" in packing_error_of(model)
 
 
-def test_positions_are_tried_up_to_the_length():
-    """A model whose attention changes far from the start is refused for long sequences only."""
+def test_positions_are_checked_up_to_the_length():
+    """A model whose attention changes after position 100 is an error for longer sequences only."""
 
     class Late(nn.Module):
         def __init__(self, inner):
@@ -115,21 +115,21 @@ def test_positions_are_tried_up_to_the_length():
     model = build("llama")
     for layer in model.model.layers:
         layer.self_attn = Late(layer.self_attn)
-    assert why_not(model, 100) is None
-    assert "alone" in why_not(model, 120)
+    assert packing_error_of(model, 100) is None
+    assert "another row precedes it" in packing_error_of(model, 120)
 
 
-def test_trying_takes_no_more_memory_than_training():
-    """Not the scores of whole sequences, which attention without gradients would hold."""
+def test_the_check_needs_no_more_memory_than_training():
+    """Attention must not hold the scores of whole sequences, as MLX's own does without gradients."""
     model = build("llama")
     length, heads = 2048, model.args.num_attention_heads
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    assert why_not(model, length) is None
+    assert packing_error_of(model, length) is None
     assert mx.get_peak_memory() - before < 2 * heads * length**2 * 4
 
 
-def test_the_mask_is_blocks_of_causal_ones():
+def test_the_mask_is_block_diagonal_and_causal():
     segments = [1, 1, 1, 2, 2, 0]
     cache = PackedCache(mx.array([segments]))
     mask = np.array(cache.make_mask(6))[0, 0]
@@ -153,8 +153,8 @@ def test_compiled_checkpointed_and_eager_agree():
         step = TrainingStep(model, optim.SGD(0.1), config, compiled)
         model.train()
         for _ in range(2):
-            with recomputed(list(model.layers) if checkpointing else []):
-                total, _ = step(packed, packed.tokens, None, True)
+            with recompute_activations(list(model.layers) if checkpointing else []):
+                total, _ = step(packed, packed.supervised_tokens, None, True)
             mx.eval(step.state, total)
         found.append({k: np.array(a) for k, a in tree_flatten(model.trainable_parameters())})
     for other in found[1:]:
@@ -183,13 +183,13 @@ def test_an_epoch_of_packs_holds_every_row_once(lengths, batch_size, seed, epoch
     length = padded_length(examples)
     filled = [sum(examples[row].inputs for row in pack) for pack in packs]
     assert max(filled) <= length
-    # No two packs would go into one.
+    # No two packs fit into one.
     assert len(filled) < 2 or sum(sorted(filled)[:2]) > length
     first = next(training_batches(examples, batch_size, seed, packing=True))
     assert first.inputs.shape == (len(epoch_packs(examples, batch_size, seed, 0)[0]), length)
 
 
-def test_a_packed_sequence_is_its_rows_one_after_the_other():
+def test_a_packed_sequence_concatenates_its_rows():
     examples = build_examples(3, low=4, high=9)
     batch = collate_packs(examples, [[2, 0], [1]], 24)
     for i, rows in enumerate([[2, 0], [1]]):
@@ -212,12 +212,12 @@ def test_packs_are_full_and_differ_from_epoch_to_epoch():
     packs = [pack for batch in epochs[0] for pack in batch]
     assert sum(lengths - 1) / (len(packs) * padded_length(examples)) > 0.97
     assert len(epochs[0]) == len(epochs[1])
-    # The longest rows meet the same others again; the batches that packs fall into are others.
+    # The longest rows share packs with the same rows in every epoch, but batches differ.
     first, second = ({frozenset(chain.from_iterable(batch)) for batch in epoch} for epoch in epochs)
     assert not first & second
 
 
-def test_batches_of_packs_have_room_fitted_to_all_packs():
+def test_loss_capacities_are_fitted_to_all_packs():
     rng = np.random.default_rng(0)
     examples = [
         Example(np.ones(n, np.int32), np.arange(n) >= n - m, "")
@@ -228,13 +228,12 @@ def test_batches_of_packs_have_room_fitted_to_all_packs():
     shapes = pack_shapes(examples, packs, length)
     batches = list(islice(training_batches(examples, 2, 7, packing=True), 30))
     for batch in batches:
-        assert batch.loss_capacity == shapes.loss_capacity(batch.tokens, len(batch.inputs), length)
-    assert (
-        len({batch.loss_capacity for batch in batches}) <= 3
-    )  # of whole batches, one in the last place, and one beyond
+        assert batch.loss_capacity == shapes.loss_capacity(batch.supervised_tokens, len(batch.inputs), length)
+    # One of whole batches, one of the last batch, and one for a batch with more supervised tokens.
+    assert len({batch.loss_capacity for batch in batches}) <= 3
 
 
-def test_a_stream_can_be_taken_up_anywhere():
+def test_a_stream_of_batches_can_start_anywhere():
     examples = build_examples(13)
     for packing in (False, True):
         whole = training_batches(examples, 2, 7, packing)

@@ -1,4 +1,4 @@
-"""Compile kernels for their lanes; what was compiled once is found again by the hash of its text."""
+"""Compilation of kernels, cached by a hash of the source."""
 
 import ctypes
 import functools
@@ -23,9 +23,9 @@ KERNEL_FLAGS = [
     "-fno-strict-aliasing",
     "-ffp-contract=off",
     "-fexcess-precision=16",  # half rounds after every operation
-    "-ftrivial-auto-var-init=pattern",  # registers hold nothing useful at first
-    "-fstack-clash-protection",  # a large frame does not step over the guard of its stack
-    "-U_FORTIFY_SOURCE",  # which some systems set, and which watches jumps between stacks
+    "-ftrivial-auto-var-init=pattern",  # uninitialized variables hold nothing useful
+    "-fstack-clash-protection",  # large frames do not skip the stack's guard page
+    "-U_FORTIFY_SOURCE",  # set on some systems; breaks jumps between stacks
     "-Wno-attributes",
     "-Werror=double-promotion",  # Metal has no double
     "-Werror=return-type",
@@ -42,7 +42,7 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread", "-g"],
 }
 RUNTIME_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-pthread", "-U_FORTIFY_SOURCE"]
-RUNTIME = {  # sources, and their flags
+RUNTIME = {  # lane -> (sources, flags)
     "guarded": (["guarded.cc", "fibers.cc"], []),
     "address": (["program.cc", "fibers.cc"], ["-fsanitize=address", "-g"]),
     "thread": (["program.cc", "threads.cc"], ["-fsanitize=thread", "-g"]),
@@ -51,32 +51,32 @@ CLANG = ["clang++", *(f"clang++-{version}" for version in range(30, 13, -1))]
 
 
 class MSLError(Exception):
-    """A kernel that breaks a rule of Metal, does not compile, or did what it may not while it ran."""
+    """Raised if a kernel breaks a rule of Metal, does not compile, or does something invalid when it runs."""
 
 
 @functools.cache
 def cache() -> Path:
-    """Where compiled kernels are: $MSL_CACHE, or a directory of this user for temporary files."""
+    """Return the directory of compiled kernels: $MSL_CACHE, or this user's directory for temporary files."""
     own = Path(tempfile.gettempdir(), f"nalora-msl-{os.getuid()}")
     path = Path(os.environ.get("MSL_CACHE", own))
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.stat().st_uid != os.getuid():
-        raise MSLError(f"{path} belongs to somebody else; set MSL_CACHE to a directory of your own")
+        raise MSLError(f"{path} belongs to another user; set MSL_CACHE to a directory of yours")
     return path
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without a preloaded library, which sanitizers do not bear."""
+    """Return the environment without LD_PRELOAD, which sanitizers do not support."""
     return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
 def compiler() -> list[str]:
-    """$MSL_CXX, or g++."""
+    """Return the command of the compiler, $MSL_CXX or g++."""
     return os.environ.get("MSL_CXX", "g++").split()
 
 
 def compiled(text: str, flags: Sequence[str], suffix: str, after: Sequence[str] = ()) -> Path:
-    """The file that the compiler makes of a text, or the one that it made before."""
+    """Compile a source text, or find it in the cache, and return the resulting file."""
     headers = [(HERE / name).read_text() for name in HEADERS]
     key = repr((text, list(flags), list(after), compiler(), headers))
     target = cache() / (hashlib.sha256(key.encode()).hexdigest()[:24] + suffix)
@@ -94,7 +94,7 @@ def compiled(text: str, flags: Sequence[str], suffix: str, after: Sequence[str] 
 
 
 def errors(report: str, text: str) -> str:
-    """The errors that a compiler reports, each with its line of the kernel."""
+    """Return the errors in a compiler's report, each followed by the kernel line that it names."""
     lines = text.partition('#line 1 "kernel.metal"\n')[2].splitlines()
     found = []
     for line in report.splitlines():
@@ -108,7 +108,7 @@ def errors(report: str, text: str) -> str:
 
 @functools.cache
 def runtime(lane: str) -> list[str]:
-    """The objects of a lane's runtime."""
+    """Return the object files of a lane's runtime."""
     sources, flags = RUNTIME[lane]
     flags = [*RUNTIME_FLAGS, *flags, "-c"]
     return [str(compiled((HERE / name).read_text(), flags, ".o")) for name in sources]
@@ -116,19 +116,23 @@ def runtime(lane: str) -> list[str]:
 
 @functools.cache
 def guarded_runtime() -> ctypes.CDLL:
-    """The runtime of the guarded lane, whose names the kernels' objects find."""
+    """Load the runtime of the guarded lane, with its symbols visible to the kernels' shared objects."""
     library = compiled("", ["-shared", "-fPIC", "-pthread"], ".so", after=runtime("guarded"))
     return ctypes.PyDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 @functools.cache
 def build(source: str, lane: str, rough: bool = False) -> Path:
-    """Compile a kernel's text: a shared object for the guarded lane, a program for the others."""
+    """Compile a kernel to a shared object (guarded lane) or a program (other lanes).
+
+    Raises:
+        MSLError: the source breaks a rule of Metal or does not compile.
+    """
     found = translate.violations(source)
     if found:
         raise MSLError("Metal would reject the kernel:\n" + "\n".join(found))
     text, flags = translate.program(source), [*KERNEL_FLAGS, *SANITIZERS[lane], *["-DMSL_ROUGH"] * rough]
-    if lane == "guarded":  # guarded.cc stands in for the sanitizer's library, which stays out of this process
+    if lane == "guarded":  # guarded.cc replaces the sanitizer's library in this process
         return compiled(text, [*flags, "-shared", "-nodefaultlibs"], ".so", after=["-lm"])
     return compiled(text, [*flags, "-pthread"], "", after=runtime(lane))
 
@@ -141,7 +145,7 @@ def loaded(library: Path) -> ctypes.CDLL:
 
 @functools.cache
 def fixed_addresses() -> list[str]:
-    """What starts a program without random addresses, which older sanitizers need on newer kernels."""
+    """Return the command prefix that disables address randomization; older sanitizers need it on newer Linux."""
     command = ["setarch", "-R"]
     if not shutil.which(command[0]):
         return []
@@ -150,11 +154,11 @@ def fixed_addresses() -> list[str]:
 
 @functools.cache
 def unavailable(lane: str) -> str:
-    """Why a lane ("spaces" for `check_address_spaces`) cannot run on this machine, or ''."""
+    """Return why a lane (or "spaces", for `check_address_spaces`) cannot run on this machine, or ''."""
     if lane == "spaces":
-        return "" if clang() else "no clang++ is installed, which knows address spaces"
+        return "" if clang() else "no clang++ is installed; it is needed to check address spaces"
     if sys.platform != "linux":
-        return "Metal kernels run on the CPU on Linux only"
+        return "Metal kernels run on a CPU only on Linux"
     flags = [*KERNEL_FLAGS, *SANITIZERS[lane]]
     try:
         if lane == "guarded":
@@ -169,18 +173,18 @@ def unavailable(lane: str) -> str:
 
 @functools.cache
 def clang() -> str:
-    """A clang++, or ''."""
+    """Return the name of an installed clang++, or ''."""
     return next((name for name in CLANG if shutil.which(name)), "")
 
 
 def check_address_spaces(source: str) -> str:
-    """'' or the errors of clang, to which the address spaces are types, and of the rules of Metal."""
+    """Return violations of Metal's rules, or clang's errors with address spaces as part of types, or ''."""
     found = translate.violations(source)
     if found:
         return "\n".join(found)
     if not clang():
         raise MSLError("no clang++ to check address spaces with")
-    # The target is one whose _Float16 every clang knows; no header of it is needed.
+    # Every clang supports _Float16 for this target. None of its headers are needed.
     target = ["-target", "aarch64-linux-gnu", "-ffreestanding", "-nostdinc", "-fsyntax-only"]
     warnings = ["-Wno-unknown-attributes", "-Wno-c++17-extensions"]
     command = [clang(), *target, "-std=c++14", "-DMSL_SYNTAX", f"-I{HERE}", *warnings, "-x", "c++", "-"]

@@ -1,4 +1,4 @@
-// The threads of a threadgroup as fibers of one real thread, in a chosen order: every run is the same.
+// Runs the threads of a threadgroup as fibers of one real thread, in a chosen order, so that runs are deterministic.
 #include <sys/mman.h>
 #include <unistd.h>
 #include <ucontext.h>
@@ -14,7 +14,7 @@ struct Fiber {
   ucontext_t context;
   void* stack = nullptr;
   State state = READY;
-  int line = 0;  // of the barrier or exchange where it waits
+  int line = 0;  // of the barrier or simd function where it waits
 };
 
 constexpr size_t STACK = 128 << 10;
@@ -58,7 +58,7 @@ void wait(State state, int line) {
   swapcontext(&fiber.context, &scheduler);
 }
 
-// Whether the threads begin .. end-1 all wait in this state at one line; then they go on.
+// If the threads begin .. end-1 all wait in this state at the same line, make them ready. Returns whether they do.
 bool release(State state, uint begin, uint end) {
   for (uint i = begin; i < end; ++i)
     if (fibers[i].state != state || fibers[i].line != fibers[begin].line) return false;
@@ -76,7 +76,7 @@ bool release_any() {
 
 [[noreturn]] void stuck() {
   std::string message;
-  for (uint i = 0; i < group.count; ++i) {  // the first thread in each place speaks for the others
+  for (uint i = 0; i < group.count; ++i) {  // report the first thread at each place
     const Fiber& fiber = fibers[i];
     const std::string place = fiber.state == DONE         ? " has returned"
                               : fiber.state == AT_BARRIER ? " is at the barrier of line " + std::to_string(fiber.line)

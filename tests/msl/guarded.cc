@@ -1,5 +1,5 @@
 // The guarded lane: a shared object in the caller's process. Every array lies between unreadable pages, inputs are
-// read-only, what a kernel should write holds NaN before, and undefined behaviour traps with its line.
+// read-only, outputs are filled with NaN before, and undefined behaviour traps and reports its line.
 #include <csetjmp>
 #include <csignal>
 #include <cstdio>
@@ -12,13 +12,13 @@ namespace msl {
 namespace {
 
 const size_t PAGE = size_t(sysconf(_SC_PAGESIZE));
-constexpr size_t GUARD = size_t(16) << 30;  // the reach of a wrapped 32-bit index into floats; costs no memory
+constexpr size_t GUARD = size_t(16) << 30;  // covers a wrapped 32-bit index into floats; uses no memory
 
 struct Region {
   std::string name;
   size_t size;
   bool output;
-  char *base, *low, *high;  // the reservation, and its readable pages low .. high-1
+  char *base, *low, *high;  // the reserved range, and its readable pages low .. high-1
   char* data;
 };
 
@@ -53,7 +53,7 @@ std::string place(const char* address) {
   return "an address outside of all arrays";
 }
 
-// What a kernel wrote into the rest of its pages.
+// Detect writes outside an array but inside its pages.
 void check_canaries() {
   for (const Region& region : regions) {
     if (!region.output) continue;
@@ -71,7 +71,7 @@ void on_signal(int signal, siginfo_t* info, void*) {
   siglongjmp(way_out, signal);
 }
 
-class Signals {  // ours while a kernel runs
+class Signals {  // installs our signal handlers while a kernel runs
  public:
   Signals() {
     stack_t own{};
@@ -110,18 +110,18 @@ char* new_array(const std::string& name, size_t size) {
 
 }  // namespace msl
 
-struct Buffer {  // lane.py has the same
+struct Buffer {  // CBuffer in kernel.py has the same layout
   void* host;
   uint64_t size;
   const char* name;
   int output;
 };
 
-// 0, or 1 with a message.
+// Returns 0, or 1 with a message in `error`.
 extern "C" int msl_run(msl::Call call, Buffer* buffers, int count, const uint* grid, const uint* group, int waits,
                        int order, int at_start, uint seconds, char* error, size_t error_size) {
   using namespace msl;
-  static std::vector<void*> data;  // static: nothing is lost when a fault jumps out
+  static std::vector<void*> data;  // static, so that nothing leaks when a fault jumps out
   message.clear();
   current = nullptr;
   const Signals signals;
@@ -141,7 +141,7 @@ extern "C" int msl_run(msl::Call call, Buffer* buffers, int count, const uint* g
     for (int i = 0; i < count; ++i)
       if (buffers[i].output) std::memcpy(buffers[i].host, data[i], buffers[i].size);
   } else if (signal == SIGALRM) {
-    message = "it still runs after " + std::to_string(seconds) + " seconds";
+    message = "still running after " + std::to_string(seconds) + " seconds";
   } else if (message.empty()) {
     message = "signal " + std::to_string(signal) + ": " + place(static_cast<const char*>(fault_address));
     if (current) message += ", " + position(*current);
@@ -152,7 +152,7 @@ extern "C" int msl_run(msl::Call call, Buffer* buffers, int count, const uint* g
   return !message.empty();
 }
 
-// What the undefined behaviour sanitizer calls; its first argument begins with the place in the source.
+// Handlers of the undefined behaviour sanitizer. Their first argument begins with the place in the source.
 namespace {
 struct Place {
   const char* file;

@@ -1,4 +1,4 @@
-// Where a thread is; the names are those that Metal gives. The runtime fills it, the kernel's unit reads it.
+// Position of a thread, under the names that Metal uses. Written by the runtime, read by the kernel's translation unit.
 #pragma once
 
 namespace msl {

@@ -1,4 +1,4 @@
-"""A traced kernel, and how it is run by each lane."""
+"""A traced kernel, and how each lane runs it."""
 
 import ctypes
 import re
@@ -17,14 +17,14 @@ from .build import MSLError, build, clean_environment, fixed_addresses, guarded_
 ORDERS = ("forward", "reverse", "shuffled")
 GUARDS = ("end", "start")
 WAYS = (("forward", "end"), ("reverse", "start"), ("shuffled", "end"))
-SECONDS = 300  # that a kernel may run
-# What is kept of a sanitizer's report: its verdict, and the frames that lie in the kernel.
+SECONDS = 300  # time limit of a kernel
+# Lines kept from a sanitizer's report: the verdict, and stack frames in the kernel.
 FAULT = re.compile(r"^msl:|(?:ERROR|WARNING): \w+Sanitizer|runtime error:|#\d+ .*kernel\.metal:\d+")
 FRAME = re.compile(r"(#\d+) .*(kernel\.metal:\d+).*")
 NUMPY = {
     mx.float32: np.float32,
     mx.float16: np.float16,
-    mx.bfloat16: np.uint16,  # its bits
+    mx.bfloat16: np.uint16,  # as bits
     mx.int32: np.int32,
     mx.uint32: np.uint32,
     mx.int64: np.int64,
@@ -37,17 +37,17 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Operand:
-    """An array that goes into a kernel or comes out of it."""
+    """An input or output array of a kernel."""
 
     name: str
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    extras: tuple[str, ...] = ()  # which of shape, strides, ndim the kernel also takes
+    extras: tuple[str, ...] = ()  # which of shape, strides and ndim the kernel uses
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A custom kernel of a traced function: the text that Metal would compile, and how it would be launched."""
+    """A custom kernel of a traced function: the source that Metal would compile, and its launch."""
 
     name: str
     source: str
@@ -65,18 +65,18 @@ class Kernel:
         lane: str = "guarded",
         rough: bool = False,
     ) -> list[np.ndarray]:
-        """Outputs of the kernel for these inputs, bfloat16 widened to float32.
+        """Run the kernel and return its outputs, with bfloat16 converted to float32.
 
         Args:
-            arrays: what the kernel itself takes, in the order of its `inputs`.
+            arrays: the kernel's inputs, in the order of `inputs`.
             order: in which threadgroups and threads run (in the thread lane: start), one of ORDERS.
             guard: whether arrays of the guarded lane "end" or "start" at an unreadable page. An array that ends there
-                is aligned to its elements only, as MLX aligns a slice.
-            lane: guarded, address or thread.
-            rough: let exp, tanh and their like miss by the ulps that Metal allows them.
+                is aligned to its elements only, as a slice is in MLX.
+            lane: "guarded", "address" or "thread".
+            rough: whether exp, tanh and similar functions have the errors that Metal allows.
 
         Raises:
-            MSLError: the text breaks a rule or does not compile, or the kernel did what it may not.
+            MSLError: the source breaks a rule or does not compile, or the kernel did something invalid.
         """
         buffers = self.buffers(arrays)
         path = build(self.source, lane, rough)
@@ -86,10 +86,10 @@ class Kernel:
         return [widened(array, operand.dtype) for array, operand in zip(outputs, self.outputs, strict=True)]
 
     def verified(self, arrays: Sequence[mx.array], *, rough: bool = False) -> list[np.ndarray]:
-        """Outputs of the guarded lane, if they are the same in every order and wholly written.
+        """Run the kernel in the guarded lane in every order, and return its outputs.
 
         Raises:
-            MSLError: as `run`; or an output depends on the order of threads, or has elements that were never written.
+            MSLError: as in `run`, or an output depends on the order of threads or was not completely written.
         """
         first, *others = (self.run(arrays, order=order, guard=guard, rough=rough) for order, guard in WAYS)
         for i, operand in enumerate(self.outputs):
@@ -102,14 +102,14 @@ class Kernel:
         return first
 
     def buffers(self, arrays: Sequence[mx.array]) -> list["Buffer"]:
-        """What is bound to the kernel, in the order of its signature."""
+        """Return the kernel's buffers, in the order of its signature."""
         if len(arrays) != len(self.inputs):
-            raise ValueError(f"{self.name} takes {len(self.inputs)} arrays, and was given {len(arrays)}")
+            raise ValueError(f"{self.name} takes {len(self.inputs)} arrays, got {len(arrays)}")
         found = []
         for array, operand in zip(arrays, self.inputs, strict=True):
             if array.shape != operand.shape or array.dtype != operand.dtype:
                 given = f"{array.dtype} {array.shape}"
-                raise ValueError(f"{operand.name} is {operand.dtype} {operand.shape}, and was given {given}")
+                raise ValueError(f"{operand.name} is {operand.dtype} {operand.shape}, got {given}")
             values = stored(array)
             found.append(Buffer(operand.name, values))
             extras = {
@@ -123,7 +123,7 @@ class Kernel:
         return found
 
     def run_guarded(self, path: Path, buffers: list["Buffer"], order: int, guard: int) -> None:
-        """Run in this process; outputs are written into their buffers."""
+        """Run the kernel in this process. It writes outputs into their buffers."""
         rows = (CBuffer * len(buffers))(*[buffer.c_row() for buffer in buffers])
         error = ctypes.create_string_buffer(1024)
         failed = guarded_runtime().msl_run(
@@ -143,7 +143,7 @@ class Kernel:
             raise self.error(error.value.decode())
 
     def run_program(self, path: Path, buffers: list["Buffer"], order: int, guard: int) -> None:
-        """Run as a program under a sanitizer; outputs are written into their buffers."""
+        """Run the kernel as a program under a sanitizer. Outputs are written into their buffers."""
         job = struct.pack("<8Q", *self.grid, *self.threadgroup, order, len(buffers))
         job += b"".join(buffer.packed() for buffer in buffers)
         options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
@@ -151,7 +151,7 @@ class Kernel:
         try:
             done = subprocess.run(command, input=job, capture_output=True, env=environment, timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            raise MSLError(f"{self.name}: it still runs after {SECONDS} seconds") from None
+            raise MSLError(f"{self.name}: still running after {SECONDS} seconds") from None
         if done.returncode:
             raise self.error(done.stderr.decode(errors="replace"))
         results = memoryview(done.stdout)
@@ -161,7 +161,7 @@ class Kernel:
                 results = results[buffer.array.nbytes :]
 
     def error(self, report: str) -> MSLError:
-        """A fault, with the line of the source that it names."""
+        """Return an error with the lines of a report that matter, and the source line that they name."""
         lines = report.splitlines()
         lines = [line for line in lines if FAULT.search(line)] or lines[:3]
         message = "\n".join(FRAME.sub(r"\1 \2", line.strip()) for line in lines)
@@ -171,7 +171,7 @@ class Kernel:
 
 
 class CBuffer(ctypes.Structure):
-    """One buffer as guarded.cc knows it."""
+    """A buffer in the layout of guarded.cc."""
 
     _fields_ = [
         ("host", ctypes.c_void_p),
@@ -183,7 +183,7 @@ class CBuffer(ctypes.Structure):
 
 @dataclass
 class Buffer:
-    """One buffer that is bound to a kernel."""
+    """A buffer that is bound to a kernel."""
 
     name: str
     array: np.ndarray
@@ -193,16 +193,16 @@ class Buffer:
         return CBuffer(self.array.ctypes.data, self.array.nbytes, self.name.encode(), self.is_output)
 
     def packed(self) -> bytes:
-        """The buffer as program.cc reads it."""
+        """Return the buffer in the format that program.cc reads."""
         name = self.name.encode()
         row = struct.pack("<Q", len(name)) + name + struct.pack("<2Q", self.array.nbytes, self.is_output)
         return row if self.is_output else row + self.array.tobytes()
 
 
 def poisoned(output: np.ndarray) -> np.ndarray:
-    """Which elements of an output of `run` were never written, or were made of such.
+    """Return which elements of an output were never written, or were computed from such elements.
 
-    They have all bits set: a NaN that arithmetic does not make, for integers the value -1 or the largest.
+    They have all bits set: a NaN that arithmetic does not produce, or for integers -1 or the largest value.
     """
     bits = output.view(f"u{output.itemsize}")
     found = bits == np.iinfo(bits.dtype).max
@@ -212,10 +212,10 @@ def poisoned(output: np.ndarray) -> np.ndarray:
 
 
 def stored(array: mx.array) -> np.ndarray:
-    """The array as it lies in memory; bfloat16 as its bits."""
+    """Return the array as it is stored in memory, with bfloat16 as bits."""
     return np.ascontiguousarray(np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array))
 
 
 def widened(array: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
-    """Bits of bfloat16 as float32; other arrays as they are."""
+    """Convert bfloat16 bits to float32; leave other arrays unchanged."""
     return (array.astype(np.uint32) << 16).view(np.float32) if dtype == mx.bfloat16 else array

@@ -1,20 +1,22 @@
-"""Run the text that MLX would hand to Metal on the CPU, over the whole grid, with every access watched.
+"""Run Metal kernels on a CPU over their whole grid, with every memory access checked.
 
-    (kernel,) = trace(call, *arrays)     # nothing is run, and MLX needs no Metal for it
-    outputs = kernel.verified(arrays)    # MSLError where the kernel does what it may not
+    (kernel,) = trace(call, *arrays)     # runs nothing, and needs no Metal
+    outputs = kernel.verified(arrays)    # raises MSLError if the kernel does something invalid
 
-Three lanes run a kernel:
+The kernel source is the text that MLX would pass to Metal, compiled as C++. There are three lanes, that is, ways to run
+it:
 
-guarded  in this process: unreadable pages at both sides of each array, NaN in all that is to be written, undefined
-         behaviour trapped, and threads as fibers, in three orders
-address  a program under the address sanitizer: the same, with the line of a bad access
-thread   a program with real threads under the thread sanitizer: races that no order shows
+guarded  in this process. Unreadable pages surround each array, outputs are filled with NaN before, undefined behaviour
+         traps, and threads run as fibers, in three orders.
+address  as a program under the address sanitizer, which reports the line of a bad access.
+thread   as a program with real threads under the thread sanitizer, which finds races that no order reveals.
 
-and `check_address_spaces` asks clang what Metal says of address spaces. All lanes hold the text to rules of Metal that
-no C++ compiler knows (translate.py). They prove arithmetic, indices, bounds and barriers; not that Apple's compiler
-takes the text, nor its speed.
+In addition, `check_address_spaces` compiles the kernel with clang, where address spaces are part of the types as in
+Metal. Before any of that, translate.py checks rules of Metal that no C++ compiler knows. Together, they check
+arithmetic, indices, bounds and barriers. They do not prove that Apple's compiler accepts the source, nor its speed.
 
-$MSL_CACHE is where compiled kernels are kept (or a directory for temporary files), $MSL_CXX the compiler (or g++).
+Environment variables: MSL_CACHE, the directory of compiled kernels (default: one for temporary files); MSL_CXX, the
+compiler (default: g++).
 """
 
 import os
@@ -41,6 +43,7 @@ __all__ = [
     "emulated",
     "poisoned",
     "require",
+    "slow_except",
     "trace",
     "unavailable",
 ]
@@ -58,34 +61,34 @@ ELEMENTWISE = """
 
 
 def trace(fn: Callable, *arrays: mx.array) -> list[Kernel]:
-    """Every custom kernel that fn(*arrays) reaches, in order; nothing is run.
+    """Return all custom kernels that fn(*arrays) would run, in order, without running anything.
 
-    A graph with mx.custom_function or mx.checkpoint in it cannot be exported: trace the call of the kernel itself.
+    A graph that contains mx.custom_function or mx.checkpoint cannot be exported; trace the kernel call itself instead.
     """
     nodes: list[dict] = []
     mx.export_function(nodes.append, fn, *arrays)
-    return [kernel_of(node) for node in nodes if node.get("name") == "CustomKernel"]
+    return [to_kernel(node) for node in nodes if node.get("name") == "CustomKernel"]
 
 
-def kernel_of(node: dict) -> Kernel:
-    """The kernel of an exported node."""
+def to_kernel(node: dict) -> Kernel:
+    """Return the kernel of an exported graph node."""
     name, source, *sizes, extras = node["arguments"][:9]
     _, parameters = translate.signature(source)
     names = iter(p.name for p in parameters if p.attribute.startswith("buffer"))
     inputs = []
-    for (_, shape, dtype), wanted in zip(node["inputs"], extras, strict=True):
-        taken = tuple(extra for extra, want in zip(EXTRAS, wanted, strict=True) if want and shape)
-        inputs.append(Operand(next(names), shape, dtype, taken))
-        for _ in taken:
+    for (_, shape, dtype), flags in zip(node["inputs"], extras, strict=True):
+        used = tuple(extra for extra, flag in zip(EXTRAS, flags, strict=True) if flag and shape)
+        inputs.append(Operand(next(names), shape, dtype, used))
+        for _ in used:
             next(names)
     outputs = [Operand(next(names), shape, dtype) for _, shape, dtype in node["outputs"]]
     return Kernel(name, source, tuple(sizes[:3]), tuple(sizes[3:]), tuple(inputs), tuple(outputs))
 
 
 def emulated(kernel: Callable) -> Callable:
-    """The same call as an mx.fast.metal_kernel, but run by the guarded lane, so that the code around it runs too.
+    """Return a function that is called like the given mx.fast.metal_kernel, but runs in the guarded lane.
 
-    Its inputs are evaluated: it works under mx.vjp and mx.grad, and not under mx.compile.
+    It evaluates its inputs, so it works under mx.vjp and mx.grad, but not under mx.compile.
     """
 
     def call(*, inputs: Sequence[mx.array], **launch: Any) -> list[mx.array]:
@@ -97,7 +100,7 @@ def emulated(kernel: Callable) -> Callable:
 
 
 def elementwise(header: str, expression: str, x: np.ndarray) -> np.ndarray:
-    """An expression in the float `x`, with the functions of a header, for every element of float32 x, as float32."""
+    """Evaluate a Metal expression of the float `x`, which may call functions of a header, for every element of x."""
     values = np.ascontiguousarray(x, np.float32).reshape(-1)
     count = values.size
     kernel = Kernel(
@@ -112,14 +115,23 @@ def elementwise(header: str, expression: str, x: np.ndarray) -> np.ndarray:
 
 
 def build_all(kernels: Iterable[Kernel], lane: str = "guarded") -> None:
-    """Compile many kernels at once; `run` finds them compiled."""
+    """Compile kernels in parallel, so that `run` finds them compiled."""
     sources = dict.fromkeys(kernel.source for kernel in kernels)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda source: build(source, lane), sources))
 
 
+def slow_except(cases: Iterable[Any], always: Callable[[Any], bool]) -> list[Any]:
+    """Return cases for pytest.mark.parametrize, with all marked slow except those that should always run."""
+    return [case if always(case) else pytest.param(*_values(case), marks=pytest.mark.slow) for case in cases]
+
+
+def _values(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)
+
+
 def require(lane: str) -> None:
-    """Skip the test that calls this where a lane cannot run; on Linux under CI, which has the compilers, fail it."""
+    """Skip the calling test if a lane is unavailable. On Linux under CI, which has the compilers, fail it."""
     if reason := unavailable(lane):
         if sys.platform == "linux" and os.environ.get("CI") == "true":
             pytest.fail(reason)

@@ -1,4 +1,4 @@
-// A kernel over its grid: threadgroups, the positions of their threads, and what the threads share.
+// Launching a kernel over its grid: threadgroups, positions of their threads, and memory that the threads share.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -16,16 +16,16 @@ namespace msl {
 
 enum Order { FORWARD, REVERSE, SHUFFLED };
 constexpr uint SIMD_WIDTH = 32;
-constexpr size_t SLOT = 16;  // bytes that a lane can give to its simdgroup
+constexpr size_t SLOT = 16;  // bytes that a simd lane can exchange
 constexpr size_t THREADGROUP_LIMIT = 32768;
 constexpr uint THREADS_LIMIT = 1024;
 
-// The kernel's unit (translate.py writes it).
+// The kernel for one thread; its translation unit is written by translate.py.
 typedef void (*Call)(void** buffers, const Ids* ids);
 
-// Leave the kernel with a message; each lane has its way out.
+// Abort the kernel with a message. Defined by each lane.
 [[noreturn]] void fail(const std::string& message);
-// Memory of a threadgroup array, never given back; each lane guards it in its way.
+// Allocate a threadgroup array, which is never freed. Defined by each lane, which guards it in its way.
 char* new_array(const std::string& name, size_t size);
 
 struct Array {
@@ -37,7 +37,7 @@ struct Array {
 struct Group {
   uint count = 0;             // threads
   std::vector<Array> arrays;  // in threadgroup memory
-  std::vector<char> slots;    // [simdgroup, 2, SIMD_WIDTH, SLOT]: one exchange is read while the next is written
+  std::vector<char> slots;    // [simdgroup, 2, SIMD_WIDTH, SLOT], double-buffered: one is read while one is written
 
   void start(uint threads) {
     count = threads;
@@ -78,7 +78,7 @@ inline std::string position(const Thread& thread) {
 }
 
 struct Grid {
-  Triple threads, size, groups;  // of the grid, of a full threadgroup, of the grid in threadgroups
+  Triple threads, size, groups;  // threads of the grid, threads of a full threadgroup, threadgroups of the grid
 
   Grid(const uint* grid, const uint* group) {
     for (int d = 0; d < 3; ++d) {
@@ -91,7 +91,7 @@ struct Grid {
   }
   uint count() const { return groups.x * groups.y * groups.z; }
 
-  // The threads of one threadgroup; the last one along a side may be smaller.
+  // Set up the threads of one threadgroup. The last one along a dimension may be smaller.
   void fill(uint index, Group& group, std::vector<Thread>& out) const {
     const Triple at = {index % groups.x, index / groups.x % groups.y, index / groups.x / groups.y};
     const Triple part = {std::min(size.x, threads.x - at.x * size.x), std::min(size.y, threads.y - at.y * size.y),
@@ -125,14 +125,14 @@ struct Grid {
   static void set(Triple& t, int d, uint value) { (d == 0 ? t.x : d == 1 ? t.y : t.z) = value; }
 };
 
-// Indices 0 .. count-1, in the order in which they are to run.
+// Fill `indices` with 0 .. count-1 in the order in which they run.
 inline void arrange(std::vector<uint>& indices, uint count, Order order, std::mt19937& random) {
   indices.resize(count);
   for (uint i = 0; i < count; ++i) indices[i] = order == REVERSE ? count - 1 - i : i;
   if (order == SHUFFLED) std::shuffle(indices.begin(), indices.end(), random);
 }
 
-// Run a kernel over the grid. `waits`: its threads wait for one another.
+// Run a kernel over the grid. `waits`: whether its threads wait for one another. Defined by fibers.cc or threads.cc.
 void launch(const Grid& grid, Call call, void** buffers, bool waits, Order order);
 
 }  // namespace msl

@@ -1,4 +1,4 @@
-"""Small kernels that are right, for the tests of the lane to break."""
+"""Small correct kernels, into which the tests of the lanes plant bugs."""
 
 import mlx.core as mx
 import numpy as np
@@ -10,12 +10,12 @@ DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
 
 def kernel_call(body, *, inputs=("x",), outputs=("y",), header="", name="planted", **launch):
-    """A call of one metal_kernel: fn(*arrays); `launch` may hold functions of the arrays."""
+    """Return fn(*arrays), which calls a metal_kernel. Values of `launch` may be functions of the arrays."""
     kernel = mx.fast.metal_kernel(name, list(inputs), list(outputs), body, header)
 
     def fn(*arrays):
-        now = {key: value(*arrays) if callable(value) else value for key, value in launch.items()}
-        return kernel(inputs=list(arrays), **now)
+        settings = {key: value(*arrays) if callable(value) else value for key, value in launch.items()}
+        return kernel(inputs=list(arrays), **settings)
 
     return fn
 
@@ -29,6 +29,7 @@ def float64(array):
 
 
 def changed(body, old, new):
+    """Return the body with a bug planted: `new` instead of `old`."""
     assert old in body
     return body.replace(old, new)
 
@@ -45,7 +46,7 @@ def caught(message, call, *arrays, **how):
 
 # --- Kernels ----------------------------------------------------------------------------------------------------
 
-# One element a thread; the grid is larger than the array.
+# y = 2 x, one element per thread. The grid is larger than the array.
 DOUBLE = """
   const uint i = thread_position_in_grid.x;
   if (i >= uint(x_shape[0])) return;
@@ -67,7 +68,7 @@ def double(body=DOUBLE, **launch):
     )
 
 
-# Four channels a thread, as vectors where they are whole and aligned; y = x * w, w [F].
+# y = x * w with w [F], four channels per thread, as vectors where all four exist and are aligned.
 COLUMNS_HEADER = """
 template <typename T>
 inline float4 load4(const device T* p) {
@@ -102,7 +103,7 @@ def columns(body=COLUMNS, header=COLUMNS_HEADER):
     )
 
 
-# One threadgroup a row: simdgroups reduce, one of them reduces their results.
+# Row sums, one threadgroup per row. Each simdgroup sums its part, and one of them adds up the parts.
 ROW_SUMS = """
   const uint F = x_shape[1];
   const uint row = threadgroup_position_in_grid.x;
@@ -131,7 +132,7 @@ def row_sums(body=ROW_SUMS, threads=80):
     )
 
 
-# Rows are staged eight at a time: y[n, f] = sum over the rows of its eight of x[row, f] a[row].
+# y[n, f] = sum of x[row, f] a[row] over the eight rows of group n. The values of a are staged in threadgroup memory.
 STAGED = """
   const uint N = x_shape[0];
   const uint F = x_shape[1];

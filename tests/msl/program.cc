@@ -1,4 +1,4 @@
-// The address and thread lanes: a program under a sanitizer. The job comes on stdin, the outputs go to stdout.
+// The address and thread lanes: a program under a sanitizer. It reads a job from stdin and writes outputs to stdout.
 #include <cstdio>
 #include <cstdlib>
 
@@ -9,7 +9,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-extern "C" {  // from the kernel's unit
+extern "C" {  // from the kernel's translation unit
 extern const int msl_waits;
 void msl_call(void** buffers, const msl::Ids* ids);
 }
@@ -35,7 +35,7 @@ uint64_t read_number() {
   return number;
 }
 
-// A heap block of exactly this size, so that the sanitizer sees its ends.
+// A heap block of exactly this size, so that the sanitizer knows its bounds.
 char* new_block(const std::string& name, size_t size, bool output) {
   char* data = static_cast<char*>(std::malloc(size));
   if (size) std::memset(data, 0xff, size);
@@ -94,5 +94,5 @@ int main() {
   for (const Block& block : blocks)
     if (block.output) std::fwrite(block.data, 1, block.size, stdout);
   std::fflush(stdout);
-  std::_Exit(0);  // leaks are no question here
+  std::_Exit(0);  // skips the leak check
 }

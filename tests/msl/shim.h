@@ -1,12 +1,13 @@
-// The part of the Metal Shading Language that the kernels may use, as C++14 without any other header.
+// The subset of the Metal Shading Language that kernels may use, in C++14, without other headers.
 //
-// Two readers. g++ makes a program of a kernel: half is _Float16, bfloat and vectors are classes, address spaces are
-// nothing. clang with MSL_SYNTAX only checks the text: address spaces are part of the types, which a class cannot
-// follow (no member function takes a `device` object), so that bfloat is an enumeration there and vectors are native.
+// Two compilers read it:
+// - g++ compiles kernels to run them. half is _Float16, bfloat and vectors are classes, and address spaces are ignored.
+// - clang with MSL_SYNTAX only checks them. Address spaces are part of the types. Classes do not support that (no
+//   member function takes a `device` object), so bfloat is an enumeration and vectors are native.
 //
-// Where it differs from Metal it is stricter: bfloat has no mathematical functions and takes only explicit
-// conversions, arguments of one call have one type, lanes that do not exist hold NaN, min and max drop a NaN as
-// fmin and fmax do, and what Metal lacks (double, erf, expm1, the C++ library) is lacking here.
+// Where it differs from Metal, it is stricter: bfloat has no mathematical functions and only explicit conversions, all
+// arguments of a call have the same type, simd lanes that do not exist hold NaN, min and max drop NaN as fmin and fmax
+// do, and what Metal lacks (double, erf, expm1, the C++ library) is missing here too.
 #pragma once
 
 typedef unsigned char uchar;
@@ -26,7 +27,7 @@ typedef __PTRDIFF_TYPE__ ptrdiff_t;
 typedef _Float16 half;
 typedef half float16_t;
 
-#define __METAL_VERSION__ 310  // the first with bfloat
+#define __METAL_VERSION__ 310  // the first version with bfloat
 #define METAL_FUNC inline
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")
@@ -48,11 +49,11 @@ typedef half float16_t;
 #endif
 #define thread
 
-// --- What a kernel asks of the runtime (launch.h) --------------------------------------------------------------
+// --- Functions of the runtime (launch.h) ---------------------------------------------------------------
 
 extern "C" {
 void msl_barrier(int line);
-// Give a value to the simdgroup and wait; the values of its lanes, 16 bytes apart, and how many there are.
+// Exchange a value within the simdgroup. Returns the values of all lanes, 16 bytes apart, their number, and this lane.
 const char* msl_exchange(const void* value, size_t size, int line, uint* lanes, uint* lane);
 char* msl_threadgroup(int key, const char* name, size_t size);
 }
@@ -91,7 +92,7 @@ MSL_OPERATOR(+) MSL_OPERATOR(-) MSL_OPERATOR(*) MSL_OPERATOR(/)
 #undef MSL_OPERATOR
 
 namespace metal {
-// Only types count here: all elements are 32 bits wide, so that one vector may be cast to another.
+// Only types matter here. All elements have 32 bits, so that vectors can be cast to one another.
 template <class T> struct element { typedef int type; };
 template <> struct element<uint> { typedef uint type; };
 template <> struct element<float> { typedef float type; };
@@ -103,7 +104,7 @@ template <class T, int N> using vec = native<typename element<T>::type, N>;
 }  // namespace metal
 
 namespace msl {
-// What constructors such as float4(a, b, c, d) and vec<T, 4>(x) are written as: a native vector has none.
+// Replaces constructors such as float4(a, b, c, d) and vec<T, 4>(x), which native vectors do not have.
 template <class T> inline T scalar(T x) { return x; }
 inline float scalar(bfloat x) { return float(x); }
 template <class V, class A> inline V make(A a) { return (V)scalar(a); }
@@ -118,7 +119,7 @@ template <class V, class A, class B, class... C> inline V make(A a, B b, C... c)
 struct bfloat {
   uint16_t bits;
   bfloat() = default;
-  explicit bfloat(float x) {  // to the nearest, ties to even
+  explicit bfloat(float x) {  // rounds to nearest, ties to even
     const uint32_t u = metal::as_type<uint32_t>(x);
     bits = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
   }
@@ -209,7 +210,7 @@ template <class T, class = enable_if_t<is_whole<T>>> inline T larger(T x, T y) {
 template <class T, class = enable_if_t<is_real<T>>, class = void> inline T smaller(T x, T y) { return T(fmin(x, y)); }
 template <class T, class = enable_if_t<is_real<T>>, class = void> inline T larger(T x, T y) { return T(fmax(x, y)); }
 
-// A result with the error that Metal allows: off by at most so many ulp, which depends on its bits alone.
+// With MSL_ROUGH, a result with an error of up to `ulps` ulp, as Metal allows. The error depends only on the bits of y.
 inline float within(uint ulps, float y) {
 #ifdef MSL_ROUGH
   const uint bits = as_type<uint>(y);
@@ -249,7 +250,7 @@ MSL_2(step, is_real, y < x ? 0.0f : 1.0f)
 MSL_2(copysign, is_real, __builtin_copysignf(x, y))
 MSL_3(clamp, is_number, min(max(x, y), z))
 MSL_3(mix, is_real, x + (y - x) * z)
-MSL_3(fma, is_real, __builtin_fmaf(x, y, z))  // of half, too: its product is exact in float, and rounds twice
+MSL_3(fma, is_real, __builtin_fmaf(x, y, z))  // also for half, whose product is exact in float; rounds twice
 #undef MSL_1
 #undef MSL_2
 #undef MSL_3
@@ -292,7 +293,7 @@ template <> struct numeric_limits<uint> {
   static constexpr uint min() { return 0u; }
 };
 
-// --- Threads that work together --------------------------------------------------------------------------------
+// --- Synchronization and simd functions ------------------------------------------------------------------------
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 inline void threadgroup_barrier(mem_flags, int line = __builtin_LINE()) { msl_barrier(line); }
@@ -349,7 +350,7 @@ template <class T> inline T simd_shuffle_down(T x, ushort delta, int line = __bu
 }  // namespace metal
 
 namespace msl {
-// `threadgroup T name[N];` inside a kernel is written as a reference to memory that the threads of a group share.
+// Replaces `threadgroup T name[N];` in a kernel by a reference to memory shared by the threadgroup.
 #ifdef MSL_SYNTAX
 template <class Array> threadgroup Array& shared(int key, const char* name);
 #else

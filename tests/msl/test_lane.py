@@ -1,11 +1,11 @@
-"""Kernels that are right, in every order and dtype, and planted bugs that each lane must catch."""
+"""Correct kernels in every order and dtype, and planted bugs that each lane must catch."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from tests.msl import kernel as kernel_module
-from tests.msl.lane import MSLError, check_address_spaces, poisoned, require, trace
+from tests.msl.lane import MSLError, check_address_spaces, poisoned, require, slow_except, trace
 from tests.msl.planted import (
     COLUMNS,
     DOUBLE,
@@ -24,7 +24,7 @@ from tests.msl.planted import (
     staged_truth,
 )
 
-# --- Kernels that are right --------------------------------------------------------------------------------------
+# --- Correct kernels --------------------------------------------------------------------------------------
 
 CLEAN = {  # name -> (call, arrays of a dtype, float64 truth)
     "double": (double, lambda dt: [random(45, dtype=dt)], lambda x: 2 * float64(x)),
@@ -49,9 +49,9 @@ def check_close(output, truth, dtype):
     assert (error <= EPSILON[dtype] * np.abs(truth) + 1e-5).all(), error.max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", slow_except(DTYPES, lambda dtype: dtype == mx.bfloat16), ids=str)
 @pytest.mark.parametrize("name", CLEAN)
-def test_clean_kernels_are_right_in_every_order(name, dtype):
+def test_clean_kernels_are_correct_in_every_order(name, dtype):
     require("guarded")
     call, arrays, truth = CLEAN[name]
     arrays = arrays(dtype)
@@ -63,8 +63,10 @@ def test_clean_kernels_are_right_in_every_order(name, dtype):
 
 
 @pytest.mark.parametrize("lane", ["address", "thread"])
-@pytest.mark.parametrize("name", ["columns", "row sums", "staged"])
-def test_clean_kernels_are_right_under_sanitizers(name, lane):
+@pytest.mark.parametrize(
+    "name", slow_except(["columns", "row sums", "staged"], lambda name: name == "staged")
+)
+def test_clean_kernels_are_correct_under_sanitizers(name, lane):
     require(lane)
     call, arrays, truth = CLEAN[name]
     arrays = arrays(mx.bfloat16)
@@ -72,9 +74,9 @@ def test_clean_kernels_are_right_under_sanitizers(name, lane):
     check_close(kernel.run(arrays, lane=lane)[0], truth(*arrays), kernel.outputs[0].dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", slow_except(DTYPES, lambda dtype: dtype == mx.bfloat16), ids=str)
 @pytest.mark.parametrize("name", CLEAN)
-def test_clean_kernels_keep_to_their_address_spaces(name, dtype):
+def test_clean_kernels_use_address_spaces_correctly(name, dtype):
     require("spaces")
     call, arrays, _ = CLEAN[name]
     (kernel,) = trace(call(), *arrays(dtype))
@@ -83,7 +85,7 @@ def test_clean_kernels_keep_to_their_address_spaces(name, dtype):
 
 # --- Planted bugs ------------------------------------------------------------------------------------------------
 
-OUT_OF_BOUNDS = [  # name, what for x[i] or y[i], guard, what is said of which buffer
+OUT_OF_BOUNDS = [  # name, replacement in DOUBLE, guard, expected message
     ("read past the end", ("x[i]", "x[i + 1]"), "end", r"x \(180 bytes\), byte 180, thread \(44, 0, 0\)"),
     (
         "read before the start",
@@ -100,8 +102,8 @@ OUT_OF_BOUNDS = [  # name, what for x[i] or y[i], guard, what is said of which b
         "start",
         r"write outside of y \(180 bytes\), byte 180",
     ),
-    ("no test of the tail", ("if (i >= uint(x_shape[0])) return;", ""), "end", r"x \(180 bytes\), byte 180"),
-    ("a shape's fourth side", ("x_shape[0]", "x_shape[3]"), "end", r"x_shape \(4 bytes\), byte 12"),
+    ("no check of the tail", ("if (i >= uint(x_shape[0])) return;", ""), "end", r"x \(180 bytes\), byte 180"),
+    ("a shape's fourth dimension", ("x_shape[0]", "x_shape[3]"), "end", r"x_shape \(4 bytes\), byte 12"),
 ]
 
 
@@ -115,7 +117,7 @@ def test_out_of_bounds(name, change, guard, message):
 
 
 @pytest.mark.parametrize("change", [("x[i]", "x[i + 1]"), ("x[i]", "x[int(i) - 1]"), ("y[i]", "y[i + 1]")])
-def test_out_of_bounds_with_its_line(change):
+def test_out_of_bounds_reports_the_line(change):
     require("address")
     caught(
         r"heap-buffer-overflow(.|\n)*kernel.metal:10(.|\n)*byte (180|-4), thread",
@@ -125,7 +127,7 @@ def test_out_of_bounds_with_its_line(change):
     )
 
 
-def test_a_read_beside_an_array_that_does_not_fault_is_nan():
+def test_a_read_outside_an_array_that_does_not_fault_is_nan():
     require("guarded")
     assert np.isnan(run(double(changed(DOUBLE, "x[i]", "x[int(i) - 1]")), random(45), guard="end")[0])
 
@@ -134,7 +136,7 @@ def test_a_read_beside_an_array_that_does_not_fault_is_nan():
 def test_unwritten_elements_are_found(dtype):
     require("guarded")
     x = random(45, dtype=dtype)
-    x[7] = float("nan")  # a NaN that was written is none that was not
+    x[7] = float("nan")  # a NaN that was written counts as written
     call = double(changed(DOUBLE, "x_shape[0])", "x_shape[0]) - 3"))
     output = run(call, x)
     assert np.isnan(output[7])
@@ -196,7 +198,7 @@ WITHOUT_BARRIER = {"first": FIRST + REST, "second": FIRST + BARRIER + REST.repla
 
 
 @pytest.mark.parametrize("which", WITHOUT_BARRIER)
-def test_a_missing_barrier_shows_in_some_order(which):
+def test_a_missing_barrier_changes_results_in_some_order(which):
     require("guarded")
     arrays = [random(21, 19), random(21)]
     (kernel,) = trace(staged(WITHOUT_BARRIER[which]), *arrays)
@@ -216,7 +218,7 @@ def test_a_missing_barrier_is_a_data_race(which):
     )
 
 
-def test_two_threads_that_write_one_element_race():
+def test_two_threads_writing_one_element_are_a_data_race():
     require("thread")
     caught("data race", double(changed(DOUBLE, "y[i]", "y[i / 30]")), random(45), lane="thread")
 
@@ -233,7 +235,7 @@ SOME_RETURN = changed(STAGED, "  threadgroup float", "  if (f >= F) return;\n  t
 SOME_LANES = changed(ROW_SUMS, "sum = simd_sum(sum);\n  if", "if (own != 3) sum = simd_sum(sum);\n  if")
 
 
-def test_a_barrier_that_not_all_reach():
+def test_a_barrier_that_not_all_threads_reach():
     require("guarded")
     barrier = r"wait for one another forever: thread \(\d+, 0, 0\) is at the barrier of line \d+; thread "
     caught(barrier + r"\(\d+, 0, 0\) has returned", staged(SOME_RETURN), random(21, 19), random(21))
@@ -267,7 +269,7 @@ def test_an_overrun_of_threadgroup_memory():
     )
 
 
-def test_threadgroup_memory_holds_nothing_at_first():
+def test_threadgroup_memory_is_uninitialized():
     require("guarded")
     own = "  threadgroup float kept[1];\n  y[thread_position_in_grid.x] = kept[0];\n  kept[0] = 1.0f;\n"
     assert np.isnan(run(double(own, grid=(45, 1, 1), threadgroup=(1, 1, 1)), random(45))).all()
@@ -303,7 +305,7 @@ FOREVER = "  while (x[thread_position_in_grid.x] > -1e30f) y[thread_position_in_
 def test_a_kernel_that_never_ends(lane, monkeypatch):
     require(lane)
     monkeypatch.setattr(kernel_module, "SECONDS", 1)
-    caught("it still runs after 1 seconds", double(FOREVER, grid=(45, 1, 1)), random(45), lane=lane)
+    caught("still running after 1 seconds", double(FOREVER, grid=(45, 1, 1)), random(45), lane=lane)
 
 
 def test_orders_differ():
@@ -313,4 +315,4 @@ def test_orders_differ():
     assert last["forward"] == 63
     assert last["reverse"] == 0
     assert 0 < last["shuffled"] < 63
-    assert last["shuffled"] == run(call, random(45), order="shuffled")[0]  # and again the same
+    assert last["shuffled"] == run(call, random(45), order="shuffled")[0]  # deterministic

@@ -1,4 +1,4 @@
-"""The tests of the kernels see faults: each of these breaks a kernel, and a check must fail."""
+"""Mutation tests: each mutant breaks a kernel, and a check of the kernel tests must fail."""
 
 from functools import cache
 
@@ -16,18 +16,21 @@ from .test_gated_residual import EXACT, check, emulated, full, guarded, operands
 FILES = {name: fused.source(f"metal/{name}.metal") for name in ("common", "forward", "backward")}
 
 
+# Inputs for the checks: name of the activation, variant, operands, gradient of h, and the experts of the rows, if any.
+
+
 def plain(dtype=mx.float32):
     variant = full(ACTIVATIONS["silu"])
     return "silu", variant, *operands(variant, 70, 11, 4, dtype)
 
 
-def whole():
+def aligned():
     variant = full(ACTIVATIONS["silu"])
     return "silu", variant, *operands(variant, 70, 12, 4)
 
 
 def joined():
-    variant = full(ACTIVATIONS["silu"], halves="gate first")
+    variant = full(ACTIVATIONS["silu"], gate_up_layout="gate first")
     return "silu", variant, *operands(variant, 70, 11, 4)
 
 
@@ -36,7 +39,7 @@ def sensitivity():
     return "silu", variant, *operands(variant, 70, 11, 4)
 
 
-def outside():
+def product_outside():
     variant = full(ACTIVATIONS["silu"])
     return "silu", variant, *operands(variant, 70, 11, 0)
 
@@ -64,6 +67,7 @@ def activation(name):
     return lambda: (name, full(EXACT[name].row), *operands(full(EXACT[name].row), 70, 11, 4))
 
 
+# The file, the text to replace, its replacement, and the inputs that reveal the fault (None: NaN in padding).
 MUTANTS = [
     # forward
     (
@@ -94,7 +98,7 @@ MUTANTS = [
     ("forward", "z[j] >= p[3]", "z[j] >= p[2]", plain),
     ("forward", "(z[j] - before[j]) * frozen * v", "(z[j] - before[j]) * frozen", plain),
     ("forward", "GATE::selection(before[j])", "GATE::selection(z[j])", plain),
-    ("forward", "load4<T>(z0 + row + at.gate", "load4<T>(g0 + row + at.gate", outside),
+    ("forward", "load4<T>(z0 + row + at.gate", "load4<T>(g0 + row + at.gate", product_outside),
     (
         "forward",
         "size_t(n) * at.features + at.channel, at.whole",
@@ -148,7 +152,7 @@ MUTANTS = [
         "slope = s;\n    return z * s;\n  }\n};\n\n// exp(-z^2",
         plain,
     ),
-    ("common", "v[j] = T(from[j])", "v[j] = T(from[j] * 0.9999f)", whole),
+    ("common", "v[j] = T(from[j])", "v[j] = T(from[j] * 0.9999f)", aligned),
     # activations
     ("common", "density * (m + z) : 1.0f", "density * m : 1.0f", activation("gelu")),
     ("common", "z * (z < 0.0f ? density * m :", "z * (z > 0.0f ? density * m :", activation("gelu")),
@@ -157,8 +161,8 @@ MUTANTS = [
     ("common", "slope = s * sigmoid(-z);", "slope = s;", activation("sigmoid")),
     (
         "common",
-        "const float m = upper_bound_bytes(z, c[1]);",
-        "const float m = upper_bound_bytes(z, c[0]);",
+        "const float m = at_most(z, c[1]);",
+        "const float m = at_most(z, c[0]);",
         activation("swiglu_oai"),
     ),
     ("common", "CLAMPED_UP(1, 1.0f)", "CLAMPED_UP(1, 0.0f)", activation("swiglu_oai")),
@@ -183,14 +187,14 @@ MUTANTS = [
 ]
 
 
-def test_at_least_ten_of_each():
+def test_every_file_has_at_least_ten_mutants():
     for name in FILES:
         assert sum(mutant[0] == name for mutant in MUTANTS) >= 10
 
 
-def run(build):
-    """Hold the kernels as they stand against float64."""
-    if build is None:
+def run_check(make_inputs):
+    """Compare the current kernels with float64 on the given inputs."""
+    if make_inputs is None:
         variant = full(ACTIVATIONS["silu"])
         o, _ = operands(variant, 12, 8, 4)
         weights = mx.array((np.arange(12) != 3).astype(np.float32))
@@ -199,28 +203,29 @@ def run(build):
         o = fused.Operands((mx.array(rows), o.bases[1]), o.lows, o.bs, o.scales, None, weights)
         assert not mx.isnan(fused.forward("metal", variant, o)[1]).any()
         return
-    exact, *rest = build()
+    exact, *rest = make_inputs()
     experts = rest.pop() if len(rest) == 4 else None
     check(EXACT[exact], *rest, experts=experts)
 
 
-BUILDS = list(dict.fromkeys(mutant[-1] for mutant in MUTANTS))
+INPUTS = list(dict.fromkeys(mutant[-1] for mutant in MUTANTS))
 
 
-@pytest.mark.parametrize("index", range(len(BUILDS)))
-def test_without_a_fault_the_checks_pass(index):
-    run(BUILDS[index])
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(INPUTS)))
+def test_checks_pass_without_a_fault(index):
+    run_check(INPUTS[index])
 
 
-@pytest.mark.parametrize("index", range(len(MUTANTS)))
-def test_a_broken_kernel_is_noticed(monkeypatch, index):
-    name, old, new, build = MUTANTS[index]
-    assert FILES[name].count(old) >= 1, "the mutant does not apply any more"
+@pytest.mark.parametrize("index", lane.slow_except(range(len(MUTANTS)), lambda index: index % 11 == 0))
+def test_mutants_are_detected(monkeypatch, index):
+    name, old, new, make_inputs = MUTANTS[index]
+    assert FILES[name].count(old) >= 1, "the mutant no longer applies"
     texts = {**FILES, name: FILES[name].replace(old, new)}
     monkeypatch.setattr(
         fused, "source", lambda path: texts[path.removeprefix("metal/").removesuffix(".metal")]
     )
     with pytest.raises((AssertionError, lane.MSLError)) as caught:
-        run(build)
-    assert "does not compile" not in str(caught.value), "the mutant is no kernel at all"
+        run_check(make_inputs)
+    assert "does not compile" not in str(caught.value), "the mutant does not compile"
     assert "Metal would reject" not in str(caught.value)

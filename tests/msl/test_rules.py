@@ -1,4 +1,4 @@
-"""What C++ lets through and Metal does not."""
+"""Code that C++ accepts and Metal rejects."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.msl import translate
 from tests.msl.lane import check_address_spaces, require, trace
 from tests.msl.planted import caught, double, random
 
-REJECTED = [  # header, body of a kernel, what is said
+REJECTED = [  # header, statement of a kernel, expected message
     ("", "y[i] = T(2.0 * x[i]);", "implicit conversion from .float. to .double."),
     ("", "double a = x[i]; y[i] = T(a);", "kernel.metal:8: Metal has no `double`"),
     ("", "y[i] = T(std::exp(x[i]));", "Metal has no `std::`"),
@@ -35,11 +35,11 @@ REJECTED = [  # header, body of a kernel, what is said
         "y[i] = x[i];",
         "2: a variable outside of functions must be `constant`",
     ),
-    ("", "threadgroup float a[4], b[4]; y[i] = x[i];", "declare one threadgroup variable a statement"),
+    ("", "threadgroup float a[4], b[4]; y[i] = x[i];", "declare one threadgroup variable per statement"),
     (
         "inline float f() { threadgroup float a[4]; return a[0]; }\n",
         "y[i] = x[i];",
-        "belongs into the kernel itself",
+        "must be declared in the kernel itself",
     ),
     ("", "y[i] = metal::exp(bfloat(x[i]));", "no matching function"),
     ("", "y[i] = metal::min(i, 3);", "no matching function"),
@@ -48,7 +48,7 @@ REJECTED = [  # header, body of a kernel, what is said
 
 
 @pytest.mark.parametrize(("header", "statement", "message"), REJECTED, ids=[row[1] for row in REJECTED])
-def test_what_metal_rejects(header, statement, message):
+def test_rejected(header, statement, message):
     require("guarded")
     body = f"  const uint i = thread_position_in_grid.x;\n  float scratch = 0.0f;\n  {statement}\n"
     caught(message, double(body, header=header, grid=(45, 1, 1)), random(45))
@@ -79,14 +79,14 @@ inline void set(device Pair& to, thread float4& four) {
 """
 
 
-def test_what_metal_accepts():
+def test_accepted():
     assert translate.violations(ACCEPTED) == []
     (found,) = translate.violations(ACCEPTED + "float after = 1.0f;\n")
     assert found.startswith(f"kernel.metal:{ACCEPTED.count(chr(10)) + 1}: a variable outside")
 
 
-WRONG_SPACES = [  # body, arrays: g++ sees nothing wrong in them
-    ("y[i] = load(x);", [4]),  # fewer than 8 elements: MLX makes the input constant
+WRONG_SPACES = [  # statement, shape of x; g++ accepts them
+    ("y[i] = load(x);", [4]),  # with fewer than 8 elements, MLX makes the input constant
     ("y[i] = load(reinterpret_cast<const device float*>(x_shape));", [45]),
     ("threadgroup float t[64]; t[i] = x[i]; y[i] = load(t);", [45]),
     ("threadgroup float t[64]; t[i] = x[i]; y[i] = load_own(t);", [45]),
@@ -121,7 +121,7 @@ ALL_SPACES = """
 """
 
 
-def test_a_right_use_of_every_address_space():
+def test_correct_use_of_every_address_space():
     require("spaces")
     (kernel,) = trace(double(ALL_SPACES, header=LOAD, grid=(4, 1, 1)), random(45))
     assert check_address_spaces(kernel.source) == ""

@@ -1,4 +1,4 @@
-"""The arithmetic, positions and simd functions of the shim."""
+"""Functions, rounding, thread positions and simd functions of the shim."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,7 @@ X = np.concatenate(
     [np.linspace(-20, 20, 4001), np.logspace(-30, 30, 601), -np.logspace(-30, 30, 601)]
 ).astype(np.float32)
 POSITIVE = np.abs(X[X != 0])
-FUNCTIONS = [  # expression, x, float64 truth
+FUNCTIONS = [  # expression, x, float64 function
     ("metal::precise::exp(x)", X, np.exp),
     ("metal::exp2(x)", X, np.exp2),
     ("metal::log(x)", POSITIVE, np.log),
@@ -75,7 +75,7 @@ inline float power(float x) {
 """
 
 
-def test_a_function_of_a_header():
+def test_function_in_a_header():
     require("guarded")
     x = np.linspace(-3, 3, 12).reshape(3, 4).astype(np.float32)
     np.testing.assert_allclose(elementwise(POWER, "power<3>(x)", x), x**3, rtol=1e-6)
@@ -85,7 +85,7 @@ def test_nan_and_infinity():
     require("guarded")
     x = np.array([np.nan, np.inf, -np.inf, 1.0], np.float32)
     expected = {
-        "metal::max(x, 0.0f)": [0, np.inf, 0, 1],  # drops a NaN, as Metal may
+        "metal::max(x, 0.0f)": [0, np.inf, 0, 1],  # drops NaN, as Metal may
         "metal::min(0.0f, x)": [0, 0, -np.inf, 0],
         "metal::clamp(x, -1.0f, 2.0f)": [-1, 2, -1, 1],
         "metal::exp(x)": [np.nan, np.inf, 0, np.float32(np.e)],
@@ -98,10 +98,10 @@ def test_nan_and_infinity():
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-def test_rounding_to_half_types(dtype):
+def test_rounding_to_half_precision(dtype):
     require("guarded")
     bits = np.random.default_rng(0).integers(0, 2**32, 20000, dtype=np.uint32)
-    ties = bits & 0xFFFF0000 | 0x8000  # half way between two numbers of bfloat16
+    ties = bits & 0xFFFF0000 | 0x8000  # halfway between two bfloat16 numbers
     x = mx.array(np.concatenate([bits.view(np.float32), ties.view(np.float32), X]))
     call = double(
         "  y[thread_position_in_grid.x] = T(x[thread_position_in_grid.x]);\n",
@@ -113,7 +113,7 @@ def test_rounding_to_half_types(dtype):
     np.testing.assert_array_equal(run(call, x).astype(np.float32), expected)
 
 
-def test_half_types_round_after_every_operation():
+def test_half_precision_rounds_after_every_operation():
     require("guarded")
     for dtype in (mx.float16, mx.bfloat16):
         x, w = random(45, dtype=dtype), random(45, dtype=dtype, seed=1)
@@ -131,7 +131,7 @@ def test_half_types_round_after_every_operation():
         np.testing.assert_array_equal(run(call, x, w), np.array((x * w * w + x / w - w).astype(mx.float32)))
 
 
-def test_rough_functions_miss_by_the_ulps_that_metal_allows():
+def test_rough_functions_have_the_errors_that_metal_allows():
     require("guarded")
     x = mx.array(X[np.abs(X) < 80])
     call = double(
@@ -139,8 +139,8 @@ def test_rough_functions_miss_by_the_ulps_that_metal_allows():
         template=[],
         grid=(x.size, 1, 1),
     )
-    missed = ulps(run(call, x, rough=True), np.exp(float64(x)))
-    assert 3.5 < missed.max() <= 4.6
+    error = ulps(run(call, x, rough=True), np.exp(float64(x)))
+    assert 3.5 < error.max() <= 4.6
     assert ulps(run(call, x), np.exp(float64(x))).max() <= 1
 
 
@@ -210,5 +210,5 @@ def test_simd_functions(order):
         np.testing.assert_allclose(own[1], lanes.max() - lanes.min(), rtol=1e-6)
         np.testing.assert_allclose(own[2], lanes[np.arange(count) ^ 5], rtol=1e-6)
         np.testing.assert_allclose(own[3, :-3], lanes[3:], rtol=1e-6)
-        assert np.isnan(own[3, -3:]).all()  # there is no such lane
+        assert np.isnan(own[3, -3:]).all()  # these lanes do not exist
         np.testing.assert_allclose(own[4], lanes[2] + np.arange(begin, end).sum(), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Tracing, the cache, and calls from elsewhere."""
+"""Tracing of kernels, the cache of compiled kernels, and emulated kernels in MLX functions."""
 
 import subprocess
 import sys
@@ -37,15 +37,13 @@ def test_trace_finds_every_kernel_and_its_parameters():
     np.testing.assert_allclose(
         two.run([mx.array(one.run([x])[0]), mx.array(3.0)])[0], 6 * float64(x), rtol=1e-6
     )
-    with pytest.raises(
-        ValueError, match=r"x is mlx.core.float32 .45.., and was given mlx.core.float32 .44.."
-    ):
+    with pytest.raises(ValueError, match=r"x is mlx.core.float32 .45.., got mlx.core.float32 .44.."):
         one.run([random(44)])
-    with pytest.raises(ValueError, match="takes 2 arrays, and was given 1"):
+    with pytest.raises(ValueError, match="takes 2 arrays, got 1"):
         two.run([x])
 
 
-def test_one_text_is_compiled_once(monkeypatch, tmp_path):
+def test_a_source_is_compiled_once(monkeypatch, tmp_path):
     require("guarded")
     commands = []
     real = subprocess.run
@@ -61,7 +59,7 @@ def test_one_text_is_compiled_once(monkeypatch, tmp_path):
     assert len(commands) == 2
 
 
-def test_an_emulated_kernel_stands_in_for_the_real_one():
+def test_an_emulated_kernel_replaces_the_real_one():
     require("guarded")
     kernel = emulated(mx.fast.metal_kernel("double", ["x"], ["y"], DOUBLE))
 
@@ -81,7 +79,7 @@ def test_an_emulated_kernel_stands_in_for_the_real_one():
     assert value.item() == pytest.approx(4 * (float64(x) ** 2).sum(), rel=0.02)
 
 
-def test_without_a_compiler_tests_are_skipped(tmp_path):
+def test_tests_are_skipped_without_a_compiler(tmp_path):
     code = (
         "from tests.msl.lane import unavailable; print(unavailable('guarded')); print(unavailable('spaces'))"
     )
@@ -98,7 +96,7 @@ def test_without_a_compiler_tests_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
-def test_under_ci_a_missing_compiler_is_a_failure(monkeypatch, ci, outcome):
+def test_a_missing_compiler_is_a_failure_under_ci(monkeypatch, ci, outcome):
     monkeypatch.setattr(lane, "unavailable", lambda _: "no compiler")
     monkeypatch.setattr(lane.sys, "platform", "linux")
     monkeypatch.setenv("CI", ci)
@@ -106,7 +104,7 @@ def test_under_ci_a_missing_compiler_is_a_failure(monkeypatch, ci, outcome):
         require("guarded")
 
 
-def test_a_kernel_is_a_value():
+def test_kernels_are_compared_by_value():
     (kernel,) = trace(double(), random(45))
     assert isinstance(kernel, Kernel)
     assert kernel == trace(double(), random(45))[0]

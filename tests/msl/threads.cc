@@ -1,4 +1,4 @@
-// The threads of many threadgroups at once as real threads, for the thread sanitizer.
+// Runs the threads of many threadgroups concurrently as real threads, for the thread sanitizer.
 #include <barrier>
 #include <mutex>
 #include <thread>
@@ -10,7 +10,7 @@ namespace {
 
 typedef std::barrier<> Barrier;
 
-struct Wave {  // a threadgroup that runs beside others
+struct Wave {  // one of the threadgroups that run concurrently
   Group group;
   std::vector<Thread> threads;
   std::unique_ptr<Barrier> all;

@@ -1,4 +1,4 @@
-"""The text of a Metal kernel as C++: what is rewritten, and the rules of Metal that no C++ compiler knows."""
+"""Translation of Metal kernels to C++, and checks of rules of Metal that no C++ compiler knows."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ POINTER_CAST = rf"\(\s*(?:const\s+)?{SPACES}\b[^()]*\*\s*\)"
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a kernel: `attribute` is buffer(N), or the name of a position."""
+    """A parameter of a kernel. `attribute` is buffer(N), or the name of a thread position."""
 
     type: str
     name: str
@@ -26,7 +26,7 @@ class Parameter:
 
 
 def signature(source: str) -> tuple[str, list[Parameter]]:
-    """The kernel's name and parameters, as MLX writes them."""
+    """Return the kernel's name and parameters from source in the form that MLX writes."""
     match = re.search(r"\[\[kernel\]\] void (\w+)\(\n(.*?)\) \{\n", source, re.S)
     if not match:
         raise ValueError(f"no kernel in this text:\n{source[:200]}")
@@ -35,14 +35,14 @@ def signature(source: str) -> tuple[str, list[Parameter]]:
 
 
 def waits(source: str) -> bool:
-    """Whether the kernel's threads wait for one another."""
+    """Return whether the kernel's threads wait for one another."""
     return bool(
         re.search(r"\b(?:threadgroup_barrier|simdgroup_barrier|simd_\w+)\s*\(", without_comments(source))
     )
 
 
 def program(source: str) -> str:
-    """The kernel and `msl_call`, which calls it for one thread, for g++."""
+    """Return C++ source for g++: the kernel, and `msl_call`, which runs it for one thread."""
     name, parameters = signature(source)
     instance = re.search(r"decltype\((.*)\) ", source)
     arguments = ",\n      ".join(map(argument, parameters))
@@ -63,7 +63,7 @@ def program(source: str) -> str:
 
 
 def argument(parameter: Parameter) -> str:
-    """What `msl_call` hands to one parameter."""
+    """Return the expression that `msl_call` passes for a parameter."""
     buffer = re.fullmatch(r"buffer\((\d+)\)", parameter.attribute)
     if buffer:
         pointer = f"static_cast<{parameter.type.rstrip('*& ')}*>(buffers[{buffer[1]}])"
@@ -75,8 +75,8 @@ def argument(parameter: Parameter) -> str:
 
 
 def syntax(source: str) -> str:
-    """The kernel alone, for clang with address spaces."""
-    # a native vector has no constructors, and an attribute has no place in an instantiation
+    """Return the kernel alone, for clang with address spaces."""
+    # Native vectors have no constructors, and template instantiations take no attributes.
     source = re.sub(r"^template \[\[host_name.*?\]\] \[\[kernel\]\] ", "template ", source, flags=re.M)
     source = re.sub(r"\[\[(?:kernel|max_total_threads_per_threadgroup\(.*?\))\]\]", "", source)
     source = re.sub(r"\b((?:float|half|bfloat|u?int)[234]|vec<[^<>]*>)\s*\(", r"msl::make<\1>(", source)
@@ -85,19 +85,19 @@ def syntax(source: str) -> str:
 
 
 def share(source: str) -> str:
-    """Declarations of threadgroup memory as references to memory that the runtime gives."""
+    """Rewrite declarations of threadgroup memory as references to memory from the runtime."""
     keys = iter(range(len(source)))
     return SHARED.sub(lambda m: f'auto& {m[2]} = msl::shared<{m[1]}{m[3]}>({next(keys)}, "{m[2]}");', source)
 
 
 def without_comments(source: str) -> str:
-    """The text with comments, strings and preprocessor lines blanked; lines keep their numbers."""
+    """Return the source with comments, strings and preprocessor lines blanked, keeping line numbers."""
     blank = re.compile(r'//[^\n]*|/\*.*?\*/|"[^"\n]*"|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*', re.S | re.M)
     return blank.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), source)
 
 
 def violations(source: str) -> list[str]:
-    """What Metal rejects and C++ accepts, as `kernel.metal:LINE: ...`."""
+    """Return messages `kernel.metal:LINE: ...` about code that C++ accepts and Metal rejects."""
     text = without_comments(source)
     found = [(m, "Metal has no `{}`") for m in re.finditer(LACKING, text)]
     found += [(m, "Metal has no lambda expressions") for m in re.finditer(LAMBDA, text)]
@@ -105,15 +105,15 @@ def violations(source: str) -> list[str]:
     found += [(m, "a pointer or reference needs an address space: `{}`") for m in bare_pointers(text)]
     shared = {m.start(): m for m in SHARED.finditer(text)}
     left = [m for m in SHARED_LEFT.finditer(text) if m.start() not in shared]
-    found += [(m, "declare one threadgroup variable a statement, without a value: `{}`") for m in left]
+    found += [(m, "declare one threadgroup variable per statement, without a value: `{}`") for m in left]
     outside = [m for at, m in shared.items() if at < text.find("[[kernel]]")]
-    found += [(m, "a threadgroup variable belongs into the kernel itself: `{}`") for m in outside]
+    found += [(m, "a threadgroup variable must be declared in the kernel itself: `{}`") for m in outside]
     rows = [(m.start(), message.format(m[0].strip())) for m, message in found] + program_variables(text)
     return [f"kernel.metal:{text.count(chr(10), 0, at) + 1}: {message}" for at, message in sorted(rows)]
 
 
 def bare_pointers(text: str) -> list[re.Match]:
-    """Pointers and references that name no address space."""
+    """Find pointers and references without an address space."""
     names = re.findall(r"\b(?:typename|class|struct)\s+(\w+)", text)
     types = "|".join([NUMBER, r"vec\s*<[^<>]*>", *names])
     pattern = rf"(?:\b(?:const|{SPACES})\s+)*(?<!\w)(?:metal::)?(?:{types})(?:\s+const)?\s*[*&](?!&)"
@@ -121,7 +121,7 @@ def bare_pointers(text: str) -> list[re.Match]:
 
 
 def program_variables(text: str) -> list[tuple[int, str]]:
-    """Variables outside of functions that are not `constant`: where, and what to say."""
+    """Return position and message for variables outside of functions that are not `constant`."""
     return [
         (at, f"a variable outside of functions must be `constant`: `{statement.strip()}`")
         for at, statement in outer_statements(text)
@@ -130,14 +130,14 @@ def program_variables(text: str) -> list[tuple[int, str]]:
 
 
 def has_value(statement: str) -> bool:
-    """Whether a statement gives a value to a variable; defaults of parameters are none."""
+    """Return whether a statement assigns a value to a variable; default arguments do not count."""
     while (shorter := re.sub(r"<[^<>]*>|\([^()]*\)", "", statement)) != statement:
         statement = shorter
     return bool(re.search(r"(?<!operator)(?<![=!<>+*/-])=(?!=)", statement))
 
 
 def outer_statements(text: str) -> list[tuple[int, str]]:
-    """Statements outside of all braces but those of namespaces: where each starts, and its text outside of braces."""
+    """Return position and text of all statements outside of braces, except braces of namespaces."""
     statements: list[tuple[int, str]] = []
     depth, start, current = 0, 0, ""
     for at, character in enumerate(text):

@@ -1,4 +1,4 @@
-"""Every row of the activation table against float64 NumPy and complex-step or autodiff truth."""
+"""Every activation against float64 NumPy and MLX's automatic differentiation."""
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ from tests.truth import FAMILIES, TRUTH
 ROWS = sorted(ACTIVATIONS)
 
 
-def test_every_row_has_a_truth():
+def test_every_activation_has_a_float64_truth():
     assert set(TRUTH) == set(ACTIVATIONS)
 
 
@@ -37,14 +37,14 @@ def test_matches_float64(name, which):
     got = np.array(function(mx.array(z))).astype(np.float64)
     want = truth(z.astype(np.float64))
     assert np.isfinite(got).all()
-    # Relative to the larger of 1 and |value|; rounding of z itself moves kappa by about |z kappa'| eps.
+    # Relative to max(1, |value|), because the rounding of z alone changes kappa by about |z kappa'| eps.
     error = np.abs(got - want) / np.maximum(1.0, np.abs(want))
     assert error.max() < 3e-6, (z[error.argmax()], got[error.argmax()], want[error.argmax()])
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu"])
-def test_tails_keep_their_digits(name):
-    """phi' and rho are relatively right where they are tiny, which 1 + erf would not be."""
+def test_tails_are_accurate(name):
+    """phi' and rho have a small relative error where they are tiny; 1 + erf would not."""
     z = np.linspace(-9, -2, 301).astype(np.float32)
     for which in (1, 2):
         got = np.array(functions(name)[which](mx.array(z))).astype(np.float64)
@@ -53,7 +53,7 @@ def test_tails_keep_their_digits(name):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_derivative_is_the_gradient_of_phi(name):
+def test_derivative_matches_the_gradient_of_phi(name):
     row = ACTIVATIONS[name]
     z = np.linspace(-6, 6, 997).astype(np.float32)
     z = z[np.abs(z) > 1e-3]  # ReLU has no derivative at 0
@@ -62,7 +62,7 @@ def test_derivative_is_the_gradient_of_phi(name):
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if ACTIVATIONS[n].selection])
-def test_self_gated(name):
+def test_phi_is_z_times_selection(name):
     row, z = ACTIVATIONS[name], np.linspace(-4, 8, 997).astype(np.float32)
     a = mx.array(z)
     np.testing.assert_allclose(np.array(a * row.selection(a)), np.array(row.phi(a)), rtol=1e-5, atol=2e-6)
@@ -71,8 +71,8 @@ def test_self_gated(name):
 @pytest.mark.parametrize("name", ROWS)
 @settings(max_examples=50, deadline=None)
 @given(z=st.floats(-8, 8, width=32).filter(lambda z: abs(z) > 1e-2))
-def test_homogeneity_is_eulers_degree(name, z):
-    """kappa phi = z phi' away from phi = 0."""
+def test_homogeneity_satisfies_eulers_identity(name, z):
+    """Check kappa phi = z phi' away from phi = 0."""
     row, a = ACTIVATIONS[name], mx.array([z])
     left = row.homogeneity(a) * row.phi(a)
     right = a * row.derivative(a)
@@ -86,30 +86,30 @@ def test_known_values_of_silu():
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if len(ACTIVATIONS[n].regions) == 3])
-def test_partition_splits_at_the_zero_of_the_derivative(name):
+def test_partition_boundary_is_the_zero_of_the_derivative(name):
     row = ACTIVATIONS[name]
     low, high = row.boundaries
     assert high == -low
     assert low < 0
-    # phi' changes sign there, and nowhere else
+    # phi' changes sign only there.
     z = np.linspace(-8, 8, 100001)
     sign = np.sign(TRUTH[name][1](z))
     changes = z[1:][sign[1:] != sign[:-1]]
     np.testing.assert_allclose(changes[np.abs(changes) < 7], [low], atol=2e-4)
-    assert not row.beyond(mx.array(low - 1e-4), low).item()
-    assert row.beyond(mx.array(low + 1e-4), low).item()
+    assert not row.above_boundary(mx.array(low - 1e-4), low).item()
+    assert row.above_boundary(mx.array(low + 1e-4), low).item()
 
 
 @pytest.mark.parametrize("name", ["relu", "relu2"])
-def test_zero_is_dead(name):
+def test_zero_is_in_the_dead_region(name):
     row = ACTIVATIONS[name]
-    assert not row.beyond(mx.array(0.0), row.boundaries[0]).item()
-    assert row.beyond(mx.array(1e-30), row.boundaries[0]).item()
+    assert not row.above_boundary(mx.array(0.0), row.boundaries[0]).item()
+    assert row.above_boundary(mx.array(1e-30), row.boundaries[0]).item()
 
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
-def test_half_types_are_promoted(name, dtype):
+def test_half_precision_is_computed_in_float32(name, dtype):
     z = mx.array([-3.0, -0.5, 0.25, 4.0]).astype(dtype)
     for function in functions(name):
         if function is not None:
@@ -118,7 +118,7 @@ def test_half_types_are_promoted(name, dtype):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_nan_stays_nan(name):
+def test_nan_propagates(name):
     row = ACTIVATIONS[name]
     assert mx.isnan(row.phi(mx.array([float("nan")]))).item()
 
@@ -137,23 +137,23 @@ def test_families_match_float64(name):
         np.array(row.linear_branch(mx.array(z))), up(z.astype(np.float64)), rtol=2e-6, atol=2e-6
     )
     assert np.isfinite(np.array(row.derivative(mx.array(z)))).all()
-    assert row.boundaries == ()  # clipped, learned, or of the whole row: a partition would mean nothing
+    assert row.boundaries == ()  # a partition is undefined: clipped, learned, or dependent on the whole row
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"gelu_topk"}))
-def test_derivatives_of_families_are_float64_differences(name):
+def test_derivatives_of_families_match_float64_differences(name):
     row, phi, _ = FAMILIES[name]
     z = np.linspace(-6, 9, 601).astype(np.float32)
     h = 1e-6
     want = (phi(z + np.float64(h)) - phi(z - np.float64(h))) / (2 * h)
-    kinks = np.abs(np.gradient(want)) > 0.3  # where a clip sets in, or xIELU changes sides
+    kinks = np.abs(np.gradient(want)) > 0.3  # where a clip begins, and at the zero of xIELU
     got = np.array(row.derivative(mx.array(z)))
     smooth = ~(kinks | np.roll(kinks, 1) | np.roll(kinks, -1)) & (np.abs(z) > 1e-3)
     assert smooth.mean() > 0.95
     np.testing.assert_allclose(got[smooth], want[smooth], rtol=2e-5, atol=2e-5)
 
 
-def test_derivative_of_the_sparse_gelu_holds_its_cutoff():
+def test_derivative_of_sparse_gelu_treats_the_cutoff_as_constant():
     row = FAMILIES["gelu_topk"][0]
     z = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
     cutoff = z.astype(np.float64).mean(-1, keepdims=True) + 0.5 * z.astype(np.float64).std(-1, keepdims=True)

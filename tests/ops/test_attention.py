@@ -1,4 +1,4 @@
-"""Attention in chunks against float64 NumPy, and what a training step keeps of it."""
+"""Chunked attention: accuracy against float64 NumPy, use by models, and memory."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,16 +8,16 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.base import create_causal_mask
 
-from nalora_mlx.adapters.forward_pass import recomputed
-from nalora_mlx.ops.attention import QUERIES, attention, lean_attention
+from nalora_mlx.adapters.forward_pass import recompute_activations
+from nalora_mlx.ops.attention import MIN_CHUNK_QUERIES, attention, lean_attention
 from nalora_mlx.ops.fast_math import vectorized
 
-FUSED = mx.fast.scaled_dot_product_attention
+MLX_ATTENTION = mx.fast.scaled_dot_product_attention
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 def truth(q, k, v, do, scale, mask):
-    """Output and gradients in float64, from the derivative of a softmax; 0 of a query that sees nothing."""
+    """Return output and gradients in float64. They are 0 for a query that sees no key."""
     q, k, v, do = (np.array(x.astype(mx.float32), np.float64) for x in (q, k, v, do))
     B, H, Lq, _ = q.shape
     group = H // k.shape[1]
@@ -25,17 +25,22 @@ def truth(q, k, v, do, scale, mask):
     s = scale * q @ wide_k.swapaxes(-1, -2)
     if isinstance(mask, str):
         mask = np.tri(Lq, k.shape[2], k.shape[2] - Lq, dtype=bool)
-    seen = np.broadcast_to(True if mask is None else np.array(mask), s.shape)
-    s = np.where(seen, s, -np.inf)
+    visible = np.broadcast_to(True if mask is None else np.array(mask), s.shape)
+    s = np.where(visible, s, -np.inf)
     e = np.exp(s - s.max(-1, keepdims=True, initial=-1e9))
     p = e / np.maximum(e.sum(-1, keepdims=True), 1e-300)
     dp = do @ wide_v.swapaxes(-1, -2)
     ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
 
-    def gathered(x):  # of the query heads that share a key head
+    def sum_over_group(x):  # the query heads that share a key head
         return x.reshape(B, -1, group, *x.shape[2:]).sum(2)
 
-    return p @ wide_v, ds @ wide_k, gathered(ds.swapaxes(-1, -2) @ q), gathered(p.swapaxes(-1, -2) @ do)
+    return (
+        p @ wide_v,
+        ds @ wide_k,
+        sum_over_group(ds.swapaxes(-1, -2) @ q),
+        sum_over_group(p.swapaxes(-1, -2) @ do),
+    )
 
 
 def run(function, q, k, v, do, scale, mask):
@@ -44,7 +49,7 @@ def run(function, q, k, v, do, scale, mask):
 
 
 def draw(shape, dtype=mx.float32, seed=0):
-    """q, k, v and the output's gradient, for (B, H, K, Lq, Lk, D, E)."""
+    """Return random q, k, v and output gradient for sizes (B, H, K, Lq, Lk, D, E)."""
     B, H, K, Lq, Lk, D, E = shape
     keys = mx.random.split(mx.random.key(seed), 4)
     shapes = (B, H, Lq, D), (B, K, Lk, D), (B, K, Lk, E), (B, H, Lq, E)
@@ -60,12 +65,12 @@ def distance(got, want):
 
 
 def masks(B, H, Lq, Lk):
-    """By name: of every shape that attention is called with."""
+    """Return masks of every shape that models use, by name."""
     rng = np.random.default_rng(1)
     segments = mx.array(np.sort(rng.integers(0, 3, (B, Lk)), axis=1))
     packed = (segments[:, None, :, None] == segments[:, None, None, :]) & create_causal_mask(Lk)
     random = rng.random((B, H, Lq, Lk)) < 0.5
-    random[0, :, Lq // 2] = False  # queries that see nothing
+    random[0, :, Lq // 2] = False  # queries that see no key
     return {
         "none": None,
         "causal": "causal",
@@ -79,18 +84,24 @@ def masks(B, H, Lq, Lk):
 
 SHAPES = {
     "one chunk": (2, 2, 2, 17, 17, 8, 8),
-    "chunks": (2, 4, 4, 2 * QUERIES + 9, 2 * QUERIES + 9, 8, 8),
-    "grouped": (2, 6, 2, QUERIES + 1, QUERIES + 1, 16, 16),
-    "one key head, other values": (1, 4, 1, QUERIES + 5, QUERIES + 5, 8, 12),
-    "more keys": (1, 4, 2, QUERIES + 3, QUERIES + 50, 8, 8),
-    "fewer keys": (1, 4, 2, QUERIES + 50, 40, 8, 8),
+    "chunks": (2, 4, 4, 2 * MIN_CHUNK_QUERIES + 9, 2 * MIN_CHUNK_QUERIES + 9, 8, 8),
+    "grouped": (2, 6, 2, MIN_CHUNK_QUERIES + 1, MIN_CHUNK_QUERIES + 1, 16, 16),
+    "one key head, other values": (1, 4, 1, MIN_CHUNK_QUERIES + 5, MIN_CHUNK_QUERIES + 5, 8, 12),
+    "more keys": (1, 4, 2, MIN_CHUNK_QUERIES + 3, MIN_CHUNK_QUERIES + 50, 8, 8),
+    "fewer keys": (1, 4, 2, MIN_CHUNK_QUERIES + 50, 40, 8, 8),
     "one query": (2, 2, 1, 1, 30, 8, 8),
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mask", masks(1, 1, 2, 2))
-@pytest.mark.parametrize("fast", [False, True])
+CASES = [
+    pytest.param(shape, mask, fast, marks=() if fast or shape == "chunks" else pytest.mark.slow)
+    for fast in (False, True)
+    for mask in masks(1, 1, 2, 2)
+    for shape in SHAPES
+]
+
+
+@pytest.mark.parametrize(("shape", "mask", "fast"), CASES)
 def test_output_and_gradients(shape, mask, fast):
     shape = SHAPES[shape]
     mask = masks(shape[0], shape[1], shape[3], shape[4])[mask]
@@ -107,29 +118,29 @@ def test_output_and_gradients(shape, mask, fast):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", ["causal", "window"])
-def test_it_is_no_less_accurate_than_mlx(dtype, mask):
+def test_errors_are_no_larger_than_those_of_mlx(dtype, mask):
     shape = (2, 6, 2, 130, 130, 32, 32)
     mask = masks(2, 6, 130, 130)[mask]
     arrays = draw(shape, DTYPES[dtype])
     want = truth(*arrays, 32**-0.5, mask)
     with vectorized():
-        got, theirs = (run(f, *arrays, 32**-0.5, mask) for f in (attention, FUSED))
+        got, theirs = (run(f, *arrays, 32**-0.5, mask) for f in (attention, MLX_ATTENTION))
     for ours, mlx, exact in zip(got, theirs, want, strict=True):
         assert ours.dtype == DTYPES[dtype]
         assert distance(ours, exact) < 1.2 * distance(mlx, exact)
 
 
-def test_inputs_of_two_dtypes_give_what_they_promote_to():
+def test_mixed_dtypes_are_promoted():
     q, k, v, do = draw((1, 2, 2, 20, 20, 8, 8))
     arrays = q, k.astype(mx.bfloat16), v.astype(mx.bfloat16), do
-    got, theirs = (run(f, *arrays, 0.3, "causal") for f in (attention, FUSED))
+    got, theirs = (run(f, *arrays, 0.3, "causal") for f in (attention, MLX_ATTENTION))
     assert [x.dtype for x in got] == [x.dtype for x in theirs]
     assert got[0].dtype == mx.float32
 
 
 @pytest.mark.parametrize("largest", [1.0, 1e4, 1e18])
-def test_scores_of_any_size(largest):
-    """Probabilities of 0 and 1, of which none is NaN; what is NaN in the inputs does not get lost."""
+def test_large_scores_and_nan(largest):
+    """Scores of any size give finite results, and NaN in an input propagates."""
     q, k, v, do = draw((1, 2, 2, 70, 70, 8, 8))
     q = q * largest
     with vectorized():
@@ -141,20 +152,20 @@ def test_scores_of_any_size(largest):
     assert mx.all(mx.isfinite(out[0, 1])).item()
 
 
-# --- in place of MLX's own ----------------------------------------------------------------------------------
+# --- used by models instead of MLX's ----------------------------------------------------------------------------------
 
 
-def test_mlx_gets_its_function_back():
+def test_mlx_attention_is_restored():
     with lean_attention():
         first = mx.fast.scaled_dot_product_attention
-        assert first is not FUSED
+        assert first is not MLX_ATTENTION
         with pytest.raises(ZeroDivisionError), lean_attention():
             1 / 0  # noqa: B018
         assert mx.fast.scaled_dot_product_attention is first
-    assert mx.fast.scaled_dot_product_attention is FUSED
+    assert mx.fast.scaled_dot_product_attention is MLX_ATTENTION
 
 
-def test_what_it_cannot_take_is_left_to_mlx(monkeypatch):
+def test_unsupported_calls_go_to_mlx(monkeypatch):
     monkeypatch.setattr("nalora_mlx.ops.attention.attention", None)
     q, k, v, _ = draw((1, 4, 2, 20, 20, 8, 8))
     additive = mx.random.normal((20, 20))
@@ -165,7 +176,7 @@ def test_what_it_cannot_take_is_left_to_mlx(monkeypatch):
         ((q, k, v), {"stream": mx.cpu}),
     ]
     for arrays, arguments in calls:
-        want = FUSED(*arrays, scale=0.3, **arguments)
+        want = MLX_ATTENTION(*arrays, scale=0.3, **arguments)
         with lean_attention():
             got = mx.fast.scaled_dot_product_attention(*arrays, scale=0.3, **arguments)
         np.testing.assert_array_equal(np.array(got), np.array(want))
@@ -190,8 +201,8 @@ WINDOWS = {"layer_types": ["sliding_attention", "full_attention", "sliding_atten
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("changes", [{}, WINDOWS], ids=["causal", "windows"])
-def test_a_model_trains_as_without_it(changes, checkpointed):
-    tokens = mx.random.randint(0, 64, (2, QUERIES + 30), key=mx.random.key(1))
+def test_gradients_of_a_model_stay_the_same(changes, checkpointed):
+    tokens = mx.random.randint(0, 64, (2, MIN_CHUNK_QUERIES + 30), key=mx.random.key(1))
 
     def gradients(attend):
         model = tiny(**changes)
@@ -202,7 +213,7 @@ def test_a_model_trains_as_without_it(changes, checkpointed):
 
         step = mx.compile(nn.value_and_grad(model, loss), inputs=model.state, outputs=model.state)
         layers = model.layers if checkpointed else []
-        with recomputed(layers), vectorized():
+        with recompute_activations(layers), vectorized():
             if not attend:
                 return dict(tree_flatten(step(tokens)))
             with lean_attention():
@@ -215,9 +226,12 @@ def test_a_model_trains_as_without_it(changes, checkpointed):
         assert mx.abs(got[name] - array).max() <= 2e-5 * mx.abs(array).max() + 1e-7, name
 
 
-@pytest.mark.parametrize(("heads", "length", "mask"), [(8, 512, "causal"), (512, QUERIES, None)])
-def test_scores_of_no_layer_are_kept(heads, length, mask):
-    """The peak of many layers of attention grows by less than scores with each; that of MLX's own by more."""
+@pytest.mark.parametrize(
+    ("heads", "length", "mask"),
+    [(8, 512, "causal"), pytest.param(512, MIN_CHUNK_QUERIES, None, marks=pytest.mark.slow)],
+)
+def test_scores_are_not_stored(heads, length, mask):
+    """Peak memory grows by less than one array of scores per layer; with MLX's attention it grows by about one."""
     scores = 4 * heads * length * length
 
     def grown(attend):
@@ -227,7 +241,7 @@ def test_scores_of_no_layer_are_kept(heads, length, mask):
                     x = x + attend(x, mx.sin(x), x, scale=0.3, mask=mask)
                 return mx.sum(x)
 
-            x = mx.random.normal((1, heads, length, 1))  # little beside the scores
+            x = mx.random.normal((1, heads, length, 1))  # small compared with the scores
             step = mx.compile(mx.value_and_grad(loss))
             mx.eval(step(x))
             mx.synchronize()
@@ -236,10 +250,10 @@ def test_scores_of_no_layer_are_kept(heads, length, mask):
             mx.eval(step(x))
             return mx.get_peak_memory() - before
 
-        # Of a layer among many: with few, how many operations MLX begins ahead of their turn still grows.
+        # Measured with many layers. With few, the number of operations that MLX starts early still grows.
         return (peak(24) - peak(8)) / 16 / scores
 
-    # Again where threads were late: MLX begins operations before others have given back their memory.
+    # Up to three tries, because on a busy machine MLX starts operations before earlier ones free their memory.
     with vectorized():
-        assert min(grown(attention) for _ in range(3)) < 0.25
-        assert grown(FUSED) > 0.9
+        assert any(grown(attention) < 0.25 for _ in range(3))
+        assert grown(MLX_ATTENTION) > 0.9

@@ -1,4 +1,4 @@
-"""2^x, sigmoid and log-sum-exp on the CPU against float64, and their gradients."""
+"""Vectorized exp2, sigmoid, tanh and log-sum-exp on the CPU against float64, and their gradients."""
 
 import re
 
@@ -17,42 +17,42 @@ def vectorized():
         yield
 
 
-def test_powers_of_2_have_their_digits_and_are_0_before_they_are_denormal():
+def test_exp2_is_accurate_and_flushes_small_results_to_zero():
     x = np.linspace(-86, 0, 1_000_001).astype(np.float32)
     got = np.array(fast_math.exp2_nonpositive(mx.array(x))).astype(np.float64)
     assert np.abs(got / np.exp2(x.astype(np.float64)) - 1).max() < 3e-7
-    far = np.array(fast_math.exp2_nonpositive(mx.array([-86.01, -127.0, -1e30, -np.inf, np.nan])))
-    assert far[:4].tolist() == [0, 0, 0, 0]
-    assert np.isnan(far[4])
+    small = np.array(fast_math.exp2_nonpositive(mx.array([-86.01, -127.0, -1e30, -np.inf, np.nan])))
+    assert small[:4].tolist() == [0, 0, 0, 0]
+    assert np.isnan(small[4])
 
 
-def test_models_get_their_own_sigmoid_back():
-    own = mx.sigmoid
+def test_mx_sigmoid_is_restored():
+    original = mx.sigmoid
     z = mx.array([-3.0, 0.5])
     with fast_math.vectorized_models():
-        assert mx.sigmoid is not own
+        assert mx.sigmoid is not original
         for got in (mx.sigmoid(z), mx.sigmoid(z, stream=mx.cpu)):
             np.testing.assert_allclose(got, expit(np.array(z)), rtol=2.5e-7)
-    assert mx.sigmoid is own
+    assert mx.sigmoid is original
 
 
-def test_sigmoid_has_its_digits_in_both_tails():
+def test_sigmoid_is_accurate_in_both_tails():
     z = np.linspace(-87, 87, 1_000_001).astype(np.float32)
     got = np.array(fast_math.sigmoid(mx.array(z))).astype(np.float64)
     assert np.abs(got / expit(z.astype(np.float64)) - 1).max() < 2.5e-7
-    assert np.diff(got).min() > -1.2e-7  # rounding apart, it never falls
+    assert np.diff(got).min() > -1.2e-7  # monotonic up to rounding
 
 
 @pytest.mark.parametrize("z", [-np.inf, -1e4, -90.0, -88.5, -0.0, 0.0, 88.5, 1e4, np.inf, np.nan])
-def test_sigmoid_at_the_ends(z):
+def test_sigmoid_at_special_values(z):
     got = fast_math.sigmoid(mx.array(z, dtype=mx.float32)).item()
     np.testing.assert_allclose(got, expit(z), rtol=2.5e-7, atol=2e-38)
 
 
-def test_compiled_loops_of_the_sigmoid_read_no_constant_from_memory(tmp_path):
-    """A constant that MLX does not fuse makes a loop scalar, and the sigmoid four times as slow."""
+def test_compiled_sigmoid_reads_no_constant_from_memory(tmp_path):
+    """A constant that MLX does not fuse keeps the loop from being vectorized, and makes it four times as slow."""
     z = mx.random.normal((64, 64))
-    mx.eval(z)  # or the graph has what makes it
+    mx.eval(z)  # otherwise the graph includes the random generator
     out = mx.compile(fast_math.sigmoid)(z)
     mx.export_to_dot(str(tmp_path / "graph.dot"), out)
     operations = re.findall(r'label ="([^"]*)", shape=rectangle', (tmp_path / "graph.dot").read_text())
@@ -60,7 +60,7 @@ def test_compiled_loops_of_the_sigmoid_read_no_constant_from_memory(tmp_path):
     assert not {"Broadcast", "Full"} & set(operations)
 
 
-def test_gradient_of_the_sigmoid():
+def test_sigmoid_gradient():
     z = mx.array(np.linspace(-20, 20, 1001).astype(np.float32))
     for gradient in (
         mx.grad(lambda z: fast_math.sigmoid(z).sum()),
@@ -78,18 +78,18 @@ def test_tanh():
 @pytest.mark.parametrize(
     ("name", "dtype"), [("sigmoid", mx.bfloat16), ("tanh", mx.float16), ("tanh", mx.bfloat16)]
 )
-def test_half_types_are_mlxs_own(name, dtype):
+def test_half_precision_uses_mlx(name, dtype):
     z = mx.random.normal((64,)).astype(dtype)
     assert mx.array_equal(getattr(fast_math, name)(z), getattr(mx, name)(z))
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
-def test_outside_of_training_the_bits_are_mlxs_own(name):
+def test_outside_the_context_results_are_bitwise_those_of_mlx(name):
     z, ours, theirs = mx.random.normal((4096,)), getattr(fast_math, name), getattr(mx, name)
     assert not mx.array_equal(ours(z), theirs(z))
-    token = fast_math._on.set(False)
+    token = fast_math._enabled.set(False)
     assert mx.array_equal(ours(z), theirs(z))
-    fast_math._on.reset(token)
+    fast_math._enabled.reset(token)
 
 
 def test_logsumexp():
@@ -102,7 +102,7 @@ def test_logsumexp():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cross_entropy_and_its_gradient(compiled):
-    """Against float64; a row that does not count may hold NaN."""
+    """Compare with float64. A row without weight may hold NaN."""
     rng = np.random.default_rng(1)
     logits = (8 * rng.standard_normal((6, 500))).astype(np.float32)
     logits[4] = np.nan
@@ -112,10 +112,10 @@ def test_cross_entropy_and_its_gradient(compiled):
         mx.array(logits), mx.array(targets), mx.array(weights)
     )
     exact = logits.astype(np.float64)
-    size = logsumexp(exact, axis=-1, keepdims=True)
-    losses = size[:, 0] - exact[np.arange(6), targets]
+    lse = logsumexp(exact, axis=-1, keepdims=True)
+    losses = lse[:, 0] - exact[np.arange(6), targets]
     counts = weights > 0
     np.testing.assert_allclose(value, (losses * weights)[counts].sum(), rtol=1e-6)
-    want = (np.exp(exact - size) - np.eye(500)[targets]) * weights[:, None]
+    want = (np.exp(exact - lse) - np.eye(500)[targets]) * weights[:, None]
     want[~counts] = 0
     np.testing.assert_allclose(gradient, want, rtol=2e-6, atol=1e-7)

@@ -1,4 +1,4 @@
-"""The gated residual without a kernel: against float64, in chunks, and under what MLX does to functions."""
+"""The gated residual without kernels: accuracy, chunks, MLX's transformations, memory, and the choice of kernels."""
 
 import importlib
 import threading
@@ -26,31 +26,34 @@ from tests.truth import FAMILIES, TRUTH
 PHI = {name: (row, TRUTH[name][0], lambda u: u) for name, row in ACTIVATIONS.items()} | FAMILIES
 
 
-def inputs(variant, rows=37, features=12, rank=4, dtype=mx.float32):
-    """Projections, weights of rows with padding, and a gradient of h."""
+def make_inputs(variant, rows=37, features=12, rank=4, dtype=mx.float32):
+    """Return projections, row weights with padding, and a gradient of h."""
     low_dtype = mx.float32 if dtype == mx.float16 else dtype
-    projections, _, _ = selfcheck.example(variant, dtype, low_dtype, rank, features)
-    cut = [replace(p, base=p.base[:rows], low=p.low[:rows]) for p in projections]
+    projections, _, _ = selfcheck.example_inputs(variant, dtype, low_dtype, rank, features)
+    cut = [p._replace(base=p.base[:rows], low=p.low[:rows]) for p in projections]
     if variant.experts:
-        cut = [replace(p, experts=p.experts[:rows]) for p in cut]
+        cut = [p._replace(experts=p.experts[:rows]) for p in cut]
     weights = (mx.arange(rows) % 4 != 1).astype(mx.float32)
     return tuple(cut), weights, mx.random.normal((rows, features), key=mx.random.key(5)).astype(dtype)
 
 
-def function(variant, projections, weights):
-    """The operation as a function of its differentiable arrays, and these."""
-    arrays = [a for p in projections for a in (p.base, *p.arrays)]
+def as_function(variant, projections, weights):
+    """Return the operation as a function of its differentiable arrays, and these arrays."""
+    arrays = [a for p in projections for a in (p.base, *p.lora_arrays)]
 
     def run(*arrays):
-        left = iter(arrays)
-        new = (selfcheck.with_arrays(p, [next(left) for _ in (p.base, *p.arrays)]) for p in projections)
+        remaining = iter(arrays)
+        new = (
+            selfcheck.replace_arrays(p, [next(remaining) for _ in (p.base, *p.lora_arrays)])
+            for p in projections
+        )
         return gated_residual(variant, tuple(new), weights)
 
     return run, arrays
 
 
 def numeric_gradient(f, arrays, index, entries, step=1e-6):
-    """Central differences of a float64 scalar function at some entries of one array."""
+    """Return central differences of a float64 scalar function at some entries of one array."""
     found = []
     for entry in entries:
         moved = [a.copy() for a in arrays]
@@ -63,12 +66,12 @@ def numeric_gradient(f, arrays, index, entries, step=1e-6):
 
 @pytest.mark.parametrize("chunk", [1, 1 << 20], ids=["chunks", "whole"])
 @pytest.mark.parametrize("name", sorted(PHI))
-def test_value_and_gradients_are_those_of_float64(monkeypatch, name, chunk):
+def test_value_and_gradients_match_float64(monkeypatch, name, chunk):
     monkeypatch.setattr(reference, "CHUNK_BYTES", chunk * 4 * 12 * 5)  # five rows at a time
     row, phi, up = PHI[name]
     variant = Variant(row, statistic="derivative")
-    projections, weights, dh = inputs(variant)
-    run, arrays = function(variant, projections, weights)
+    projections, weights, dh = make_inputs(variant)
+    run, arrays = as_function(variant, projections, weights)
     dh64 = np.array(dh).astype(np.float64)
 
     def exact(g0, ag, bg, u0, au, bu):
@@ -88,7 +91,7 @@ def test_value_and_gradients_are_those_of_float64(monkeypatch, name, chunk):
 
 
 def exact_projections(variant, projections):
-    """z0, z and u in float64, [N, F]."""
+    """Return z0, z and u in float64, [N, F]."""
     found = []
     for p in projections:
         base, low, b = (np.array(a).astype(np.float64) for a in (p.base, p.low, p.b))
@@ -106,14 +109,15 @@ def exact_projections(variant, projections):
 
 @pytest.mark.parametrize("statistic", ["derivative", "sensitivity"])
 @pytest.mark.parametrize("experts", [0, 3])
-@pytest.mark.parametrize("side", GATE_UP_LAYOUTS)
+@pytest.mark.parametrize("layout", GATE_UP_LAYOUTS)
 @pytest.mark.parametrize("name", ["silu", "gelu", "relu"])
-def test_statistics_are_those_of_float64(name, side, experts, statistic):
-    """Within a few ulp of the sums, misalignment included; counts exactly."""
+def test_statistics_match_float64(name, layout, experts, statistic):
+    """Sums agree within a few ulp, counts exactly."""
     row, (_, slope, selection, _) = ACTIVATIONS[name], TRUTH[name]
-    variant = Variant(row, side, statistic, row.boundaries, diagnose=True, experts=experts)
-    projections, weights, _ = inputs(variant)
-    _, seen = function(variant, projections, weights)[0](*function(variant, projections, weights)[1])
+    variant = Variant(row, layout, statistic, row.boundaries, diagnose=True, experts=experts)
+    projections, weights, _ = make_inputs(variant)
+    run, arrays = as_function(variant, projections, weights)
+    _, statistics = run(*arrays)
     z0, z, u = exact_projections(variant, projections)
     w = np.array(weights).astype(np.float64)[:, None]
 
@@ -127,23 +131,23 @@ def test_statistics_are_those_of_float64(name, side, experts, statistic):
         ulp = 2.0**-23 * np.abs(want).max()
         np.testing.assert_allclose(np.array(got), want, rtol=0, atol=8 * ulp)
 
-    close(seen["responsiveness"], total(np.abs(slope(z) * (u if statistic == "sensitivity" else 1))))
+    close(statistics["responsiveness"], total(np.abs(slope(z) * (u if statistic == "sensitivity" else 1))))
     above = np.stack([total((z >= b if row.left_closed else z > b) * 1.0) for b in row.boundaries])
-    np.testing.assert_array_equal(np.array(seen["above_boundary"]), above)
+    np.testing.assert_array_equal(np.array(statistics["above_boundary"]), above)
     feature, selected = (z - z0) * selection(z0) * u, z * (selection(z) - selection(z0)) * u
-    close(seen["misalignment"][0], (w * np.abs(feature)).sum())
-    close(seen["misalignment"][1], (w * np.abs(selected)).sum())
+    close(statistics["misalignment"][0], (w * np.abs(feature)).sum())
+    close(statistics["misalignment"][1], (w * np.abs(selected)).sum())
     if experts:
-        np.testing.assert_array_equal(np.array(seen["tokens"]), total(np.ones((len(z), 1)))[:, 0])
+        np.testing.assert_array_equal(np.array(statistics["tokens"]), total(np.ones((len(z), 1)))[:, 0])
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_float32_errors_are_a_few_ulp(name):
-    """h and all gradients, beside what each is a sum of."""
+    """Check h and all gradients, relative to the terms that each is a sum of."""
     variant = Variant(ACTIVATIONS[name])
     phi, slope, *_ = TRUTH[name]
-    projections, weights, dh = inputs(variant)
-    run, arrays = function(variant, projections, weights)
+    projections, weights, dh = make_inputs(variant)
+    run, arrays = as_function(variant, projections, weights)
     (h,), (dg0, dag, dbg, du0, dau, dbu) = mx.vjp(lambda *a: run(*a)[0], arrays, [dh])
     _, z, u = exact_projections(variant, projections)
     g, (ag, bg), (au, bu) = (
@@ -164,30 +168,30 @@ def test_float32_errors_are_a_few_ulp(name):
         close(db, 0.5 * a.T @ d, 0.5 * np.abs(a).T @ size, 12)
 
 
-def test_no_statistic_without_weights():
+def test_no_statistics_without_weights():
     row = ACTIVATIONS["silu"]
     variant = Variant(row, statistic="derivative", boundaries=row.boundaries, diagnose=True)
-    projections, _, _ = inputs(variant)
-    h, seen = gated_residual(variant, projections)
-    assert seen == {}
+    projections, _, _ = make_inputs(variant)
+    h, statistics = gated_residual(variant, projections)
+    assert statistics == {}
     assert mx.array_equal(h, gated_residual(variant.without_statistics, projections)[0])
 
 
 @pytest.mark.parametrize("experts", [0, 3])
-@pytest.mark.parametrize("side", GATE_UP_LAYOUTS)
-def test_chunks_change_nothing(monkeypatch, side, experts):
+@pytest.mark.parametrize("layout", GATE_UP_LAYOUTS)
+def test_chunked_results_are_the_same(monkeypatch, layout, experts):
     row = ACTIVATIONS["silu"]
-    variant = Variant(row, side, "sensitivity", row.boundaries, diagnose=True, experts=experts)
-    projections, weights, dh = inputs(variant)
+    variant = Variant(row, layout, "sensitivity", row.boundaries, diagnose=True, experts=experts)
+    projections, weights, dh = make_inputs(variant)
     if experts:
         dh = dh[:, None]
-    run, arrays = function(variant, projections, weights)
+    run, arrays = as_function(variant, projections, weights)
     results = []
     for size in (1 << 20, 4 * 12 * 5):
         monkeypatch.setattr(reference, "CHUNK_BYTES", size)
-        h, seen = run(*arrays)
+        h, statistics = run(*arrays)
         gradients = mx.vjp(lambda *a: run(*a)[0], arrays, [dh])[1]
-        results.append([h, *(seen[name] for name in sorted(seen)), *gradients])
+        results.append([h, *(statistics[name] for name in sorted(statistics)), *gradients])
     assert len(results[0]) == 1 + (4 if experts else 3) + len(arrays)
     for got, want in zip(*results, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(np.array(want)).max())
@@ -197,13 +201,13 @@ def test_chunks_change_nothing(monkeypatch, side, experts):
 @pytest.mark.parametrize("precise", [True, False])
 def test_gradients_have_the_dtypes_of_their_arrays(dtype, precise):
     variant = Variant(ACTIVATIONS["silu"], precise=precise)
-    projections, weights, dh = inputs(variant, dtype=dtype)
-    run, arrays = function(variant, projections, weights)
+    projections, weights, dh = make_inputs(variant, dtype=dtype)
+    run, arrays = as_function(variant, projections, weights)
     h, gradients = mx.vjp(lambda *a: run(*a)[0], arrays, [dh])
     assert h[0].dtype == dtype
     assert [g.dtype for g in gradients] == [a.dtype for a in arrays]
     exact = replace(variant, precise=True)
-    run, floats = function(exact, projections, weights)
+    run, floats = as_function(exact, projections, weights)
     floats = [a.astype(mx.float32) for a in floats]
     h32, gradients32 = mx.vjp(lambda *a: run(*a)[0], floats, [dh.astype(mx.float32)])
     ulp = 2.0**-10 if dtype == mx.float16 else 2.0**-7
@@ -262,7 +266,7 @@ def loss_of(model, forward):
 @pytest.mark.parametrize("chunk", [4 * 40 * 3, 1 << 20], ids=["chunks", "whole"])
 @pytest.mark.parametrize("way", ["eager", "compiled", "checkpointed", "both"])
 def test_gradients_under_compile_and_checkpoint(monkeypatch, way, chunk):
-    """Of all parameters and of x, against mlx-lm's LoRA without either."""
+    """Compare gradients of all parameters and of x with mlx-lm's LoRA, eager and without checkpointing."""
     monkeypatch.setattr(reference, "CHUNK_BYTES", chunk)
     x, dy = mx.random.normal((2, 9, 24)), mx.random.normal((2, 9, 24))
     theirs, ours = build(theirs=True), build()
@@ -289,7 +293,7 @@ def test_gradients_under_compile_and_checkpoint(monkeypatch, way, chunk):
 
 
 def test_less_memory_than_mlx_lm():
-    """Peak of one compiled forward and backward above what was there before; sizes are counted, not timed."""
+    """Compare the peak memory of one compiled forward and backward, above what was in use before."""
     peaks = {}
     x, dy = mx.random.normal((1, 2048, 64)), mx.random.normal((1, 2048, 64))
     for theirs in (True, False):
@@ -297,7 +301,7 @@ def test_less_memory_than_mlx_lm():
         f, parameters = mx.compile(loss_of(model, model)), model.trainable_parameters()
         mx.eval(f(parameters, x, dy))
         found = []
-        for _ in range(3):  # the lowest, since MLX runs further ahead on a busy machine
+        for _ in range(3):  # the lowest, because MLX runs further ahead on a busy machine
             mx.clear_cache()
             before = mx.get_active_memory()
             mx.reset_peak_memory()
@@ -307,11 +311,11 @@ def test_less_memory_than_mlx_lm():
     assert peaks[False] <= 0.75 * peaks[True]
 
 
-def test_from_another_thread(monkeypatch):
-    """A stream of MLX belongs to a thread; chunks in another one, as in a server, need streams of their own."""
+def test_runs_in_another_thread(monkeypatch):
+    """An MLX stream belongs to one thread. Chunks in another thread, as in a server, need their own streams."""
     monkeypatch.setattr(reference, "CHUNK_BYTES", 4 * 12 * 5)
     variant = Variant(ACTIVATIONS["silu"])
-    projections, weights, _ = inputs(variant)
+    projections, weights, _ = make_inputs(variant)
     want = np.array(gated_residual(variant, projections, weights)[0])
     got = []
     device = mx.default_device()
@@ -320,15 +324,15 @@ def test_from_another_thread(monkeypatch):
         mx.set_default_device(device)
         got.append(np.array(gated_residual(variant, projections, weights)[0]))
 
-    mx.eval([a for p in projections for a in (p.base, *p.arrays)])
+    mx.eval([a for p in projections for a in (p.base, *p.lora_arrays)])
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     np.testing.assert_array_equal(got[0], want)
 
 
-def test_split_gradient_of_the_low_rank_input():
-    """`low` gets the whole gradient and `routed` the masked one; their values count once."""
+def test_routed_gradient():
+    """`low` gets the whole gradient and `routed` the masked one; the value is added once."""
     rng = np.random.default_rng(0)
     base, low, b, dy = (
         mx.array(rng.standard_normal(s).astype(np.float32)) for s in ((5, 7), (5, 3), (3, 7), (5, 7))
@@ -349,7 +353,7 @@ def test_split_gradient_of_the_low_rank_input():
     np.testing.assert_allclose(to_routed, 0.5 * (n["dy"] * n["mask"]) @ n["b"].T, rtol=1e-5, atol=1e-6)
 
 
-# --- what is counted ------------------------------------------------------------------------------------------
+# --- memory traffic ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -358,32 +362,32 @@ def benchmark(monkeypatch):
     return importlib.import_module("benchmark_kernel")
 
 
-def moved(benchmark, dtype, rank, name):
+def traffic(benchmark, dtype, rank, name):
     return benchmark.count_traffic(benchmark.Case(896, 4864, 2048, rank, dtype), name)
 
 
 @pytest.mark.parametrize("name", ["ours", "ours, with statistics", "ours, with route"])
 @pytest.mark.parametrize("rank", [8, 16])
-def test_bytes_moved_are_two_fifths_of_mlx_lms(benchmark, rank, name):
-    """In bfloat16, B per tile, sums and small arrays included; mlx-lm's products are of float32 there."""
-    theirs, ours = (moved(benchmark, mx.bfloat16, rank, one) for one in ("mlx-lm", name))
+def test_bfloat16_traffic_is_at_most_two_fifths_of_mlx_lm(benchmark, rank, name):
+    """In bfloat16, with B per tile, sums and small arrays included. mlx-lm computes low-rank products in float32."""
+    theirs, ours = (traffic(benchmark, mx.bfloat16, rank, one) for one in ("mlx-lm", name))
     assert ours.bytes <= 0.4 * theirs.bytes
     assert (ours.kept, theirs.kept) == (2, 4)
 
 
-def test_passes_over_whole_arrays(benchmark):
-    """30 of mlx-lm and 12 of ours in one dtype, and little beside them."""
+def test_float32_traffic_in_passes(benchmark):
+    """In float32, mlx-lm needs 30 passes over [N, F] and the gated residual 12."""
     a_pass = 2048 * 4864 * 4
-    theirs, ours = (moved(benchmark, mx.float32, 8, one).bytes / a_pass for one in ("mlx-lm", "ours"))
+    theirs, ours = (traffic(benchmark, mx.float32, 8, one).bytes / a_pass for one in ("mlx-lm", "ours"))
     assert 30 <= theirs < 30.1
-    # B, once per tile of 64 rows, for two branches, forward and backward; and x A, once per 256 channels
+    # Plus B once per tile of 64 rows, for two branches, forward and backward, and x A once per 256 channels.
     assert 12 <= ours < 12.1 + 4 * 8 / 64 + 4 * 8 / 256
 
 
-# --- which kernel -------------------------------------------------------------------------------------------
+# --- choice of kernels -------------------------------------------------------------------------------------------
 
 
-def test_no_kernel_without_a_gpu(monkeypatch):
+def test_backend_without_a_gpu(monkeypatch):
     monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
     assert backend.backend() == "reference"
     for choice, message in (
@@ -397,67 +401,65 @@ def test_no_kernel_without_a_gpu(monkeypatch):
 
 @pytest.fixture
 def on_metal(monkeypatch):
-    """A process that has a Metal device and has checked nothing yet."""
+    """Pretend that there is a Metal device, with no kernels checked."""
     monkeypatch.setattr(backend, "backend", lambda: "metal")
-    for name in ("checked", "refused", "unchecked"):
+    for name in ("verified", "disabled_backends", "reported"):
         monkeypatch.setattr(backend, name, set())
 
 
-def test_a_kernel_is_used_only_where_it_was_found_right(on_metal):
+def test_only_verified_kernels_are_used(on_metal):
     variant = Variant(ACTIVATIONS["silu"])
-    projections, _, _ = inputs(variant)
-    kind = ("metal", variant, mx.float32, mx.float32, 4)
-    assert backend.kind_of("metal", variant, projections) == kind
+    projections, _, _ = make_inputs(variant)
+    key = backend.KernelKey("metal", variant, mx.float32, mx.float32, 4)
+    assert backend.kernel_key("metal", variant, projections) == key
     with pytest.warns(UserWarning, match="kernel of silu in .*float32 was not checked when") as warned:
         assert [backend.backend_for(variant, projections) for _ in range(3)] == ["reference"] * 3
     assert len(warned) == 1
-    backend.checked.add(kind)
+    backend.verified.add(key)
     assert backend.backend_for(variant, projections) == "metal"
-    backend.refused.add("metal")
+    backend.disabled_backends.add("metal")
     assert backend.backend_for(variant, projections) == "reference"
 
 
-def test_every_kernel_is_checked_before_a_model_wants_it(on_metal, monkeypatch):
-    for name in ("backend", "checked", "refused"):
-        monkeypatch.setattr(selfcheck, name, getattr(backend, name))
-    monkeypatch.setattr(selfcheck, "fault", lambda kind: None)
+def test_adapt_verifies_every_kernel_that_the_model_uses(on_metal, monkeypatch):
+    monkeypatch.setattr(selfcheck, "find_error", lambda key: None)
     operation = importlib.import_module("nalora_mlx.ops.kernels.gated_residual")
-    monkeypatch.setattr(operation, "by_kernel", lambda _, *rest: operation.by_reference(*rest))
+    monkeypatch.setattr(operation, "run_kernel", lambda _, *rest: operation.run_reference(*rest))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapt(build_model(), NALoRAConfig(rank=4, num_layers=-1))
-    assert backend.checked
-    assert not backend.unchecked
+    assert backend.verified
+    assert not backend.reported
 
 
-def test_which_kernel_runs_an_operation():
+def test_kernel_key_of_an_operation():
     variant = Variant(ACTIVATIONS["silu"])
-    projections, _, _ = inputs(variant)
-    wide = tuple(replace(p, low=mx.zeros((37, 17)), b=mx.zeros((17, 12))) for p in projections)
-    assert backend.kind_of("metal", variant, wide) == ("metal", variant, mx.float32, None, 0)
-    unsorted = tuple(replace(p, experts=mx.zeros(37, mx.int32), is_sorted=False) for p in projections)
-    assert backend.kind_of("metal", variant, unsorted) is None
+    projections, _, _ = make_inputs(variant)
+    wide = tuple(p._replace(low=mx.zeros((37, 17)), b=mx.zeros((17, 12))) for p in projections)
+    assert backend.kernel_key("metal", variant, wide) == ("metal", variant, mx.float32, None, 0)
+    unsorted = tuple(p._replace(experts=mx.zeros(37, mx.int32), is_sorted=False) for p in projections)
+    assert backend.kernel_key("metal", variant, unsorted) is None
     sparse = Variant(FAMILIES["gelu_topk"][0])
-    assert backend.kind_of("metal", sparse, projections) is None
+    assert backend.kernel_key("metal", sparse, projections) is None
 
 
-@pytest.mark.parametrize("side", GATE_UP_LAYOUTS)
-def test_no_kernel_gets_an_array_that_metal_would_make_constant(side):
-    """Of fewer than eight elements: neither the bases nor the gradient of h, which is half of joined ones."""
-    variant = Variant(ACTIVATIONS["silu"], side)
+@pytest.mark.parametrize("layout", GATE_UP_LAYOUTS)
+def test_no_kernel_for_small_arrays(layout):
+    """Metal puts inputs of fewer than eight elements in another address space: bases, and the gradient of h."""
+    variant = Variant(ACTIVATIONS["silu"], layout)
     for features, runs in ((7, False), (8, True)):
-        width = features if side == "separate" else 2 * features
-        projections = (LowRank(mx.zeros((1, width))),) * (2 if side == "separate" else 1)
-        assert (backend.kind_of("metal", variant, projections) is not None) == runs
+        width = 2 * features if variant.is_joint else features
+        projections = (LowRank(mx.zeros((1, width))),) * (1 if variant.is_joint else 2)
+        assert (backend.kernel_key("metal", variant, projections) is not None) == runs
 
 
-def test_a_wrong_name_of_a_kernel_is_no_fault_of_the_model(monkeypatch):
+def test_adapt_reports_an_unknown_backend(monkeypatch):
     monkeypatch.setenv(backend.ENVIRONMENT, "fastest")
     with pytest.raises(InputError, match="NALORA_KERNEL=fastest: choose from"):
         adapt(Model(24, 40), NALoRAConfig(rank=4, scale=2.0, num_layers=-1))
 
 
-def test_kinds_of_activations_are_told_apart_by_their_constants():
+def test_variants_differ_by_activation_constants():
     from nalora_mlx.ops import activation_families
 
     assert Variant(activation_families.swiglu_oai(1.7, 7.0)) == Variant(

@@ -12,7 +12,7 @@ import pytest
 
 from nalora_mlx.__main__ import main
 from nalora_mlx.core.config import load_run_config
-from nalora_mlx.data.formats import Features
+from nalora_mlx.data.formats import Features, parse_rows
 from nalora_mlx.data.sources import SPLITS, load_local
 from nalora_mlx.data.tokenization import tokenize_rows
 from tests.conftest import CHAT_TEMPLATE
@@ -183,11 +183,17 @@ def test_the_log_keeps_its_form_and_its_weather():
 # --- chat templates -----------------------------------------------------------------------------------------
 
 
+def tokenized(rows, tokenizer):
+    parsed, problems = parse_rows(rows, Features(mask_prompt=True))
+    assert problems == []
+    return tokenize_rows(parsed, tokenizer, True, 4096)
+
+
 def test_a_template_with_tools_trains_on_every_call(tools_model):
     """Of each row, what is trained on is the calls and the answers and nothing else, by count of words."""
     tokenizer = load_tokenizer(tools_model)
     rows = load_local(PERSONA, ["test"])["test"]
-    split = tokenize_rows(rows, tokenizer, Features(mask_prompt=True), 4096)
+    split = tokenized(rows, tokenizer)
     assert split.errors == split.notices == []
     assert len(split) == len(rows)
     for example, (_, row) in zip(split.examples, rows, strict=True):
@@ -206,12 +212,12 @@ def test_a_template_without_tools_refuses_the_structured_rows_and_takes_the_plai
 ):
     tokenizer = load_tokenizer(with_template(model_directory, tmp_path / "model", STRICT_TEMPLATE))
     rows = load_local(PERSONA, ["test"])["test"]
-    split = tokenize_rows(rows, tokenizer, Features(mask_prompt=True), 4096)
+    split = tokenized(rows, tokenizer)
     with_calls = sum(any(kind == "call" for kind, _ in conversation(row)) for _, row in rows)
     assert 0 < with_calls == len(split.errors)
     assert "the model's chat template refuses this row" in split.errors[0]
     plain = load_local(PERSONA / "plain", ["test"])["test"]
-    split = tokenize_rows(plain, tokenizer, Features(mask_prompt=True), 4096)
+    split = tokenized(plain, tokenizer)
     assert split.errors == split.notices == []
 
 

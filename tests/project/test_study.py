@@ -51,14 +51,14 @@ def record(method, seed, loss, rate=1e-3, **more):
 
 
 def test_controls_keep_what_they_are_to_keep():
-    random = np.array(study_methods._changed(Q, "random", 3))
+    random = np.array(study_methods.control_multiplier(Q, "random", 3))
     assert np.array_equal(np.sort(random), np.sort(np.array(Q)))
-    assert np.array_equal(random, np.array(study_methods._changed(Q, "random", 3)))
-    assert not np.array_equal(random, np.array(study_methods._changed(Q, "random", 4)))
-    inverse = np.array(study_methods._changed(Q[:1], "inverse", 0))
+    assert np.array_equal(random, np.array(study_methods.control_multiplier(Q, "random", 3)))
+    assert not np.array_equal(random, np.array(study_methods.control_multiplier(Q, "random", 4)))
+    inverse = np.array(study_methods.control_multiplier(Q[:1], "inverse", 0))
     assert np.allclose(inverse, [[1.0, 0.1, 0.5, 2.0]])
     for control, power in (("mean", 1), ("rms", 2)):
-        matched = np.array(study_methods._changed(Q, control, 0))
+        matched = np.array(study_methods.control_multiplier(Q, control, 0))
         assert matched.shape == Q.shape
         assert np.ptp(matched, axis=-1).max() == 0
         assert np.allclose((matched**power).mean(-1), (np.array(Q) ** power).mean(-1))
@@ -68,9 +68,9 @@ def test_controls_keep_what_they_are_to_keep():
 def test_a_constant_gate_step_is_none_of_loras(name):
     method = study_methods.METHODS[name]
     s = mx.array([0.1, 0.2, 1.0, 0.4])
-    state = {"importance": s, "updates": mx.array(1.0), "mask": s / mx.mean(s)}
+    state = study_methods.importance.LayerState(s, mx.array(1.0), s / mx.mean(s))
     settings = study.NALoRAConfig(**dict(method.na) | {"beta": 0.0})
-    with study_methods.controlled(method.control, 0):
+    with study_methods.apply_control(method.control, 0):
         q = np.array(study_methods.importance.multiplier(state, settings))
     assert np.ptp(q) < 1e-6
     assert abs(q[0] - 1) > 0.05
@@ -81,7 +81,7 @@ def test_bad_input_is_refused_before_any_run(tmp_path, capsys, monkeypatch):
     good = ["--models", str(tmp_path), "--tasks", "orders", "--output", str(tmp_path / "runs.jsonl")]
     for flags, said in (
         (["--iters", "30"], "multiple of"),
-        (["--models", str(tmp_path / "none")], "holds no model"),
+        (["--models", str(tmp_path / "none")], "no config.json found"),
         (["--tasks", "order"], "invalid choice"),
         (["--tasks", "wikisql", "--data", str(tmp_path)], "is missing"),
     ):
@@ -96,7 +96,7 @@ def test_bad_input_is_refused_before_any_run(tmp_path, capsys, monkeypatch):
 def test_a_control_ends_with_its_run():
     before = study_methods.importance.multiplier, study_methods.step.gated_mlps
     for control in ("random", "first-half"):
-        with study_methods.controlled(control, 0):
+        with study_methods.apply_control(control, 0):
             assert (study_methods.importance.multiplier, study_methods.step.gated_mlps) != before
         assert (study_methods.importance.multiplier, study_methods.step.gated_mlps) == before
 
@@ -107,16 +107,16 @@ def test_a_fitted_lora_a_spans_what_the_gradient_spans():
         itertools.islice(study_methods.training_batches(examples, 4, 1), study_methods.FIT_BATCHES)
     )
     truth = build_model()
-    loss = study_methods.ScoredLoss(truth)
+    loss = study_methods.SupervisedLoss(truth)
     summed = nn.value_and_grad(
-        truth, lambda: sum(loss(mx.array(b.inputs), *map(mx.array, b.scored())) for b in batches)
+        truth, lambda: sum(loss(mx.array(b.inputs), *map(mx.array, b.loss_positions())) for b in batches)
     )
     weights = dict(tree_flatten(summed()[1]))
     inputs = mx.array([[5, 9, 2, 7]])
     before = model(inputs)
     adapt(model, study.NALoRAConfig(rank=3, num_layers=-1))
     drawn = {path: m.lora_a for path, m in model.named_modules() if "lora_a" in m}
-    study_methods.fit(model, examples, study_methods.GATED, 4, 0)
+    study_methods.fit_lora_a(model, examples, study_methods.GATED, 4, 0)
     assert mx.allclose(model(inputs), before, atol=1e-5)
     for path, module in model.named_modules():
         if "lora_a" not in module:
@@ -170,7 +170,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         study.run_all(
             [setting, study.Setting(**vars(setting) | {"seed": 1})], arguments(output=output, jobs=1)
         )
-    assert study.finished(output)[setting.key]["valid"]["loss"] == 2.0
+    assert study.read_results(output)[setting.key]["valid"]["loss"] == 2.0
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -219,9 +219,9 @@ def test_a_choice_is_the_likeliest_of_its_tokens():
 
 
 def test_choices_differ_in_one_token():
-    assert study_tasks._differing([[1, 2, 3], [1, 9, 3]], 10) == (11, [2, 9])
+    assert study_tasks.differing_tokens([[1, 2, 3], [1, 9, 3]], 10) == (11, [2, 9])
     with pytest.raises(ValueError):
-        study_tasks._differing([[1, 2, 3], [4, 9, 3]], 10)
+        study_tasks.differing_tokens([[1, 2, 3], [4, 9, 3]], 10)
 
 
 def test_orders_are_different_ones_and_always_the_same():
@@ -239,7 +239,7 @@ def test_differences_are_paired_by_seed_and_relative_to_the_baseline():
     noise = np.random.default_rng(0).normal(0, 1, 20)
     records = [record("lora", s, 10 + noise[s]) for s in range(20)]
     records += [record("soft", s, 10 + noise[s] - 0.1) for s in range(20)]
-    pairs = study_tables.Pairs(records, "valid")
+    pairs = study_tables.PairedRuns(records, "valid")
     found = list(pairs.differences("m", "t", "soft", "loss").values())
     assert np.allclose(found, -100 * 0.1 / (10 + noise.mean()))
     row = study_tables.table(pairs, "loss", "Loss").splitlines()[-1]
@@ -252,7 +252,7 @@ def test_an_interval_covers_the_mean_it_is_of():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
-        low, high = study_tables.interval(list(rng.normal(0.3, 1, 20)), 0.95)
+        low, high = study_tables.bootstrap_interval(list(rng.normal(0.3, 1, 20)), 0.95)
         covered += low <= 0.3 <= high
     assert 170 <= covered <= 198
 

@@ -1,4 +1,4 @@
-"""What a report reads and says: against numbers that are known, and a run that was really trained."""
+"""Reports: data, tables, plots and the command, on synthetic runs and a trained one."""
 
 import json
 import os
@@ -10,8 +10,10 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
+from nalora_mlx.__main__ import main
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.runs.metrics import METRICS_FILE
+from nalora_mlx.training.diagnostics import describe_layers
 from tests.conftest import build_model
 from tests.report.report_runs import CHANNELS, channel, write_run
 
@@ -20,39 +22,34 @@ pytest.importorskip("plotly", reason="the extra report is not installed")
 
 from matplotlib.axes import Axes
 
-from nalora_mlx.adapters.attach import adapt_result as model_report
-from nalora_mlx.report import data, tables
-from nalora_mlx.report.data import read_run, read_runs, short_layers
-from nalora_mlx.report.page import page
-from nalora_mlx.report.palette import DASHES, LINES, MARKERS, POINTS, RUNS_DARK, RUNS_LIGHT
-from nalora_mlx.report.pictures import pictures
-from nalora_mlx.report.series import binned, running_mean, thinned
+from nalora_mlx.adapters.attach import adapt_result
+from nalora_mlx.report import run_data, style, tables
+from nalora_mlx.report.downsampling import average_columns, downsample, running_mean
+from nalora_mlx.report.page import render_page
+from nalora_mlx.report.plots import draw_plots
+from nalora_mlx.report.run_data import read_run, read_runs, short_layers
+from nalora_mlx.report.style import RUN_COLORS_DARK, RUN_COLORS_LIGHT
 
 
-def nalora(*argv, **settings):
-    return subprocess.run(
-        [sys.executable, "-m", "nalora_mlx", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **settings,
-    )
+def nalora(*argv):
+    """Run a command in this process; return its exit status."""
+    return main(list(map(str, argv)))
 
 
-def payload(html):
-    """What the page's script draws."""
+def chart_data(html):
+    """Return the JSON data that the page's script draws."""
     return json.loads(html.split('<script type="application/json" id="data">')[1].split("</script>")[0])
 
 
-# --- series -------------------------------------------------------------------------------------------------
+# --- downsampling ------------------------------------------------------------------------------------
 
 
-def test_thinning_loses_no_spike_and_no_end():
+def test_downsampling_keeps_spikes_and_ends():
     rng = np.random.default_rng(0)
     steps, values = np.arange(10_000.0), rng.normal(size=10_000)
     values[[1234, 8765]] = 50, -50
     values[4000] = np.nan
-    x, y = thinned(steps, values, 400)
+    x, y = downsample(steps, values, 400)
     assert len(x) <= 410
     assert (np.diff(x) > 0).all()
     assert (x[0], x[-1]) == (0, 9999)
@@ -61,22 +58,22 @@ def test_thinning_loses_no_spike_and_no_end():
     assert np.isnan(y[x == 4000]).all()
     assert (x == 4000).sum() == 1
     assert all(values[int(a)] == b for a, b in zip(x, y, strict=True) if not np.isnan(b))
-    short = thinned(steps[:10], values[:10], 400)
+    short = downsample(steps[:10], values[:10], 400)
     assert len(short[0]) == 10
 
 
-def test_running_mean_is_the_mean_of_what_came_before():
+def test_running_mean():
     values = np.array([1.0, 2, np.nan, 4, 5, 6])
     expected = [np.nanmean(values[max(0, i - 2) : i + 1]) for i in range(6)]
     assert np.allclose(running_mean(values, 3), expected)
     assert np.isnan(running_mean(np.array([np.nan, np.nan]), 3)).all()
 
 
-def test_bins_are_means_of_what_was_measured():
+def test_averaged_columns_ignore_nan():
     rng = np.random.default_rng(1)
     grid = rng.normal(size=(3, 1003))
     grid[1, :500] = np.nan
-    steps, means = binned(np.arange(1003.0), grid, 200)
+    steps, means = average_columns(np.arange(1003.0), grid, 200)
     parts = np.array_split(np.arange(1003), 200)
     for column, part in enumerate(parts):
         assert steps[column] == part[-1]
@@ -87,118 +84,124 @@ def test_bins_are_means_of_what_was_measured():
             )
 
 
-# --- what is read -------------------------------------------------------------------------------------------
+# --- data --------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_read_as_it_was_written(tmp_path):
+def test_run_data(tmp_path):
     run = read_run(write_run(tmp_path / "a", 40, every=5), "a")
-    assert run.best == (100, 0.25)
+    assert run.best_validation == (100, 0.25)
     assert run.last_step == 200
     assert run.tokens == 40_000
     assert list(run.train["step"]) == [5 * t for t in range(1, 41)]
     assert len(run.valid["step"]) == 11
     assert short_layers(run.layers) == ["0", "1", "2", "3"]
     grid = run.grids["importance.mean"]
-    shares = np.arange(1, 41) / 40
-    assert np.allclose(grid.values, 0.5 + 0.05 * np.arange(4)[:, None] - 0.1 * shares, atol=1e-5)
+    progress = np.arange(1, 41) / 40
+    assert np.allclose(grid.values, 0.5 + 0.05 * np.arange(4)[:, None] - 0.1 * progress, atol=1e-5)
     assert np.allclose(run.grids["occupancy.transition"].values, 0.7)
     assert np.allclose(run.grids["step_scale.mean"].values, 0.8 - 0.01 * np.arange(4)[:, None])
-    assert np.allclose(run.grids["sparsity"].values, 0.02 * np.arange(4)[:, None] + 0.1 * shares, atol=1e-5)
+    assert np.allclose(run.grids["sparsity"].values, 0.02 * np.arange(4)[:, None] + 0.1 * progress, atol=1e-5)
     assert run.settings["rank"] == 8
-    assert (run.settings["beta"], run.kind) == (0.9, "NA-LoRA")
+    assert (run.settings["beta"], run.method) == (0.9, "NA-LoRA")
 
 
-def test_channels_are_in_the_order_of_their_last_importance(tmp_path):
+def test_channels_are_sorted_by_final_importance(tmp_path):
     run = read_run(write_run(tmp_path / "a", 40, every=5), "a")
     assert list(run.channels) == run.layers
-    table = run.channels["model.layers.2.mlp"]
-    assert list(table.steps) == [5 * t for t in range(1, 41)]
+    grid = run.channels["model.layers.2.mlp"]
+    assert list(grid.steps) == [5 * t for t in range(1, 41)]
     order = sorted(range(CHANNELS), key=lambda c: -channel(2, c, 1))
     assert order == [6, 4, 2, 0, 7, 5, 3, 1]
     expected = [[channel(2, c, t / 40) for t in range(1, 41)] for c in order]
-    assert np.allclose(table.values, expected, atol=1e-9)
+    assert np.allclose(grid.values, expected, atol=1e-9)
 
 
-def test_a_long_run_keeps_all_its_losses_and_its_last_layers(tmp_path, monkeypatch):
+def test_long_run_keeps_all_losses_and_the_last_layer_report(tmp_path, monkeypatch):
     path = write_run(tmp_path / "a", 200)
     whole = read_run(path, "a")
-    monkeypatch.setattr(data, "MOST_READ", 30)
+    monkeypatch.setattr(run_data, "MAX_LAYER_REPORTS", 30)
     run = read_run(path, "a")
     assert np.array_equal(run.train["loss"], whole.train["loss"])
     steps = run.grids["misalignment"].steps
     assert 30 <= len(steps) <= 60
     assert steps[-1] == 200
-    place = np.searchsorted(whole.grids["misalignment"].steps, steps)
-    assert np.array_equal(run.grids["misalignment"].values, whole.grids["misalignment"].values[:, place])
+    columns = np.searchsorted(whole.grids["misalignment"].steps, steps)
+    assert np.array_equal(run.grids["misalignment"].values, whole.grids["misalignment"].values[:, columns])
 
 
 @pytest.mark.parametrize("mask", ["soft", "hard", "off"])
-def test_what_a_step_tells_of_its_layers(mask):
-    """Against the arrays of the state themselves: their mean, their channels, and the two shares in float64."""
+def test_layer_statistics_of_a_training_step(mask):
+    """Compare with statistics of the state's arrays, computed in float64."""
     from nalora_mlx import NALoRAConfig, adapt
     from nalora_mlx.training.step import TrainingStep
 
     model = build_model()
     adapt(model, NALoRAConfig(rank=2, mask=mask, keep_fraction=0.25, mask_warmup=0, gamma=(0.5, 1, 2)))
-    step = TrainingStep(model, optim.Adam(1e-3), model_report(model).config)
+    step = TrainingStep(model, optim.Adam(1e-3), adapt_result(model).config)
     rng = np.random.default_rng(0)
-    state = step.importance["layers"]["model.layers.1.mlp"]
+    layers = step.importance["layers"]
     s = rng.lognormal(size=48)
     m = {"soft": s / s.mean(), "hard": (s >= np.sort(s)[-12]).astype(float), "off": np.ones(48)}[mask]
-    beyond = np.sort(rng.random((2, 48)), axis=0)[::-1]
+    above = np.sort(rng.random((2, 48)), axis=0)[::-1]
     k = 3
-    state |= {"importance": mx.array(s * (1 - 0.9**k)), "updates": mx.array(float(k)), "mask": mx.array(m)}
-    state["above_boundary"] = mx.array(beyond * (1 - 0.9**k))
-    told = step.describe()["model.layers.1.mlp"]
-    assert told["sparsity"] == pytest.approx(np.mean(m < 0.1), abs=1e-6)
-    assert told["sparsity"] == pytest.approx({"soft": told["sparsity"], "hard": 0.75, "off": 0}[mask])
-    assert told["effective"] == pytest.approx(m.sum() ** 2 / (48 * (m**2).sum()), rel=1e-5)
-    g = 0.5 * (1 - beyond[0]) + (beyond[0] - beyond[1]) + 2 * beyond[1]
+    layers["model.layers.1.mlp"] = layers["model.layers.1.mlp"]._replace(
+        importance=mx.array(s * (1 - 0.9**k)),
+        updates=mx.array(float(k)),
+        mask=mx.array(m),
+        above_boundary=mx.array(above * (1 - 0.9**k)),
+    )
+    statistics = describe_layers(step)["model.layers.1.mlp"]
+    assert statistics["sparsity"] == pytest.approx(np.mean(m < 0.1), abs=1e-6)
+    assert statistics["sparsity"] == pytest.approx(
+        {"soft": statistics["sparsity"], "hard": 0.75, "off": 0}[mask]
+    )
+    assert statistics["effective"] == pytest.approx(m.sum() ** 2 / (48 * (m**2).sum()), rel=1e-5)
+    g = 0.5 * (1 - above[0]) + (above[0] - above[1]) + 2 * above[1]
     spread = {"mean": g.mean(), **{f"p{p}": np.percentile(g, p) for p in (10, 50, 90)}}
-    assert told["step_scale"] == pytest.approx(spread, rel=1e-5)
-    assert len(told["channels"]) == 32
-    assert np.allclose(told["channels"], s[[i * 48 // 32 for i in range(32)]], rtol=1e-3)
-    assert all(len(f"{value:g}".replace(".", "").lstrip("0")) <= 4 for value in told["channels"])
+    assert statistics["step_scale"] == pytest.approx(spread, rel=1e-5)
+    assert len(statistics["channels"]) == 32
+    assert np.allclose(statistics["channels"], s[[i * 48 // 32 for i in range(32)]], rtol=1e-3)
+    assert all(len(f"{value:g}".replace(".", "").lstrip("0")) <= 4 for value in statistics["channels"])
 
 
-def test_without_step_scaling_there_is_no_step_scale(tmp_path):
+def test_no_step_scale_without_step_scaling(tmp_path):
     from nalora_mlx import NALoRAConfig, adapt
     from nalora_mlx.training.step import TrainingStep
 
     model = build_model()
     adapt(model, NALoRAConfig(rank=2, step_scaling=False))
-    step = TrainingStep(model, optim.Adam(1e-3), model_report(model).config)
-    assert all("step_scale" not in layer for layer in step.describe().values())
+    step = TrainingStep(model, optim.Adam(1e-3), adapt_result(model).config)
+    assert all("step_scale" not in layer for layer in describe_layers(step).values())
 
 
-def test_a_report_that_is_being_written_is_left_out_and_a_broken_one_named(tmp_path):
+def test_incomplete_last_record_is_ignored_and_a_damaged_one_reported(tmp_path):
     path = write_run(tmp_path / "a") / METRICS_FILE
     whole = path.read_text()
     path.write_text(whole + '{"split": "train", "st')
     assert read_run(tmp_path / "a", "a").last_step == 40
     lines = whole.splitlines(keepends=True)
     path.write_text("".join([*lines[:2], "not JSON\n", *lines[2:]]))
-    with pytest.raises(InputError, match=r"metrics\.jsonl:3 is no record"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl:3 is not a record"):
         read_run(tmp_path / "a", "a")
 
 
-def test_of_two_records_of_a_step_the_later_one_counts(tmp_path):
+def test_later_record_of_a_step_replaces_the_earlier(tmp_path):
     path = write_run(tmp_path / "a") / METRICS_FILE
     record = {"split": "valid", "step": 20, "loss": 0.125, "tokens": 1, "seconds": 1, "best_loss": 0.125}
     path.write_text(path.read_text() + json.dumps(record) + "\n")
-    assert read_run(tmp_path / "a", "a").best == (20, 0.125)
+    assert read_run(tmp_path / "a", "a").best_validation == (20, 0.125)
 
 
-def test_losses_that_are_no_numbers_become_gaps(tmp_path):
+def test_nan_losses_become_gaps(tmp_path):
     path = write_run(tmp_path / "a") / METRICS_FILE
     path.write_text(path.read_text().replace('"loss": 0.25', '"loss": null'))
     run = read_run(tmp_path / "a", "a")
     assert np.isnan(run.valid["loss"]).sum() == 1
-    assert run.best[1] == 1.1
-    assert None in payload(page([run]))["runs"][0]["valid"][1]
+    assert run.best_validation[1] == 1.1
+    assert None in chart_data(render_page([run]))["runs"][0]["valid"][1]
 
 
-def test_an_old_or_plain_run_without_layers_has_its_losses(tmp_path):
+def test_run_without_layer_statistics(tmp_path):
     path = write_run(tmp_path / "a", layers=0)
     (path / "adapter_config.json").unlink()
     rows = [json.loads(line) for line in (path / METRICS_FILE).read_text().splitlines()]
@@ -206,13 +209,13 @@ def test_an_old_or_plain_run_without_layers_has_its_losses(tmp_path):
         for name in ("layers", "gradient_norm", "skipped", "peak_memory_gb"):
             row.pop(name, None)
     (path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    html = page([read_run(path, "a")])
+    html = render_page([read_run(path, "a")])
     assert 'id="chart-loss"' in html
     assert 'id="statistic"' not in html
     assert "chart-peak_memory_gb" not in html
 
 
-def test_names_are_as_short_as_tells_runs_apart(tmp_path):
+def test_names_are_short_and_distinct(tmp_path):
     paths = [write_run(tmp_path / a / b) for a, b in (("x", "run"), ("y", "run"))]
     assert [run.name for run in read_runs(paths)] == ["x/run", "y/run"]
     with pytest.raises(InputError, match="given twice"):
@@ -221,10 +224,10 @@ def test_names_are_as_short_as_tells_runs_apart(tmp_path):
     assert short_layers(["something.else"]) == ["something.else"]
 
 
-# --- what is said -------------------------------------------------------------------------------------------
+# --- page and plots ----------------------------------------------------------------------------------
 
 
-def test_the_best_of_all_runs_is_marked_once_and_settings_that_differ_come_first(tmp_path):
+def test_best_run_is_marked_and_differing_settings_come_first(tmp_path):
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", beta=0.5)])
     runs[1].valid["loss"][:] = 2.0
     best = dict(tables.summary(runs))["Best validation loss"]
@@ -234,44 +237,46 @@ def test_the_best_of_all_runs_is_marked_once_and_settings_that_differ_come_first
     assert rows[0] == {"name": "beta", "cells": ["0.9", "0.5"], "differs": True}
 
 
-def test_names_cannot_break_the_page(tmp_path):
-    html = page([read_run(write_run(tmp_path / "a"), "</script><img src=x onerror=alert(1)>")])
+def test_names_are_escaped(tmp_path):
+    html = render_page([read_run(write_run(tmp_path / "a"), "</script><img src=x onerror=alert(1)>")])
     assert "<img" not in html
-    assert payload(html)["runs"][0]["name"].startswith("</script>")
+    assert chart_data(html)["runs"][0]["name"].startswith("</script>")
 
 
-def test_the_page_asks_nobody_for_anything(tmp_path):
-    html = page([read_run(write_run(tmp_path / "a"), "a")])
+def test_page_loads_nothing(tmp_path):
+    html = render_page([read_run(write_run(tmp_path / "a"), "a")])
     assert "default-src 'none'" in html
-    for asks in ("<link", "<iframe", " src=", "@import", "url("):
-        assert asks not in html.split("<script")[0], asks
+    for reference in ("<link", "<iframe", " src=", "@import", "url("):
+        assert reference not in html.split("<script")[0], reference
 
 
-def luminance(colour):
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
 
-@pytest.mark.parametrize(("colours", "ground"), [(RUNS_LIGHT, "#ffffff"), (RUNS_DARK, "#191e26")])
-def test_lines_stand_out_from_their_ground(colours, ground):
-    for colour in colours:
-        high, low = sorted((luminance(colour), luminance(ground)), reverse=True)
-        assert (high + 0.05) / (low + 0.05) >= 3, colour
+@pytest.mark.parametrize(
+    ("colors", "background"), [(RUN_COLORS_LIGHT, "#ffffff"), (RUN_COLORS_DARK, "#191e26")]
+)
+def test_lines_contrast_with_the_background(colors, background):
+    for color in colors:
+        high, low = sorted((luminance(color), luminance(background)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 3, color
 
 
-# Machado, Oliveira, Fernandes (2009): what remains of linear RGB at full severity.
-SEEN_BY = {
-    "all": np.eye(3),
-    "protanopes": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopes": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    "tritanopes": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+# Simulation of color vision deficiency in linear RGB, full severity: Machado, Oliveira, Fernandes (2009).
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
 }  # fmt: skip
 
 
-def lab(colours, matrix):
-    """CIE L*a*b* (D65) of colours as somebody sees them; [N, 3]."""
-    parts = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours])
+def lab(colors, matrix):
+    """Return CIE L*a*b* (D65) of colors seen with a color vision deficiency; [N, 3]."""
+    parts = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in colors])
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     seen = np.clip(linear @ np.array(matrix).T, 0, 1)
     to_xyz = [
@@ -284,57 +289,62 @@ def lab(colours, matrix):
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
 
 
-@pytest.mark.parametrize("colours", [RUNS_LIGHT, RUNS_DARK], ids=["light", "dark"])
-@pytest.mark.parametrize("who", SEEN_BY)
-def test_any_two_runs_differ_in_colour_for_everybody(colours, who):
-    seen = lab(colours, SEEN_BY[who])
+@pytest.mark.parametrize("colors", [RUN_COLORS_LIGHT, RUN_COLORS_DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("vision", VISION)
+def test_run_colors_are_distinct(colors, vision):
+    seen = lab(colors, VISION[vision])
     distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
     assert distance[~np.eye(len(seen), dtype=bool)].min() >= 15
 
 
-def test_any_two_runs_differ_in_dashes_and_markers():
-    for shapes in (MARKERS, DASHES, POINTS, LINES):
-        assert len(set(shapes)) == len(RUNS_LIGHT) == len(RUNS_DARK)
+def test_dashes_and_markers_are_distinct():
+    for shapes in (
+        style.PLOTLY_MARKERS,
+        style.PLOTLY_DASHES,
+        style.MATPLOTLIB_MARKERS,
+        style.MATPLOTLIB_DASHES,
+    ):
+        assert len(set(shapes)) == style.MAX_RUNS == len(RUN_COLORS_DARK)
 
 
-def test_the_page_says_how_a_model_was_tuned(tmp_path):
+def test_page_names_the_method(tmp_path):
     for kind, words in (
         ("na-lora", "(NA-LoRA)"),
         ("lora", "(LoRA)"),
         ("dora", "(DoRA)"),
-        ("full", "(all weights"),
+        ("full", "(full fine-tuning)"),
     ):
-        assert words in page([read_run(write_run(tmp_path / kind, kind=kind), "a")])
-    both = page(read_runs([tmp_path / "lora", tmp_path / "na-lora"]))
+        assert words in render_page([read_run(write_run(tmp_path / kind, kind=kind), "a")])
+    both = render_page(read_runs([tmp_path / "lora", tmp_path / "na-lora"]))
     assert "(LoRA, NA-LoRA)" in both
-    (tmp_path / "na-lora" / "run.json").unlink()  # of a run by train(), which leaves none
-    assert read_run(tmp_path / "na-lora", "a").kind == "NA-LoRA"
+    (tmp_path / "na-lora" / "run.json").unlink()  # a run by train() has none
+    assert read_run(tmp_path / "na-lora", "a").method == "NA-LoRA"
 
 
-def test_the_pictures_show_masks_channels_and_every_region(tmp_path, monkeypatch):
+def test_plots_show_masks_channels_and_regions(tmp_path, monkeypatch):
     one, two = write_run(tmp_path / "a"), write_run(tmp_path / "b", layers=6, mask="hard")
     titles = []
     monkeypatch.setattr(Axes, "set_title", lambda self, text, **_: titles.append(text))
     for runs in (read_runs([one]), read_runs([one, two])):
         titles.clear()
-        drawn = pictures(runs)
-        assert set(drawn) == {"loss.png", "speed.png", "layers.png", "occupancy.png", "channels.png"}
-        assert all(content.startswith(b"\x89PNG") for content in drawn.values())
+        plots = draw_plots(runs)
+        assert set(plots) == {"loss.png", "speed.png", "layers.png", "occupancy.png", "channels.png"}
+        assert all(content.startswith(b"\x89PNG") for content in plots.values())
         shown = " ".join(titles)
-        for what in ("Mask sparsity", "Channels in effect", "Mask\n90th", "Step scale", "Step multiplier"):
-            assert shown.count(what) == len(runs), what
+        for title in ("Mask sparsity", "Channels in effect", "Mask\n90th", "Step scale", "Step multiplier"):
+            assert shown.count(title) == len(runs), title
         for region in ("suppressed", "transition", "homogeneous"):
             assert shown.count(region) == len(runs)
         assert "Importance, layer 0" in shown
         assert "Importance, layer 3" in shown
     (one / "metrics.jsonl").write_text('{"split": "valid", "step": 0, "loss": 1}\n')
-    assert list(pictures([read_run(one, "a")])) == ["loss.png"]
+    assert list(draw_plots([read_run(one, "a")])) == ["loss.png"]
 
 
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_trained(model_directory, data_directory, tmp_path):
+def test_report_of_a_trained_run(model_directory, data_directory, tmp_path):
     run = tmp_path / "run"
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -346,8 +356,7 @@ def test_a_run_that_was_trained(model_directory, data_directory, tmp_path):
         "--adapter-path", run, "--iters", 8,
         "--steps-per-report", 2, "--steps-per-eval", 4, "--save-every", 4, "--batch-size", 3, "--num-layers", -1,
     ]  # fmt: skip
-    done = nalora(*train)
-    assert done.returncode == 0, done.stderr
+    assert nalora(*train) == 0
     record = json.loads((run / "run.json").read_text())
     assert record["data"]["train"]["rows"] == 9
     assert record["settings"]["model"] == "model"
@@ -357,28 +366,27 @@ def test_a_run_that_was_trained(model_directory, data_directory, tmp_path):
     assert len(record["samples"]) == 3
     assert str(tmp_path) not in (run / "run.json").read_text()
 
-    done = nalora("report", run, "--model", model_directory, "--max-tokens", 8)
-    assert done.returncode == 0, done.stderr
+    assert nalora("report", run, "--model", model_directory, "--max-tokens", 8) == 0
     html = (run / "report" / "report.html").read_text()
     for sample in record["samples"]:
         assert f'<h3 class="prompt">{sample["messages"][0]["content"]}</h3>' in html
-    for said in (
+    for text in (
         "arguments: (0.0001, 8), name: cosine_decay",
         "weight_decay: 0.03",
         "<td>0.5, 1.0, 1.0</td>",
     ):
-        assert said in html
+        assert text in html
     for name in ("loss.png", "speed.png", "layers.png", "occupancy.png", "channels.png"):
         assert (run / "report" / name).read_bytes().startswith(b"\x89PNG")
     assert "Answers before and after" in html
-    assert "9 rows, 162 tokens, 94% of them supervised" in html
-    (found,) = payload(html)["runs"]
+    assert "9 rows, 162 tokens, 94% supervised" in html
+    (found,) = chart_data(html)["runs"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["split"] == "train"]
     assert np.allclose(found["train"]["loss"], [[2, 4, 6, 8], losses], rtol=1e-4)
     assert found["grids"]["misalignment"]["x"] == [2, 4, 6, 8]
 
-    # Channels in the order of their last importance, which the state of the last checkpoint has too.
+    # Channels are sorted by their final importance, which the last checkpoint contains too.
     from safetensors.numpy import load_file
 
     state = load_file(run / "checkpoints" / "step-0000008" / "training_state.safetensors")
@@ -388,16 +396,15 @@ def test_a_run_that_was_trained(model_directory, data_directory, tmp_path):
     some = raw[[i * 48 // 32 for i in range(32)]]
     assert np.allclose([row[-1] for row in channels["z"]], np.sort(some)[::-1], rtol=1e-3)
 
-    # A new run moves the old one away whole, its report too.
-    done = nalora(*train)
-    assert done.returncode == 0, done.stderr
+    # A new run archives the old one with its report.
+    assert nalora(*train) == 0
     assert (run / "previous" / "1" / "report" / "report.html").exists()
     assert (run / "previous" / "1" / "run.json").exists()
     assert not (run / "report").exists()
 
 
-def test_samples_are_what_a_row_asks(tmp_path):
-    """Up to the last answer of a chat, with its tools; the first words of a text; of rows of no file none."""
+def test_samples_are_the_prompts_of_rows(tmp_path):
+    """A chat without its last answer but with its tools; the first words of a text; nothing for rows without a file."""
     from nalora_mlx.core.config import RunConfig
     from nalora_mlx.data.tokenization import Example, Split
     from nalora_mlx.runs.record import samples
@@ -431,18 +438,18 @@ def test_samples_are_what_a_row_asks(tmp_path):
     assert samples({"valid": valid}, config) == []
 
 
-def test_every_refusal_is_one_line(tmp_path):
+def test_errors_are_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "a")
     empty = tmp_path / "empty"
     empty.mkdir()
     foreign = tmp_path / "out" / "report.html"
     foreign.parent.mkdir()
     foreign.write_text("<p>mine</p>")
-    for argv, said in (
-        ([empty], "holds no metrics.jsonl"),
-        ([tmp_path / "none"], "is no directory"),
+    for argv, message in (
+        ([empty], "contains no metrics.jsonl"),
+        ([tmp_path / "none"], "is not a directory"),
         ([run, run], "given twice"),
-        ([run, "--output", foreign.parent], "not a report of ours"),
+        ([run, "--output", foreign.parent], "was not written by nalora report"),
         ([run, "--prompt", "p"], "--prompt needs --model"),
         ([run, "--model", "a/b"], "has no adapters.safetensors"),
         ([run, "--model", "./nowhere"], "no such directory"),
@@ -450,14 +457,15 @@ def test_every_refusal_is_one_line(tmp_path):
         ([run, "--watch", "--every", "0"], "--every 0"),
         ([run] * 7, "at most 6"),
     ):
-        done = nalora("report", *argv)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert said in done.stderr
-        assert done.stderr.startswith("nalora report: error: ")
+        assert nalora("report", *argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("nalora report: error: ")
+        assert error.count("\n") == 1
+        assert message in error
     assert foreign.read_text() == "<p>mine</p>"
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
+def test_missing_package_is_reported(tmp_path, monkeypatch):
     from nalora_mlx.report import __main__ as command
 
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "plotly" else name)
@@ -465,12 +473,12 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         command.run(command.build_parser("x").parse_args([str(tmp_path)]))
 
 
-def test_watch_writes_anew_until_the_run_is_over(tmp_path):
-    """The run is a claim on its directory, which another process holds until it is told to stop."""
+def test_watch_updates_until_the_run_ends(tmp_path):
+    """Another process simulates the run by locking its directory."""
     run = write_run(tmp_path / "a")
     hold = (
-        "import sys; from pathlib import Path; from nalora_mlx.checkpoint import claim\n"
-        f"with claim(Path({str(run)!r})): print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from nalora_mlx.core.locks import lock_directory\n"
+        f"with lock_directory(Path({str(run)!r})): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -485,7 +493,7 @@ def test_watch_writes_anew_until_the_run_is_over(tmp_path):
     page_file = run / "report" / "report.html"
     try:
         assert watch.stdout.readline().startswith("iteration 40: ")
-        assert payload(page_file.read_text())["refresh"] == 1
+        assert chart_data(page_file.read_text())["refresh"] == 1
         record = {"split": "valid", "step": 44, "loss": 0.2, "tokens": 1, "seconds": 1, "best_loss": 0.2}
         with (run / METRICS_FILE).open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -494,17 +502,18 @@ def test_watch_writes_anew_until_the_run_is_over(tmp_path):
     finally:
         holder.communicate("")
     assert watch.wait(60) == 0
-    assert payload(page_file.read_text())["refresh"] is None
+    assert chart_data(page_file.read_text())["refresh"] is None
     assert 'id="pause"' not in page_file.read_text()
 
 
 def watch(run, monkeypatch, meanwhile, running=True):
-    """`nalora report RUN --watch` in this process; while it sleeps, the next of `meanwhile` is done."""
+    """Run `nalora report RUN --watch` here, without plots. Each sleep calls the next function of `meanwhile`."""
     from nalora_mlx.report import __main__ as command
 
     steps = iter(meanwhile)
     alive = {"running": running}
-    monkeypatch.setattr(command, "_running", lambda _: alive["running"])
+    monkeypatch.setattr("nalora_mlx.report.plots.draw_plots", lambda runs: {})
+    monkeypatch.setattr(command, "_any_running", lambda _: alive["running"])
 
     def sleep(_):
         step = next(steps, None)
@@ -517,12 +526,12 @@ def watch(run, monkeypatch, meanwhile, running=True):
     command.run(command.build_parser("x").parse_args([str(run), "--watch"]))
 
 
-def test_watch_waits_for_a_run_that_has_not_reported(tmp_path, monkeypatch, capsys):
-    run, seen = tmp_path / "later", []
+def test_watch_waits_for_the_first_report(tmp_path, monkeypatch, capsys):
+    run, existed = tmp_path / "later", []
     made = write_run(tmp_path / "made")
 
     def absent():
-        seen.append(run.exists())
+        existed.append(run.exists())
 
     def empty():
         run.mkdir()
@@ -532,77 +541,78 @@ def test_watch_waits_for_a_run_that_has_not_reported(tmp_path, monkeypatch, caps
         (run / METRICS_FILE).write_text((made / METRICS_FILE).read_text())
 
     watch(run, monkeypatch, [absent, absent, empty, first], running=False)
-    assert seen == [False, False]  # waiting makes no directory, in which lora would find something
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split(" ")[0] for line in said] == ["waiting", str(run / "report" / "report.html")]
-    assert payload((run / "report" / "report.html").read_text())["refresh"] is None
+    assert existed == [False, False]  # waiting does not create the run's directory
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[0] for line in lines] == ["waiting", str(run / "report" / "report.html")]
+    assert chart_data((run / "report" / "report.html").read_text())["refresh"] is None
 
 
-def test_watch_outlives_files_that_go_and_come_while_it_reads(tmp_path, monkeypatch, capsys):
+def test_watch_continues_if_files_disappear_while_reading(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "a")
     state = run / "checkpoints" / "step-0000010" / "training_state.json"
     state.parent.mkdir(parents=True)
     state.write_text("{}")
-    read, html = data.checkpoint.read_json, run / "report" / "report.html"
+    read, html = run_data.storage.read_json, run / "report" / "report.html"
     dates = []
 
     def pruned(path):
-        """The checkpoint goes between its being listed and its being read."""
+        """Simulate a checkpoint that is deleted after it was listed."""
         if path == state:
             raise FileNotFoundError(2, "No such file or directory", str(path))
         return read(path)
 
-    def gone():
+    def remove():
         dates.append(html.stat().st_mtime_ns)
-        monkeypatch.setattr(data.checkpoint, "read_json", pruned)
+        monkeypatch.setattr(run_data.storage, "read_json", pruned)
 
-    def back():
+    def restore():
         dates.append(html.stat().st_mtime_ns)
-        monkeypatch.setattr(data.checkpoint, "read_json", read)
+        monkeypatch.setattr(run_data.storage, "read_json", read)
 
-    watch(run, monkeypatch, [gone, back])
+    watch(run, monkeypatch, [remove, restore])
     assert dates[0] == dates[1] < html.stat().st_mtime_ns
-    said = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert said == ["iteration", "note:", "iteration", str(html)]
+    words = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert words == ["iteration", "note:", "iteration", str(html)]
 
 
-def test_a_watch_that_is_stopped_leaves_a_page_that_stays(tmp_path, monkeypatch):
+def test_interrupted_watch_leaves_a_page_without_refresh(tmp_path, monkeypatch):
     run = write_run(tmp_path / "a")
     html = run / "report" / "report.html"
 
     def interrupt():
-        assert payload(html.read_text())["refresh"] == 10
+        assert chart_data(html.read_text())["refresh"] == 10
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         watch(run, monkeypatch, [interrupt])
-    assert payload(html.read_text())["refresh"] is None
+    assert chart_data(html.read_text())["refresh"] is None
 
 
-def test_answers_are_asked_once_the_run_is_over(tmp_path, monkeypatch):
+def test_models_answer_after_the_run(tmp_path, monkeypatch):
     from nalora_mlx.report import __main__ as command
 
-    run, asked = write_run(tmp_path / "a"), []
-    monkeypatch.setattr(command, "_running", lambda _: not asked)
-    monkeypatch.setattr(command.time, "sleep", lambda _: asked.append("slept"))
+    run, events = write_run(tmp_path / "a"), []
+    monkeypatch.setattr("nalora_mlx.report.plots.draw_plots", lambda runs: {})
+    monkeypatch.setattr(command, "_any_running", lambda _: not events)
+    monkeypatch.setattr(command.time, "sleep", lambda _: events.append("slept"))
     answer = [{"prompt": "p", "texts": [("before", "x"), ("after", "y")]}]
-    monkeypatch.setattr(command, "_answers", lambda *_: asked.append("answered") or answer)
+    monkeypatch.setattr(command, "_ask_models", lambda *_: events.append("answered") or answer)
     command.run(command.build_parser("x").parse_args([str(run), "--watch", "--model", "a/b"]))
-    assert asked == ["slept", "answered"]
+    assert events == ["slept", "answered"]
     assert "Answers before and after" in (run / "report" / "report.html").read_text()
 
 
-def test_two_who_watch_do_not_take_each_other_for_a_run(tmp_path):
+def test_watching_processes_are_not_taken_for_runs(tmp_path):
     import fcntl
 
-    from nalora_mlx.core.storage import claim
-    from nalora_mlx.report.__main__ import _running
+    from nalora_mlx.core.locks import lock_directory
+    from nalora_mlx.report.__main__ import _any_running
 
-    assert not _running([tmp_path, tmp_path / "none"])
+    assert not _any_running([tmp_path, tmp_path / "none"])
     assert not (tmp_path / "none").exists()
-    with claim(tmp_path):
-        assert _running([tmp_path])
+    with lock_directory(tmp_path):
+        assert _any_running([tmp_path])
     other = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    assert not _running([tmp_path])
+    assert not _any_running([tmp_path])
     os.close(other)

@@ -1,4 +1,4 @@
-"""What a run shows: the plain lines to the letter, and the screen that a terminal ends up with."""
+"""The display of a run: the exact plain lines, and the final screen of a terminal."""
 
 import io
 import math
@@ -11,7 +11,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from nalora_mlx.core.terminal import colours, marked_text
+from nalora_mlx.core.terminal import has_colors, marked_text
 from nalora_mlx.runs.display import Display, Status, chart, duration, trend
 
 START = {"event": "start", "iterations": 100, "done": 0}
@@ -49,10 +49,10 @@ EVENTS = [
     report(20, 2.0, learning_rate=None, layers={}),
     validation(20, 2.5, 2.25),
     {"event": "saved", "step": 20, "path": "adapters/checkpoints/step-0000020"},
-    {"event": "notice", "text": "[bold] is no markup"},
+    {"event": "notice", "text": "[bold] is not markup"},
 ]
 LINES = """\
-validating the model as it is, 2 batches
+validating the model on 2 batches
 iteration   0: validation loss 3.0000, 2.0 s
 iteration  10: loss 2.5000, lr 1.00e-05, 0.50 it/s, 1234 tokens/s, 400 tokens, peak 3.20 of 16.0 GB, \
 misalignment 0.200, 10% done, 0:03:00 left
@@ -61,7 +61,7 @@ iteration  20: loss 2.0000, lr -, 0.50 it/s, 1234 tokens/s, 800 tokens, peak 3.2
 20% done, 0:02:40 left
 iteration  20: validation loss 2.5000, +0.2500, 2.0 s
 iteration 20: saved to adapters/checkpoints/step-0000020
-note: [bold] is no markup
+note: [bold] is not markup
 """
 
 
@@ -86,7 +86,7 @@ def test_memory_without_a_limit():
 
 
 def screen(text):
-    """What a terminal shows at last: lines, with cursor-up and erase-line done as rich uses them."""
+    """Return the lines that a terminal shows at the end; interprets the escape sequences that rich uses."""
     lines, row = [""], 0
     for part in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|\r|\n|[^\x1b\r\n]+", text):
         if part == "\n":
@@ -110,7 +110,7 @@ show(EVENTS, None)
 
 
 def on_a_terminal(**environment):
-    """The bytes of a program that shows the events on a terminal of 100 columns."""
+    """Return the output of a program that shows the events on a terminal with 100 columns."""
     leader, follower = pty.openpty()
     kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE")}
     settings = {**kept, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", **environment}
@@ -125,7 +125,7 @@ def on_a_terminal(**environment):
     while True:
         try:
             piece = os.read(leader, 4096)
-        except OSError:  # the end, on Linux
+        except OSError:  # end of output, on Linux
             piece = b""
         if not piece:
             break
@@ -135,7 +135,7 @@ def on_a_terminal(**environment):
     return seen.decode()
 
 
-def test_a_terminal_shows_the_run_at_a_glance():
+def test_a_terminal_shows_the_bar_and_the_status():
     seen = on_a_terminal()
     lines = screen(seen)
     assert lines[:5] == [
@@ -143,7 +143,7 @@ def test_a_terminal_shows_the_run_at_a_glance():
         "iteration  10: validation loss 2.2500, -0.7500 (best), 2.0 s",
         "iteration  20: validation loss 2.5000, +0.2500, 2.0 s",
         "iteration 20: saved to adapters/checkpoints/step-0000020",
-        "note: [bold] is no markup",
+        "note: [bold] is not markup",
     ]
     assert re.fullmatch(r"training [━╸╺ ]+ 1/100 +1% \S+ left", lines[5])
     assert [" ".join(line.split()) for line in lines[6:]] == [
@@ -154,32 +154,32 @@ def test_a_terminal_shows_the_run_at_a_glance():
         "memory 3.20 of 16.0 GB (20%)",
     ]
     assert "\x1b[36m" in seen  # cyan
-    assert "\x1b[?25h" in seen[seen.rindex("\x1b[?25l") :]  # the cursor is back
+    assert "\x1b[?25h" in seen[seen.rindex("\x1b[?25l") :]  # the cursor is shown again
 
 
 def test_no_color_is_respected():
     seen = on_a_terminal(NO_COLOR="1")
     assert not re.search(r"\x1b\[[0-9;]*(3[0-7]|9[0-7]|38|48)[0-9;]*m", seen)
-    coloured = screen(on_a_terminal())
+    colored = screen(on_a_terminal())
     assert [line for line in screen(seen) if "training" not in line] == [
-        line for line in coloured if "training" not in line
+        line for line in colored if "training" not in line
     ]
-    assert not colours(Console(force_terminal=True, color_system="standard", no_color=True))
-    assert colours(Console(force_terminal=True, color_system="standard", no_color=False))
-    assert not colours(Console(file=io.StringIO()))
+    assert not has_colors(Console(force_terminal=True, color_system="standard", no_color=True))
+    assert has_colors(Console(force_terminal=True, color_system="standard", no_color=False))
+    assert not has_colors(Console(file=io.StringIO()))
 
 
 def test_a_dumb_terminal_gets_plain_lines():
     assert on_a_terminal(TERM="dumb").replace("\r\n", "\n") == LINES
 
 
-def test_masks_have_brackets_where_there_are_no_colours():
+def test_supervised_tokens_have_brackets_without_colors():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="standard", no_color=True)
     with Display(console) as display:
         display.masks("a.jsonl:1", [("who ? ", False), ("the cat", True)])
     assert "⟦the cat⟧" in out.getvalue()
-    assert marked_text("a", [("x", True)], colours=True).plain == "a\nx"
+    assert marked_text("a", [("x", True)], colors=True).plain == "a\nx"
 
 
 # --- parts --------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def status(events, limit=10e9):
     return console.file.getvalue()
 
 
-def test_the_status_says_trend_best_and_full_memory():
+def test_the_status_shows_trend_best_loss_and_full_memory():
     falling = [report(i, 3 - 0.1 * i) for i in range(1, 11)]
     text = status([*falling, validation(10, 2.0, 2.0)])
     assert re.search(r"loss +2\.0000  █▇▆▆▅▄▃▃▂▁  falling", text)
@@ -228,8 +228,8 @@ def test_chart_trend_and_duration():
 
 
 @pytest.mark.parametrize("seconds", [1, 60, 400])
-def test_the_time_left_is_told_however_slow_a_step_is(seconds):
-    """Steps of minutes are no reason to say nothing."""
+def test_the_time_left_is_shown_for_slow_steps(seconds):
+    """Even if a step takes minutes."""
     now = 0.0
     console = Console(file=io.StringIO(), force_terminal=True, width=100, get_time=lambda: now)
     with Display(console) as display:
@@ -241,7 +241,7 @@ def test_the_time_left_is_told_however_slow_a_step_is(seconds):
         assert display.progress.tasks[0].time_remaining == 97 * seconds
 
 
-def test_a_terminal_that_goes_away_does_not_end_the_run():
+def test_a_closed_terminal_does_not_end_the_run():
     class Gone(io.StringIO):
         def write(self, _):
             raise BrokenPipeError
@@ -254,7 +254,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_run():
     assert display.console.quiet
 
 
-def test_nobody_reads_what_is_left_in_the_buffer():
+def test_a_closed_pipe_does_not_fail_the_flush_at_exit():
     code = (
         "import sys; from nalora_mlx.core.terminal import LastingConsole; "
         "input(); LastingConsole().print('one'); sys.stdout.write('two')"

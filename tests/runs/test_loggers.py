@@ -1,4 +1,4 @@
-"""Services that get the metrics: what TensorBoard reads, what mlx-lm's callbacks receive, and what a failure costs."""
+"""Services that receive metrics: TensorBoard, mlx-lm's callbacks, and their failures."""
 
 import json
 import struct
@@ -31,7 +31,7 @@ def records(output, split):
 
 
 def events(path):
-    """The events of a file, by its record format: length, its checksum, data, its checksum."""
+    """Read the events of a file. Each record is length, checksum, data, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     data, place = path.read_bytes(), 0
@@ -42,7 +42,7 @@ def events(path):
 
 
 def scalars(directory):
-    """{tag: {step: value}} as TensorBoard reads them: a session that starts at a step drops what was from there on."""
+    """Return {tag: {step: value}} as TensorBoard reads them. A session that starts at a step drops later values."""
     found = {}
     for path in sorted(directory.iterdir(), key=lambda p: (p.name.split(".")[3], p.stat().st_mtime_ns)):
         for event in events(path):
@@ -53,19 +53,19 @@ def scalars(directory):
                 }
             for value in event.summary.value:
                 values = found.setdefault(value.tag, {})
-                assert event.step not in values, (value.tag, event.step)  # it is told once
+                assert event.step not in values, (value.tag, event.step)  # written once
                 values[event.step] = value.simple_value
     return found
 
 
-def test_tensorboard_has_the_metrics_also_after_a_resume(model_directory, data_directory, tmp_path):
+def test_tensorboard_has_all_metrics_after_a_resume(model_directory, data_directory, tmp_path):
     pytest.importorskip("tensorboardX", reason="needs tensorboardX; pip install -e '.[tensorboard]'")
     output = tmp_path / "adapters"
     flags = ["--report-to", "tensorboard"]
     assert train(model_directory, data_directory, output, *flags, "--iters", "8") == 0
-    # It was cut off after the checkpoint of iteration 4, so that 5 to 8 are told again.
+    # Resume from iteration 4, so that iterations 5 to 8 are reported again.
     checkpoint = output / "checkpoints" / "step-0000004"
-    time.sleep(1.1)  # the files' names tell seconds apart
+    time.sleep(1.1)  # file names have a resolution of one second
     assert (
         train(model_directory, data_directory, output, *flags, "--iters", "10", "--resume", str(checkpoint))
         == 0
@@ -74,21 +74,21 @@ def test_tensorboard_has_the_metrics_also_after_a_resume(model_directory, data_d
     files = list((output / "tensorboard").iterdir())
     assert len(files) == 2
     for split in ("train", "valid"):
-        told = {r["step"]: r["loss"] for r in records(output, split)}
-        assert found[f"loss/{split}"] == pytest.approx(told, rel=1e-5)
+        expected = {r["step"]: r["loss"] for r in records(output, split)}
+        assert found[f"loss/{split}"] == pytest.approx(expected, rel=1e-5)
     assert sorted(found["loss/train"]) == [2, 4, 6, 8, 10]
     rates = {r["step"]: r["learning_rate"] for r in records(output, "train")}
     assert found["training/learning_rate"] == pytest.approx(rates, rel=1e-5)
     layer = "model.layers.0.mlp"
-    told = {r["step"]: r["layers"][layer]["misalignment"] for r in records(output, "train")}
-    assert found[f"misalignment/{layer}"] == pytest.approx(told, rel=1e-5)
+    expected = {r["step"]: r["layers"][layer]["misalignment"] for r in records(output, "train")}
+    assert found[f"misalignment/{layer}"] == pytest.approx(expected, rel=1e-5)
 
 
 # --- mlx-lm's callbacks -------------------------------------------------------------------------------------
 
 
 class Service:
-    """Stands in for wandb and for swanlab: keeps what it gets."""
+    """Stands in for wandb and swanlab; records what it receives."""
 
     def __init__(self):
         self.started, self.logged = [], []
@@ -110,18 +110,18 @@ def test_the_callbacks_of_mlx_lm_receive_the_metrics(model_directory, data_direc
     assert [s["project"] for service in services.values() for s in service.started] == ["cats", "cats"]
     assert services["wandb"].started[0]["config"]["batch_size"] == 3
     assert services["wandb"].logged == services["swanlab"].logged
-    told = {0: {}, 2: {}, 4: {}}
+    logged = {0: {}, 2: {}, 4: {}}
     for step, values in services["wandb"].logged:
         assert values["iteration"] == step
-        told[step] |= values
+        logged[step] |= values
     for record in records(output, "train"):
-        values = told[record["step"]]
+        values = logged[record["step"]]
         assert values["train_loss"] == pytest.approx(record["loss"], rel=1e-5)
         assert values["trained_tokens"] == record["tokens"]
         assert values["peak_memory"] == pytest.approx(record["peak_memory_gb"], rel=1e-5)
         assert values["learning_rate"] == pytest.approx(1e-5)
     for record in records(output, "valid"):
-        assert told[record["step"]]["val_loss"] == pytest.approx(record["loss"], rel=1e-5)
+        assert logged[record["step"]]["val_loss"] == pytest.approx(record["loss"], rel=1e-5)
     assert len(services["wandb"].logged) == 4
 
 
@@ -155,7 +155,7 @@ def test_a_service_that_fails_does_not_end_the_run(
     assert service.logged == []
 
 
-def test_ctrl_c_is_no_failure_of_a_service(monkeypatch):
+def test_ctrl_c_is_not_a_failure_of_a_service(monkeypatch):
     def interrupted(**_):
         raise KeyboardInterrupt
 
@@ -165,7 +165,7 @@ def test_ctrl_c_is_no_failure_of_a_service(monkeypatch):
         listen({"event": "start", "iterations": 1, "done": 0})
 
 
-def test_what_cannot_be_reported_to_is_said_at_once(monkeypatch):
+def test_unknown_and_missing_services_are_errors(monkeypatch):
     monkeypatch.setattr(callbacks, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     for named, words in (

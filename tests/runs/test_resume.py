@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was not stopped, to the last bit."""
+"""A stopped and resumed run equals the uninterrupted run, bit for bit."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from nalora_mlx.core.config import NALoRAConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.metrics import MetricsFile
-from nalora_mlx.runs.resume import _seal, find, read_state
+from nalora_mlx.runs.resume import _seal, find_checkpoint, read_state
 from nalora_mlx.training.trainer import train
 from tests.conftest import build_examples, build_model, llama_args
 
@@ -22,7 +22,7 @@ VALID = build_examples(5, seed=9, high=9)
 LATEST = "latest"
 
 
-def go(
+def start_run(
     output,
     stop_at=None,
     resume=None,
@@ -31,13 +31,16 @@ def go(
     build=None,
     rows=None,
     valid=None,
-    seed=11,
-    base=0,
+    adapter_seed=11,
+    base_seed=0,
     **settings,
 ):
-    """One start of a run in a process's state of its own; stopped after the update that reaches `stop_at`."""
-    model = build_model(base, args=llama_args(num_hidden_layers=2))
-    mx.random.seed(seed)
+    """Start or resume a run with a model of its own; stop after the update that reaches `stop_at`.
+
+    Return the model, the result, and the texts of the notices.
+    """
+    model = build_model(base_seed, args=llama_args(num_hidden_layers=2))
+    mx.random.seed(adapter_seed)
     adapt(
         model,
         NALoRAConfig(**({"num_layers": -1, "rank": 4, "scale": 4.0, "mask_warmup": 3} | (adapter or {}))),
@@ -57,22 +60,22 @@ def go(
             lambda e: done.append(e.get("step", 0)),
             lambda e: notices.append(e["text"]) if e["event"] == "notice" else None,
         ],
-        resume=find(LATEST, output) if resume is LATEST else resume,
+        resume=find_checkpoint(LATEST, output) if resume is LATEST else resume,
         resume_anyway=anyway,
         stop=lambda: stop_at is not None and max(done, default=0) >= stop_at,
     )
     return model, result, notices
 
 
-def story(output):
-    """The records of a run without what depends on the clock."""
+def metrics(output):
+    """Return the records of metrics.jsonl without those that depend on the clock."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    clock = ("tokens_per_second", "iterations_per_second", "seconds", "peak_memory_gb")
-    return [{key: value for key, value in record.items() if key not in clock} for record in records]
+    timings = ("tokens_per_second", "iterations_per_second", "seconds", "peak_memory_gb")
+    return [{key: value for key, value in record.items() if key not in timings} for record in records]
 
 
-def state(directory):
-    """All bytes of a checkpoint's arrays, and its state but for the clock."""
+def checkpoint_state(directory):
+    """Return a checkpoint's state without timings, and the bytes of its array files."""
     content = json.loads((directory / "training_state.json").read_text())
     for name in ("seconds", "loss_seconds"):
         del content["progress"][name]
@@ -82,15 +85,15 @@ def state(directory):
 
 
 def assert_same_run(one, other):
-    assert story(one) == story(other)
+    assert metrics(one) == metrics(other)
     last = max(checkpoints.steps(one / "checkpoints"))
-    (content, arrays), (content2, arrays2) = (
-        state(checkpoints.step_directory(d / "checkpoints", last)) for d in (one, other)
+    (state, arrays), (other_state, other_arrays) = (
+        checkpoint_state(checkpoints.step_directory(run / "checkpoints", last)) for run in (one, other)
     )
-    assert content == content2
-    assert arrays.keys() == arrays2.keys()
+    assert state == other_state
+    assert arrays.keys() == other_arrays.keys()
     for name in arrays:
-        assert arrays[name] == arrays2[name], name
+        assert arrays[name] == other_arrays[name], name
     for name in ("adapters.safetensors", "best/adapters.safetensors", "adapter_config.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
@@ -117,23 +120,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_resumed_run_is_the_uninterrupted_run(name, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_run(name, tmp_path):
     case = CASES[name]
-    go(tmp_path / "whole", **case)
-    _, first, _ = go(tmp_path / "parts", stop_at=5, **case)
+    start_run(tmp_path / "whole", **case)
+    _, first, _ = start_run(tmp_path / "parts", stop_at=5, **case)
     assert first.stopped
     assert first.iterations == (6 if name == "accumulated" else 5)
-    # another process has other numbers everywhere: what resume does not put back would show
-    _, second, _ = go(tmp_path / "parts", resume=LATEST, seed=99, **case)
+    # Another seed gives different initial adapters and random state, so whatever resume does not restore differs.
+    _, second, _ = start_run(tmp_path / "parts", resume=LATEST, adapter_seed=99, **case)
     assert second.iterations == case.get("iters", 9)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_what_may_change_changes_no_bit(tmp_path):
-    """More iterations, other reports, other saves: the parameters and the optimizer stay those of the long run."""
-    go(tmp_path / "whole", iters=9)
-    go(tmp_path / "parts", iters=5, steps_per_report=5, steps_per_eval=4, save_every=2, keep_last=1)
-    _, _, notices = go(
+def test_settings_that_may_change_change_no_bit(tmp_path):
+    """More iterations, other report and save intervals: parameters and optimizer equal those of the long run."""
+    start_run(tmp_path / "whole", iters=9)
+    start_run(tmp_path / "parts", iters=5, steps_per_report=5, steps_per_eval=4, save_every=2, keep_last=1)
+    _, _, notices = start_run(
         tmp_path / "parts", resume=LATEST, iters=9, steps_per_report=4, save_every=50, max_bad_steps=1
     )
     assert notices == []
@@ -142,14 +145,14 @@ def test_what_may_change_changes_no_bit(tmp_path):
         one, two = (mx.load(str(tmp_path / run / last / name)) for run in ("whole", "parts"))
         assert one.keys() == two.keys()
         for key in one:
-            if not key.endswith("misalignment"):  # measured where a report is
+            if not key.endswith("misalignment"):  # measured at reports
                 assert mx.array_equal(one[key], two[key]).item(), key
 
 
-def test_resuming_what_is_done_does_nothing(tmp_path):
-    go(tmp_path / "a", iters=4)
+def test_resuming_a_finished_run_does_nothing(tmp_path):
+    start_run(tmp_path / "a", iters=4)
     before = {p: p.read_bytes() for p in sorted((tmp_path / "a").rglob("*")) if p.is_file()}
-    _, result, _ = go(tmp_path / "a", resume=LATEST, iters=4)
+    _, result, _ = start_run(tmp_path / "a", resume=LATEST, iters=4)
     assert result.iterations == 4
     assert {p: p.read_bytes() for p in sorted((tmp_path / "a").rglob("*")) if p.is_file()} == before
 
@@ -157,7 +160,7 @@ def test_resuming_what_is_done_does_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     output = tmp_path_factory.mktemp("stopped") / "run"
-    go(output, stop_at=5)
+    start_run(output, stop_at=5)
     return output
 
 
@@ -170,10 +173,8 @@ def changed_row(rows):
 
 REFUSED = {
     "batch size": ({"batch_size": 2}, r"training\.batch_size was 3, is 2"),
-    "seed": (
-        {"seed": 11, "adapter": {}, "grad_accumulation_steps": 2},
-        r"grad_accumulation_steps was 1, is 2",
-    ),
+    "accumulation": ({"grad_accumulation_steps": 2}, r"training\.grad_accumulation_steps was 1, is 2"),
+    "seed": ({"seed": 1}, r"training\.seed was 0, is 1"),
     "checkpointing": ({"grad_checkpoint": True}, r"training\.grad_checkpoint was False, is True"),
     "clipping": ({"grad_clip": 1.0}, r"training\.grad_clip was None, is 1\.0"),
     "packing": ({"packing": True}, r"training\.packing was False, is True"),
@@ -185,7 +186,7 @@ REFUSED = {
         {"build": lambda: optim.Adam(1e-2, betas=[0.8, 0.99])},
         r"optimizer\.betas was \[0\.9, 0\.999\]",
     ),
-    "base model": ({"base": 1}, r"base_model\.weights was \w{16}, is \w{16}"),
+    "base model": ({"base_seed": 1}, r"base_model\.weights was \w{16}, is \w{16}"),
     "data": ({"rows": changed_row(EXAMPLES)}, r"training_data\.tokens was \w{16}"),
     "fewer rows": ({"rows": EXAMPLES[:-1]}, r"training_data\.rows was 11, is 10"),
     "validation": ({"valid": VALID[:3]}, r"validation_data\.rows was 5, is 3"),
@@ -194,109 +195,113 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_another_run_is_refused_with_reasons(name, stopped):
+def test_a_different_run_is_refused_with_reasons(name, stopped):
     change, reason = REFUSED[name]
     before = sorted((p, p.stat().st_mtime_ns) for p in stopped.rglob("*"))
     with pytest.raises(InputError, match=rf"not the same run: .*{reason}.*--resume-anyway"):
-        go(stopped, resume=LATEST, **change)
+        start_run(stopped, resume=LATEST, **change)
     assert sorted((p, p.stat().st_mtime_ns) for p in stopped.rglob("*")) == before
 
 
 def test_resume_anyway_says_what_it_ignores(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "a")
     change = {"batch_size": 2, "build": lambda: optim.Adam(2e-2)}
-    _, result, notices = go(tmp_path / "a", resume=LATEST, anyway=True, iters=7, **change)
+    _, result, notices = start_run(tmp_path / "a", resume=LATEST, anyway=True, iters=7, **change)
     assert result.iterations == 7
-    rates = [r["learning_rate"] for r in story(tmp_path / "a") if r["split"] == "train"]
-    assert rates[-1] == 0.02  # the one that was asked for
+    rates = [r["learning_rate"] for r in metrics(tmp_path / "a") if r["split"] == "train"]
+    assert rates[-1] == 0.02  # the new one
     assert any("although training.batch_size was 3, is 2" in n for n in notices)
     assert any("although optimizer.learning_rate" in n for n in notices)
     with pytest.raises(InputError, match=r"training_state.safetensors does not fit this run: .*lora_a"):
-        go(stopped, resume=LATEST, anyway=True, adapter={"rank": 2})
+        start_run(stopped, resume=LATEST, anyway=True, adapter={"rank": 2})
 
 
-def test_fewer_iterations_than_are_done_are_refused(stopped):
-    with pytest.raises(InputError, match="it is at iteration 5, beyond the 3 asked for"):
-        go(stopped, resume=LATEST, iters=3)
+def test_fewer_iterations_than_done_are_refused(stopped):
+    with pytest.raises(InputError, match="it is at iteration 5, beyond --iters 3"):
+        start_run(stopped, resume=LATEST, iters=3)
 
 
-def test_an_earlier_checkpoint_moves_what_came_later_aside(tmp_path):
+def test_resuming_from_an_earlier_checkpoint_moves_later_files_aside(tmp_path):
     output = tmp_path / "a"
-    go(output, iters=9)
+    start_run(output, iters=9)
     whole = tmp_path / "whole"
     shutil.copytree(output, whole)
-    _, _, notices = go(output, resume=output / "checkpoints" / "step-0000004", stop_at=6)
+    _, _, notices = start_run(output, resume=output / "checkpoints" / "step-0000004", stop_at=6)
     aside = output / "previous" / "1"
-    assert any(f"moved what came after iteration 4 to {aside}" in n for n in notices)
+    assert any(f"moved everything after iteration 4 to {aside}" in n for n in notices)
     assert (aside / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for name in ("step-0000008", "step-0000009"):
         assert not (output / "checkpoints" / name).exists()
-        assert state(aside / "checkpoints" / name) == state(whole / "checkpoints" / name)
-    steps = [r["step"] for r in story(output)]
+        moved, original = (checkpoint_state(run / "checkpoints" / name) for run in (aside, whole))
+        assert moved == original
+    steps = [r["step"] for r in metrics(output)]
     assert steps == sorted(steps)
     assert max(steps) == 6
-    # and from there to the same end
-    go(output, resume=LATEST)
+    # From there it reaches the same end.
+    start_run(output, resume=LATEST)
     assert_same_run(output, whole)
 
 
-def test_the_best_adapter_goes_back_with_the_run(tmp_path):
-    """Killed after a new best adapter was written and before the next checkpoint."""
+def test_resume_restores_the_best_adapter_of_the_checkpoint(tmp_path):
+    """A run that was killed between writing a new best adapter and the next checkpoint."""
     output = tmp_path / "a"
-    go(output, stop_at=4)
-    known = read_state(output / "checkpoints" / "step-0000004").progress
-    assert known.best_iteration == 3
+    start_run(output, stop_at=4)
+    progress = read_state(output / "checkpoints" / "step-0000004").progress
+    assert progress.best_iteration == 3
     best = (output / "best" / "adapters.safetensors").read_bytes()
     (output / "best" / "adapters.safetensors").write_bytes(b"a later one")
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"split": "train", "step": 6, "loss": 1.0}\n{"split": "tra')
-    go(output, resume=LATEST, stop_at=5)
+    start_run(output, resume=LATEST, stop_at=5)
     assert (output / "best" / "adapters.safetensors").read_bytes() == best
     assert (output / "previous" / "1" / "best" / "adapters.safetensors").read_bytes() == b"a later one"
-    assert [r["step"] for r in story(output)] == [0, 2, 3, 4]
+    assert [r["step"] for r in metrics(output)] == [0, 2, 3, 4]
 
 
-def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(stopped, tmp_path):
+def test_a_checkpoint_from_another_directory_starts_a_new_run(stopped, tmp_path):
     output = tmp_path / "b"
-    go(output, iters=3)
+    start_run(output, iters=3)
     old = (output / "adapters.safetensors").read_bytes()
-    go(output, resume=stopped / "checkpoints" / "step-0000005")
+    start_run(output, resume=stopped / "checkpoints" / "step-0000005")
     assert (output / "previous" / "1" / "adapters.safetensors").read_bytes() == old
-    assert [r["step"] for r in story(output) if r["split"] == "valid"] == [0, 3, 6, 9]
-    go(tmp_path / "whole")
+    assert [r["step"] for r in metrics(output) if r["split"] == "valid"] == [0, 3, 6, 9]
+    start_run(tmp_path / "whole")
     assert_same_run(output, tmp_path / "whole")
 
 
-def test_a_checkpoint_after_a_shorter_window_says_so(tmp_path):
-    go(tmp_path / "a", iters=5, grad_accumulation_steps=3)
-    _, _, notices = go(tmp_path / "a", iters=8, grad_accumulation_steps=3, resume=LATEST)
+def test_resuming_after_a_shorter_accumulation_window_says_so(tmp_path):
+    start_run(tmp_path / "a", iters=5, grad_accumulation_steps=3)
+    _, _, notices = start_run(tmp_path / "a", iters=8, grad_accumulation_steps=3, resume=LATEST)
     assert any("shorter accumulation window" in n for n in notices)
 
 
-def test_a_checkpoint_stands_at_an_update(tmp_path):
-    go(tmp_path / "a", iters=11, grad_accumulation_steps=3, save_every=4)
+def test_checkpoints_are_written_at_the_end_of_an_accumulation_window(tmp_path):
+    start_run(tmp_path / "a", iters=11, grad_accumulation_steps=3, save_every=4)
     assert list(checkpoints.steps(tmp_path / "a" / "checkpoints")) == [6, 9, 11]
 
 
-def test_old_checkpoints_go_when_a_new_one_is_there(tmp_path):
-    go(tmp_path / "a", iters=9, save_every=2, keep_last=2)
+def test_old_checkpoints_are_removed_after_a_new_one_is_written(tmp_path):
+    start_run(tmp_path / "a", iters=9, save_every=2, keep_last=2)
     assert list(checkpoints.steps(tmp_path / "a" / "checkpoints")) == [8, 9]
     assert (tmp_path / "a" / "best" / "adapters.safetensors").exists()
 
 
-def test_a_checkpoint_is_an_adapter_of_mlx_lm_and_knows_no_place(stopped):
+def test_mlx_lm_loads_a_checkpoint_and_it_contains_no_paths(stopped):
     from mlx_lm.tuner.utils import load_adapters
 
     directory = stopped / "checkpoints" / "step-0000005"
     model = load_adapters(build_model(args=llama_args(num_hidden_layers=2)), str(directory))
     saved = mx.load(str(directory / "adapters.safetensors"))
-    assert adapter_weights(model).keys() >= saved.keys()
+    loaded = adapter_weights(model)
+    assert loaded.keys() == saved.keys()
+    for name, array in saved.items():
+        assert mx.array_equal(loaded[name], array), name
     for path in directory.glob("*.json"):
         assert str(stopped.parent.parent) not in path.read_text()
     assert not [p for p in directory.iterdir() if p.suffix not in (".json", ".safetensors")]
 
 
-def test_a_checkpoint_that_was_changed_is_refused(stopped, tmp_path):
+def test_a_changed_checkpoint_is_refused(stopped, tmp_path):
     for name in ("adapters.safetensors", "training_state.safetensors"):
         output = tmp_path / name
         shutil.copytree(stopped, output)
@@ -305,40 +310,42 @@ def test_a_checkpoint_that_was_changed_is_refused(stopped, tmp_path):
         content[-9] ^= 1
         path.write_bytes(content)
         with pytest.raises(InputError, match=f"{name} is not what the run wrote"):
-            go(output, resume=LATEST)
+            start_run(output, resume=LATEST)
     with pytest.raises(InputError, match=r"no checkpoint in .*start without --resume"):
-        find(LATEST, tmp_path / "nowhere")
+        find_checkpoint(LATEST, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "adapter_config.json"])
-@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
-def test_a_damaged_copy_in_a_checkpoint_is_refused_before_anything_moves(name, damage, stopped, tmp_path):
-    """The files that resuming would copy back to the run's directory."""
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_a_damaged_file_to_copy_back_is_refused_before_anything_moves(name, damage, stopped, tmp_path):
+    """These are the files that resume copies back into the run's directory."""
     output = tmp_path / "a"
     shutil.copytree(stopped, output)
     path = output / "checkpoints" / "step-0000005" / name
-    whole = path.read_bytes()
-    if damage == "gone":
+    content = path.read_bytes()
+    if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(
-            whole[:-7] if damage == "cut" else whole.replace(b'"scale": 4.0', b'"scale": 4.5')[:-4] + b"1}}\n"
+            content[:-7]
+            if damage == "truncated"
+            else content.replace(b'"scale": 4.0', b'"scale": 4.5')[:-4] + b"1}}\n"
         )
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     with pytest.raises(
         InputError, match=rf"{name} (is not what the run wrote|cannot be read)|no file .*{name}"
     ):
-        go(output, resume=LATEST)
+        start_run(output, resume=LATEST)
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
 
 
-def test_half_a_checkpoint_is_none(tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(tmp_path):
     (tmp_path / "half" / "checkpoints" / ".step-0000009.12.new").mkdir(parents=True)
     with pytest.raises(InputError, match="no checkpoint in"):
-        find(LATEST, tmp_path / "half")
+        find_checkpoint(LATEST, tmp_path / "half")
 
 
-def test_other_libraries_are_a_notice(stopped, tmp_path):
+def test_other_library_versions_are_a_notice(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "a")
     path = tmp_path / "a" / "checkpoints" / "step-0000005" / "training_state.json"
     content = json.loads(path.read_text())
@@ -346,7 +353,7 @@ def test_other_libraries_are_a_notice(stopped, tmp_path):
     content["versions"]["mlx"] = "0.1"
     del content["seal"]
     path.write_text(json.dumps(content | {"seal": _seal(content)}))
-    _, _, notices = go(tmp_path / "a", resume=LATEST, iters=6)
+    _, _, notices = start_run(tmp_path / "a", resume=LATEST, iters=6)
     assert any(
-        f"the last digits may come out otherwise: mlx was 0.1, is {mx.__version__}" in n for n in notices
+        f"results may differ in the last digits: mlx was 0.1, is {mx.__version__}" in n for n in notices
     )

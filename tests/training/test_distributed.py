@@ -66,7 +66,7 @@ def run_case(name, output, stop_at=None, resume=None):
     )
     result = asdict(run.run())
     arrays = {f"adapter {k}": a for k, a in adapter_weights(model).items()}
-    arrays |= {f"mask {k}": state["mask"] for k, state in run.step.importance["layers"].items()}
+    arrays |= {f"mask {k}": state.mask for k, state in run.step.importance["layers"].items()}
     del result["seconds"], result["stopped"]
     return arrays, {"result": result, "events": len(events)}
 
@@ -196,7 +196,7 @@ def test_two_workers_that_are_resumed_are_those_that_were_not_stopped(two_worker
 
 def test_workers_with_other_data_are_refused(two_workers):
     for rank in (0, 1):
-        assert "the workers differ in their data" in (two_workers / f"refusal-{rank}").read_text()
+        assert "the workers have different data" in (two_workers / f"refusal-{rank}").read_text()
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -207,11 +207,11 @@ def test_shares_make_up_the_batch(packing):
     parts = [training_batches(examples, 3, 0, packing, Workers(rank, 4).share) for rank in range(4)]
     for _ in range(6):
         batch, shares = next(whole), [next(part) for part in parts]
-        assert {share.tokens for share in shares} == {batch.tokens}
+        assert {share.supervised_tokens for share in shares} == {batch.supervised_tokens}
         assert {share.rows for share in shares} == {batch.rows}
         for rank, share in enumerate(shares):
             if rank < len(batch.inputs):
-                for name in ("inputs", "targets", "supervised", "real"):
+                for name in ("inputs", "targets", "loss_mask", "token_mask"):
                     np.testing.assert_array_equal(getattr(share, name), getattr(batch, name)[rank::4])
                 if packing:
                     np.testing.assert_array_equal(share.segment_ids, batch.segment_ids[rank::4])

@@ -1,4 +1,4 @@
-"""What goes wrong in a run: numbers that are none, jumps, no progress, no room, no memory."""
+"""Faults of a run: NaN, loss spikes, no progress, a full disk, running out of memory."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters.attach import adapt
@@ -21,6 +21,7 @@ from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig, RunConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError, RunError
+from nalora_mlx.core.locks import lock_directory
 from nalora_mlx.data import batches as batching
 from nalora_mlx.data import checks
 from nalora_mlx.data.tokenization import Example
@@ -35,7 +36,7 @@ from nalora_mlx.training.step import TrainingStep
 from nalora_mlx.training.trainer import train
 from tests.conftest import VOCABULARY, build_examples, build_model, llama_args
 
-POISON = VOCABULARY - 1  # a token whose embedding is not a number
+POISON = VOCABULARY - 1  # a token whose embedding is NaN
 
 
 def adapted(poisoned=False, **settings):
@@ -60,9 +61,9 @@ def rows(count=12, poisoned=()):
     return examples
 
 
-def everything(step):
-    """Copies of all that a step changes."""
-    trees = [step.model.trainable_parameters(), step.optimizer.state, step.importance]
+def snapshot(step):
+    """Copy everything that a step changes, by name."""
+    trees = [step.model.trainable_parameters(), step.state_tree()]
     return {name: np.array(array) for name, array in tree_flatten(trees)}
 
 
@@ -72,111 +73,114 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def take(step, window):
-    carry, tokens = None, sum(batch.tokens for batch in window)
+def run_window(step, window):
+    """Run one accumulation window; return the loss of its last batch."""
+    accumulated, tokens = None, sum(batch.supervised_tokens for batch in window)
     for i, batch in enumerate(window, 1):
-        total, carry = step(batch, tokens, carry, i == len(window))
-        mx.eval(step.state, total, carry)
+        total, accumulated = step(batch, tokens, accumulated, i == len(window))
+        mx.eval(step.state, total, accumulated)
     return total.item()
 
 
-# --- numbers that are none ----------------------------------------------------------------------------------
+# --- NaN and infinity ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("build", [lambda: optim.Adam(1e-2), lambda: optim.Muon(1e-2)], ids=["adam", "muon"])
-def test_a_bad_update_changes_nothing_and_the_next_is_as_if_it_had_not_been(build, compiled):
+def test_a_nan_update_changes_nothing(build, compiled):
     examples = rows(poisoned=[5])
     good = [batching.collate(examples, part) for part in ((0, 1), (2, 3), (6, 7), (8, 9))]
     bad = batching.collate(examples, (4, 5))
     step = TrainingStep(adapted(poisoned=True), build(), NALoRAConfig(mask_warmup=0), compiled)
-    other = TrainingStep(adapted(poisoned=True), build(), NALoRAConfig(mask_warmup=0), compiled)
-    for one in (step, other):
-        assert math.isfinite(take(one, good[:2]))
-        assert one.health["finite"].item()
-    before = everything(step)
+    undisturbed = TrainingStep(adapted(poisoned=True), build(), NALoRAConfig(mask_warmup=0), compiled)
+    for one in (step, undisturbed):
+        assert math.isfinite(run_window(one, good[:2]))
+        assert one.health.finite.item()
+    before = snapshot(step)
     for window in ([bad], [good[0], bad], [bad, good[0], good[1]]):
-        take(step, window)
-        assert not step.health["finite"].item()
-        assert_equal(everything(step), before)
-    for one in (step, other):
-        take(one, good[2:])
-        assert one.health["finite"].item()
-    assert_equal(everything(step), everything(other))
-    assert any((everything(step)[name] != before[name]).any() for name in before)
+        run_window(step, window)
+        assert not step.health.finite.item()
+        assert_equal(snapshot(step), before)
+    for one in (step, undisturbed):
+        run_window(one, good[2:])
+        assert one.health.finite.item()
+    assert_equal(snapshot(step), snapshot(undisturbed))
+    assert any((snapshot(step)[name] != before[name]).any() for name in before)
 
 
-def test_a_gradient_or_a_new_weight_that_is_no_number_counts_too():
+def test_nan_gradients_and_weights_skip_the_update():
     batch = batching.collate(rows(), (0, 1))
     step = TrainingStep(adapted(), optim.SGD(1.0), NALoRAConfig(), compiled=False)
-    take(step, [batch])
-    before, inner = everything(step), step._loss_and_gradients
+    run_window(step, [batch])
+    before, inner = snapshot(step), step._loss_and_gradients
 
-    def one_infinite(*arguments):
+    def infinite_gradient(*arguments):
         value, gradients = inner(*arguments)
-        name = "model.layers.1.mlp.down_proj.lora_b"
-        *way, last = name.split(".")
-        place = gradients
-        for key in way:
-            place = place[int(key)] if isinstance(place, list) else place[key]
-        place[last] = place[last].at[0, 0].add(math.inf)
+        down_proj = gradients["model"]["layers"][1]["mlp"]["down_proj"]
+        down_proj["lora_b"] = down_proj["lora_b"].at[0, 0].add(math.inf)
         return value, gradients
 
-    step._loss_and_gradients = one_infinite
-    assert math.isfinite(take(step, [batch]))
-    assert not step.health["finite"].item()
-    assert_equal(everything(step), before)
-    step._loss_and_gradients = lambda *a: (
-        (inner(*a)[0][0], (mx.array(math.inf), inner(*a)[0][1][1])),
-        inner(*a)[1],
-    )
-    carry = step(batch, 2 * batch.tokens, None, False)[1]
+    def infinite_loss(*arguments):
+        (weighted, (_, *rest)), gradients = inner(*arguments)
+        return (weighted, (mx.array(math.inf), *rest)), gradients
+
+    step._loss_and_gradients = infinite_gradient
+    assert math.isfinite(run_window(step, [batch]))
+    assert not step.health.finite.item()
+    assert_equal(snapshot(step), before)
+    # An infinite loss earlier in the window counts for the whole window.
+    step._loss_and_gradients = infinite_loss
+    accumulated = step(batch, 2 * batch.supervised_tokens, None, False)[1]
     step._loss_and_gradients = inner
-    step(batch, 2 * batch.tokens, carry, True)  # a loss that was infinite earlier in the window
-    assert not step.health["finite"].item()
-    assert_equal(everything(step), before)
+    step(batch, 2 * batch.supervised_tokens, accumulated, True)
+    assert not step.health.finite.item()
+    assert_equal(snapshot(step), before)
+    # A learning rate so high that the new weights overflow.
     step = TrainingStep(adapted(), optim.SGD(1e38), NALoRAConfig())
-    take(step, [batch])
-    before = everything(step)
-    assert not step.health["finite"].item()
-    assert math.isfinite(take(step, [batch]))
-    assert_equal(everything(step), before)
+    before = snapshot(step)
+    assert math.isfinite(run_window(step, [batch]))
+    assert not step.health.finite.item()
+    assert_equal(snapshot(step), before)
+
+
+def named_rows(notice):
+    """Return the line numbers in a notice's list of rows."""
+    return {int(number) for number in re.findall(r":(\d+)", notice.partition("rows: ")[2])}
 
 
 def watched(model, examples, output=None, valid=(), optimizer=None, **settings):
-    """A run, its events by kind, and the notices."""
+    """Run `train`; return its result, its events and the texts of its notices."""
     events = []
     config = TrainingConfig(**({"iters": 12, "batch_size": 2, "steps_per_report": 4} | settings))
-    description = {"fine_tune_type": "lora"} if output else None
+    adapter_config = {"fine_tune_type": "lora"} if output else None
     result = train(
-        model, examples, valid, config, optimizer or optim.Adam(1e-2), output, [events.append], description
+        model, examples, valid, config, optimizer or optim.Adam(1e-2), output, [events.append], adapter_config
     )
     return result, events, [e["text"] for e in events if e["event"] == "notice"]
 
 
-def test_rows_of_a_bad_update_are_named_and_the_run_goes_on():
+def test_a_skipped_update_names_its_rows_and_the_run_goes_on():
     result, events, notices = watched(adapted(poisoned=True), rows(poisoned=[7]), iters=18)
-    assert result.skipped == 3  # once an epoch
+    assert result.skipped == 3  # once per epoch
     assert result.updates == 15
     assert len(notices) == 3
     for notice in notices:
-        assert "the loss is nan; the update is not applied; rows: " in notice
-        assert "train.jsonl:8" in notice.replace("train.jsonl:", ":").replace(":", "train.jsonl:")
+        assert "the loss is nan; the update is skipped; rows: " in notice
+        assert 8 in named_rows(notice)
     assert math.isfinite(result.train_loss)
     reports = [e for e in events if e.get("split") == "train"]
     assert reports[-1]["skipped"] == 3
     assert all(math.isfinite(e["loss"]) for e in reports)
 
 
-def test_too_many_bad_updates_stop_the_run_with_what_was_good(tmp_path):
+def test_too_many_skipped_updates_stop_the_run_and_save_the_last_good_state(tmp_path):
     examples = rows(poisoned=range(12))
     examples[:4] = rows()[:4]
     model = adapted(poisoned=True)
-    with pytest.raises(FloatingPointError, match=r"3 updates in a row were not applied, up to .*lower the"):
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row were skipped, up to .*lower the"):
         watched(model, examples, tmp_path / "a", iters=40, save_every=1000)
-    (step,) = checkpoints.steps(tmp_path / "a" / "checkpoints")
-    kept = tmp_path / "a" / "checkpoints" / f"step-{step:07d}"
-    state = json.loads((kept / "training_state.json").read_text())["progress"]
+    (checkpoint,) = checkpoints.steps(tmp_path / "a" / "checkpoints").values()
+    state = json.loads((checkpoint / "training_state.json").read_text())["progress"]
     assert state["skipped"] >= 3
     for path in (tmp_path / "a").rglob("*.safetensors"):
         assert all(mx.isfinite(a).all().item() for a in mx.load(str(path)).values() if a.dtype == mx.float32)
@@ -184,12 +188,10 @@ def test_too_many_bad_updates_stop_the_run_with_what_was_good(tmp_path):
         watched(adapted(poisoned=True), examples, max_bad_steps=2, iters=40)
 
 
-def test_a_stop_says_where_the_good_state_is(tmp_path, monkeypatch):
-    """Not in a directory into which nothing could be written."""
+def test_the_error_says_where_the_last_good_state_is(tmp_path, monkeypatch):
+    """Without naming a directory that nothing could be written to."""
     examples = rows(poisoned=range(12))
-    with pytest.raises(
-        FloatingPointError, match=rf", and the state before them is in {tmp_path / 'a'}; lower"
-    ):
+    with pytest.raises(FloatingPointError, match=rf"; the state before them is in {tmp_path / 'a'}; lower"):
         watched(adapted(poisoned=True), examples, tmp_path / "a")
 
     def fail(*_):
@@ -205,19 +207,19 @@ def test_a_stop_says_where_the_good_state_is(tmp_path, monkeypatch):
     assert "is in" not in str(raised.value)
 
 
-def test_all_rows_of_a_bad_update_are_named():
+def test_all_rows_of_a_skipped_update_are_named():
     examples = rows(poisoned=range(12))
     _, _, notices = watched(adapted(poisoned=True), examples, batch_size=12, iters=2)
     assert len(notices) == 2
-    assert {int(n) for n in re.findall(r":(\d+)", notices[0].partition("rows: ")[2])} == set(range(1, 13))
+    assert named_rows(notices[0]) == set(range(1, 13))
     assert "more" not in notices[0]
 
 
-# --- an earlier run -----------------------------------------------------------------------------------------
+# --- a previous run -----------------------------------------------------------------------------------------
 
 
-def test_a_run_in_python_moves_an_earlier_one_aside(tmp_path):
-    """Pruning is of its own checkpoints, and nothing of the earlier run is lost."""
+def test_train_moves_a_previous_run_aside(tmp_path):
+    """Pruning only removes checkpoints of the new run, and nothing of the previous one is lost."""
     output = tmp_path / "a"
     watched(adapted(), rows(), output, save_every=4)
     (output / "best").mkdir()
@@ -225,25 +227,25 @@ def test_a_run_in_python_moves_an_earlier_one_aside(tmp_path):
     before = {p.relative_to(output): p.read_bytes() for p in output.rglob("*") if p.is_file()}
     _, _, notices = watched(adapted(rank=2), rows(), output, save_every=2, keep_last=1, iters=6)
     aside = output / "previous" / "1"
-    assert notices == [f"moved the run that was in {output} to {aside}"]
+    assert notices == [f"moved the previous run in {output} to {aside}"]
     assert list(checkpoints.steps(output / "checkpoints")) == [6]
     assert {p.relative_to(aside): p.read_bytes() for p in aside.rglob("*") if p.is_file()} == before
 
 
-def test_a_run_in_python_is_refused_where_another_one_writes(tmp_path):
+def test_train_refuses_a_directory_in_use(tmp_path):
     output = tmp_path / "a"
     watched(adapted(), rows(), output, iters=2)
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
-    with storage.lock_directory(output), pytest.raises(InputError, match="another run is writing there"):
+    with lock_directory(output), pytest.raises(InputError, match="another run is writing there"):
         watched(adapted(), rows(), output, iters=2)
     (tmp_path / "b" / "best").mkdir(parents=True)
     (tmp_path / "b" / "best" / "theirs").write_text("x")
-    with pytest.raises(InputError, match="holds a 'best' that is not of a run"):
+    with pytest.raises(InputError, match="has a 'best' that no run wrote"):
         watched(adapted(), rows(), tmp_path / "b", iters=2)
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
 
 
-def test_a_run_json_of_somebody_else_is_not_overwritten(tmp_path, model_directory, data_directory):
+def test_a_foreign_run_json_is_moved_aside(tmp_path, model_directory, data_directory):
     output = tmp_path / "a"
     output.mkdir()
     (output / "run.json").write_text('{"mine": true}')
@@ -252,26 +254,26 @@ def test_a_run_json_of_somebody_else_is_not_overwritten(tmp_path, model_director
     assert "settings" in json.loads((output / "run.json").read_text())
 
 
-def test_a_run_says_once_that_its_head_takes_memory():
+def test_a_notice_says_why_the_logits_take_memory():
     assert watched(adapted(), rows(), iters=1)[2] == []
     model = adapted()
     model.lm_head.unfreeze()
-    assert [n[:32] for n in watched(model, rows(), iters=1)[2]] == ["the model's head is trained, so "]
+    assert [n[:32] for n in watched(model, rows(), iters=1)[2]] == ["the model's output head is train"]
 
-    class Whole(type(model)):
-        """A model whose logits come from more than its last hidden states."""
+    class WithoutHead(type(model)):
+        """A model whose logits depend on more than its last hidden states."""
 
         def __call__(self, inputs, cache=None):
             return super().__call__(inputs, cache) + inputs[..., None]
 
     model = adapted()
-    model.__class__ = Whole
+    model.__class__ = WithoutHead
     assert TrainingStep(model, optim.Adam(1e-2)).loss.head is None
     notices = watched(model, rows(), iters=1)[2]
-    assert [n[:44] for n in notices] == ["the model's head cannot be told from its bod"]
+    assert [n[:44] for n in notices] == ["the model's output head was not found, so lo"]
 
 
-def test_a_validation_loss_that_is_no_number_is_said_and_never_best(tmp_path):
+def test_a_nan_validation_loss_is_reported_and_never_best(tmp_path):
     valid = rows(4, poisoned=[1])
     result, _, notices = watched(
         adapted(poisoned=True), rows(), tmp_path / "a", valid, steps_per_eval=6, val_batches=-1
@@ -283,10 +285,11 @@ def test_a_validation_loss_that_is_no_number_is_said_and_never_best(tmp_path):
     ]
 
 
-# --- clipping, jumps, no progress ---------------------------------------------------------------------------
+# --- clipping, listeners, spikes, no progress -----------------------------------------------------------------
 
 
-def moved(accumulate, **settings):
+def sgd_step(accumulate, **settings):
+    """Return the change of each weight in one update of SGD, and the gradient norm that the run reports."""
     model = adapted(mask="off", step_scaling=False)
     before = {k: np.array(v, np.float64) for k, v in adapter_weights(model).items()}
     events = watched(
@@ -303,19 +306,19 @@ def moved(accumulate, **settings):
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_clipping_is_of_the_whole_gradient_of_an_update(accumulate):
-    step, said = moved(accumulate)
+def test_clipping_uses_the_norm_of_the_accumulated_gradient(accumulate):
+    step, reported = sgd_step(accumulate)
     norm = math.sqrt(sum(float((a**2).sum()) for a in step.values()))
-    assert said == pytest.approx(norm, rel=1e-3)
-    clipped, said_again = moved(accumulate, grad_clip=norm / 3)
-    assert said_again == said  # the norm before clipping
+    assert reported == pytest.approx(norm, rel=1e-3)
+    clipped, reported_again = sgd_step(accumulate, grad_clip=norm / 3)
+    assert reported_again == reported  # the norm before clipping
     length = math.sqrt(sum(float((a**2).sum()) for a in clipped.values()))
     assert length == pytest.approx(norm / 3, rel=1e-4)
     for name in step:
         np.testing.assert_allclose(clipped[name], step[name] / 3, rtol=2e-3, atol=1e-6)
-    loose, _ = moved(accumulate, grad_clip=norm * 2)
+    unclipped, _ = sgd_step(accumulate, grad_clip=norm * 2)
     for name in step:
-        np.testing.assert_array_equal(loose[name], step[name])
+        np.testing.assert_array_equal(unclipped[name], step[name])
 
 
 @pytest.mark.parametrize(
@@ -323,31 +326,33 @@ def test_clipping_is_of_the_whole_gradient_of_an_update(accumulate):
     [(ConnectionError("no network"), 0), (UnicodeEncodeError("latin-1", "█", 0, 1, "no"), 1)],
     ids=["a service", "the display"],
 )
-def test_a_listener_that_fails_is_left_out_and_the_run_goes_on(error, listener, tmp_path, capsys):
-    heard = [[], []]
+def test_a_failing_listener_is_dropped_and_the_run_goes_on(error, listener, tmp_path, capsys):
+    received = [[], []]
 
-    def watcher(number):
+    def listener_of(number):
         def listen(event):
-            heard[number].append(event["event"])
+            received[number].append(event["event"])
             if number == listener and event.get("step") == 4:
                 raise error
 
         return listen
 
     config = TrainingConfig(iters=12, batch_size=2, steps_per_report=4, save_every=4)
-    result = train(adapted(), rows(), (), config, optim.Adam(1e-2), tmp_path / "a", [watcher(0), watcher(1)])
+    result = train(
+        adapted(), rows(), (), config, optim.Adam(1e-2), tmp_path / "a", list(map(listener_of, (0, 1)))
+    )
     assert result.iterations == 12
     assert list(checkpoints.steps(tmp_path / "a" / "checkpoints")) == [4, 8, 12]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"note: listen failed ({type(error).__name__}: ")
     assert line.endswith("); the run goes on without it")
-    assert heard[listener].count("step") == 4
-    assert heard[1 - listener].count("step") == 12
-    assert heard[1 - listener][-1] == "end"
+    assert received[listener].count("step") == 4
+    assert received[1 - listener].count("step") == 12
+    assert received[1 - listener][-1] == "end"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=["Ctrl-C", "exit"])
-def test_what_asks_to_end_the_process_still_does(error):
+def test_a_listener_can_end_the_process(error):
     def listen(event):
         raise error
 
@@ -355,40 +360,51 @@ def test_what_asks_to_end_the_process_still_does(error):
         train(adapted(), rows(), (), TrainingConfig(iters=2), listeners=[listen])
 
 
-def test_clipping_is_that_of_mlx():
-    gradients = {"a": mx.random.normal((30, 4)), "b": [mx.random.normal((7,))]}
-    theirs, norm = optim.clip_grad_norm(gradients, 0.5)
-    factor = 0.5 / max(norm.item(), 0.5)
-    ours = tree_map(lambda g: g * factor, gradients)
-    for (_, a), (_, b) in zip(tree_flatten(ours), tree_flatten(theirs), strict=True):
-        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5)
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_clipping_equals_mlx(limit):
+    seen = []
+
+    class Recording(optim.SGD):
+        def apply_gradients(self, gradients, parameters):
+            seen.append(gradients)
+            return super().apply_gradients(gradients, parameters)
+
+    batch = batching.collate(rows(), (0, 1))
+    for grad_clip in (None, limit):
+        step = TrainingStep(adapted(), Recording(0.1), compiled=False, grad_clip=grad_clip)
+        run_window(step, [batch])
+    gradients, ours = seen
+    theirs, norm = optim.clip_grad_norm(gradients, limit)
+    assert 1e-2 < norm.item() < 1e2
+    for (name, a), (_, b) in zip(tree_flatten(ours), tree_flatten(theirs), strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, err_msg=name)
 
 
-def test_jumps_are_reported_when_they_repeat():
-    progress, said = Progress(), []
+def test_repeated_loss_spikes_are_reported():
+    progress, reported = Progress(), []
     rng = np.random.default_rng(0)
     for iteration in range(400):
         loss = 2 + 0.1 * rng.standard_normal()
         if iteration in (70, 120, 160, 300, 320):
-            loss *= 5  # three within a hundred, then two
-        progress.count(loss, 1, 0.1)
+            loss *= 5  # three within a hundred iterations, then two
+        progress.record_batch(loss, 1, 0.1)
         if progress.record_loss(loss):
-            said.append(iteration)
-    assert said == [160]
+            reported.append(iteration)
+    assert reported == [160]
     assert len(progress.recent) == SPIKE_HISTORY
     falling = Progress()
     for iteration in range(300):
-        falling.count(1, 1, 0.1)
+        falling.record_batch(1, 1, 0.1)
         assert not falling.record_loss(8 * 0.98**iteration + rng.random())
 
 
-def test_a_run_stops_when_validation_gets_no_better(tmp_path):
+def test_early_stopping(tmp_path):
     settings = {"steps_per_eval": 3, "early_stopping": 2, "val_batches": -1, "iters": 40}
     result, _, _ = watched(
         adapted(), rows(), tmp_path / "a", rows(4), optim.SGD(0.0), grad_accumulation_steps=4, **settings
     )
-    assert result.stopped == "2 validations brought no better loss"
-    assert result.best_iteration == 4  # the update in which iteration 3 falls
+    assert result.stopped == "no better validation loss in 2 validations"
+    assert result.best_iteration == 4  # the end of the accumulation window with iteration 3
     assert result.iterations == 12
     assert list(checkpoints.steps(tmp_path / "a" / "checkpoints")) == [12]
     assert (tmp_path / "a" / "adapters.safetensors").exists()
@@ -396,10 +412,10 @@ def test_a_run_stops_when_validation_gets_no_better(tmp_path):
         watched(adapted(), rows(), early_stopping=2)
 
 
-# --- no room ------------------------------------------------------------------------------------------------
+# --- a full disk --------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_is_full_for_a_while_stops_no_run(tmp_path, monkeypatch):
+def test_a_run_survives_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch):
     failures = [True] * 2
     write = storage.write_directory
 
@@ -419,7 +435,7 @@ def test_a_disk_that_is_full_for_a_while_stops_no_run(tmp_path, monkeypatch):
     assert result.iterations == 12
 
 
-def test_an_end_that_cannot_be_saved_is_a_failure(tmp_path, monkeypatch):
+def test_failing_to_save_the_end_of_a_run_is_an_error(tmp_path, monkeypatch):
     write = storage.write_directory
 
     def fail_late(path, files):
@@ -428,12 +444,14 @@ def test_an_end_that_cannot_be_saved_is_a_failure(tmp_path, monkeypatch):
         write(path, files)
 
     monkeypatch.setattr(storage, "write_directory", fail_late)
-    with pytest.raises(RunError, match=r"the last whole checkpoint is of iteration 8; make room.*--resume"):
+    with pytest.raises(
+        RunError, match=r"the last complete checkpoint is iteration 8; free some disk space.*--resume"
+    ):
         watched(adapted(), rows(), tmp_path / "a", save_every=4)
     assert list(checkpoints.steps(tmp_path / "a" / "checkpoints")) == [4, 8]
 
 
-def test_a_best_adapter_that_cannot_be_saved_is_none(tmp_path, monkeypatch):
+def test_a_best_adapter_that_was_not_saved_does_not_count(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -448,25 +466,26 @@ def test_a_best_adapter_that_cannot_be_saved_is_none(tmp_path, monkeypatch):
     assert sum("the best adapter could not be saved" in n for n in notices) == 2
 
 
-def test_room_is_counted_before_training(tmp_path, monkeypatch):
+def test_disk_space_is_checked_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "free_space", lambda _: 10_000)
     with pytest.raises(
-        InputError, match=r"0\.0 MB free, but a checkpoint and the adapters take .* MB; make room"
+        InputError, match=r"0\.0 MB free, but a checkpoint and the adapters take .* MB; free some disk space"
     ):
         watched(adapted(), rows(), tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    each, others = 2 * 1000 + 3000, 3 * 1000
-    monkeypatch.setattr(storage, "free_space", lambda _: 4 * each + others)
+    # A checkpoint holds the adapter, the best adapter and the state; the run directory up to three more adapters.
+    checkpoint, adapters = 2 * 1000 + 3000, 3 * 1000
+    monkeypatch.setattr(storage, "free_space", lambda _: 4 * checkpoint + adapters)
     assert directory.check_space(tmp_path, 1000, 3000, 4, None) is None
     assert "--keep-last 3 fits" in directory.check_space(tmp_path, 1000, 3000, 5, None)
     assert directory.check_space(tmp_path, 1000, 3000, 500, 3) is None
 
 
-def test_the_size_of_a_checkpoint_is_what_was_counted(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("nalora_mlx.training.run.check_space", lambda _, *sizes: said.append(sizes))
+def test_a_checkpoint_has_the_predicted_size(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("nalora_mlx.training.run_files.check_space", lambda _, *sizes: calls.append(sizes))
     watched(adapted(), rows(), tmp_path / "a", rows(4), iters=2, save_every=2, steps_per_eval=1)
-    adapter, state, saves, keep = said[0]
+    adapter, state, saves, keep = calls[0]
     directory = tmp_path / "a" / "checkpoints" / "step-0000002"
     arrays = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
     assert (saves, keep) == (1, None)
@@ -474,13 +493,15 @@ def test_the_size_of_a_checkpoint_is_what_was_counted(tmp_path, monkeypatch):
     assert 0 <= arrays - (2 * adapter + state) < 5 * headers
 
 
-def test_records_wait_for_room(tmp_path, monkeypatch):
-    said = []
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", said.append)
+def test_metrics_that_could_not_be_written_are_written_later(tmp_path, monkeypatch):
+    notices = []
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", notices.append)
     metrics({"event": "metrics", "split": "train", "step": 1, "loss": 1.0})
     path_open = type(metrics.path).open
 
-    class Half:
+    class HalfWritten:
+        """A file on a disk that fills up in the middle of each write."""
+
         def __enter__(self):
             self.file = path_open(metrics.path, "a")
             return self
@@ -494,16 +515,19 @@ def test_records_wait_for_room(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(metrics.path), "open", lambda *_, **__: Half())
+        patch.setattr(type(metrics.path), "open", lambda *_, **__: HalfWritten())
         for step in (2, 3):
             metrics({"event": "metrics", "split": "train", "step": step, "loss": 1.0})
-    assert len(said) == 1
-    assert "No space left" in said[0]
+    assert len(notices) == 1
+    assert "No space left" in notices[0]
     assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1]
     metrics({"event": "metrics", "split": "train", "step": 4, "loss": math.nan})
     records = [json.loads(line) for line in metrics.path.read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert records[-1]["loss"] is None
+
+
+# --- out of memory ------------------------------------------------------------------------------------------
 
 
 def command(model_directory, data_directory, output, *flags):
@@ -527,7 +551,7 @@ def command(model_directory, data_directory, output, *flags):
     ],
     ids=["metal", "malloc", "command buffer", "Python"],
 )
-def test_no_memory_is_one_line_with_the_flags_that_help(
+def test_out_of_memory_is_one_line_with_the_flags_that_help(
     error, model_directory, data_directory, tmp_path, monkeypatch, capsys
 ):
     def fail(*_):
@@ -537,10 +561,10 @@ def test_no_memory_is_one_line_with_the_flags_that_help(
     assert main(command(model_directory, data_directory, tmp_path / "a")) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nalora lora: failed: out of memory (")
-    assert "what helps: --batch-size 1 or --grad-checkpoint or --max-seq-length 1024 or --quantize 4" in line
+    assert "try --batch-size 1 or --grad-checkpoint or --max-seq-length 1024 or --quantize 4" in line
 
 
-def test_no_memory_later_names_a_checkpoint_and_what_its_run_allows(
+def test_out_of_memory_later_names_a_checkpoint_and_compatible_flags(
     model_directory, data_directory, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "a"
@@ -556,36 +580,36 @@ def test_no_memory_later_names_a_checkpoint_and_what_its_run_allows(
     assert main(command(model_directory, data_directory, output, "--save-every", "1", "--iters", "6")) == 1
     (line,) = capsys.readouterr().err.splitlines()
     kept = output / "checkpoints" / "step-0000003"
-    advice = "go on with --resume --resume-anyway and --batch-size 1 or --grad-checkpoint"
-    assert line.endswith(f"); {kept} is whole: {advice}")
-    # the advice works, and when nothing smaller is left it names the adapter
+    advice = "continue with --resume --resume-anyway and --batch-size 1 or --grad-checkpoint"
+    assert line.endswith(f"); {kept} is complete: {advice}")
+    # The advice works. Once the settings cannot get smaller, it names the adapter instead.
     flags = ["--resume", "--resume-anyway", "--batch-size", "1", "--grad-checkpoint", "--iters", "6"]
     assert main(command(model_directory, data_directory, output, *flags)) == 0
     calls[:] = [1] * 3
     assert main(command(model_directory, data_directory, output, *flags[2:])) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--resume" not in line  # the earlier run is set aside, and this one has no checkpoint
-    assert "what helps: --max-seq-length 1024 or --quantize 4" in line
+    assert "--resume" not in line  # the previous run was moved aside, and this one has no checkpoint
+    assert "try --max-seq-length 1024 or --quantize 4" in line
     calls[:] = [1] * 2
     flags += ["--save-every", "1", "--max-seq-length", "200"]
     assert main(command(model_directory, data_directory, output, *flags[2:])) == 1
     (line,) = capsys.readouterr().err.splitlines()
     kept = output / "checkpoints" / "step-0000001"
     assert line.endswith(
-        f"{kept} is whole: start from its adapter with --resume-adapter-file {kept} and --quantize 4"
+        f"{kept} is complete: start from its adapter with --resume-adapter-file {kept} and --quantize 4"
     )
     monkeypatch.undo()
     assert main(command(model_directory, data_directory, tmp_path / "b", "--resume-adapter-file", kept)) == 0
 
 
-def test_memory_advice_is_never_empty_and_quantizes_once():
+def test_out_of_memory_advice_is_never_empty_and_quantizes_once():
     small = RunConfig(batch_size=1, grad_checkpoint=True, max_seq_length=200, num_layers=4)
-    assert remedy(small, True, None) == "what helps: a smaller --model"
-    assert remedy(small, False, None) == "what helps: --quantize 4"
+    assert remedy(small, True, None) == "try a smaller --model"
+    assert remedy(small, False, None) == "try --quantize 4"
     assert remedy(small, True, Path("x")).endswith("--resume-adapter-file x and a smaller --model")
 
 
-def test_no_memory_for_the_model_is_said_as_such(
+def test_out_of_memory_while_loading_the_model(
     model_directory, data_directory, tmp_path, monkeypatch, capsys
 ):
     def fail(*_, **__):
@@ -594,13 +618,10 @@ def test_no_memory_for_the_model_is_said_as_such(
     monkeypatch.setattr("mlx_lm.utils.load_model", fail)
     assert main(command(model_directory, data_directory, tmp_path / "a")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        "out of memory while it is loaded ([malloc] Unable to allocate 123 bytes.); take a smaller model"
-        in line
-    )
+    assert "out of memory while loading ([malloc] Unable to allocate 123 bytes.); use a smaller model" in line
 
 
-def test_other_errors_are_not_taken_for_no_memory(
+def test_other_errors_are_not_mistaken_for_out_of_memory(
     model_directory, data_directory, tmp_path, monkeypatch, capsys
 ):
     def fail(*_):
@@ -614,7 +635,7 @@ def test_other_errors_are_not_taken_for_no_memory(
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def test_resume_goes_on_and_says_so(model_directory, data_directory, tmp_path, capsys):
+def test_resume_continues_and_says_so(model_directory, data_directory, tmp_path, capsys):
     output = tmp_path / "a"
     assert main(command(model_directory, data_directory, output, "--steps-per-report", "1")) == 0
     first = (output / "metrics.jsonl").read_text()
@@ -633,18 +654,18 @@ def test_resume_goes_on_and_says_so(model_directory, data_directory, tmp_path, c
     assert "resume needs --train" in capsys.readouterr().err
 
 
-def test_what_is_not_of_a_run_is_not_touched(model_directory, data_directory, tmp_path, capsys):
+def test_foreign_files_are_not_touched(model_directory, data_directory, tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "theirs.pt").write_text("x")
     assert main(command(model_directory, data_directory, tmp_path)) == 2
-    assert "holds a 'checkpoints' that is not of a run" in capsys.readouterr().err
+    assert "has a 'checkpoints' that no run wrote" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
     (tmp_path / "file").write_text("x")
     assert main(command(model_directory, data_directory, tmp_path / "file" / "a")) == 2
     assert "is a file; give a directory" in capsys.readouterr().err
 
 
-def test_a_run_outlives_the_one_who_reads_it(model_directory, data_directory, tmp_path):
+def test_a_run_survives_a_closed_pipe(model_directory, data_directory, tmp_path):
     argv = command(
         model_directory, data_directory, tmp_path / "a", "--steps-per-report", "1", "--iters", "30"
     )
@@ -661,8 +682,8 @@ def test_a_run_outlives_the_one_who_reads_it(model_directory, data_directory, tm
     assert (tmp_path / "a" / "checkpoints" / "step-0000030").is_dir()
 
 
-def test_nothing_that_is_shared_knows_the_machine(model_directory, data_directory, tmp_path):
-    """Adapter, metrics, and checkpoints with a bad row: names of files, no paths."""
+def test_files_of_a_run_contain_no_paths(model_directory, data_directory, tmp_path):
+    """Adapters, checkpoints, metrics and run.json contain no absolute paths."""
     data = tmp_path / "secret-place" / "data"
     shutil.copytree(data_directory, data)
     assert main(command(model_directory, data, tmp_path / "a", "--save-every", "2")) == 0
@@ -673,22 +694,24 @@ def test_nothing_that_is_shared_knows_the_machine(model_directory, data_director
                 assert place.encode() not in content, path
 
 
-def test_what_a_run_was_given_is_told_without_tokens_and_paths(tmp_path):
-    """run.json and the services get the names of a dataset, not what load_dataset is given besides."""
+def test_run_json_contains_no_tokens_and_paths(tmp_path):
+    """run.json gets the name of a dataset, but not the arguments of load_dataset."""
     secret = {"name": "en", "token": "hf_secret", "data_files": str(tmp_path / "private.jsonl")}
     entry = {"path": "owner/set", "train_split": "train[:9]", "chat_feature": "turns", "config": secret}
-    for given in (entry, [entry]):
+    for hf_dataset in (entry, [entry]):
         config = RunConfig(
-            train=True, hf_dataset=given, model=str(tmp_path), resume_adapter_file=str(tmp_path / "x")
+            train=True, hf_dataset=hf_dataset, model=str(tmp_path), resume_adapter_file=str(tmp_path / "x")
         )
-        told = record(config, {})
-        found = told["settings"]["hf_dataset"]
-        assert (found if given is entry else found[0]) == {k: v for k, v in entry.items() if k != "config"}
-        assert "hf_secret" not in json.dumps(told)
-        assert str(tmp_path) not in json.dumps(told)
+        content = record(config, {})
+        recorded = content["settings"]["hf_dataset"]
+        assert (recorded if hf_dataset is entry else recorded[0]) == {
+            k: v for k, v in entry.items() if k != "config"
+        }
+        assert "hf_secret" not in json.dumps(content)
+        assert str(tmp_path) not in json.dumps(content)
 
 
-def test_a_service_gets_no_tokens_and_paths(tmp_path, monkeypatch):
+def test_services_get_no_tokens_and_paths(tmp_path, monkeypatch):
     from mlx_lm.tuner import callbacks
 
     given = {}
@@ -718,7 +741,7 @@ def test_a_service_gets_no_tokens_and_paths(tmp_path, monkeypatch):
     assert given["config"]["hf_dataset"] == {"path": "owner/set"}
 
 
-def test_a_plan_speaks_to_no_service(model_directory, data_directory, tmp_path, monkeypatch, capsys):
+def test_a_plan_contacts_no_service(model_directory, data_directory, tmp_path, monkeypatch, capsys):
     called = []
     monkeypatch.setattr("nalora_mlx.runs.loggers.reporters", lambda *_: called.append(1) or [])
     assert main(command(model_directory, data_directory, tmp_path / "a", "--plan")) == 0
@@ -727,32 +750,32 @@ def test_a_plan_speaks_to_no_service(model_directory, data_directory, tmp_path, 
     assert called == [1]
 
 
-def test_rows_become_tokens_while_the_model_is_loaded(
+def test_rows_are_tokenized_while_the_model_loads(
     model_directory, data_directory, tmp_path, monkeypatch, capsys
 ):
-    began, loaded = threading.Event(), []
+    started, loaded = threading.Event(), []
     tokenize, load = checks.tokenize, loading.load_module
 
-    def tokenizing(*arguments):
-        began.set()
+    def tokenize_and_signal(*arguments):
+        started.set()
         return tokenize(*arguments)
 
     def load_slowly(*arguments):
-        loaded.append(began.wait(20))
+        loaded.append(started.wait(20))
         return load(*arguments)
 
-    monkeypatch.setattr(checks, "tokenize", tokenizing)
+    monkeypatch.setattr(checks, "tokenize", tokenize_and_signal)
     monkeypatch.setattr(loading, "load_module", load_slowly)
     assert main(command(model_directory, data_directory, tmp_path / "a")) == 0
     assert loaded == [True]
-    # what goes wrong there ends the command as it would have anywhere else
+    # An error in that thread ends the command like any other.
     monkeypatch.setattr(checks, "tokenize", lambda *_: (_ for _ in ()).throw(InputError("row 7 is strange")))
     capsys.readouterr()
     assert main(command(model_directory, data_directory, tmp_path / "b")) == 2
     assert capsys.readouterr().err == "nalora lora: error: row 7 is strange\n"
 
 
-def test_settings_of_an_optimizer_that_fail_in_a_step_are_refused(
+def test_optimizer_settings_that_fail_in_a_step_are_refused(
     model_directory, data_directory, tmp_path, capsys
 ):
     (tmp_path / "c.yaml").write_text("optimizer_config: {adam: {eps: 9223372036854775808}}\n")

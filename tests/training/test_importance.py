@@ -1,4 +1,4 @@
-"""The importance, masks and step scales against a float64 NumPy re-computation, and their invariants."""
+"""Importance, masks and step scales against NumPy in float64, and their invariants."""
 
 import mlx.core as mx
 import numpy as np
@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from nalora_mlx.core.config import NAParameters
 from nalora_mlx.training import importance
+from nalora_mlx.training.importance import LayerStatistics
 
 CHANNELS, REGIONS = 11, 3
 
 
 def observations(steps=14, seed=0, shape=(CHANNELS,), empty=()):
     rng = np.random.default_rng(seed)
-    made = []
+    observed = []
     for step in range(steps):
         tokens = np.full(shape[:-1], rng.integers(3, 40), dtype=np.float64)
         if step in empty:
@@ -22,30 +23,32 @@ def observations(steps=14, seed=0, shape=(CHANNELS,), empty=()):
         d = rng.gamma(0.7, size=shape)
         high = rng.random(shape)
         low = high + (1 - high) * rng.random(shape)
-        made.append(
+        observed.append(
             {
                 "tokens": tokens,
                 "responsiveness": d * tokens[..., None],
-                "beyond": np.stack([low, high]) * tokens[..., None],
+                "above_boundary": np.stack([low, high]) * tokens[..., None],
             }
         )
-    return made
+    return observed
 
 
-def reference(made, p: NAParameters, shape=(CHANNELS,)):
-    """method.md, line by line, in float64; returns per step (s, p_R, m, q)."""
-    s_raw, beyond = np.zeros(shape), np.zeros((REGIONS - 1, *shape))
+def reference(observed, p: NAParameters, shape=(CHANNELS,)):
+    """Compute docs/method.md line by line in float64; return (s, p_R, m, q) per step."""
+    s_raw, above_raw = np.zeros(shape), np.zeros((REGIONS - 1, *shape))
     k, m, out = np.zeros(shape[:-1]), np.ones(shape), []
-    for t, seen in enumerate(made, 1):
-        n = seen["tokens"][..., None]
+    for t, statistics in enumerate(observed, 1):
+        n = statistics["tokens"][..., None]
         live = n > 0
         safe = np.where(live, n, 1)
-        s_raw = np.where(live, p.beta * s_raw + (1 - p.beta) * seen["responsiveness"] / safe, s_raw)
-        beyond = np.where(live, p.beta * beyond + (1 - p.beta) * seen["above_boundary"] / safe, beyond)
-        k = k + (seen["tokens"] > 0)
+        s_raw = np.where(live, p.beta * s_raw + (1 - p.beta) * statistics["responsiveness"] / safe, s_raw)
+        above_raw = np.where(
+            live, p.beta * above_raw + (1 - p.beta) * statistics["above_boundary"] / safe, above_raw
+        )
+        k = k + (statistics["tokens"] > 0)
         correction = np.where(k > 0, 1 - p.beta**k, 1)[..., None]
-        s, share = s_raw / correction, beyond / correction
-        occupancy = np.stack([1 - share[0], share[0] - share[1], share[1]])
+        s, above = s_raw / correction, above_raw / correction
+        occupancy = np.stack([1 - above[0], above[0] - above[1], above[1]])
         if p.mask != "off" and t > p.mask_warmup and (t - p.mask_warmup - 1) % p.mask_every == 0:
             if p.mask == "soft":
                 m = s / s.mean(-1, keepdims=True)
@@ -66,13 +69,13 @@ def reference(made, p: NAParameters, shape=(CHANNELS,)):
     return out
 
 
-def run(made, p, shape=(CHANNELS,)):
+def run(observed, p, shape=(CHANNELS,)):
     state = importance.init(shape, REGIONS)
     out = []
 
     @mx.compile
-    def step(state, seen, t):
-        state = importance.refresh(importance.observe(state, seen, p.beta), t, p)
+    def step(state, statistics, t):
+        state = importance.refresh(importance.observe(state, statistics, p.beta), t, p)
         return (
             state,
             importance.importance(state, p.beta),
@@ -80,10 +83,10 @@ def run(made, p, shape=(CHANNELS,)):
             importance.multiplier(state, p),
         )
 
-    for t, seen in enumerate(made, 1):
-        arrays = {name: mx.array(a.astype(np.float32)) for name, a in seen.items()}
-        state, s, occupancy, q = step(state, arrays, mx.array(t))
-        out.append(tuple(np.array(a) for a in (s, occupancy, state["mask"], q)))
+    for t, sums in enumerate(observed, 1):
+        statistics = LayerStatistics(**{name: mx.array(a.astype(np.float32)) for name, a in sums.items()})
+        state, s, occupancy, q = step(state, statistics, mx.array(t))
+        out.append(tuple(np.array(a) for a in (s, occupancy, state.mask, q)))
     return out
 
 
@@ -102,28 +105,29 @@ VARIANTS = [
 
 @pytest.mark.parametrize("parameters", VARIANTS, ids=str)
 @pytest.mark.parametrize("shape", [(CHANNELS,), (4, CHANNELS)], ids=["dense", "experts"])
-def test_equals_float64(parameters, shape):
-    made = observations(shape=shape)
-    for got, want in zip(run(made, parameters, shape), reference(made, parameters, shape), strict=True):
-        for a, b in zip(got, want, strict=True):
+def test_the_state_equals_numpy_in_float64(parameters, shape):
+    observed = observations(shape=shape)
+    steps = zip(run(observed, parameters, shape), reference(observed, parameters, shape), strict=True)
+    for result, expected in steps:
+        for a, b in zip(result, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
 def test_an_expert_without_tokens_keeps_its_state():
-    made = observations(shape=(3, CHANNELS), empty=(2, 5))
+    observed = observations(shape=(3, CHANNELS), empty=(2, 5))
     p = NAParameters(mask_warmup=0)
-    got, want = run(made, p, (3, CHANNELS)), reference(made, p, (3, CHANNELS))
-    np.testing.assert_allclose(got[2][0][0], got[1][0][0], rtol=1e-6)
-    assert not np.allclose(got[2][0][1], got[1][0][1])
-    np.testing.assert_allclose(got[-1][3], want[-1][3], rtol=2e-5)
+    result, expected = run(observed, p, (3, CHANNELS)), reference(observed, p, (3, CHANNELS))
+    np.testing.assert_allclose(result[2][0][0], result[1][0][0], rtol=1e-6)
+    assert not np.allclose(result[2][0][1], result[1][0][1])
+    np.testing.assert_allclose(result[-1][3], expected[-1][3], rtol=2e-5)
 
 
-def test_a_layer_without_response_gets_ones():
+def test_the_mask_of_a_layer_without_response_is_all_ones():
     for rule in ("soft", "hard"):
         assert np.array(importance.mask(mx.zeros(5), NAParameters(mask=rule))).tolist() == [1] * 5
 
 
-def test_hard_mask_keeps_exactly_the_share_even_among_ties():
+def test_the_hard_mask_keeps_exactly_keep_fraction_even_with_ties():
     m = np.array(importance.mask(mx.ones(10), NAParameters(mask="hard", keep_fraction=0.3)))
     assert m.tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     assert np.array(importance.mask(mx.ones(10), NAParameters(mask="hard", keep_fraction=0.01))).sum() == 1
@@ -135,14 +139,10 @@ def test_hard_mask_keeps_exactly_the_share_even_among_ties():
     rule=st.sampled_from(["soft", "hard", "off"]),
     preserve=st.sampled_from(["rms", "mean", "function"]),
 )
-def test_preserve_keeps_what_it_says(s, rule, preserve):
+def test_preserve_keeps_its_statistic_at_one(s, rule, preserve):
     p = NAParameters(mask=rule, preserve=preserve, step_scaling=False, mask_warmup=0, max_multiplier=1e6)
-    seen = {
-        "tokens": mx.array(1.0),
-        "responsiveness": mx.array(s),
-        "beyond": mx.zeros((2, len(s))),
-    }
-    state = importance.observe(importance.init((len(s),), 3), seen, p.beta)
+    statistics = LayerStatistics(mx.array(s), mx.zeros((2, len(s))), mx.array(1.0))
+    state = importance.observe(importance.init((len(s),), 3), statistics, p.beta)
     state = importance.refresh(state, mx.array(1), p)
     q = np.array(importance.multiplier(state, p), dtype=np.float64)
     assert np.isfinite(q).all()
@@ -153,6 +153,6 @@ def test_preserve_keeps_what_it_says(s, rule, preserve):
     assert kept[preserve] == pytest.approx(1, rel=1e-4)
 
 
-def test_misalignment_of_nothing_is_zero():
-    assert importance.misalignment({"misalignment": mx.zeros(2)}).item() == 0
-    assert importance.misalignment({"misalignment": mx.array([3.0, 1.0])}).item() == 0.25
+def test_misalignment_without_change_is_zero():
+    assert importance.misalignment(mx.zeros(2)).item() == 0
+    assert importance.misalignment(mx.array([3.0, 1.0])).item() == 0.25

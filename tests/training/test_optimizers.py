@@ -1,4 +1,4 @@
-"""Scaled steps of every mlx optimizer: what is scaled, what is not, and nothing else changed."""
+"""Scaled steps of every mlx optimizer: the step is scaled, and nothing else changes."""
 
 import copy
 
@@ -6,11 +6,12 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.training.optimizers import apply_scaled, build_optimizer
 
-# name -> (constructor, decoupled weight decay)
+# name -> (constructor, decoupled weight decay; None if the decay depends on the parameter)
 ROWS = {
     "adam": (lambda: optim.Adam(1e-2), 0.0),
     "adam_corrected": (lambda: optim.Adam(1e-2, bias_correction=True), 0.0),
@@ -32,20 +33,20 @@ SHAPE = (4, 6)
 PATH = "layers.1.mlp.gate_proj.lora_b"
 
 
-def tree(gate, other):
-    return {"layers": [{}, {"mlp": {"gate_proj": {"lora_b": gate}, "up_proj": {"lora_b": other}}}]}
+def tree(gate, up):
+    return {"layers": [{}, {"mlp": {"gate_proj": {"lora_b": gate}, "up_proj": {"lora_b": up}}}]}
 
 
-def leaf(made):
-    return made["layers"][1]["mlp"]["gate_proj"]["lora_b"]
+def gate(parameters):
+    return parameters["layers"][1]["mlp"]["gate_proj"]["lora_b"]
 
 
-def other(made):
-    return made["layers"][1]["mlp"]["up_proj"]["lora_b"]
+def up(parameters):
+    return parameters["layers"][1]["mlp"]["up_proj"]["lora_b"]
 
 
 def setup(name, steps=3):
-    """An optimizer with some history, the parameters, and the gradients of the next step."""
+    """Return an optimizer after some steps, the parameters, and the gradients of the next step."""
     rng = np.random.default_rng(0)
 
     def draw():
@@ -59,11 +60,12 @@ def setup(name, steps=3):
     return optimizer, parameters, tree(draw(), draw())
 
 
-def twin(optimizer, name):
-    fresh = ROWS[name][0]()
-    fresh.state = copy.deepcopy(optimizer.state)
-    fresh._initialized = True
-    return fresh
+def duplicate(optimizer, name):
+    """Return another optimizer with the same state."""
+    result = ROWS[name][0]()
+    result.state = copy.deepcopy(optimizer.state)
+    result._initialized = True
+    return result
 
 
 Q = np.array([0.0, 0.25, 0.5, 1.0, 2.0, 3.5], dtype=np.float32)
@@ -72,71 +74,64 @@ Q = np.array([0.0, 0.25, 0.5, 1.0, 2.0, 3.5], dtype=np.float32)
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_steps_are_scaled_column_by_column(name):
     optimizer, parameters, gradients = setup(name)
-    plain = twin(optimizer, name).apply_gradients(gradients, parameters)
-    plain_optimizer = twin(optimizer, name)
-    plain_optimizer.apply_gradients(gradients, parameters)
+    plain_optimizer = duplicate(optimizer, name)
+    plain = plain_optimizer.apply_gradients(gradients, parameters)
     new = apply_scaled(optimizer, gradients, parameters, {PATH: mx.array(Q)[None]})
-    old = np.array(leaf(parameters), dtype=np.float64)
+    old = np.array(gate(parameters), dtype=np.float64)
     decay = ROWS[name][1]
-    if decay is None:  # Adafactor: its rate is the learning rate times the parameter's size
+    if decay is None:  # Adafactor: its rate is the learning rate times the RMS of the parameter
         rate = 1e-2 * max(1e-3, float(np.sqrt((old**2).mean())))
         kept = old * (1 - 0.1 * rate)
     else:
         kept = old * (1 - float(optimizer.learning_rate) * decay) if decay else old
-    step = np.array(leaf(plain), dtype=np.float64) - kept
-    np.testing.assert_allclose(np.array(leaf(new)), kept + Q * step, rtol=3e-6, atol=3e-7)
-    # the other parameter, and the optimizer's own state, as if nothing had been scaled
-    assert mx.array_equal(other(new), other(plain))
-    flat, flat_plain = (dict(mx_flatten(o.state)) for o in (optimizer, plain_optimizer))
+    step = np.array(gate(plain), dtype=np.float64) - kept
+    np.testing.assert_allclose(np.array(gate(new)), kept + Q * step, rtol=3e-6, atol=3e-7)
+    # The unscaled parameter and the optimizer's own state are as without scaling.
+    assert mx.array_equal(up(new), up(plain))
+    flat, flat_plain = (dict(tree_flatten(o.state)) for o in (optimizer, plain_optimizer))
     assert flat.keys() == flat_plain.keys()
     for key in flat:
         assert mx.array_equal(flat[key], flat_plain[key]), key
 
 
-def mx_flatten(state):
-    from mlx.utils import tree_flatten
-
-    return tree_flatten(state)
-
-
 @pytest.mark.parametrize("name", sorted(n for n in ROWS if not n.startswith("adafactor")))
-def test_a_factor_of_one_is_the_optimizer_to_the_last_bit(name):
+def test_a_factor_of_one_changes_no_bit(name):
     optimizer, parameters, gradients = setup(name)
-    plain = twin(optimizer, name).apply_gradients(gradients, parameters)
+    plain = duplicate(optimizer, name).apply_gradients(gradients, parameters)
     new = apply_scaled(optimizer, gradients, parameters, {PATH: mx.ones((1, SHAPE[1]))})
-    assert mx.array_equal(leaf(new), leaf(plain))
+    assert mx.array_equal(gate(new), gate(plain))
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd", "rmsprop"])
-def test_a_factor_of_zero_freezes_bit_for_bit_even_against_nan(name):
+def test_a_factor_of_zero_freezes_a_column_even_with_nan_gradients(name):
     optimizer, parameters, gradients = setup(name)
-    bad = leaf(gradients) + mx.where(mx.arange(6) < 1, float("nan"), 0.0)
+    bad = gate(gradients) + mx.where(mx.arange(6) < 1, float("nan"), 0.0)
     gradients["layers"][1]["mlp"]["gate_proj"]["lora_b"] = bad
     new = apply_scaled(optimizer, gradients, parameters, {PATH: mx.array(Q)[None]})
-    assert mx.array_equal(leaf(new)[:, 0], leaf(parameters)[:, 0])
-    assert mx.isfinite(leaf(new)[:, 1:]).all().item()
+    assert mx.array_equal(gate(new)[:, 0], gate(parameters)[:, 0])
+    assert mx.isfinite(gate(new)[:, 1:]).all().item()
 
 
-def test_decoupled_decay_acts_on_frozen_columns_too():
+def test_decoupled_decay_acts_on_frozen_columns():
     optimizer, parameters, gradients = setup("adamw")
     new = apply_scaled(optimizer, gradients, parameters, {PATH: mx.array(Q)[None]})
     np.testing.assert_allclose(
-        np.array(leaf(new))[:, 0], np.array(leaf(parameters))[:, 0] * (1 - 1e-2 * 0.1), rtol=1e-6
+        np.array(gate(new))[:, 0], np.array(gate(parameters))[:, 0] * (1 - 1e-2 * 0.1), rtol=1e-6
     )
 
 
-def test_small_steps_on_large_parameters_keep_their_digits():
-    """The step is taken from zero, not as a difference of nearly equal numbers."""
+def test_small_steps_on_large_parameters_are_not_rounded_away():
+    """The step is computed from zero, not as a difference of nearly equal numbers."""
     optimizer = optim.Adam(1e-6)
     parameters = {"b": mx.full((1, 2), 100.0)}
     gradients = {"b": mx.ones((1, 2))}
     optimizer.init(parameters)
     new = apply_scaled(optimizer, gradients, parameters, {"b": mx.array([[1000.0, 1.0]])})
-    # the step of 3.2e-6 is below half an ulp of 100; a thousand of them are not
+    # The step of 3.2e-6 is below half an ulp of 100, but a thousand times that is not.
     assert np.array(new["b"])[0, 0] == pytest.approx(100 - 3.162e-3, abs=8e-6)
 
 
-def test_bad_settings_are_one_line():
+def test_bad_settings_are_refused():
     with pytest.raises(InputError, match=r"optimizer_config\.adam: .*beta"):
         build_optimizer("adam", 1e-3, None, {"beta": 1})
     with pytest.raises(InputError, match="lr_schedule"):
@@ -148,7 +143,7 @@ def test_bad_settings_are_one_line():
         build_optimizer("adam", 1e-3, schedule, {})
 
 
-def test_schedule_counts_updates():
+def test_schedules_count_updates():
     schedule = {"name": "cosine_decay", "warmup": 2, "arguments": [1e-2, 10]}
     optimizer = build_optimizer("adam", 1e-5, schedule, {})
     rates = []

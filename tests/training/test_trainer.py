@@ -13,11 +13,12 @@ from scipy.special import expit
 
 from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.files import adapter_weights
-from nalora_mlx.adapters.forward_pass import recomputed
+from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.adapters.merge import fuse_model
 from nalora_mlx.core.config import PLAIN_LORA, NALoRAConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data import batches as batching
+from nalora_mlx.training.diagnostics import describe_layers, measure_misalignment
 from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.step import TrainingStep
@@ -156,7 +157,7 @@ def observation(z, u, statistic):
     return {
         "tokens": np.float64(len(z)),
         "responsiveness": response.sum(0),
-        "beyond": np.stack([(z >= -ZERO).sum(0), (z >= ZERO).sum(0)]).astype(np.float64),
+        "above_boundary": np.stack([(z >= -ZERO).sum(0), (z >= ZERO).sum(0)]).astype(np.float64),
     }
 
 
@@ -173,11 +174,11 @@ def take_steps(settings, optimizer, steps=1, accumulate=1, checkpointing=False, 
     for _ in range(steps):
         window = [next(batches) for _ in range(accumulate)]
         seen.append(gate_inputs(merged_copy(model), window))
-        carry, tokens = None, sum(b.tokens for b in window)
+        accumulated, tokens = None, sum(b.supervised_tokens for b in window)
         for i, batch in enumerate(window, 1):
-            with recomputed(list(model.layers) if checkpointing else []):
-                total, carry = step(batch, tokens, carry, i == len(window))
-            mx.eval(step.state, total, carry)
+            with recompute_activations(list(model.layers) if checkpointing else []):
+                total, accumulated = step(batch, tokens, accumulated, i == len(window))
+            mx.eval(step.state, total, accumulated)
     observed = [[observation(z, u, config.statistic) for z, u in layers] for layers in seen]
     return model, step, list(zip(*observed, strict=True))
 
@@ -238,10 +239,10 @@ def test_importance_state_equals_float64_from_an_unmodified_model(accumulate, ch
         s, occupancy, mask, _ = importance_reference(list(made), parameters, (48,))[-1]
         state = described[f"model.layers.{layer}.mlp"]
         correction = 1 - parameters.beta**4
-        assert state["updates"].item() == 4
-        np.testing.assert_allclose(np.array(state["importance"]) / correction, s, rtol=1e-5)
-        np.testing.assert_allclose(np.array(state["mask"]), mask, rtol=1e-5)
-        share = np.array(state["above_boundary"]) / correction
+        assert state.updates.item() == 4
+        np.testing.assert_allclose(np.array(state.importance) / correction, s, rtol=1e-5)
+        np.testing.assert_allclose(np.array(state.mask), mask, rtol=1e-5)
+        share = np.array(state.above_boundary) / correction
         np.testing.assert_allclose(share[1], occupancy[2], atol=1e-6)
         np.testing.assert_allclose(share[0], occupancy[1] + occupancy[2], atol=1e-6)
 
@@ -268,19 +269,19 @@ def test_misalignment_equals_its_definition(packed):
     examples = build_examples(18, seed=3)
     batch = next(batching.training_batches(examples, 3, 0, packing=packed))
     count = 1 if batch.segment_ids is None else batch.segment_ids[0].max()
-    before = dict(tree_flatten([model.parameters(), step.optimizer.state, step.importance]))
-    graphs = len(step.graphs)
-    step.measure(batch)
-    assert len(step.graphs) == graphs
+    before = dict(tree_flatten([model.parameters(), step.state_tree()]))
+    graphs = step.graph_of_shape.cache_info().currsize
+    measure_misalignment(step, batch)
+    assert step.graph_of_shape.cache_info().currsize == graphs
     assert model.training
-    for key, array in tree_flatten([model.parameters(), step.optimizer.state, step.importance]):
+    for key, array in tree_flatten([model.parameters(), step.state_tree()]):
         assert key.endswith("misalignment") or mx.array_equal(array, before[key]), key
     first = [batching.collate(examples, [row]) for row in batch.rows[:count]]
     base, tuned = gate_inputs(build_model(), first), gate_inputs(merged_copy(model), first)
     (z0, _), (z, u) = base[0], tuned[0]
     feature = np.abs((z - z0) * expit(z0) * u).sum()
     selection = np.abs(z * (expit(z) - expit(z0)) * u).sum()
-    got = step.describe()["model.layers.0.mlp"]["misalignment"]
+    got = describe_layers(step)["model.layers.0.mlp"]["misalignment"]
     assert got == pytest.approx(selection / (feature + selection), rel=1e-5)
 
 
@@ -288,11 +289,12 @@ def test_measuring_layers_without_misalignment_asks_nothing_of_the_workers():
     """Of several, a sum of no arrays would end the run."""
     model = adapted()
     step = TrainingStep(model, optim.Adam(1e-2), NALoRAConfig())
-    for state in step.importance["layers"].values():
-        del state["misalignment"]  # as with a gate of plain sigmoid
+    layers = step.importance["layers"]
+    for path, state in layers.items():
+        layers[path] = state._replace(misalignment=None)  # as with a plain sigmoid gate
     step.workers = Workers(0, 2)
-    step.measure(batching.collate(build_examples(2), [0, 1]))
-    assert all("misalignment" not in row for row in step.describe().values())
+    measure_misalignment(step, batching.collate(build_examples(2), [0, 1]))
+    assert all("misalignment" not in row for row in describe_layers(step).values())
 
 
 def test_route_masks_the_gradient_of_lora_a_alone():
@@ -309,15 +311,16 @@ def test_route_masks_the_gradient_of_lora_a_alone():
         step = TrainingStep(
             model, optim.SGD(1.0), NALoRAConfig(**settings, route=route, beta=0.0), compiled=False
         )
-        for state in step.importance["layers"].values():
-            state["mask"] = mx.array(mask.astype(np.float32))
+        layers = step.importance["layers"]
+        for path, state in layers.items():
+            layers[path] = state._replace(mask=mx.array(mask.astype(np.float32)))
         captured = {}
 
-        def keep(grads, seen, captured=captured):
-            captured.update({k: np.array(v) for k, v in tree_flatten(grads)})
+        def keep(window, captured=captured):
+            captured.update({k: np.array(v) for k, v in tree_flatten(window.gradients)})
 
         step._update = keep
-        step(batch, batch.tokens, None, True)
+        step(batch, batch.supervised_tokens, None, True)
         gradients[route] = captured
     for name, want in gradients[False].items():
         if name.endswith("gate_proj.lora_a"):
@@ -343,7 +346,7 @@ def test_route_masks_the_gradient_of_lora_a_alone():
 
         inner.gate_proj = Gate()
         ce = nn.losses.cross_entropy(plain(mx.array(batch.inputs)), mx.array(batch.targets))
-        return (ce * mx.array(batch.loss_mask)).sum() / batch.tokens
+        return (ce * mx.array(batch.loss_mask)).sum() / batch.supervised_tokens
 
     dz = np.array(mx.grad(loss)(mx.zeros((*batch.inputs.shape, 48))), dtype=np.float64).reshape(-1, 48)
     x = np.array(seen["x"], dtype=np.float64).reshape(-1, 32)
@@ -428,7 +431,7 @@ def test_checkpointing_is_undone_and_handles_layers_of_several_classes():
         return mx.square(model(mx.array(batch.inputs))).mean()
 
     want = nn.value_and_grad(model, loss)(model)[1]
-    with recomputed(list(model.layers)):
+    with recompute_activations(list(model.layers)):
         assert Other.__call__ is not calls[Other]
         got = nn.value_and_grad(model, loss)(model)[1]
     for cls, call in calls.items():
@@ -478,11 +481,11 @@ def test_an_adapted_head_gets_its_gradient():
 
     def full(model):
         losses = nn.losses.cross_entropy(model(mx.array(batch.inputs)), mx.array(batch.targets))
-        return (losses * mx.array(batch.loss_mask)).sum() / batch.tokens
+        return (losses * mx.array(batch.loss_mask)).sum() / batch.supervised_tokens
 
     want = dict(tree_flatten(nn.value_and_grad(model, full)(model)[1]))
     before = weights(model)
-    step(batch, batch.tokens, None, True)
+    step(batch, batch.supervised_tokens, None, True)
     for name, after in weights(model).items():
         moved = before[name] - after
         assert np.abs(moved - np.array(want[name])).max() < 1e-5 * np.abs(np.array(want[name])).max(), name
@@ -492,7 +495,7 @@ def test_no_more_logits_than_a_tile(monkeypatch):
     """The head is run on scored positions only, so many at a time, and on so many entries of the vocabulary."""
     from nalora_mlx.ops import cross_entropy
 
-    monkeypatch.setattr(cross_entropy, "COLUMNS", 7)
+    monkeypatch.setattr(cross_entropy, "TILE_COLUMNS", 7)
     step = TrainingStep(adapted(), optim.SGD(1.0), compiled=False)
     step.loss.rows = 16
     shapes, part = [], step.loss.head.logits_for
@@ -501,14 +504,16 @@ def test_no_more_logits_than_a_tile(monkeypatch):
         shapes.append(part(hidden, which).shape)
         return part(hidden, which)
 
-    monkeypatch.setattr(step.loss.head, "part", listening)
+    monkeypatch.setattr(step.loss.head, "logits_for", listening)
     batch = next(batching.training_batches(build_examples(40, low=30, high=40), 8, 0))
-    step(batch, batch.tokens, None, True)
+    step(batch, batch.supervised_tokens, None, True)
     assert max(rows for rows, _ in shapes) == 16
     width = 2 * 7  # of few rows
     assert {columns for _, columns in shapes} == {width, VOCABULARY % width, 16, shapes[-1][1]}
     scored = sum(rows for rows, columns in shapes if columns == VOCABULARY % width)
-    assert 2 * batch.tokens <= scored < 1.3 * 2 * batch.tokens  # each tile and its gradient
+    assert (
+        2 * batch.supervised_tokens <= scored < 1.3 * 2 * batch.supervised_tokens
+    )  # each tile and its gradient
 
 
 # --- the run as a whole -------------------------------------------------------------------------------------
@@ -616,7 +621,7 @@ def test_importance_of_experts_counts_tokens_by_routing(length):
     plain(mx.array(tokens[:, :-1]))
     step = TrainingStep(model, optim.SGD(0.0), config)
     batch = batching.Batch(tokens[:, :-1], tokens[:, 1:], real, real, (0, 1))
-    total, _ = step(batch, batch.tokens, None, True)
+    total, _ = step(batch, batch.supervised_tokens, None, True)
     mx.eval(step.state, total)
     idle = 0
     for layer, (x, chosen) in enumerate(heard):
@@ -627,12 +632,12 @@ def test_importance_of_experts_counts_tokens_by_routing(length):
         state = step.importance["layers"][f"model.layers.{layer}.block_sparse_moe.switch_mlp"]
         for expert in range(8):
             rows = x[keep & (chosen == expert).any(axis=1)]
-            assert state["updates"][expert].item() == (len(rows) > 0)
+            assert state.updates[expert].item() == (len(rows) > 0)
             z = rows @ weight[expert].T
             want = np.abs(expit(z) * (1 + z * expit(-z))).mean(axis=0) if len(rows) else np.zeros(48)
             idle += len(rows) == 0
             np.testing.assert_allclose(
-                np.array(state["importance"][expert]) / (1 - 0.9), want, rtol=2e-5, atol=1e-6
+                np.array(state.importance[expert]) / (1 - 0.9), want, rtol=2e-5, atol=1e-6
             )
     assert idle > 0 or length > 7
 

@@ -1,21 +1,21 @@
-"""Every model of mlx-lm in miniature: a config that builds it, and the gated MLPs of its source, counted by hand."""
+"""Miniatures of every model of mlx-lm: a small config, and the gated MLPs counted by hand in the model's source."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Gated:
-    """Gated MLPs of one kind in a model, as read from the model's source.
+    """Gated MLPs of one kind in a model, according to its source.
 
     Attributes:
         paths: module paths, with * for a number, such as model.layers.*.mlp.
-        count: how many modules of the miniature have such a path.
-        gate, up, down: names of the projections; gate == up where one projection holds both halves.
-        activation: silu, gelu, gelu_tanh, relu, relu2, sigmoid, or the model's own name for another one.
-        experts: experts in the module, 0 for a dense MLP.
-        gate_first: where one projection holds both: whether the gate is its first half.
-        plain: why NA-LoRA cannot act on it, empty if it can.
+        count: number of modules of the miniature with such a path.
+        gate, up, down: names of the projections; gate == up if one joint projection computes both.
+        activation: silu, gelu, gelu_tanh, relu, relu2, sigmoid, or the name of a family of activations.
+        experts: number of experts, 0 for a dense MLP.
+        gate_first: whether the gate is the first half of a joint projection.
+        plain: why NA-LoRA cannot act on them; empty if it can.
     """
 
     paths: str
@@ -31,12 +31,13 @@ class Gated:
 
 @dataclass(frozen=True)
 class Miniature:
-    """A tiny config of one model module, and what is gated in it.
+    """A small config of one model, and its gated MLPs.
 
     Attributes:
-        config: what ModelArgs.from_dict takes; a forward of a few tokens runs in well under a second.
-        gated: the gated MLPs; empty where the model has none.
-        no_forward, no_backward, no_freeze: why mlx on a Linux CPU cannot do it, empty if it can.
+        config: the argument of ModelArgs.from_dict.
+        gated: the gated MLPs; empty if the model has none.
+        no_forward, no_backward, no_freeze: why MLX on a Linux CPU cannot do this; empty if it can.
+        notes: peculiarities of the model.
     """
 
     config: dict[str, Any]
@@ -44,4 +45,4 @@ class Miniature:
     no_forward: str = ""
     no_backward: str = ""
     no_freeze: str = ""
-    notes: str = field(default="")
+    notes: str = ""

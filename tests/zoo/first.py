@@ -1,11 +1,11 @@
-"""The first half of mlx-lm's model modules in miniature, from Klear to llama."""
+"""Miniatures of the first half of mlx-lm's models, from Klear to llama."""
 
 from dataclasses import replace
 from typing import Any
 
 from . import Gated, Miniature
 
-# from_dict drops the keys that a model does not know, so one set of sizes serves all.
+# from_dict ignores keys that a model does not know, so all models share these sizes.
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -21,7 +21,7 @@ SIZES: dict[str, Any] = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
-# One dense layer, then two with experts, under each of the names that models have for it.
+# One dense layer, then two with experts, under all names that models use for these settings.
 EXPERTS: dict[str, Any] = SIZES | {
     "num_hidden_layers": 3,
     "moe_intermediate_size": 32,
@@ -89,21 +89,21 @@ LFM: dict[str, Any] = {
 DELTA: dict[str, Any] = {"kda_layers": [1, 3], "num_heads": 4, "head_dim": 16, "short_conv_kernel_size": 4}
 WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 MLP = "model.layers.*.mlp"
-ZERO_ROUTER = "The router starts at zeros: equal scores, so all tokens go to the same experts."
+ZERO_ROUTER = "The router is zero until a checkpoint is loaded, so all tokens go to the same experts."
 GATE_IN_ROUTER = "The router is a module whose only child is called gate_proj."
 LAYER_TUPLE = "A decoder layer returns a tuple."
-OWN_CONFIG = "Building the arguments writes into the config's text_config: copy the config deeply first."
+OWN_CONFIG = "ModelArgs writes to the given text_config, so the config must be deep-copied first."
 
 
 def glu(paths: str = MLP, count: int = 2, **rest: Any) -> Gated:
-    """A gated MLP with the most common names."""
+    """Return a gated MLP with the most common names."""
     return Gated(paths, count, "gate_proj", "up_proj", "down_proj", **rest)
 
 
 def mixture(
     layers: str, dense: int, sparse: int, experts: str, shared: str = "", **rest: Any
 ) -> tuple[Gated, ...]:
-    """Layers of which some are dense and the others have experts, most with a shared expert."""
+    """Return the gated MLPs of a model with dense layers and layers of experts, most with a shared expert."""
     rows = [glu(layers, dense, **rest)] if dense else []
     rows.append(glu(f"{layers}.{experts}", sparse, experts=4, **rest))
     if shared:
@@ -118,7 +118,7 @@ _TABLE: dict[str, Miniature] = {
     "Klear": Miniature(
         EXPERTS | {"mlp_only_layers": [0], "decoder_sparse_step": 1},
         mixture(MLP, 1, 2, "experts", "shared_experts"),
-        notes="A learned softmax of two weighs the sum of experts against the shared expert.",
+        notes="A learned softmax weighs the sum of the experts against the shared expert.",
     ),
     "afm7": Miniature(
         SIZES
@@ -131,14 +131,14 @@ _TABLE: dict[str, Miniature] = {
             "num_kv_heads": 2,
         },
         (glu(count=2), glu("model.kv_reuse_layers.*.mlp", 1)),
-        notes="Two lists of layers: model.layers of the Model joins them. qkv_proj is an nn.Linear that"
-        " returns a tuple and brings its own to_lora; keys and values are rounded to 8 bits, so no gradient"
-        " reaches their part of it. mlx cannot quantize it: qkv_proj's to_quantized takes no mode.",
+        notes="Model.layers joins two lists of layers. qkv_proj is an nn.Linear that returns a tuple and has its"
+        " own to_lora. Keys and values are rounded to 8 bits, so no gradient reaches their part of qkv_proj."
+        " MLX cannot quantize it: the to_quantized of qkv_proj has no argument mode.",
     ),
     "afmoe": Miniature(
         EXPERTS | {"layer_types": WINDOWED, "sliding_window": 4},
         mixture(MLP, 1, 2, "experts", "shared_experts"),
-        notes="self_attn has a gate_proj too, a sigmoid gate of the attention.",
+        notes="self_attn.gate_proj is a sigmoid gate of the attention, not of an MLP.",
     ),
     "apertus": Miniature(
         SIZES | {"post_norm": False, "qk_norm": True},
@@ -147,8 +147,8 @@ _TABLE: dict[str, Miniature] = {
     "baichuan_m1": Miniature(
         SIZES | {"sliding_window": 4, "sliding_window_layers": [0], "conv_window": 2},
         DENSE,
-        notes="The convolutions over keys and values start at zeros: attention adds nothing until they are"
-        " set. The cache is a pair for each layer.",
+        notes="The convolutions over keys and values are zero until a checkpoint is loaded, and attention has no"
+        " effect until then. Each layer has a pair of caches.",
     ),
     "bailing_hybrid": Miniature(
         LATENT | {"layer_group_size": 2, "group_norm_size": 2},
@@ -159,7 +159,7 @@ _TABLE: dict[str, Miniature] = {
     "bailing_moe_linear": Miniature(
         EXPERTS | {"layer_group_size": 2, "group_norm_size": 2, "use_bias": True},
         SWITCH,
-        notes=f"use_bias gives all projections a bias, those of the experts too. {GATE_IN_ROUTER}",
+        notes=f"With use_bias all projections have a bias, including those of experts. {GATE_IN_ROUTER}",
     ),
     "bailing_moe_v3": Miniature(
         LATENT | {"layer_group_size": 2, "moe_shared_expert_intermediate_size": 32, "n_group": 2},
@@ -171,22 +171,18 @@ _TABLE: dict[str, Miniature] = {
         (
             glu(
                 activation="relu2",
-                plain="A norm over all channels stands between the product of gate and up and the down"
-                " projection, so no channel can be treated on its own.",
+                plain="Channels are not independent: a norm over all of them follows the product of gate and up.",
             ),
         ),
-        no_forward="the BitLinear projections run as a Metal kernel only",
-        no_backward="the BitLinear projections run as a Metal kernel only",
-        notes="Projections are BitLinear, packed ternary weights: not nn.Linear, and mlx-lm's LoRA cannot"
-        " wrap them.",
+        no_forward="BitLinear projections have a Metal kernel only",
+        no_backward="BitLinear projections have a Metal kernel only",
+        notes="Projections are BitLinear layers with packed ternary weights, which mlx-lm's LoRA does not support.",
     ),
-    "cohere": Miniature(
-        SIZES | {"layer_norm_eps": 1e-5}, DENSE, notes="MLP and attention read the same norm."
-    ),
+    "cohere": Miniature(SIZES | {"layer_norm_eps": 1e-5}, DENSE, notes="MLP and attention share a norm."),
     "cohere2": Miniature(
         SIZES | {"layer_norm_eps": 1e-5, "sliding_window": 4, "sliding_window_pattern": 2},
         DENSE,
-        notes="MLP and attention read the same norm.",
+        notes="MLP and attention share a norm.",
     ),
     "dbrx": Miniature(
         {
@@ -198,9 +194,9 @@ _TABLE: dict[str, Miniature] = {
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         },
         (Gated("transformer.blocks.*.ffn.experts.*", 8, "w1", "v1", "w2"),),
-        notes="Each expert is a dense module of its own that sees only its tokens, [n, 64] in training,"
-        " [64] in evaluation; without tokens it is not called. The routing goes through numpy in training"
-        " and a list in evaluation, so the model cannot be compiled.",
+        notes="Each expert is a dense module that gets only its own tokens, [n, 64] in training and [64] in"
+        " evaluation. It is not called without tokens. Routing uses NumPy in training and a list in"
+        " evaluation, so the model cannot be compiled.",
     ),
     "deepseek": Miniature(EXPERTS, SWITCH, notes=ZERO_ROUTER),
     "deepseek_v2": Miniature(
@@ -212,7 +208,7 @@ _TABLE: dict[str, Miniature] = {
     "deepseek_v32": Miniature(
         LATENT | {"index_head_dim": 32, "index_n_heads": 2, "index_topk": 4},
         SWITCH,
-        notes=f"{ZERO_ROUTER} No gradient reaches the indexer, which only picks positions.",
+        notes=f"{ZERO_ROUTER} No gradient reaches the indexer, which only selects positions.",
     ),
     "deepseek_v41": Miniature(
         SIZES
@@ -237,17 +233,16 @@ _TABLE: dict[str, Miniature] = {
             "hc_mult": 2,
         },
         mixture(MLP, 0, 2, "experts.switch_mlp", "shared_experts", activation="swiglu_input_clamped"),
-        no_backward="the router passes gradients on to the indices of its experts, which mlx refuses on"
-        " every machine",
-        notes=f"{ZERO_ROUTER} {LAYER_TUPLE} Tokens are flattened before the experts, [n, 64]. Gate and"
-        " linear branch are cut at swiglu_limit, the gate from above only. The MLPs of the last layer alone"
-        " can be trained: no router comes after them. With heads of a multiple of 16 rounding to 4 and 8"
-        " bits stops the gradient too.",
+        no_backward="the router differentiates with respect to expert indices, which MLX does not support",
+        notes=f"{ZERO_ROUTER} {LAYER_TUPLE} Experts get flattened tokens, [n, 64]. Gate and up are"
+        " clipped at swiglu_limit, the gate from above only. Only the MLPs of the last layer can be trained,"
+        " since no router follows them. If the head size is a multiple of 16, rounding to 4 and 8 bits stops"
+        " the gradient too.",
     ),
     "dots1": Miniature(
         EXPERTS | {"mlp_bias": True},
         mixture(MLP, 1, 2, "experts", "shared_experts"),
-        notes=f"{ZERO_ROUTER} Dense and shared projections have a bias, those of the experts have none.",
+        notes=f"{ZERO_ROUTER} Dense and shared projections have a bias; those of experts do not.",
     ),
     "ernie4_5": Miniature(SIZES | {"use_bias": True}, DENSE, notes="All projections have a bias."),
     "ernie4_5_moe": Miniature(
@@ -260,7 +255,7 @@ _TABLE: dict[str, Miniature] = {
             "moe_layer_start_index": 1,
         },
         SWITCH,
-        notes="All projections have a bias, those of the experts too.",
+        notes="All projections have a bias, including those of experts.",
     ),
     "exaone": Miniature(
         SIZES | {"num_layers": 2, "layer_norm_epsilon": 1e-5},
@@ -278,7 +273,7 @@ _TABLE: dict[str, Miniature] = {
     "falcon_h1": Miniature(
         SIZES | MAMBA | {"mamba_rms_norm": True},
         (glu("model.layers.*.feed_forward"),),
-        notes="The multipliers of the MLP are multiplied into its weights when a checkpoint is loaded.",
+        notes="Loading a checkpoint multiplies the MLP's multipliers into its weights.",
     ),
     "gear": Miniature(
         SIZES
@@ -288,7 +283,7 @@ _TABLE: dict[str, Miniature] = {
             "sliding_window": 4,
         },
         (glu(count=3, activation="gelu_tanh"),),
-        notes="The activation is named by the config's hidden_activation: GELU tanh, GELU or SiLU.",
+        notes="hidden_activation in the config sets the activation: GELU with tanh, GELU or SiLU.",
     ),
     "gemma": Miniature(SIZES, (glu(activation="gelu"),)),
     "gemma2": Miniature(SIZES | {"query_pre_attn_scalar": 16.0}, (glu(activation="gelu_tanh"),)),
@@ -337,9 +332,9 @@ _TABLE: dict[str, Miniature] = {
             glu("model.language_model.layers.1.mlp", 1, activation="gelu_tanh"),
             glu("model.language_model.layers.2.mlp", 1, activation="gelu_tanh"),
         ),
-        notes="Where the sparsity is above 0 the activation subtracts a cutoff made of mean and deviation"
-        " over all channels. Each forward writes the clipped weights of altup's two coefficient layers"
-        " back, so these layers must stay nn.Linear.",
+        notes="With a sparsity above 0, the activation subtracts a threshold computed from the mean and standard"
+        " deviation of all channels. Each forward writes back the clipped weights of altup's two coefficient"
+        " layers, so these must stay nn.Linear.",
     ),
     "gemma4": Miniature(
         {
@@ -375,8 +370,8 @@ _TABLE: dict[str, Miniature] = {
             glu(count=3, activation="gelu_tanh"),
             glu("model.layers.*.experts.switch_glu", 3, experts=4, activation="gelu_tanh"),
         ),
-        notes=f"{LAYER_TUPLE} Each layer has a dense MLP beside its experts; layers that reuse keys and"
-        " values have dense MLPs of twice the width.",
+        notes=f"{LAYER_TUPLE} Each layer has a dense MLP and experts. The dense MLPs of layers that reuse"
+        " keys and values have twice the width.",
     ),
     "glm": Miniature(SIZES, (Gated(MLP, 2, "gate_up_proj", "gate_up_proj", "down_proj"),)),
     "glm4": Miniature(
@@ -412,8 +407,8 @@ _TABLE: dict[str, Miniature] = {
     "gpt_oss": Miniature(
         SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
         (glu("model.layers.*.mlp.experts", experts=4, activation="swiglu_oai"),),
-        notes="All projections have a bias, those of the experts too. The gate is cut at 7 from above, the"
-        " linear branch on both sides, and 1 is added to it.",
+        notes="All projections have a bias, including those of experts. The gate is clipped at 7 from above, up on"
+        " both sides, and 1 is added to up.",
     ),
     "gptj": Miniature(GPT, notes="No gate: fc_out(gelu_tanh(fc_in(x)))."),
     "granite": Miniature(SIZES | GRANITE | {"mlp_bias": True}, DENSE, notes="The projections have a bias."),
@@ -430,8 +425,7 @@ _TABLE: dict[str, Miniature] = {
             glu("model.layers.*.block_sparse_moe.switch_mlp", 3, experts=4),
             Gated("model.layers.*.shared_mlp", 3, "input_linear", "input_linear", "output_linear"),
         ),
-        notes="Without num_local_experts each layer has a dense mlp of gate_proj, up_proj, down_proj"
-        " instead.",
+        notes="Without num_local_experts each layer has a dense mlp with gate_proj, up_proj and down_proj.",
     ),
     "helium": Miniature(SIZES, DENSE),
     "hunyuan": Miniature(
@@ -447,7 +441,7 @@ _TABLE: dict[str, Miniature] = {
             "rope_scaling": {"alpha": 1.0, "factor": 1.0, "type": "dynamic"},
         },
         mixture(MLP, 0, 2, "switch_mlp", "shared_mlp"),
-        notes=f"{LAYER_TUPLE} With num_experts 1 each layer has a dense mlp instead.",
+        notes=f"{LAYER_TUPLE} With num_experts 1 each layer has a dense mlp.",
     ),
     "hunyuan_v1_dense": Miniature(SIZES, DENSE),
     "internlm2": Miniature(SIZES, (Gated("model.layers.*.feed_forward", 2, "w1", "w3", "w2"),)),
@@ -455,8 +449,8 @@ _TABLE: dict[str, Miniature] = {
     "iquestloopcoder": Miniature(
         SIZES | {"loop_num": 2, "loop_window_size": 4},
         DENSE,
-        notes="The model goes through its layers twice, so each MLP is called twice in a forward and sees"
-        " each token twice. The layers have no __call__: the model calls their parts.",
+        notes="The model runs its layers twice, so a forward calls each MLP twice, with all tokens each time. Layers"
+        " have no __call__: the model calls their parts.",
     ),
     "jamba": Miniature(
         EXPERTS
@@ -487,9 +481,9 @@ _TABLE: dict[str, Miniature] = {
             },
         },
         mixture("language_model.model.layers.*.mlp", 1, 2, "switch_mlp", "shared_experts", activation="situ"),
-        notes=f"{LAYER_TUPLE} The experts work on a narrower latent, between two projections of the block."
-        " The linear branch passes a tanh. The model reads the weights of self_attention_res_proj and"
-        " mlp_res_proj itself, so these must stay nn.Linear.",
+        notes=f"{LAYER_TUPLE} Experts work at a smaller width, between two projections of the block. Up goes"
+        " through a tanh. The model reads the weights of self_attention_res_proj and mlp_res_proj directly, so"
+        " these must stay nn.Linear.",
     ),
     "kimi_linear": Miniature(LATENT | {"linear_attn_config": DELTA, "model_max_length": 128}, SWITCH),
     "kimi_vl": Miniature(
@@ -514,13 +508,13 @@ _TABLE: dict[str, Miniature] = {
     "lille-130m": Miniature(
         GPT | {"block_size": 64, "layer_norm_eps": 1e-5, "n_kv_heads": 2, "rope_theta": 10000.0},
         (glu("transformer.layers.*.feed_forward"),),
-        notes="The MLP holds its norm: gate and up read norm(x). Its width is a multiple of 256, here 256.",
+        notes="The MLP has its own norm, so gate and up get norm(x). Its width is a multiple of 256, here 256.",
     ),
     "llama": Miniature(
         SIZES
         | {"mlp_bias": True, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
         DENSE,
-        notes="mlp_bias gives the projections a bias.",
+        notes="With mlp_bias the projections have a bias.",
     ),
 }
 MINIATURES = {name: replace(row, config={"model_type": name} | row.config) for name, row in _TABLE.items()}

@@ -1,10 +1,10 @@
-"""The second half of mlx-lm's model modules in miniature; the gated rows are read off each source by hand."""
+"""Miniatures of the second half of mlx-lm's models, from llama4 to youtu_llm."""
 
 from . import Gated, Miniature
 
 GLU = ("gate_proj", "up_proj", "down_proj")
 
-# What nearly every config has; ModelArgs.from_dict drops the keys that a model does not know.
+# Settings of nearly all models; from_dict ignores keys that a model does not know.
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -76,8 +76,8 @@ LONGCAT_GATED = (
     Gated("model.layers.*.mlp.switch_mlp", 2, *GLU, experts=4),
 )
 LONGCAT_NOTE = (
-    "Each layer has two dense MLPs in a list and one module of experts; a token routed to one of the "
-    "identity experts arrives at expert 0 with weight 0, so counts taken in switch_mlp include it."
+    "Each layer has a list of two dense MLPs and one module of experts. Tokens for the identity experts go to "
+    "expert 0 with weight 0, so switch_mlp counts them."
 )
 
 
@@ -98,7 +98,7 @@ def _experts(config: dict, paths: str = "model.layers.*.mlp.switch_mlp", notes: 
 
 
 def _sparse(root: str, shared: str) -> tuple[Gated, ...]:
-    """A dense first layer, then one of routed and shared experts."""
+    """Return the gated MLPs of a dense first layer and a second one with routed and shared experts."""
     rows = [Gated(f"{root}.0.mlp", 1, *GLU), Gated(f"{root}.1.mlp.switch_mlp", 1, *GLU, experts=4)]
     return tuple(rows + ([Gated(f"{root}.1.mlp.{shared}", 1, *GLU)] if shared else []))
 
@@ -152,13 +152,13 @@ MINIATURES: dict[str, Miniature] = {
             Gated("language_model.model.layers.3.feed_forward.experts", 1, *GLU, experts=4),
             Gated("language_model.model.layers.3.feed_forward.shared_expert", 1, *GLU),
         ),
-        notes="Four layers at the least (the forward reads cache[3]) and one expert a token; the router's "
-        "score scales the experts' input, not their output.",
+        notes="At least four layers, since the forward reads cache[3], and one expert per token. The router's score "
+        "scales the experts' input, not their output.",
     ),
     "llama4_text": _dense(
         _small("llama4_text", intermediate_size_mlp=96, no_rope_layers=[1, 0], use_qk_norm=True),
         "model.layers.*.feed_forward",
-        notes="The MLP's width is intermediate_size_mlp; intermediate_size is not used.",
+        notes="The MLP's width is intermediate_size_mlp; intermediate_size is unused.",
     ),
     "longcat_flash": Miniature(
         _small("longcat_flash", **LATENT, **LONGCAT), LONGCAT_GATED, notes=LONGCAT_NOTE
@@ -184,7 +184,7 @@ MINIATURES: dict[str, Miniature] = {
             use_conv_bias=True,
             time_step_rank=4,
         ),
-        notes="No MLP: SiLU gates the output of a state-space scan, which is no linear projection.",
+        notes="No MLP: SiLU gates the output of a state-space scan, not of a linear projection.",
     ),
     "mamba2": Miniature(
         _small(
@@ -199,7 +199,7 @@ MINIATURES: dict[str, Miniature] = {
             time_step_rank=4,
             layer_norm_epsilon=1e-5,
         ),
-        notes="No MLP: SiLU gates the output of a state-space scan, which is no linear projection.",
+        notes="No MLP: SiLU gates the output of a state-space scan, not of a linear projection.",
     ),
     "mellum": _experts(
         _small(
@@ -232,8 +232,7 @@ MINIATURES: dict[str, Miniature] = {
             partial_rotary_factor=0.5,
         ),
         _sparse("model.layers", "shared_experts"),
-        notes="The router's weight starts at zero, so that every token of a fresh model ties between "
-        "experts.",
+        notes="The router's weight is zero until a checkpoint is loaded, so all experts tie for every token.",
     ),
     "minicpm": _dense(_small("minicpm", dim_model_base=32, scale_depth=1.4, scale_emb=2.0)),
     "minicpm3": _dense(
@@ -245,12 +244,12 @@ MINIATURES: dict[str, Miniature] = {
             scale_emb=2.0,
             rope_scaling={"original_max_position_embeddings": 128},
         ),
-        notes="The call is (inputs, mask, cache): a cache is passed by name.",
+        notes="The arguments are (inputs, mask, cache), so a cache must be passed by name.",
     ),
     "minimax": _experts(
         _small("minimax", **ROUTED, shared_intermediate_size=32, rotary_dim=8),
         "model.layers.*.block_sparse_moe.switch_mlp",
-        notes="The call is (inputs, mask, cache): a cache is passed by name.",
+        notes="The arguments are (inputs, mask, cache), so a cache must be passed by name.",
     ),
     "minimax_m3_vl": Miniature(
         _tower(
@@ -287,16 +286,16 @@ MINIATURES: dict[str, Miniature] = {
                 activation="swiglu_oai",
             ),
         ),
-        notes="The product is z sigmoid(alpha z), z clipped from above, times the up branch clipped on both "
-        "sides plus 1; dense MLPs too hold it as a module `activation`, called (up, gate); alpha and limit "
-        "come from the config; the experts see their tokens flattened to two axes.",
+        notes="The product is z sigmoid(alpha z), with z clipped from above, times (up clipped on both sides) + 1. "
+        "Dense MLPs also have it as a module `activation`, called as (up, gate). alpha and limit come from the "
+        "config. Experts get flattened tokens.",
     ),
     "ministral3": _dense(_small("ministral3", **SLIDING, rope_parameters=LLAMA4_SCALE)),
     "mistral3": _dense(
         _tower("mistral3", SMALL | {"model_type": "ministral3", "rope_parameters": LLAMA4_SCALE}),
         "language_model.model.layers.*.mlp",
-        notes="The tower is ministral3, mistral4 or llama by its model_type; ModelArgs may add keys to the "
-        "given text_config.",
+        notes="text_config's model_type chooses ministral3, mistral4 or llama. ModelArgs may add keys to the given "
+        "text_config.",
     ),
     "mistral4": Miniature(
         _small("mistral4", **GROUPED, **LATENT, rope_parameters=LLAMA4_SCALE),
@@ -305,21 +304,20 @@ MINIATURES: dict[str, Miniature] = {
     "mixtral": _experts(_small("mixtral", **ROUTED), "model.layers.*.block_sparse_moe.switch_mlp"),
     "muse_glimmer": _dense(
         _small("muse_glimmer", **SLIDING),
-        notes="self_attn.gate_proj is a gate on the attention's output, not an MLP's gate.",
+        notes="self_attn.gate_proj is a gate of the attention's output, not of an MLP.",
     ),
     "muse_spark": Miniature(
         _tower("muse_spark", SPARK_TEXT | SLIDING),
         (Gated("model.language_model.layers.*.mlp.experts", 2, *GLU, experts=4),),
-        no_forward="Its attention, router and norms are Metal kernels without a CPU version.",
-        no_backward="Its Metal kernels have no gradient, on a Mac neither.",
-        notes="The experts work at moe_hidden_size between pre_expert_proj and post_expert_proj; their SiLU "
-        "is taken in float32 and the layers run in bfloat16; the module of experts carries a norm, "
-        "post_expert_norm, that the block around it applies after the down projection.",
+        no_forward="attention, router and norms have Metal kernels only",
+        no_backward="its Metal kernels have no gradient",
+        notes="Experts work at width moe_hidden_size, between pre_expert_proj and post_expert_proj. Their SiLU is "
+        "computed in float32 and the layers in bfloat16. The experts' module has a norm, post_expert_norm, "
+        "which the enclosing block applies after the down projection.",
     ),
     "nanbeige": _dense(
         _small("nanbeige", num_loops=2),
-        notes="The stack of layers runs num_loops times with the same weights: each MLP is called twice a "
-        "forward.",
+        notes="The model runs its layers num_loops times, so a forward calls each MLP twice.",
     ),
     "nanochat": Miniature(_small("nanochat"), notes="Not gated: squared ReLU between c_fc and c_proj."),
     "nemotron": Miniature(
@@ -339,8 +337,8 @@ MINIATURES: dict[str, Miniature] = {
             ],
         ),
         (Gated("model.layers.0.mlp", 1, *GLU), Gated("model.layers.3.mlp", 1, *GLU)),
-        notes="Layers differ: widths 256 and 512 (always multiples of 256), a single linear layer in place "
-        "of the MLP, or none (mlp is None); hidden_act may also be relu, gelu or gelu_new (tanh).",
+        notes="Layers differ: the MLP has width 256 or 512 (always multiples of 256), is a single linear layer, or "
+        "is None. hidden_act may also be relu, gelu or gelu_new (tanh).",
     ),
     "nemotron_h": Miniature(
         _small(
@@ -361,8 +359,8 @@ MINIATURES: dict[str, Miniature] = {
             moe_latent_size=32,
         )
         | {"n_groups": 2},
-        notes="Not gated: squared ReLU in the dense MLP (up_proj, down_proj), the shared expert and the "
-        "experts (SwitchMLP: fc1, fc2).",
+        notes="Not gated: squared ReLU in the dense MLP (up_proj, down_proj), the shared expert and the experts "
+        "(SwitchMLP: fc1, fc2).",
     ),
     "olmo": Miniature(
         {
@@ -375,11 +373,10 @@ MINIATURES: dict[str, Miniature] = {
             "embedding_size": 96,
         },
         (Gated("model.transformer.blocks.*", 2, "ff_proj", "ff_proj", "ff_out", gate_first=False),),
-        no_forward="It adds the mask to its scores, but mlx-lm's mask is the word causal: no more than one "
-        "token runs, on a Mac neither.",
-        notes="Importing the module ends the process (SystemExit) unless a package named hf_olmo can be "
-        "imported; one token runs, as does a cache whose make_mask gives an array of numbers to add; the MLP "
-        "is part of the block, not a module of its own; model.transformer.ff_out is the head of the model.",
+        no_forward="it adds the mask to its scores, but mlx-lm's mask is the string 'causal'",
+        notes="Importing the module exits the process (SystemExit) unless a package hf_olmo can be imported. One "
+        "token works, and so does a cache whose make_mask returns an additive mask. The MLP is part of the "
+        "block, not a separate module. model.transformer.ff_out is the output head.",
     ),
     "olmo2": _dense(_small("olmo2")),
     "olmo3": _dense(_small("olmo3", **SLIDING)),
@@ -394,7 +391,7 @@ MINIATURES: dict[str, Miniature] = {
     ),
     "olmoe": _experts(
         _small("olmoe", **ROUTED),
-        notes="The experts see their tokens flattened to two axes; mlp_bias gives the experts biases.",
+        notes="Experts get flattened tokens. With mlp_bias they have a bias.",
     ),
     "openelm": Miniature(
         {
@@ -409,7 +406,7 @@ MINIATURES: dict[str, Miniature] = {
             "ffn_multipliers": [1.0, 2.0],
         },
         (Gated("transformer.layers.*.ffn", 2, "proj_1", "proj_1", "proj_2"),),
-        notes="Layers differ in width (64 and 128) and in heads.",
+        notes="Layers differ in width (64 and 128) and number of heads.",
     ),
     "phi": Miniature(_small("phi"), notes="Not gated: GELU (tanh) between fc1 and fc2."),
     "phi3": Miniature(
@@ -433,13 +430,12 @@ MINIATURES: dict[str, Miniature] = {
                 "up_proj",
                 "down_proj",
                 activation="gegelu",
-                plain="The rows of the gate and of the linear branch alternate in one projection, and both "
-                "are clipped.",
+                plain="Channels of gate and up alternate in one projection, and both are clipped.",
             ),
         ),
-        notes="gegelu is the product of swiglu_oai (alpha 1.702, 1 added to the linear branch) over the even "
-        "and the odd outputs of up_proj; vocab_size must reach 100352, since the forward writes -inf at "
-        "fixed ids up to 100351 (those logits are not finite, and a smaller table is written out of bounds).",
+        notes="gegelu is swiglu_oai (alpha 1.702, 1 added to up) with even outputs of up_proj as the gate and odd "
+        "ones as up. vocab_size must be at least 100352, since the forward writes -inf to fixed ids up to "
+        "100351, out of bounds for a smaller vocabulary.",
     ),
     "phimoe": _experts(_small("phimoe", **ROUTED), "model.layers.*.block_sparse_moe.switch_mlp"),
     "phixtral": Miniature(
@@ -451,18 +447,18 @@ MINIATURES: dict[str, Miniature] = {
             "num_layers": 2,
             "rotary_dim": 8,
         },
-        notes="Not gated: GELU between the experts' fc1 and fc2; the call is (x, mask, cache).",
+        notes="Not gated: GELU between the experts' fc1 and fc2. The arguments are (x, mask, cache).",
     ),
     "pixtral": _dense(
         _tower("pixtral", SMALL | {"model_type": "llama"}),
         "language_model.model.layers.*.mlp",
-        notes="The tower is llama; ModelArgs sets keys in the given text_config.",
+        notes="The language model is llama. ModelArgs sets keys in the given text_config.",
     ),
     "plamo": _dense(_small("plamo", n_shared_head=2), "model.layers.layers.*.mlp"),
     "plamo2": Miniature(
         _small("plamo2", hidden_size_per_head=16, mamba_d_state=16, mamba_num_heads=4),
         (Gated("model.layers.layers.*.mlp", 2, "gate_up_proj", "gate_up_proj", "down_proj"),),
-        notes="Layer 0 is a state-space layer, layer 1 attention; both have the MLP.",
+        notes="Layer 0 is a state-space layer, layer 1 attention; both have an MLP.",
     ),
     "plamo3": Miniature(
         _small("plamo3", sliding_window=4, sliding_window_pattern=2),
@@ -484,20 +480,19 @@ MINIATURES: dict[str, Miniature] = {
                 "language_model.model.layers.0.mlp",
                 1,
                 *GLU,
-                plain="Its projections are packed 2-bit layers of their own class that rotate their input; "
-                "no LoRA layer fits on them.",
+                plain="LoRA does not support its projections, packed 2-bit layers that rotate their input.",
             ),
             Gated(
                 "language_model.model.layers.1.mlp",
                 1,
                 *GLU,
-                plain="Layer 0 has packed projections under the same keys, and mlx-lm could not load the adapter.",
+                plain="Layer 0 has packed projections under the same keys, so mlx-lm could not load the adapter.",
             ),
         ),
-        notes="The miniature packs the MLP of layer 0 only, a published pack nearly everything; packed "
-        "weights start at zero; a packed layer is no nn.Linear (HadamardQuantizedLinear), and mlx-lm's own "
-        "LoRA refuses it; packed layers come frozen, and after unfreeze() the gradient fails as in any "
-        "quantized model.",
+        notes="The miniature packs only the MLP of layer 0; published models pack nearly everything. Packed weights "
+        "are zero until a checkpoint is loaded. A packed layer is a HadamardQuantizedLinear, which mlx-lm's "
+        "LoRA does not support. Packed layers are frozen; after unfreeze(), gradients fail as in any quantized "
+        "model.",
     ),
     "qwen": Miniature(
         _small("qwen", kv_channels=16, intermediate_size=256),
@@ -511,8 +506,7 @@ MINIATURES: dict[str, Miniature] = {
             Gated("model.layers.*.mlp.switch_mlp", 2, *GLU, experts=4),
             Gated("model.layers.*.mlp.shared_expert", 2, *GLU),
         ),
-        notes="mlp.shared_expert_gate (one output) scales the shared expert's output; it is a router, not a "
-        "gate.",
+        notes="mlp.shared_expert_gate, with one output, scales the shared expert's output. It is a router.",
     ),
     "qwen2_vl": _dense(
         _tower("qwen2_vl", SMALL | {"model_type": "qwen2"}), "language_model.model.layers.*.mlp"
@@ -521,8 +515,8 @@ MINIATURES: dict[str, Miniature] = {
     "qwen3_5": _dense(
         _tower("qwen3_5", QWEN3_5),
         "language_model.model.layers.*.mlp",
-        notes="Layer 0 is linear attention, layer 1 full attention; with num_experts above 0 every layer has "
-        "experts, as in qwen3_5_moe; the given rope_parameters may be changed in place.",
+        notes="Layer 0 is linear attention, layer 1 full attention. With num_experts above 0 every layer has "
+        "experts, as in qwen3_5_moe. The given rope_parameters may be changed in place.",
     ),
     "qwen3_5_moe": Miniature(
         _tower("qwen3_5_moe", QWEN3_5 | MIXED_MOE),
@@ -555,13 +549,11 @@ MINIATURES: dict[str, Miniature] = {
             block_types=["recurrent", "attention"],
         ),
         (Gated("model.layers.*.mlp_block", 2, *GLU, activation="gelu_tanh"),),
-        no_backward="Its Model skips the constructor of nn.Module, so that nn.value_and_grad fails, on a Mac "
-        "too.",
-        no_freeze="Its Model skips the constructor of nn.Module, so that freeze fails, on a Mac too.",
+        no_backward="its Model does not call the constructor of nn.Module, so nn.value_and_grad fails",
+        no_freeze="its Model does not call the constructor of nn.Module, so freeze fails",
         notes="Freezing and gradients work after model._no_grad = set() and model._training = True. "
-        "intermediate_size is twice the width of the MLP, whose projections have biases; the recurrent block "
-        "(linear_y, linear_x, linear_out) is gated by GELU too, but a recurrence lies between, so it is no "
-        "MLP.",
+        "intermediate_size is twice the width of the MLP, whose projections have biases. The recurrent block "
+        "(linear_y, linear_x, linear_out) is gated by GELU too, but it has a recurrence, so it is not an MLP.",
     ),
     "rwkv7": Miniature(
         _small(
@@ -572,16 +564,16 @@ MINIATURES: dict[str, Miniature] = {
             gate_low_rank_dim=8,
             decay_low_rank_dim=8,
         ),
-        notes="Not gated: squared ReLU between ffn.key and ffn.value. Its own low-rank layers are called "
-        "LoRA. A fresh model's attn.k_k is zero and the norm of zeros has no gradient: gradients are NaN "
-        "until k_k is filled.",
+        notes="Not gated: squared ReLU between ffn.key and ffn.value. Low-rank layers of the model itself "
+        "are called LoRA. attn.k_k is zero until a checkpoint is loaded, and the gradient of the norm of zeros "
+        "is NaN.",
     ),
     "seed_oss": _dense(_small("seed_oss")),
     "smollm3": _dense(_small("smollm3", no_rope_layers=[1, 0])),
     "solar_open": Miniature(
         _small("solar_open", **GROUPED, partial_rotary_factor=0.5),
         _sparse("model.layers", "shared_experts"),
-        notes="Its Model is glm4_moe's; only the ModelArgs are its own. The router's weight starts at zero.",
+        notes="The Model is that of glm4_moe. The router's weight is zero until a checkpoint is loaded.",
     ),
     "spark2_5": Miniature(
         _small(
@@ -622,15 +614,15 @@ MINIATURES: dict[str, Miniature] = {
             Gated("model.layers.2.mlp.switch_mlp", 1, *GLU, activation="swiglu_output_clamped", experts=4),
             Gated("model.layers.2.mlp.share_expert", 1, *GLU, activation="swiglu_output_clamped"),
         ),
-        notes="swiglu_output_clamped is SiLU clipped from above times the up branch clipped on both sides; its "
-        "limit is set layer by layer, one list for experts, one for shared experts and dense MLPs, 0 meaning "
-        "none. The router is mlp.gate.gate.",
+        notes="swiglu_output_clamped is SiLU clipped from above, times up clipped on both sides. Its limits are per "
+        "layer, in one list for experts and one for shared experts and dense MLPs; 0 means no limit. The router "
+        "is mlp.gate.gate.",
     ),
     "talkie": Miniature(
         _small("talkie"),
         (Gated("model.blocks.*.mlp", 2, "mlp_gate", "mlp_linear", "mlp_resid"),),
-        notes="lm_head is an array of zeros in a fresh model: fill it, or logits and all gradients are 0; a "
-        "gain scales the MLP's output outside of it.",
+        notes="lm_head is an array, zero until a checkpoint is loaded; until then logits and all gradients are 0. "
+        "The enclosing block scales the MLP's output.",
     ),
     "telechat3": _dense(_small("telechat3")),
     "youtu_llm": _dense(_small("youtu_llm", **LATENT)),

@@ -1,7 +1,8 @@
-"""Which kernels this process uses, and which of them were found right on this machine."""
+"""The choice of kernels: which backend this process uses, and which kernels passed their self-check."""
 
 import os
 import warnings
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -14,63 +15,74 @@ ENVIRONMENT = "NALORA_KERNEL"
 CHOICES = ("auto", "reference", "metal", "cuda")
 REFERENCE = "reference"
 
-# A kernel that is compiled of its own: backend, variant, dtypes of the bases and of the low-rank inputs, and the rank
-# of the product inside it, 0 for none.
-Kind = tuple[str, Variant, mx.Dtype, mx.Dtype | None, int]
 
-checked: set[Kind] = set()  # those that were found right
-refused: set[str] = set()  # backends of which one was found wrong: they are used no more
-unchecked: set[Kind] = set()  # those that were wanted and had not been checked
+class KernelKey(NamedTuple):
+    """Everything that identifies a compiled kernel."""
+
+    backend: str  # "metal" or "cuda"
+    variant: Variant
+    dtype: mx.Dtype  # of the frozen projections' outputs
+    low_dtype: mx.Dtype | None  # of the low-rank inputs; None if the kernel computes no low-rank product
+    rank: int  # of the low-rank product in the kernel, 0 for none
+
+
+verified: set[KernelKey] = set()  # kernels that passed their self-check
+disabled_backends: set[str] = (
+    set()
+)  # backends with a kernel that failed; none of their kernels is used any more
+reported: set[KernelKey] = set()  # kernels that a warning named because they were not checked
 
 
 def backend() -> str:
-    """Which kernels this process uses: "metal", "cuda" or "reference".
+    """Return the backend of this process: "metal", "cuda" or "reference".
 
     Raises:
-        InputError: NALORA_KERNEL asks for one that is not there.
+        InputError: NALORA_KERNEL names an unknown backend, or one without a device here.
     """
     choice = os.environ.get(ENVIRONMENT, "auto")
     if choice not in CHOICES:
         raise InputError(f"{ENVIRONMENT}={choice}: choose from {', '.join(CHOICES)}")
     if choice == REFERENCE:
         return REFERENCE
-    there = REFERENCE
+    available = REFERENCE
     if mx.default_device() != mx.Device(mx.cpu):
-        there = "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else REFERENCE
-    if choice in ("auto", there):
-        return there
-    raise InputError(f"{ENVIRONMENT}={choice}: there is no such device here; leave it out, or set it to auto")
+        available = "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else REFERENCE
+    if choice in ("auto", available):
+        return available
+    raise InputError(f"{ENVIRONMENT}={choice}: no such device here; unset {ENVIRONMENT}, or set it to auto")
 
 
-def kind_of(backend: str, variant: Variant, projections: tuple[LowRank, ...]) -> Kind | None:
-    """The kernel that would run an operation; None if none can."""
+def kernel_key(backend: str, variant: Variant, projections: tuple[LowRank, ...]) -> KernelKey | None:
+    """Return the key of the kernel that could run an operation, or None if no kernel can."""
     first = projections[0]
     if backend == REFERENCE or variant.activation.kernel is None or len(variant.boundaries) > 2:
         return None
     if first.experts is not None and not first.is_sorted:
         return None
-    if first.base.size < fused.SMALLEST * (1 if variant.gate_up_layout == "separate" else 2):  # of h, [N, F]
+    if first.base.size < fused.MIN_SIZE * (
+        2 if variant.is_joint else 1
+    ):  # h, [N, F], is an input of the backward
         return None
     dtype = first.base.dtype
-    if not fused.fits(projections):
-        return backend, variant, dtype, None, 0
-    low = projections[0].arrays[0]
-    return backend, variant, dtype, low.dtype, low.shape[-1]
+    if not fused.fits_in_kernel(projections):
+        return KernelKey(backend, variant, dtype, None, 0)
+    low = first.lora_arrays[0]
+    return KernelKey(backend, variant, dtype, low.dtype, low.shape[-1])
 
 
 def backend_for(variant: Variant, projections: tuple[LowRank, ...]) -> str:
-    """The backend of one operation: that of the process if its kernel was found right, else the reference."""
+    """Return the backend of one operation: that of the process if its kernel passed its check, else "reference"."""
     chosen = backend()
-    kind = kind_of(chosen, variant, projections)
-    if kind is None or chosen in refused:
+    key = kernel_key(chosen, variant, projections)
+    if key is None or chosen in disabled_backends:
         return REFERENCE
-    if kind in checked:
+    if key in verified:
         return chosen
-    if kind not in unchecked:
-        unchecked.add(kind)
+    if key not in reported:
+        reported.add(key)
         warnings.warn(
-            f"a {chosen} kernel of {variant.activation.name} in {kind[2]} was not checked when the model was adapted, "
-            "and is not used; the same is computed without it, more slowly",
+            f"the {chosen} kernel of {variant.activation.name} in {key.dtype} was not checked when the model was "
+            "adapted, so it is not used; MLX's own operations run instead, which is slower",
             stacklevel=2,
         )
     return REFERENCE

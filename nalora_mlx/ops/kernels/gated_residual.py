@@ -1,11 +1,20 @@
-"""The gated residual as one operation: h = phi(z) u, its statistics, and a backward that keeps g0, u0, a_g, a_u alone.
+"""The gated residual h = phi(z) u as one operation, with its statistics and its own backward.
 
-z = g0 + s a_g B_g and u = u0 + s a_u B_u, [..., F]. Where a kernel runs and the rank is small, the products are made
-inside it and neither z nor u is ever in memory; elsewhere they are made by matrix products, and the operation starts
-from z and u. The backward recomputes phi and phi' in either case. With dh the gradient of h,
+z = g0 + s a_g B_g and u = u0 + s a_u B_u, [..., F].
+
+Forward:
+
+1. Where a kernel runs and the rank is small, the kernel computes the low-rank products itself, and z and u are never
+   written to memory. Only g0, u0, a_g and a_u are stored for the backward.
+2. Elsewhere, matrix products compute z and u, and the operation starts from these. It stores z and u.
+
+Backward, given the gradient dh of h. It recomputes phi and phi':
 
     dz = dh u phi'(z)        d g0 = dz, d a_g = s dz B_g^T, d B_g = s a_g^T dz
-    du = dh phi(z)           likewise; and for an up branch that the activation clips, times its derivative
+    du = dh phi(z)           likewise for u0, a_u and B_u
+
+If the activation transforms the up branch (clips it, for example), u in h and dz is the transformed one, and du is
+multiplied by the transform's derivative.
 """
 
 from collections.abc import Sequence
@@ -26,17 +35,22 @@ _custom_function: Any = mx.custom_function  # typed as an object
 def gated_residual(
     variant: Variant, projections: tuple[LowRank, ...], weights: mx.array | None = None
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """h = phi(z) u, and sums over tokens where `variant` asks for them.
+    """Return h = phi(z) u, and the sums over tokens that `variant` asks for.
 
     Args:
-        variant: activation, statistics and layout.
-        projections: of gate and up, or the one that makes both; bases [..., F] or [..., 2F], in one dtype.
-        weights: one per row, 1 for a real token and 0 for padding; without them no statistic is taken.
+        variant: activation, layout of gate and up, and statistics.
+        projections: gate and up with bases [..., F], or the one projection that computes both, [..., 2 F]; all bases
+            in one dtype.
+        weights: one per row, 1 for tokens and 0 for padding; without weights there are no statistics.
 
     Returns:
-        h [..., F] in the dtype of the bases, and without gradient: responsiveness [F] or [E, F]; beyond [R-1, F] or
-        [R-1, E, F] (with a partition); misalignment [2] (if diagnosed): sums of |delta rho(z0) u| and
-        |z (rho(z) - rho(z0)) u| with delta = z - z0; tokens [E] (with experts).
+        h [..., F] in the dtype of the bases, and float32 statistics without gradient:
+
+        responsiveness: [F] or [E, F].
+        above_boundary: [R - 1, F] or [R - 1, E, F], with a partition.
+        misalignment: [2], if `variant.diagnose`: the sums of |delta rho(z0) u| and |z (rho(z) - rho(z0)) u| with
+            delta = z - z0.
+        tokens: [E], with experts.
     """
     if variant.statistic is None or weights is None:
         variant = variant.without_statistics
@@ -48,63 +62,58 @@ def gated_residual(
         weights = weights.reshape(-1).astype(mx.float32)
     backend = backend_for(variant, projections)
     if backend == REFERENCE:
-        h, sums = by_reference(variant, projections, weights)
+        h, sums = run_reference(variant, projections, weights)
     else:
-        h, sums = by_kernel(backend, variant, projections, weights)
-    seen = {}
+        h, sums = run_kernel(backend, variant, projections, weights)
+    statistics = {}
     if variant.statistic is not None and weights is not None:
         count = len(variant.boundaries)
-        seen["responsiveness"] = sums[0]
+        statistics["responsiveness"] = sums[0]
         if count:
-            seen["above_boundary"] = mx.stack(sums[1 : 1 + count])
+            statistics["above_boundary"] = mx.stack(sums[1 : 1 + count])
         if variant.diagnose:
-            seen["misalignment"] = mx.stack(sums[1 + count :])
+            statistics["misalignment"] = mx.stack(sums[1 + count :])
         if experts is not None:
-            rows = mx.where(weights > 0, weights, 0)
-            seen["tokens"] = mx.zeros((variant.experts,)).at[experts.reshape(-1)].add(rows)
-    features = shape[-1] if variant.gate_up_layout == "separate" else shape[-1] // 2
-    return h.reshape(*shape[:-1], features), seen
+            row_weights = mx.where(weights > 0, weights, 0)
+            statistics["tokens"] = mx.zeros((variant.experts,)).at[experts.reshape(-1)].add(row_weights)
+    return h.reshape(*shape[:-1], variant.features(shape[-1])), statistics
 
 
-def _rows(array: mx.array) -> mx.array:
+def _flatten_rows(array: mx.array) -> mx.array:
+    """Return the array as [N, F]."""
     return array.reshape(-1, array.shape[-1])
 
 
-def _split(variant: Variant, arrays: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
-    """The gate's and the up branch's part of what the projections make."""
-    if variant.gate_up_layout == "separate":
-        return arrays[0], arrays[1]
-    first, second = mx.split(arrays[0], 2, axis=-1)
-    return (first, second) if variant.gate_up_layout == "gate first" else (second, first)
-
-
-def _tuple(arrays: mx.array | Sequence[mx.array]) -> tuple[mx.array, ...]:
-    """What MLX hands to a vjp: one array, or several."""
+def _as_tuple(arrays: mx.array | Sequence[mx.array]) -> tuple[mx.array, ...]:
+    """Return the arguments of a vjp as a tuple; MLX passes a single array as it is."""
     return (arrays,) if isinstance(arrays, mx.array) else tuple(arrays)
 
 
 # --- without a kernel ---------------------------------------------------------------------------------------------
 
 
-def by_reference(
+def run_reference(
     variant: Variant, projections: tuple[LowRank, ...], weights: mx.array | None
 ) -> tuple[mx.array, list[mx.array]]:
-    """H [N, F] and the sums as `reference.statistics` returns them, by MLX's own operations."""
+    """Return h [N, F] and the sums of `reference.statistics`, computed by MLX's own operations.
+
+    Forward and backward run on chunks of rows. The backward recomputes phi and phi' from z and u.
+    """
     activation = variant.activation
     experts = None if projections[0].experts is None else projections[0].experts.reshape(-1)
-    bases = tuple(_rows(p.base) for p in projections)
+    bases = tuple(_flatten_rows(p.base) for p in projections)
     rows = bases[0].shape[0]
-    features = bases[0].shape[-1] // (1 if variant.gate_up_layout == "separate" else 2)
+    features = variant.features(bases[0].shape[-1])
 
-    def product(*ys: mx.array) -> mx.array:
-        z, u = _split(variant, ys)
+    def product(*outputs: mx.array) -> mx.array:
+        z, u = variant.split(outputs)
         return reference.gated_product(activation, z, u, variant.precise)
 
-    def statistics(some: slice, ys: tuple[mx.array, ...]) -> list[mx.array]:
+    def chunk_statistics(chunk: slice, outputs: tuple[mx.array, ...]) -> list[mx.array]:
         if variant.statistic is None or weights is None:
             return []
-        z, u = _split(variant, ys)
-        z0 = _split(variant, tuple(base[some] for base in bases))[0] if variant.diagnose else None
+        z, u = variant.split(outputs)
+        z0 = variant.split(tuple(base[chunk] for base in bases))[0] if variant.diagnose else None
         return reference.statistics(
             activation,
             variant.statistic,
@@ -112,66 +121,74 @@ def by_reference(
             z0,
             z,
             u,
-            weights[some],
-            None if experts is None else experts[some],
+            weights[chunk],
+            None if experts is None else experts[chunk],
             variant.experts,
         )
 
     @_custom_function
-    def operation(*ys: mx.array) -> tuple[mx.array, ...]:
-        def forward(some: slice) -> tuple[mx.array, list[mx.array]]:
-            part = tuple(y[some] for y in ys)
-            return product(*part), statistics(some, part)
+    def operation(*outputs: mx.array) -> tuple[mx.array, ...]:
+        def forward(chunk: slice) -> tuple[mx.array, list[mx.array]]:
+            chunk_outputs = tuple(y[chunk] for y in outputs)
+            return product(*chunk_outputs), chunk_statistics(chunk, chunk_outputs)
 
-        parts, sums = zip(*reference.by_chunks(forward, rows, features), strict=True)
-        totals = (sum(one[1:], one[0]) for one in zip(*sums, strict=True))
-        return (reference.joined(parts), *totals)
+        chunks, sums = zip(*reference.map_row_chunks(forward, rows, features), strict=True)
+        totals = (sum(per_chunk[1:], per_chunk[0]) for per_chunk in zip(*sums, strict=True))
+        return (reference.concatenate_chunks(chunks), *totals)
 
     @operation.vjp
-    def _(ys, cotangents, _):
-        dh, *_ = _tuple(cotangents)
-        # After dh, or mx.compile would find the forward's phi to be the same and keep it instead of computing it again.
-        ys = mx.depends(list(_tuple(ys)), [dh])
+    def _(outputs, cotangents, _):
+        dh, *_ = _as_tuple(cotangents)
+        # Wait for dh. Otherwise mx.compile would identify this phi with the forward's, and store it.
+        outputs = mx.depends(list(_as_tuple(outputs)), [dh])
 
-        def backward(some: slice) -> tuple[mx.array, ...]:
-            return reference.gradients(product, tuple(y[some] for y in ys), dh[some])
+        def backward(chunk: slice) -> tuple[mx.array, ...]:
+            return reference.gradients(product, tuple(y[chunk] for y in outputs), dh[chunk])
 
-        parts = reference.by_chunks(backward, rows, features)
-        return tuple(reference.joined(part) for part in zip(*parts, strict=True))
+        chunks = reference.map_row_chunks(backward, rows, features)
+        return tuple(reference.concatenate_chunks(part) for part in zip(*chunks, strict=True))
 
-    h, *sums = operation(*(_rows(p.output()) for p in projections))
+    h, *sums = operation(*(_flatten_rows(p.output()) for p in projections))
     return h, sums
 
 
-# --- with one -----------------------------------------------------------------------------------------------------
+# --- with a kernel ------------------------------------------------------------------------------------------------
 
 
-def by_kernel(
+def run_kernel(
     backend: str, variant: Variant, projections: tuple[LowRank, ...], weights: mx.array | None
 ) -> tuple[mx.array, list[mx.array]]:
-    """The same by a Metal or CUDA kernel."""
+    """Return the same as `run_reference`, computed by a Metal or CUDA kernel.
+
+    1. If the low-rank products do not fit in the kernel, compute z and u first. They become the bases.
+    2. Run the forward kernel, which returns h and the sums per tile of rows.
+    3. Add up the sums of all tiles, per expert if there are experts.
+
+    The backward kernel returns the gradients of the bases. Small matrix products turn these into the gradients of the
+    low-rank inputs and B.
+    """
     experts = projections[0].experts
     tiles = None
     if experts is not None:
         tiles = fused.expert_tiles(experts.reshape(-1), variant.experts)
-    inside = fused.fits(projections)
-    if not inside:
-        z0 = _rows(projections[0].base) if variant.diagnose else None
+    fits = fused.fits_in_kernel(projections)
+    if not fits:
+        z0 = _flatten_rows(projections[0].base) if variant.diagnose else None
         projections = tuple(LowRank(p.output(), experts=p.experts) for p in projections)
     else:
         z0 = None
     scales = (projections[0].scale, projections[-1].scale)
 
-    def parts(primals: tuple[mx.array, ...]) -> list[tuple[mx.array, ...]]:
-        """Base, low, b (and routed, where the gradient is split) of each projection."""
-        left = iter(primals)
-        return [tuple(islice(left, 1 + len(p.arrays))) for p in projections]
+    def group(primals: tuple[mx.array, ...]) -> list[tuple[mx.array, ...]]:
+        """Return (base, low, b[, routed]) of each projection."""
+        remaining = iter(primals)
+        return [tuple(islice(remaining, 1 + len(p.lora_arrays))) for p in projections]
 
     def operands(primals: tuple[mx.array, ...]) -> Operands:
-        found = parts(primals)
-        lows, bs = ([part[i] for part in found] if inside else () for i in (1, 2))
-        bases = tuple(_rows(part[0]) for part in found)
-        return Operands(bases, tuple(map(_rows, lows)), tuple(bs), scales, z0, weights, tiles)
+        groups = group(primals)
+        lows, bs = ([arrays[i] for arrays in groups] if fits else () for i in (1, 2))
+        bases = tuple(_flatten_rows(arrays[0]) for arrays in groups)
+        return Operands(bases, tuple(map(_flatten_rows, lows)), tuple(bs), scales, z0, weights, tiles)
 
     @_custom_function
     def operation(*primals: mx.array) -> tuple[mx.array, ...]:
@@ -179,23 +196,23 @@ def by_kernel(
 
     @operation.vjp
     def _(primals, cotangents, _):
-        primals, (dh, *_) = _tuple(primals), _tuple(cotangents)
-        found = []
-        ds = fused.backward(backend, variant, operands(primals), dh)
-        for p, (base, *arrays), d in zip(projections, parts(primals), ds, strict=True):
+        primals, (dh, *_) = _as_tuple(primals), _as_tuple(cotangents)
+        gradients = []
+        base_gradients = fused.backward(backend, variant, operands(primals), dh)
+        for p, (base, *arrays), d in zip(projections, group(primals), base_gradients, strict=True):
             d = d.reshape(base.shape)
-            found.append(d)
+            gradients.append(d)
             if arrays:
-                found += p.gradients(tuple(arrays), d, p.scale)
-        return tuple(found)
+                gradients += p.gradients(tuple(arrays), d, p.scale)
+        return tuple(gradients)
 
-    h, sums = operation(*(a for p in projections for a in (p.base, *p.arrays)))
+    h, tile_sums = operation(*(a for p in projections for a in (p.base, *p.lora_arrays)))
     if variant.statistic is None:
         return h, []
     if tiles is None:
-        totals = list(sums.sum(axis=1))
+        sums = list(tile_sums.sum(axis=1))
     else:
-        empty = mx.zeros((variant.experts, sums.shape[-1]))
-        totals = [empty.at[tiles[:, 0]].add(one) for one in sums]
+        zeros = mx.zeros((variant.experts, tile_sums.shape[-1]))
+        sums = [zeros.at[tiles[:, 0]].add(one) for one in tile_sums]
     count = 1 + len(variant.boundaries)
-    return h, totals[:count] + [one.sum() for one in totals[count:]]
+    return h, sums[:count] + [one.sum() for one in sums[count:]]

@@ -1,94 +1,93 @@
-"""The update of one frozen projection, y = base + scale (x A) B, and its gradients."""
+"""The low-rank update of one frozen projection, y = base + scale (x A) B, and its gradients."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """A frozen projection's output and the low-rank update that it gets.
+class LowRank(NamedTuple):
+    """The output of a frozen projection and its low-rank update.
 
-    Attributes:
-        base: output of the frozen projection, [..., F].
-        scale: factor of the update.
-        low: x A, [..., r]; None for a projection without an adapter.
-        b: B, [r, F], or [E, F, r] with experts.
-        routed: the same values as `low`, through which the gradient reaches A alone, masked by `route`; that of
-            `low` then reaches x alone. None if the gradient is not to be split.
-        route: mask on the channels of that gradient, [F] or [E, F].
-        experts: the expert of each row; None for a dense projection.
-        is_sorted: whether the rows are sorted by expert.
+    Shapes: leading dimensions `...` (batch and sequence), rank r, output channels F, experts E. A projection without
+    an adapter has `low` and `b` None.
+
+    `routed` and `route` split the gradient of x A: `routed` has the values of `low`. The gradient of `low` reaches x
+    only, and that of `routed` reaches A only, masked per channel by `route`. Both are None if it is not split.
     """
 
-    base: mx.array
-    scale: float = 0.0
-    low: mx.array | None = None
-    b: mx.array | None = None
-    routed: mx.array | None = None
-    route: mx.array | None = None
-    experts: mx.array | None = None
-    is_sorted: bool = False
+    base: mx.array  # [..., F], output of the frozen projection
+    scale: float = 0.0  # of the update
+    low: mx.array | None = None  # [..., r], x A
+    b: mx.array | None = None  # [r, F], or [E, F, r] with experts
+    routed: mx.array | None = None  # [..., r]
+    route: mx.array | None = None  # [F], or [E, F] with experts; mask on the gradient of routed
+    experts: mx.array | None = None  # [...], the expert of each row; None for a dense projection
+    is_sorted: bool = False  # whether rows are sorted by expert
 
     @property
-    def arrays(self) -> tuple[mx.array, ...]:
-        """What a gradient reaches beside the base: low, b, and routed where the gradient is split."""
+    def lora_arrays(self) -> tuple[mx.array, ...]:
+        """The arrays other than `base` that have a gradient: low, b, and routed if the gradient is split."""
         return tuple(a for a in (self.low, self.b, self.routed) if a is not None)
 
     def product(self, low: mx.array, b: mx.array) -> mx.array:
-        """Low B; [..., r] -> [..., F]."""
+        """Return low B, without the scale; [..., r] -> [..., F]."""
         if self.experts is None:
             return low @ b
         return mx.gather_mm(low, b.swapaxes(-1, -2), rhs_indices=self.experts, sorted_indices=self.is_sorted)
 
     def output(self) -> mx.array:
-        """Base + scale low B, in the dtype of the base."""
+        """Return base + scale low B, [..., F], in the dtype of the base."""
         if self.low is None or self.b is None:
             return self.base
         add: Any = mx.custom_function(self._add)
         add.vjp(lambda arrays, dy, _: (dy, *self.gradients(arrays[1:], dy, self.scale)))
-        return add(self.base, *self.arrays)
+        return add(self.base, *self.lora_arrays)
 
-    def _add(self, base: mx.array, low: mx.array, b: mx.array, _: mx.array | None = None) -> mx.array:
+    def _add(self, base: mx.array, low: mx.array, b: mx.array, _routed: mx.array | None = None) -> mx.array:
         if self.experts is None and low.dtype == base.dtype:
             return mx.addmm(base, low, b, alpha=self.scale)
         return base + (self.scale * self.product(low, b)).astype(base.dtype)
 
     def gradients(self, arrays: tuple[mx.array, ...], dy: mx.array, scale: float) -> tuple[mx.array, ...]:
-        """Gradients of `arrays` from dy, that of scale low B, [..., F]; each in its array's dtype.
+        """Return the gradients of `arrays`, each in its array's dtype.
 
-        What is scaled is the small results, since a scaled dy would be one more array of [N, F].
+        With dlow = scale dy B^T, dB = scale low^T dy, and drouted = scale (route * dy) B^T. The scale is applied to
+        these small results, because a scaled dy would be one more array of [N, F].
+
+        Args:
+            arrays: values of `lora_arrays`.
+            dy: [..., F], the gradient of scale low B.
+            scale: of the update.
         """
         low, b = arrays[:2]
         dy = dy.astype(low.dtype)
-        # The product is linear: nothing of it is computed here.
+        # The product is linear, so this vjp evaluates no forward.
         found = mx.vjp(self.product, [low, b], [dy])[1]
         if self.routed is not None and self.route is not None:
-            # The mask of a channel weighs its column of B as well as its gradient.
+            # Masking B's columns gives the same result as masking dy, and B is smaller.
             mask = self.route if self.experts is None else self.route[:, :, None]
-            masked = b * mask.astype(b.dtype)
-            found += mx.vjp(lambda low: self.product(low, masked), [low], [dy])[1]
-        return tuple(scale * one for one in found)
+            masked_b = b * mask.astype(b.dtype)
+            found += mx.vjp(lambda low: self.product(low, masked_b), [low], [dy])[1]
+        return tuple(scale * gradient for gradient in found)
 
 
 def project(linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array) -> tuple[mx.array, mx.array]:
-    """A frozen projection of x and x A, whose gradients in x are added up within one product.
+    """Return linear(x) and x A, with a backward that adds both gradients of x within one matrix product.
 
-        dx = (gradient through the frozen projection) + d(x A) A^T
+        dx = (gradient through the frozen projection) + d(x A) A^T,    dA = x^T d(x A)
 
     Args:
-        linear: frozen, dense or quantized.
+        linear: the frozen projection, dense or quantized.
         x: [..., D].
-        a: [D, r], of the dtype of x.
+        a: [D, r], in the dtype of x.
 
     Returns:
         linear(x) [..., F] and x A [..., r].
     """
-    both: Any = mx.custom_function(lambda x, a: (linear(x), x @ a))
+    function: Any = mx.custom_function(lambda x, a: (linear(x), x @ a))
 
-    @both.vjp
+    @function.vjp
     def _(primals, cotangents, _):
         x, a = primals
         dy, dlow = cotangents
@@ -97,4 +96,4 @@ def project(linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array) ->
         dx = mx.addmm(dx.reshape(-1, x.shape[-1]), rows, a.T)
         return dx.reshape(x.shape), x.reshape(-1, x.shape[-1]).T @ rows
 
-    return both(x, a)
+    return function(x, a)

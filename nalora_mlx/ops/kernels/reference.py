@@ -1,4 +1,4 @@
-"""The gated residual and its statistics in pure MLX: the definition, and what runs where no kernel does.
+"""The gated residual and its statistics in plain MLX. Defines what kernels compute, and runs where they do not.
 
 z = g0 + s a_g B_g        gate pre-activation     [..., F]
 u = u0 + s a_u B_u        up branch               [..., F]
@@ -14,24 +14,25 @@ import mlx.core as mx
 
 from nalora_mlx.ops.activations import Activation
 
-# Of float32 in one array of a chunk: small beside a whole array, large enough for few of them: each is compiled, and
-# takes some 0.2 MB of a graph.
+# Size of one float32 array of a chunk. Small compared with the whole array, but large enough for few chunks: each chunk
+# is compiled separately and takes about 0.2 MB of a graph.
 CHUNK_BYTES = 2 << 20
 MAX_STREAMS = 8
 
-Work = TypeVar("Work")
+Result = TypeVar("Result")
 
 _local = threading.local()
 
 
 def gated_product(activation: Activation, z: mx.array, u: mx.array, precise: bool = True) -> mx.array:
-    """phi(z) * u, returned in the dtype of z; [..., F].
+    """Return phi(z) * u, [..., F], in the dtype of z.
 
     Args:
-        activation: the row of the table.
-        z: [..., F].
-        u: [..., F].
-        precise: compute in float32; False rounds after every operation, as a model in a half type mostly does.
+        activation: a row of the activation table.
+        z: [..., F], gate pre-activation.
+        u: [..., F], up branch.
+        precise: whether to compute in float32; otherwise every operation rounds to the dtype of z, as in most
+            half-precision models.
     """
     if not precise:
         return (activation.native_phi(z) * (u if activation.up is None else activation.up(u))).astype(z.dtype)
@@ -49,40 +50,40 @@ def statistics(
     experts: mx.array | None = None,
     num_experts: int = 0,
 ) -> list[mx.array]:
-    """Sums over tokens that NA-LoRA needs of one forward; float32, no gradient.
+    """Return the sums over tokens that NA-LoRA needs from one forward.
 
     Args:
-        activation: the row of the table.
+        activation: a row of the activation table.
         statistic: "derivative" for |phi'(z)|, "sensitivity" for |phi'(z) u|.
-        boundaries: of the partition, R - 1 values; empty without one.
-        z0: [N, F], gate pre-activation without the low-rank update; None if misalignment is not to be measured.
-        z: [N, F], with it.
+        boundaries: the R - 1 boundaries of the partition; empty without one.
+        z0: [N, F], gate pre-activation without the low-rank update; None if misalignment is not measured.
+        z: [N, F], gate pre-activation with the update.
         u: [N, F], up branch.
-        weights: [N], 1 for a real token and 0 for padding.
-        experts: [N], which expert each row went to; None for a dense MLP.
-        num_experts: how many there are, E.
+        weights: [N], 1 for tokens and 0 for padding.
+        experts: [N], the expert of each row; None for a dense MLP.
+        num_experts: E.
 
     Returns:
-        The responsiveness, then the count above each boundary, [F] or [E, F] each; then with z0 the sums of
-        |delta rho(z0) u| and |z (rho(z) - rho(z0)) u| with delta = z - z0, scalars.
+        Float32 arrays without gradient: the responsiveness, then the count above each boundary, [F] or [E, F] each;
+        with z0 also the sums of |delta rho(z0) u| and |z (rho(z) - rho(z0)) u| with delta = z - z0, scalars.
     """
     w = weights.reshape(-1, 1).astype(mx.float32)  # [N, 1]
 
-    def total(array: mx.array) -> mx.array:
-        # where, not a product: what stands at a padded position may be anything, NaN included
+    def sum_over_tokens(array: mx.array) -> mx.array:
+        # `where` instead of a product, because padding may hold anything, NaN included.
         kept = mx.where(w > 0, array * w, 0)  # [N, F]
         if experts is None:
             return kept.sum(axis=0)  # [F]
         return mx.zeros((num_experts, kept.shape[-1])).at[experts.reshape(-1)].add(kept)  # [E, F]
 
-    # The derivative of the z that phi gets, not of a cast copy: mx.compile then shares its exponential with phi's.
+    # The derivative at the same z that phi gets, not at a cast copy, so that mx.compile shares phi's exponential.
     response = mx.abs(activation.derivative(z))
     u = activation.linear_branch(u)
     if statistic == "sensitivity":
         response = response * mx.abs(u)
-    sums = [total(response)]
+    sums = [sum_over_tokens(response)]
     z = z.astype(mx.float32)
-    sums += [total(activation.above_boundary(z, b).astype(mx.float32)) for b in boundaries]
+    sums += [sum_over_tokens(activation.above_boundary(z, b).astype(mx.float32)) for b in boundaries]
     if z0 is not None and activation.selection is not None:
         z0 = z0.astype(mx.float32)
         frozen = activation.selection(z0)
@@ -91,36 +92,42 @@ def statistics(
     return sums
 
 
-def by_chunks(work: Callable[[slice], Work], rows: int, features: int) -> list[Work]:
-    """Do work on some rows at a time, so that its temporaries stay small; on a GPU, where kernels fuse them, on all.
+def map_row_chunks(function: Callable[[slice], Result], rows: int, features: int) -> list[Result]:
+    """Call a function on chunks of rows, so that its temporaries stay small, and return its results in order.
 
-    The chunks are spread over streams of the CPU, since one stream runs elementwise operations on one core only.
+    On a GPU, there is one chunk of all rows, because MLX fuses the operations there. On a CPU, chunks take turns over
+    several streams, because one stream runs elementwise operations on one core only.
+
+    Args:
+        function: takes a slice of rows.
+        rows: number of rows.
+        features: elements per row.
     """
     size = max(1, CHUNK_BYTES // (4 * features))
     if size >= rows or mx.default_device() != mx.Device(mx.cpu):
-        return [work(slice(0, rows))]
-    if not hasattr(_local, "streams"):  # a stream belongs to the thread that made it
+        return [function(slice(0, rows))]
+    if not hasattr(_local, "streams"):  # a stream belongs to the thread that created it
         _local.streams = [mx.new_stream(mx.cpu) for _ in range(min(MAX_STREAMS, os.cpu_count() or 1))]
-    done: list[Work] = []
+    results: list[Result] = []
     start = 0
     while start < rows:
-        index = len(done) % len(_local.streams)
-        # Each stream has a size of its own. Constants of one value and shape mx.compile makes one array of one stream,
-        # which it cannot fuse into what the others do; their loops would then not be vectorized.
+        index = len(results) % len(_local.streams)
+        # Chunks of different streams have different sizes. mx.compile merges constants of the same value and shape into
+        # one array, on one stream. Other streams could not fuse it into their loops, which would not be vectorized.
         stop = min(start + size + index, rows)
         with mx.stream(_local.streams[index]):
-            done.append(work(slice(start, stop)))
+            results.append(function(slice(start, stop)))
         start = stop
-    return done
+    return results
 
 
-def joined(parts: Sequence[mx.array]) -> mx.array:
-    """Chunks of rows as one array."""
-    return parts[0] if len(parts) == 1 else mx.concatenate(list(parts))
+def concatenate_chunks(chunks: Sequence[mx.array]) -> mx.array:
+    """Return chunks of rows as one array."""
+    return chunks[0] if len(chunks) == 1 else mx.concatenate(list(chunks))
 
 
 def gradients(
-    product: Callable[..., mx.array], arrays: tuple[mx.array, ...], dh: mx.array
+    function: Callable[..., mx.array], arrays: tuple[mx.array, ...], dh: mx.array
 ) -> tuple[mx.array, ...]:
-    """Gradients of a product of arrays from that of its result."""
-    return tuple(mx.vjp(product, list(arrays), [dh])[1])
+    """Return the gradients of a function's arguments from the gradient of its result."""
+    return tuple(mx.vjp(function, list(arrays), [dh])[1])

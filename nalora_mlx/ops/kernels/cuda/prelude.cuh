@@ -1,4 +1,4 @@
-// What the kernels of ../metal use of the Metal Shading Language, in CUDA C++.
+// The parts of the Metal Shading Language that the kernels in ../metal use, in CUDA C++.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

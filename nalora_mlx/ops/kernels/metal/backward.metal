@@ -1,8 +1,11 @@
-  // Gradients of h = phi(z) up(u) in z and u, recomputed from what the forward read: dz = dh up(u) phi'(z),
-  // du = dh phi(z) up'(u). Inputs as in forward.metal, and
+  // Computes the gradients of h = phi(z) up(u), dz = dh up(u) phi'(z) and du = dh phi(z) up'(u). It recomputes z and u
+  // from the forward's inputs.
   //
-  // dh   [N, F] T
-  // d    [2, N, F] T: dz and du; or [N, 2F] T, each in its half, where one projection makes both
+  // Inputs: those of forward.metal, and
+  // dh   [N, F] T              gradient of h
+  //
+  // Output:
+  // d    [2, N, F] T           dz and du; or [N, 2F] T where one projection computes both, each in its half
   const uint rows = g0_shape[0];
   const Place at(thread_position_in_grid.x, g0_shape[1], HALVES);
   const uint tile = thread_position_in_grid.y;

@@ -1,18 +1,18 @@
-// Scalar functions of gated MLPs and the memory access of the kernels, in the part of the Metal Shading Language that
-// is also CUDA C++ (see ../cuda/prelude.cuh). All arithmetic is in float. An activation is a struct with
+// Activations and memory access of the gated residual kernels, in the subset of the Metal Shading Language that is also
+// CUDA C++ (see ../cuda/prelude.cuh). All arithmetic is in float. An activation is a struct with
 //
-//   phi(z, c, slope)     phi(z); writes phi'(z)
-//   selection(z)         rho(z) with phi(z) = z rho(z); 0 where phi is not self-gated
-//   up(u, c, slope)      what multiplies phi(z); writes its derivative in u
+//   phi(z, c, slope)     returns phi(z), writes phi'(z) to slope
+//   selection(z)         returns rho(z) with phi(z) = z rho(z), or 0 if phi is not self-gated
+//   up(u, c, slope)      returns the factor that multiplies phi(z), writes its derivative in u to slope
 //
-// c are the activation's four constants. Comparisons are written so that NaN comes through wherever it does in MLX.
+// c holds the activation's four constants. Comparisons are written so that NaN propagates wherever it does in MLX.
 
-#if !defined(FUNCTION)  // CUDA has its own
+#if !defined(FUNCTION)  // prelude.cuh defines it for CUDA
 #define FUNCTION inline
 #define UNROLL _Pragma("clang loop unroll(full)")
 #endif
 
-// sigmoid(z) without overflow, to a few ulp for every z.
+// sigmoid(z) without overflow, accurate to a few ulp for every z.
 FUNCTION float sigmoid(float z) {
   const float e = metal::precise::exp(-metal::abs(z));
   const float p = 1.0f / (1.0f + e);
@@ -27,16 +27,16 @@ FUNCTION float clamped(float x, float limit) {
   return x < -limit ? -limit : at_most(x, limit);
 }
 
-// Members that several activations share. Macros, since Metal has no derived classes.
+// Members shared by several activations. They are macros because Metal has no derived classes.
 
-// The up branch as it is.
+// The up branch unchanged.
 #define PLAIN_UP                                                                    \
   FUNCTION static float up(float u, thread const float* c, thread float& slope) {   \
     slope = 1.0f;                                                                   \
     return u;                                                                       \
   }
 
-// The up branch between -c[LIMIT] and c[LIMIT], with an offset.
+// The up branch clamped to [-c[LIMIT], c[LIMIT]], plus an offset.
 #define CLAMPED_UP(LIMIT, OFFSET)                                                   \
   FUNCTION static float up(float u, thread const float* c, thread float& slope) {   \
     slope = u > -c[LIMIT] && u < c[LIMIT] ? 1.0f : 0.0f;                            \
@@ -60,13 +60,13 @@ struct silu {
   }
 };
 
-// exp(-z^2 / 2) / sqrt(2 pi); beyond 15 it underflows float anyway, and the square stays finite.
+// exp(-z^2 / 2) / sqrt(2 pi). It underflows float for |z| > 15; the clamp keeps the square finite.
 FUNCTION float gaussian_density(float z) {
   const float x = clamped(z, 15.0f);
   return metal::precise::exp(-0.5f * x * x) * 0.3989422804014327f;
 }
 
-// Mills ratio (1 - Phi(x)) / pdf(x) for x >= 0; the fit of activations.py.
+// Mills ratio (1 - Phi(x)) / pdf(x) for x >= 0, by the same fit as in activations.py.
 FUNCTION float mills(float x) {
   const float t = 4.0f / (4.0f + x);
   float p = 0.050289818273336714f;
@@ -201,7 +201,7 @@ struct situ {
   }
 };
 
-// exp(x) - 1 - x for x <= 0, by its series where the difference would lose digits.
+// exp(x) - 1 - x for x <= 0, by its Taylor series where the difference would cancel.
 FUNCTION float exp_beyond_linear(float x) {
   if (x < -0.5f) return metal::precise::exp(x) - 1.0f - x;
   float p = 2.4801587e-5f;
@@ -214,7 +214,7 @@ FUNCTION float exp_beyond_linear(float x) {
   return p * x * x;
 }
 
-// c = a, n, beta, eps: a z^2 + beta z above 0, n (exp(min(z, eps)) - 1 - z) + beta z below.
+// c = a, n, beta, eps: a z^2 + beta z for z > 0, n (exp(min(z, eps)) - 1 - z) + beta z otherwise.
 struct xielu {
   PLAIN_UP
   NO_SELECTION
@@ -229,7 +229,7 @@ struct xielu {
 
 // --- memory -------------------------------------------------------------------------------------------------------
 
-// `count` of four neighbours as float, zeros after them; `whole` says that all four exist and that p is aligned to them.
+// Load `count` of four neighbouring elements as float, followed by zeros. `whole`: all four exist, and p is aligned.
 template <typename T>
 FUNCTION void load4(const device T* p, bool whole, uint count, thread float* to) {
   if (whole) {
@@ -252,17 +252,17 @@ FUNCTION void store4(device T* p, bool whole, uint count, thread const float* fr
   }
 }
 
-// What a thread works on: four channels from `channel` on, of the rows [start, stop) of one tile.
+// The channels that a thread computes: four, starting at `channel`.
 struct Place {
-  uint width;    // elements in a row of g0 and u0
-  uint channel;  // the first of its channels
-  uint count;    // how many of the four exist
-  uint gate;     // where the gate's channels begin in a row
-  uint up;       // and those of the up branch
+  uint width;    // elements per row of g0 and u0
+  uint channel;  // first channel
+  uint count;    // number of the four channels that exist
+  uint gate;     // offset of the gate's channels in a row
+  uint up;       // offset of the up branch's channels in a row
   uint features;  // F
-  bool whole;    // all four exist, aligned in every row
+  bool whole;    // all four channels exist and are aligned in every row
 
-  // halves: 0 separate arrays [N, F]; 1 one array [N, 2F], gate first; 2 the same, up first
+  // halves: 0 for two arrays [N, F]; 1 for one array [N, 2F] with gate first; 2 for one with up first
   FUNCTION Place(uint thread_x, uint row_width, int halves) {
     width = row_width;
     features = halves == 0 ? width : width / 2;
@@ -274,7 +274,7 @@ struct Place {
   }
 };
 
-// The columns of B that a thread needs, in registers: z += scale (x A) B for four channels.
+// The low-rank update of four channels, z += scale (x A) B, with the columns of B in registers.
 template <typename L, int RANK, bool EXPERTS>
 struct LowRank {
   L b[RANK > 0 ? RANK : 1][4];

@@ -1,14 +1,18 @@
-  // h = phi(z) up(u) with z = g0 + s_g ag Bg, u = u0 + s_u au Bu, and sums over the rows of a tile.
+  // Computes h = phi(z) up(u) with z = g0 + s_g ag Bg and u = u0 + s_u au Bu, and sums over the rows of each tile.
+  // ag and au are x A of gate and up.
   //
-  // g0, u0   [N, W] T      W = F, or 2 F where one projection makes both (HALVES 1, 2; then g0 = u0)
-  // z0       [N, W] T      gate without the update, read with RANK = 0 and DIAGNOSE
+  // Inputs:
+  // g0, u0   [N, W] T      W = F, or 2 F where one projection computes both (HALVES 1, 2; then g0 = u0)
+  // z0       [N, W] T      gate without the update; read only with RANK = 0 and DIAGNOSE
   // ag, au   [N, R] L      bg, bu [R, W] L; with EXPERTS [E, W, R]
-  // w        [N] float     weight of a row, 0 for padding
+  // w        [N] float     row weights, 0 for padding
   // p        [8] float     s_g, s_u, two boundaries, four constants of the activation
-  // tiles    [T, 3] int    expert, first row, last row + 1 of a tile; with EXPERTS
+  // tiles    [T, 3] int    expert, first row, last row + 1 of each tile; read only with EXPERTS
+  //
+  // Outputs:
   // h        [N, F] T
   // sums     [S, T, F] float: |phi'| or |phi' up|, above boundary 0, above boundary 1, |delta rho(z0) up|,
-  //                           |z (rho(z) - rho(z0)) up|; without STATISTIC one zero
+  //                           |z (rho(z) - rho(z0)) up|; a single zero without STATISTIC
   const uint rows = g0_shape[0];
   const Place at(thread_position_in_grid.x, g0_shape[1], HALVES);
   const uint tile = thread_position_in_grid.y;
@@ -43,7 +47,7 @@
       const float phi = GATE::phi(z[j], c, slope);
       const float v = GATE::up(u[j], c, unused);
       out[j] = phi * v;
-      // Padding may hold anything, NaN included: it is left out, not multiplied by zero.
+      // Padding may hold anything, NaN included, so it is skipped rather than multiplied by zero.
       if (STATISTIC > 0 && w[n] > 0.0f) {
         response[j] += w[n] * metal::abs(STATISTIC == 2 ? slope * v : slope);
         if (BOUNDARIES > 0) above0[j] += (CLOSED ? z[j] >= p[2] : z[j] > p[2]) ? w[n] : 0.0f;
