@@ -232,7 +232,7 @@ def build_parser(prog: str) -> Parser:
     add(
         "--prefill-step-size", type=int, default=2048, help="prompt tokens processed per step (default: 2048)"
     )
-    add("--trust-remote-code", action="store_true", help="run Python code from the model's repo")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     return parser
 
 

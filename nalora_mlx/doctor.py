@@ -37,9 +37,7 @@ def build_parser(prog: str) -> Parser:
         description="Check the machine, and a run before it starts. The exit status is 0 if the run can start, else 2.",
     )
     parser.add_argument("--model", help="local model directory or Hugging Face repo")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code from the model's repo"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("-c", "--config", type=Path, help="YAML file of a run; flags override it")
     for title, names in (("data", DATA_SETTINGS), ("memory", MEMORY_SETTINGS)):
         others = set(RunConfig.__dataclass_fields__) - set(names)

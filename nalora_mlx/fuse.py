@@ -40,7 +40,7 @@ def build_parser(prog: str) -> Parser:
         help="name of the GGUF file (default: ggml-model-f16.gguf)",
     )
     add("--overwrite", action="store_true", help="replace the model at --save-path")
-    add("--trust-remote-code", action="store_true", help="run Python code from the model's repo")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     return parser
 
 

@@ -42,7 +42,7 @@ LISTS = (
     (("--image",), "image files, in the order of their placeholders in the prompt"),
 )
 SWITCHES = (
-    (("--trust-remote-code",), "run Python code from the model's repo"),
+    (("--trust-remote-code",), "run code that comes with the model"),
     (("--ignore-chat-template",), "use the prompt without a chat template"),
     (("--use-default-chat-template",), "use the default chat template"),
     (("--quantize-activations", "-qa"), "quantize activations with the settings of their layer"),

@@ -46,7 +46,7 @@ VALUES = (
     (("--quantized-kv-start",), "quantize the key-value cache from this token on (default: 5000)", int),
 )
 SWITCHES = (
-    (("--trust-remote-code",), "run Python code from the model's repo"),
+    (("--trust-remote-code",), "run code that comes with the model"),
     (("--use-default-chat-template",), "use the default chat template"),
 )
 

@@ -34,7 +34,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from nalora_mlx.adapters.attach import adapt  # noqa: E402
 from nalora_mlx.core.config import NALoRAConfig, TrainingConfig  # noqa: E402
 from nalora_mlx.ops.cross_entropy import TILE_BYTES  # noqa: E402
-from nalora_mlx.training.memory_model import PeakMemory, PeakProfiler, BatchShape  # noqa: E402
+from nalora_mlx.training.memory_model import BatchShape, PeakMemory, PeakProfiler  # noqa: E402
 from nalora_mlx.training.run import recomputed_layers  # noqa: E402
 from nalora_mlx.training.step import TrainingStep  # noqa: E402
 

@@ -19,7 +19,7 @@ def load_tuned(base: nn.Module, name: str, adapter: str | Path, trust_remote_cod
         base: the model that `load_model(name)` returned.
         name: directory or Hugging Face repo of the base model.
         adapter: directory of the adapter.
-        trust_remote_code: run Python code from the model's repo.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         InputError: the adapter cannot be read, or does not fit the model.

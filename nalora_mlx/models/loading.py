@@ -22,7 +22,7 @@ def load_model(
 
     Args:
         name: directory or repo.
-        trust_remote_code: run Python code from the model's repo.
+        trust_remote_code: run code that comes with the model.
         quantize: quantize the model to this many bits (affine, group size 64).
 
     Raises:

@@ -36,6 +36,35 @@ from tests.zoo.second import MINIATURES as SECOND
 
 ZOO = FIRST | SECOND
 NAMES = sorted(ZOO)
+# One model type per layout of gated MLPs, activation and kind of layer. Beyond `adapt` itself, the others are slow.
+REPRESENTATIVE = {
+    *(
+        "afm7",
+        "apertus",
+        "cohere2",
+        "dbrx",
+        "deepseek_v3",
+        "exaone",
+        "gemma",
+        "gemma2",
+        "gemma3n",
+        "gemma4_text",
+    ),
+    *("glm4", "gpt_oss", "granitemoehybrid", "internlm2", "jamba", "kimi_k3", "lfm2", "llama", "mixtral"),
+    *(
+        "nemotron_h",
+        "openelm",
+        "phi3",
+        "plamo2",
+        "qwen",
+        "qwen2",
+        "qwen3_moe",
+        "qwen3_next",
+        "step3p5",
+        "talkie",
+    ),
+}
+CASES = [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.slow) for name in NAMES]
 # The only gated MLPs that NA-LoRA does not act on. Their rows in the zoo have the reasons.
 PLAIN = {
     "bitnet: model.layers.*.mlp",
@@ -128,7 +157,7 @@ def test_gated_mlps_are_found_and_outputs_do_not_change(name):
     assert tree(model) == before_tree
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_those_of_mlx_lm(name):
     row = usable(name)
     if row.no_backward:
@@ -160,7 +189,7 @@ def test_gradients_equal_those_of_mlx_lm(name):
 KEEP_FRACTION = 0.25
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_hard_mask_freezes_the_channels_that_it_drops(name):
     row = usable(name)
     if row.no_backward:
@@ -211,7 +240,7 @@ NO_HEAD = {"gemma3n"}
 WHOLE = {"phi3small", "talkie"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_loss_of_supervised_positions_equals_that_of_all_logits(name, monkeypatch):
     """Logits for supervised positions only, in tiles, give the loss (to 1e-6) and gradients of all logits."""
     row = usable(name)
@@ -274,7 +303,7 @@ def test_skipped_gated_mlps_have_a_reason(name):
     assert all(reason.startswith(("stays plain LoRA: ", "untouched: ")) for reason in skipped.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_adapters_load_in_mlx_lm(name, tmp_path):
     """mlx-lm creates the same adapters, by name and shape, from the saved keys."""
     usable(name)

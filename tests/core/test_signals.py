@@ -36,7 +36,7 @@ def start(model_directory, data_directory, output, *flags):
     [
         (signal.SIGINT, 130, "interrupted"),
         (signal.SIGTERM, 143, "terminated"),
-        (signal.SIGHUP, 129, "hung up"),
+        pytest.param(signal.SIGHUP, 129, "hung up", marks=pytest.mark.slow),
     ],
 )
 def test_the_first_signal_saves_and_says_how_to_resume(

@@ -1,6 +1,6 @@
-"""Two workers, through ring and MPI, against one process with the same global batches.
+"""Two workers, with ring and MPI, against one process with the same global batches.
 
-Run as a program by both, this file trains the cases below and leaves each worker's results in a directory.
+Each worker runs this file as a program. It trains the cases below and writes its results to a directory.
 """
 
 import json
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.core.config import NALoRAConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.batches import collate, evaluation_batches, training_batches
+from nalora_mlx.runs import checkpoints
 from nalora_mlx.training import distributed
 from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.evaluation import evaluate
@@ -30,18 +32,22 @@ from nalora_mlx.training.trainer import train
 from tests.conftest import build_examples, build_model
 
 ROWS = 13
+ITERATIONS = 12
 HARD = {"mask": "hard", "keep_fraction": 0.5, "mask_warmup": 2}
 CASES = {
-    # 13 rows in batches of 5: the last one has 3, two for one worker and one for the other
+    # 13 rows in batches of 5: the last one has 3, of which one worker gets two and the other one.
     "hard mask": (HARD, {"batch_size": 5}),
-    # in batches of 4: the last one has a single row, so that a worker has none
+    # In batches of 4 the last one has a single row, and one worker gets none.
     "accumulated": (HARD, {"batch_size": 4, "grad_accumulation_steps": 3, "grad_checkpoint": True}),
     "packed": ({"mask_warmup": 2}, {"batch_size": 3, "packing": True}),
 }
 
 
 def run_case(name, output, stop_at=None, resume=None):
-    """Train one case, up to an iteration or from a checkpoint; what this worker has in the end."""
+    """Train one case, up to an iteration or from a checkpoint.
+
+    Return this worker's adapters and masks, and its result and number of events.
+    """
     method, settings = CASES[name]
     model = build_model()
     mx.random.seed(11)
@@ -49,7 +55,7 @@ def run_case(name, output, stop_at=None, resume=None):
     adapt(model, config)
     examples = build_examples(ROWS, seed=5, low=4, high=30)
     settings = TrainingConfig(
-        iters=20, steps_per_report=5, steps_per_eval=10, save_every=10, val_batches=-1, **settings
+        iters=ITERATIONS, steps_per_report=3, steps_per_eval=6, save_every=6, val_batches=-1, **settings
     )
     events = []
     run = Run(
@@ -61,7 +67,7 @@ def run_case(name, output, stop_at=None, resume=None):
         output,
         [events.append],
         resume=resume,
-        # the first worker alone hears the events, and its wish stops both
+        # Only the first worker gets events. When it asks to stop, both stop.
         stop=lambda: stop_at is not None and any(event.get("step") == stop_at for event in events),
     )
     result = asdict(run.run())
@@ -72,33 +78,33 @@ def run_case(name, output, stop_at=None, resume=None):
 
 
 def main(directory: Path) -> None:
-    """What each worker does."""
+    """Run all cases as one of the workers, and write the results."""
     mx.set_default_device(mx.cpu)
     rank = distributed.workers().rank
     for name in CASES:
-        arrays, told = run_case(name, directory / name / f"rank-{rank}")
+        arrays, report = run_case(name, directory / name / f"rank-{rank}")
         mx.save_safetensors(str(directory / f"{name}-{rank}.safetensors"), arrays)
-        (directory / f"{name}-{rank}.json").write_text(json.dumps(told))
-    name, place = "hard mask", directory / "resumed"
-    run_case(name, place / f"rank-{rank}", stop_at=10)
-    mx.eval(mx.distributed.all_sum(mx.ones(1)))  # until the checkpoint is there
-    kept = place / "rank-0" / "checkpoints" / "step-0000010"
-    arrays, told = run_case(name, place / f"rank-{rank}", resume=kept)
+        (directory / f"{name}-{rank}.json").write_text(json.dumps(report))
+    output = directory / "resumed"
+    run_case("hard mask", output / f"rank-{rank}", stop_at=ITERATIONS // 2)
+    mx.eval(mx.distributed.all_sum(mx.ones(1)))  # wait until the checkpoint is written
+    checkpoint = checkpoints.step_directory(output / "rank-0" / "checkpoints", ITERATIONS // 2)
+    arrays, report = run_case("hard mask", output / f"rank-{rank}", resume=checkpoint)
     mx.save_safetensors(str(directory / f"resumed-{rank}.safetensors"), arrays)
-    (directory / f"resumed-{rank}.json").write_text(json.dumps(told))
+    (directory / f"resumed-{rank}.json").write_text(json.dumps(report))
     examples = build_examples(ROWS, seed=5)
     try:
         model = build_model()
         adapt(model, NALoRAConfig(num_layers=-1))
         train(model, examples[rank:], config=TrainingConfig(iters=1))
-        refusal = "none"
+        message = "none"
     except InputError as error:
-        refusal = str(error)
-    (directory / f"refusal-{rank}").write_text(refusal)
+        message = str(error)
+    (directory / f"error-{rank}").write_text(message)
 
 
 def launch(backend, *command, **options):
-    """Run a Python command in two workers. mpirun itself for MPI: mlx.launch wants one of Open MPI 5."""
+    """Run a Python command in two workers. For MPI this calls mpirun, because mlx.launch needs that of Open MPI 5."""
     if backend == "mpi":
         start = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2"]
     else:
@@ -120,7 +126,7 @@ def launch(backend, *command, **options):
 
 @pytest.fixture(scope="module", params=["ring", "mpi"])
 def two_workers(request, tmp_path_factory):
-    """The directory that two workers have left their results in."""
+    """Run `main` in two workers; return the directory with their results."""
     backend = request.param
     if backend == "mpi" and shutil.which("mpirun") is None:
         pytest.skip("there is no mpirun here")
@@ -142,66 +148,78 @@ def two_workers(request, tmp_path_factory):
         timeout=300,
         cwd=Path(__file__).parents[2],
     )
-    assert (directory / "refusal-1").exists(), done.stdout + done.stderr
+    assert (directory / "error-1").exists(), done.stdout + done.stderr
     return directory
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Return a function that trains a case in this process, once, and returns its directory and results."""
+
+    @cache
+    def run(name):
+        directory = tmp_path_factory.mktemp("one")
+        return directory, *run_case(name, directory)
+
+    return run
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_two_workers_equal_one(name, two_workers, tmp_path):
-    want, told = run_case(name, tmp_path)
-    found = [mx.load(str(two_workers / f"{name}-{rank}.safetensors")) for rank in (0, 1)]
+def test_two_workers_equal_one(name, two_workers, one_process):
+    directory, expected, reference = one_process(name)
+    arrays = [mx.load(str(two_workers / f"{name}-{rank}.safetensors")) for rank in (0, 1)]
     reports = [json.loads((two_workers / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
-    assert found[0].keys() == found[1].keys() == want.keys()
+    assert arrays[0].keys() == arrays[1].keys() == expected.keys()
     squares = np.zeros(2)
-    for path, expected in want.items():
-        ours, theirs, expected = np.array(found[0][path]), np.array(found[1][path]), np.array(expected)
-        np.testing.assert_array_equal(ours, theirs, err_msg=f"{path}: the workers differ")
+    for path in expected:
+        first, second, one = np.array(arrays[0][path]), np.array(arrays[1][path]), np.array(expected[path])
+        np.testing.assert_array_equal(first, second, err_msg=f"{path}: the workers differ")
         if path.startswith("mask ") and CASES[name][0] is HARD:
-            np.testing.assert_array_equal(ours, expected)
-            assert 0 < ours.mean() < 1
+            np.testing.assert_array_equal(first, one)
+            assert 0 < first.mean() < 1
         elif path.startswith("mask "):
-            np.testing.assert_allclose(ours, expected, rtol=1e-4)
+            np.testing.assert_allclose(first, one, rtol=1e-4)
         else:
-            squares += [np.square(ours - expected).sum(), np.square(expected).sum()]
+            squares += [np.square(first - one).sum(), np.square(one).sum()]
     assert np.sqrt(squares[0] / squares[1]) < 1e-4
     for report in reports:
-        for key, value in told["result"].items():
+        for key, value in reference["result"].items():
             assert report["result"][key] == pytest.approx(value, rel=1e-5), key
-    # the first worker writes and speaks, the other does neither
-    assert [report["events"] for report in reports] == [told["events"], 0]
-    written = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()}
-    theirs = two_workers / name / "rank-0"
-    assert {p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file()} == written
+    # Only the first worker writes files and sends events.
+    assert [report["events"] for report in reports] == [reference["events"], 0]
+    files = {p.relative_to(directory) for p in directory.rglob("*") if p.is_file()}
+    output = two_workers / name / "rank-0"
+    assert {p.relative_to(output) for p in output.rglob("*") if p.is_file()} == files
     assert not (two_workers / name / "rank-1").exists()
 
 
-def test_two_workers_that_are_resumed_are_those_that_were_not_stopped(two_workers, tmp_path):
-    """To the last bit; one process alone sums in another order, and is refused."""
+def test_two_resumed_workers_equal_uninterrupted_ones(two_workers, tmp_path):
+    """Bit for bit. One process would sum in another order, and cannot resume."""
     for rank in (0, 1):
-        want = mx.load(str(two_workers / f"hard mask-{rank}.safetensors"))
-        found = mx.load(str(two_workers / f"resumed-{rank}.safetensors"))
-        assert found.keys() == want.keys()
-        for path in want:
-            np.testing.assert_array_equal(np.array(found[path]), np.array(want[path]), err_msg=path)
+        uninterrupted = mx.load(str(two_workers / f"hard mask-{rank}.safetensors"))
+        resumed = mx.load(str(two_workers / f"resumed-{rank}.safetensors"))
+        assert resumed.keys() == uninterrupted.keys()
+        for path, array in uninterrupted.items():
+            np.testing.assert_array_equal(np.array(resumed[path]), np.array(array), err_msg=path)
         results = [
             json.loads((two_workers / f"{kind}-{rank}.json").read_text())["result"]
             for kind in ("hard mask", "resumed")
         ]
         assert results[0] == results[1]
-    kept = two_workers / "resumed" / "rank-0" / "checkpoints"
-    assert sorted(path.name for path in kept.iterdir()) == ["step-0000010", "step-0000020"]
+    saved = checkpoints.steps(two_workers / "resumed" / "rank-0" / "checkpoints")
+    assert list(saved) == [ITERATIONS // 2, ITERATIONS]
     with pytest.raises(InputError, match=r"not the same run: workers was 2, is 1; .*--resume-anyway"):
-        run_case("hard mask", tmp_path, resume=kept / "step-0000010")
+        run_case("hard mask", tmp_path, resume=saved[ITERATIONS // 2])
 
 
-def test_workers_with_other_data_are_refused(two_workers):
+def test_workers_with_different_data_are_refused(two_workers):
     for rank in (0, 1):
-        assert "the workers have different data" in (two_workers / f"refusal-{rank}").read_text()
+        assert "the workers have different data" in (two_workers / f"error-{rank}").read_text()
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_shares_make_up_the_batch(packing):
-    """Every sequence is with one worker, padded alike; a worker without a sequence has padding alone."""
+def test_shares_of_a_batch_make_up_the_batch(packing):
+    """Every sequence goes to one worker with the same padding. A worker without a sequence gets only padding."""
     examples = build_examples(7)
     whole = training_batches(examples, 3, 0, packing)
     parts = [training_batches(examples, 3, 0, packing, Workers(rank, 4).share) for rank in range(4)]
@@ -220,17 +238,18 @@ def test_shares_make_up_the_batch(packing):
                 assert share.token_mask.sum() == share.loss_mask.sum() == 0
 
 
-def test_a_share_of_padding_alone_gives_zero():
+def test_a_share_without_rows_has_zero_loss():
     model = build_model()
     examples = build_examples(3)
     shares = [evaluation_batches(examples, 1, -1, 0, Workers(rank, 2).share) for rank in (0, 1)]
+    assert evaluate(model, shares[0])[0] > 0
     mean, tokens = evaluate(model, shares[1])
     assert mean == 0
     assert tokens == sum(int(e.loss_mask.sum()) for e in examples)
     assert collate(examples, [0, 1], Workers(1, 2).share).remote_tokens == int(examples[0].loss_mask.sum())
 
 
-def test_one_process_alone_sums_nothing():
+def test_one_process_sums_nothing():
     tree = {"a": mx.ones(3), "b": [mx.zeros(2)]}
     assert Workers().sum(tree) is tree
     assert distributed.workers() == Workers(0, 1)

@@ -1,8 +1,9 @@
-"""The memory planner: what it predicts is what a step takes, it leaves no trace, and what it advises fits."""
+"""The memory planner: its predictions match measured peaks, it changes nothing, and what it advises fits."""
 
 import gc
 import math
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -35,15 +36,15 @@ from nalora_mlx.training.trainer import train
 from tests.conftest import build_examples, build_model, llama_args
 
 
-def bare(layers=4):
-    """A small llama without adapters."""
+def base_model(layers=4):
+    """Return a small llama without adapters."""
     args = llama_args(hidden_size=64, intermediate_size=256, vocab_size=2048, num_hidden_layers=layers)
     return build_model(args=args, gain=1.0)
 
 
 def model(adapted=-1, layers=4, **method):
-    """A small llama whose activations outweigh its adapters."""
-    built = bare(layers)
+    """Return a small llama with adapters, whose activations take more memory than the adapters."""
+    built = base_model(layers)
     mx.random.seed(5)
     adapt(built, NALoRAConfig(rank=4, num_layers=adapted, **method))
     mx.eval(built.parameters())
@@ -56,11 +57,11 @@ def rows(count, length, share=0.5):
 
 
 def measured(built, examples, config):
-    """The peak of the first two iterations of a run."""
+    """Return the peak memory of the first two iterations of a run."""
     step = TrainingStep(built, optim.Adam(1e-3), NALoRAConfig())
     built.train()
     layers, batches = recomputed_layers(built, config), training_batches(examples, config.batch_size, 0)
-    gc.collect()  # the step with which was planned
+    gc.collect()  # the step that the planner used
     mx.clear_cache()
     mx.reset_peak_memory()
     for _ in range(2):
@@ -82,11 +83,14 @@ CASES = {
         0.5,
     ),
 }
+SLOW_CASES = ("upper layers", "lora")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_CASES else name for name in CASES]
+)
 def test_small_trials_predict_the_peak(name):
-    """The batch itself does not run, so its measured peak is an independent check of the prediction."""
+    """The planner does not run the batch itself, so its measured peak is an independent check."""
     method, changes, length, share = CASES[name]
     built, examples = model(**method), rows(6, length, share)
     config = RunConfig(batch_size=6, **changes)
@@ -97,18 +101,18 @@ def test_small_trials_predict_the_peak(name):
         step = TrainingStep(built, optim.Adam(1e-3), NALoRAConfig())
         predicted = PeakProfiler(step, recomputed_layers(built, config)).profile(shape, safe=0).at(6, length)
         del step
-        want = measured(built, examples, config)
-        assert want > 3 * mx.get_active_memory()  # or the prediction would be easy
-        assert upper_bound_bytes(built, shape) > want
-        if attempt == 2 or abs(predicted / want - 1) <= 0.15:
+        peak = measured(built, examples, config)
+        assert peak > 3 * mx.get_active_memory()  # otherwise the prediction would be easy
+        assert upper_bound_bytes(built, shape) > peak
+        if attempt == 2 or abs(predicted / peak - 1) <= 0.15:
             break
-    assert predicted == pytest.approx(want, rel=0.15)
+    assert predicted == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_peak_of_an_update_is_predicted(full):
-    """Of so few tokens that nothing takes as much as the new weights and moments beside the old ones."""
-    built, examples = bare(), rows(2, 8)
+    """The batch is so small that the peak is at the update, which holds old and new weights and moments."""
+    built, examples = base_model(), rows(2, 8)
     if full:
         built.freeze()
         for layer in built.layers:
@@ -118,18 +122,18 @@ def test_the_peak_of_an_update_is_predicted(full):
     config = RunConfig(batch_size=2)
     trained = sum(array.nbytes for _, array in tree_flatten(built.trainable_parameters()))
     gc.collect()  # other tests' models
-    found = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), 2**40)
-    want = measured(built, examples, config)
-    # On a busy machine MLX frees later: the rest of a step then comes near the update.
-    assert found.needed == pytest.approx(found.peak.update, rel=0.06)
-    assert found.peak.update > 6 * trained
-    assert found.needed == pytest.approx(want, abs=0.5 * trained)
+    predicted = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), 2**40)
+    peak = measured(built, examples, config)
+    # On a busy machine MLX frees memory later, so the rest of a step takes almost as much as the update.
+    assert predicted.needed == pytest.approx(predicted.peak.update, rel=0.06)
+    assert predicted.peak.update > 6 * trained
+    assert predicted.needed == pytest.approx(peak, abs=0.5 * trained)
 
 
-def test_checkpointing_more_layers_takes_less():
-    """Of so many that what they keep outweighs what one of them makes on the way."""
+def test_checkpointing_more_layers_takes_less_memory():
+    """With enough layers, what they keep for the backward outweighs what recomputing one of them takes."""
     peaks = [
-        measured(model(layers=16), rows(4, 256, share=0.1), TrainingConfig(batch_size=4, **changes))
+        measured(model(layers=8), rows(4, 256, share=0.1), TrainingConfig(batch_size=4, **changes))
         for changes in (
             {"grad_checkpoint": True},
             {"grad_checkpoint": True, "grad_checkpoint_every": 2},
@@ -139,7 +143,7 @@ def test_checkpointing_more_layers_takes_less():
     assert peaks[0] < 0.95 * peaks[1] < 0.95**2 * peaks[2]
 
 
-def test_every_kth_of_the_layers_that_have_a_backward_is_recomputed():
+def test_every_kth_layer_with_a_backward_is_recomputed():
     built = model(adapted=3)
     number = {id(layer): i for i, layer in enumerate(built.layers)}
 
@@ -152,11 +156,11 @@ def test_every_kth_of_the_layers_that_have_a_backward_is_recomputed():
     assert chosen(grad_checkpoint=True, grad_checkpoint_every=5) == [1]
 
 
-def test_planning_leaves_no_trace():
-    """Parameters, mode and random numbers are the same afterwards, and so is the run, to the last bit."""
+def test_planning_changes_nothing():
+    """Parameters, training mode, random numbers and the run afterwards are the same, bit for bit."""
     examples = build_examples(8)
     config = RunConfig(batch_size=4, iters=3, plan=True)
-    found = []
+    results = []
     for planned in (False, True):
         built = model(dropout=0.1)
         if planned:
@@ -167,20 +171,20 @@ def test_planning_leaves_no_trace():
             assert not built.training
         drawn = mx.random.normal((4,)).tolist()
         train(built, examples, config=config, optimizer=optim.Adam(1e-2))
-        found.append((drawn, {k: np.array(a) for k, a in tree_flatten(built.trainable_parameters())}))
-    assert found[0][0] == found[1][0]
-    for name, array in found[0][1].items():
-        np.testing.assert_array_equal(found[1][1][name], array)
+        results.append((drawn, {k: np.array(a) for k, a in tree_flatten(built.trainable_parameters())}))
+    assert results[0][0] == results[1][0]
+    for name, array in results[0][1].items():
+        np.testing.assert_array_equal(results[1][1][name], array)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("length", [64, 1024])
 def test_trials_are_smaller_than_the_batch(rows, length):
-    size = BatchShape(rows, length, rows * length // 2)
-    trials = trial_shapes(size)
+    shape = BatchShape(rows, length, rows * length // 2)
+    trials = trial_shapes(shape)
     assert len({(trial.rows, trial.length) for trial in trials}) == 3
     for trial in trials:
-        assert trial.tokens <= max(0.75 * size.tokens, 3 * PAD_TO)
+        assert trial.tokens <= max(0.75 * shape.tokens, 3 * PAD_TO)
         assert trial.length <= max(length, 3 * PAD_TO)
         assert trial.loss_positions == pytest.approx(trial.tokens / 2, abs=1)
     if rows * length > 1000:
@@ -193,52 +197,53 @@ def test_trials_are_smaller_than_the_batch(rows, length):
     rows=st.integers(1, 32),
     length=st.sampled_from([64, 256, 2048]),
 )
-def test_the_parts_are_found_again(parts, rows, length):
-    """From peaks of exactly that form; none of them ever negative, whatever the peaks."""
+def test_the_coefficients_of_the_peak_are_recovered(parts, rows, length):
+    """From peaks of exactly this form. With other peaks they are never negative."""
     trials = trial_shapes(BatchShape(rows, length, 8))
     peak = PeakMemory(*parts, update=0)
-    found = PeakMemory(*fit_coefficients(trials, [peak.at(t.rows, t.length) for t in trials]), update=0)
-    assert found.at(rows, length) == pytest.approx(peak.at(rows, length), rel=1e-4)
+    fitted = PeakMemory(*fit_coefficients(trials, [peak.at(t.rows, t.length) for t in trials]), update=0)
+    assert fitted.at(rows, length) == pytest.approx(peak.at(rows, length), rel=1e-4)
     for peaks in ([5e6, 4e6, 9e6], [5e6, 9e6, 4e6], [9e6, 5e6, 4e6]):
         assert min(fit_coefficients(trials, peaks)[1:]) >= 0
 
 
-def test_the_head_shrinks_with_the_tokens():
-    """A tile of logits keeps its share of a batch in every trial, and is the same as ever afterwards."""
+def test_tiles_of_the_head_shrink_with_the_tokens():
+    """Tiles of logits keep their share of the batch in every trial, and have their size back afterwards."""
     step = TrainingStep(model(), optim.Adam(1e-3), NALoRAConfig(), compiled=False)
-    loss, before, seen = step.loss, step.loss.rows, []
+    loss, before, calls = step.loss, step.loss.rows, []
 
-    class Listening(type(loss)):
+    class Recording(type(loss)):
         def __call__(self, inputs, *rest):
-            seen.append((inputs.size, self.rows))
+            calls.append((inputs.size, self.rows))
             return super().__call__(inputs, *rest)
 
-    loss.__class__ = Listening
+    loss.__class__ = Recording
     PeakProfiler(step).profile(BatchShape(32, 256, 4096))
     assert loss.rows == before > 64
-    assert seen == [(tokens, max(1, round(before * tokens / 8192))) for tokens, _ in seen]
-    assert sum(tokens for tokens, _ in seen) < 8192
+    assert len({tokens for tokens, _ in calls}) >= 3
+    assert calls == [(tokens, max(1, round(before * tokens / 8192))) for tokens, _ in calls]
+    assert sum(tokens for tokens, _ in calls) < 8192
 
 
-def test_a_batch_that_surely_fits_is_run_itself(monkeypatch):
-    """However wrong small trials are, the prediction is then right; and where it might not fit, it does not run."""
-    size, truth = BatchShape(8, 128, 512), 5_000_000
+def test_a_batch_that_surely_fits_is_measured_itself(monkeypatch):
+    """The prediction for it is then right even if small trials mislead. A batch that might not fit does not run."""
+    shape, truth = BatchShape(8, 128, 512), 5_000_000
     for accumulating in (False, True):
         planner = PeakProfiler(TrainingStep(model(), optim.Adam(1e-3), NALoRAConfig()), (), accumulating)
         tried = []
 
         def measured(trial, _, update, tried=tried):
             tried.append((trial, update))
-            return truth if trial == size else 1_000_000 + 1000 * trial.tokens
+            return truth if trial == shape else 1_000_000 + 1000 * trial.tokens
 
         monkeypatch.setattr(planner, "_measure", measured)
-        gradients = planner.profile(size, 0).at(8, 128) - 1_000_000 - 1000 * size.tokens
+        gradients = planner.profile(shape, 0).at(8, 128) - 1_000_000 - 1000 * shape.tokens
         assert (gradients > 0) == accumulating
-        assert size not in [trial for trial, _ in tried]
-        found = planner.profile(size, 3_000_000)
-        assert tried[-1] == (size, not accumulating)
-        assert found.at(8, 128) == pytest.approx(truth + gradients, rel=1e-4)
-        assert found.at(8, 64) < found.at(8, 128) < found.at(8, 256)
+        assert shape not in [trial for trial, _ in tried]
+        peak = planner.profile(shape, 3_000_000)
+        assert tried[-1] == (shape, not accumulating)
+        assert peak.at(8, 128) == pytest.approx(truth + gradients, rel=1e-4)
+        assert peak.at(8, 64) < peak.at(8, 128) < peak.at(8, 256)
 
 
 @settings(max_examples=100, deadline=None)
@@ -249,7 +254,7 @@ def test_a_batch_that_surely_fits_is_run_itself(monkeypatch):
     rows=st.integers(1, 64),
     spare=st.floats(1.01, 100),
 )
-def test_what_fits_is_the_most_that_fits(base, per_token, per_square, rows, spare):
+def test_the_largest_batch_and_length_within_a_budget(base, per_token, per_square, rows, spare):
     peak = PeakMemory(base, per_token, per_square, base)
     budget = int(base * spare)
     length = peak.length_within(budget, rows)
@@ -262,14 +267,14 @@ def test_what_fits_is_the_most_that_fits(base, per_token, per_square, rows, spar
         assert peak.at(most + 1, 64) > budget * (1 - 1e-9)
 
 
-def test_no_budget_fits_nothing():
+def test_without_enough_memory_nothing_fits():
     peak = PeakMemory(base=1e9, per_token=1e6, per_square=10, update=1.2e9)
     assert peak.rows_within(10**9, 64) == 0
     assert peak.length_within(10**9, 4) == 0
     assert peak.rows_within(1_150_000_000, 64) == 0  # the update alone takes more
-    found = Plan(BatchShape(4, 64, 10), peak, 10**9, 5 * 10**8, peak)
-    assert found.remedies() == ["--quantize 4, or a smaller model"]
-    assert "does not fit" in found.lines()[0]
+    plan = Plan(BatchShape(4, 64, 10), peak, 10**9, 5 * 10**8, peak)
+    assert plan.remedies() == ["--quantize 4, or a smaller model"]
+    assert "does not fit" in plan.lines()[0]
 
 
 def flags_of(remedy):
@@ -284,10 +289,11 @@ def flags_of(remedy):
 
 
 def test_what_is_advised_fits():
-    """The peak of a run with each remedy is measured, and stays within the budget; twice as much would not."""
+    """The measured peak with each remedy stays within the budget. Without, or with twice the rows, it does not."""
     built, config = model(), RunConfig(batch_size=8)
     tokens = np.arange(1, 258, dtype=np.int32)
-    examples = [Example(tokens, tokens % 2 == 0, str(i)) for i in range(8)]  # cut rows keep the share
+    # Every second token is supervised, so truncated rows have the same share of supervised tokens.
+    examples = [Example(tokens, tokens % 2 == 0, str(i)) for i in range(8)]
     whole = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), 2**40)
     assert whole.fits
     budget = round(whole.peak.base + 0.6 * (whole.needed - whole.peak.base))
@@ -300,37 +306,35 @@ def test_what_is_advised_fits():
     assert 2 <= remedies[0]["batch_size"] <= 6
     assert remedies[0]["grad_accumulation_steps"] == math.ceil(8 / remedies[0]["batch_size"])
 
-    def lowest_peak(**flags):
+    def peaks(**flags):
         changed = replace(config, **flags)
-        cut = [
+        truncated = [
             Example(e.tokens[: changed.max_seq_length], e.loss_mask[: changed.max_seq_length], e.source)
             for e in examples
         ]
-        return min(
-            measured(built, cut, changed) for _ in range(3)
-        )  # MLX frees memory later on a busy machine
+        for _ in range(3):  # MLX frees memory later on a busy machine, so the lowest peak counts
+            yield measured(built, truncated, changed)
 
     for flags in remedies:
-        assert lowest_peak(**flags) <= 1.03 * budget, flags
-    assert lowest_peak() > budget
-    assert lowest_peak(batch_size=min(8, 2 * remedies[0]["batch_size"])) > budget
+        assert any(peak <= 1.03 * budget for peak in peaks(**flags)), flags
+    assert all(peak > budget for peak in peaks())
+    assert all(peak > budget for peak in peaks(batch_size=min(8, 2 * remedies[0]["batch_size"])))
 
 
-def test_a_run_that_fits_by_far_is_not_looked_at(monkeypatch):
+def test_a_run_that_surely_fits_is_not_measured(monkeypatch):
     built, examples = model(), rows(8, 64)
-    monkeypatch.setattr(memory_plan, "plan", lambda *a: pytest.fail("measured although nothing can go wrong"))
+    monkeypatch.setattr(memory_plan, "plan", lambda *a: pytest.fail("measured a run that surely fits"))
     assert memory_advice(built, examples, RunConfig(memory_budget=2**40), lambda: None) == []
     monkeypatch.undo()
-    told = memory_advice(built, examples, RunConfig(memory_budget=2**20), lambda: optim.Adam(1e-3))
-    assert len(told) == 1
-    assert told[0].startswith("note: memory: about ")
-    assert "budget 0.00 GB: does not fit; what would fit: " in told[0]
+    (advice,) = memory_advice(built, examples, RunConfig(memory_budget=2**20), lambda: optim.Adam(1e-3))
+    assert advice.startswith("note: memory: about ")
+    assert "budget 0.00 GB: does not fit; what would fit: " in advice
 
 
-def test_a_run_beyond_the_machine_is_refused(monkeypatch):
+def test_a_run_that_needs_more_than_the_machine_has_is_refused(monkeypatch):
     built, examples = model(), rows(8, 64)
     monkeypatch.setattr(memory_plan, "machine_memory", lambda: 2**20)
-    new_optimizer = lambda: optim.Adam(1e-3)  # noqa: E731
+    new_optimizer = partial(optim.Adam, 1e-3)
     with pytest.raises(InputError, match=r"^memory: about .* does not fit; what would fit: "):
         memory_advice(built, examples, RunConfig(), new_optimizer)
     assert memory_advice(built, examples, RunConfig(plan=True), new_optimizer)[-1].startswith(
@@ -339,14 +343,14 @@ def test_a_run_beyond_the_machine_is_refused(monkeypatch):
     assert memory_advice(built, examples, RunConfig(memory_budget=2**40), new_optimizer) == []
 
 
-def test_the_heaviest_batch():
+def test_the_largest_batch():
     examples = [
         Example(np.ones(n, np.int32), np.arange(n) >= n - s, str(n))
         for n, s in ((10, 2), (11, 9), (60, 3), (50, 40), (20, 5))
     ]
     config = TrainingConfig(batch_size=2)
     found = largest_batch(examples, config)
-    # The longest row is in a batch of its own, the last one: fewer tokens than two shorter rows.
+    # The longest row is alone in the last batch, which has fewer tokens than two shorter rows.
     assert [len(rows) for rows in epoch_batches(examples, 2, 0, 0) if 2 in rows] == [1]
     assert found == BatchShape(2, 56, row_shapes(examples).loss_capacity(40 + 5, 2, 56))
     assert largest_batch(examples, config, Workers(0, 2)) == replace(
@@ -356,7 +360,7 @@ def test_the_heaviest_batch():
     assert (packed.rows, packed.length, packed.packed) == (2, 64, True)
 
 
-def test_the_budget_is_that_of_the_container(tmp_path, monkeypatch):
+def test_the_default_budget_respects_the_container(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_plan, "CGROUPS", tmp_path)
     machine = memory_plan.default_budget()
     (tmp_path / "memory.max").write_text("max\n")
@@ -365,11 +369,14 @@ def test_the_budget_is_that_of_the_container(tmp_path, monkeypatch):
     assert memory_plan.default_budget() == 800000
 
 
-def test_no_bound_by_shapes_is_below_the_peak_of_experts():
-    """Each token runs through several experts."""
+def test_the_upper_bound_counts_all_experts_of_a_token():
+    """Checked without the allowance for the output head, which is large enough to hide experts not counted."""
     args = llama_args(model_type="mixtral", num_local_experts=8, num_experts_per_tok=8, intermediate_size=256)
     built = build_model(module=mixtral, args=args)
     adapt(built, NALoRAConfig(num_layers=-1))
-    size = BatchShape(8, 256, 64)
-    found = plan(built, size, TrainingConfig(), optim.Adam(1e-3), 2**40)
-    assert found.needed < memory_plan.upper_bound_bytes(built, size) - 16 * memory_plan.TILE_BYTES
+    shape, head = BatchShape(8, 64, 16), 64 * memory_plan.TILE_BYTES
+    step = TrainingStep(built, optim.Adam(1e-3), NALoRAConfig())
+    peak = PeakProfiler(step).profile(shape, safe=2**40).at(8, 64)
+    assert peak < upper_bound_bytes(built, shape) - head
+    built.args.num_experts_per_tok = 1
+    assert peak > upper_bound_bytes(built, shape) - head  # otherwise the check above could not fail

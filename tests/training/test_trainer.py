@@ -1,4 +1,4 @@
-"""The trainer against mlx-lm's own modules, against NumPy, and against itself run another way."""
+"""The trainer against mlx-lm's modules, against NumPy, and against itself with other execution settings."""
 
 import json
 
@@ -8,6 +8,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import mixtral
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from scipy.special import expit
 
@@ -27,11 +28,11 @@ from tests.conftest import VOCABULARY, build_examples, build_model, random_adapt
 from tests.training.test_importance import reference as importance_reference
 
 OFF = {"mask": "off", "step_scaling": False}
-ZERO = 1.2784645427610737  # where the derivative of SiLU is 0, and the boundary of its partition
+BOUNDARY = 1.2784645427610737  # of SiLU's partition: its derivative is 0 at minus this
 
 
 def adapted(model=None, **settings):
-    """The tiny llama, or another model, with adapters of fixed initial values."""
+    """Return the tiny llama, or another model, with adapters that always start the same."""
     model = model or build_model()
     mx.random.seed(11)
     adapt(model, NALoRAConfig(**({"num_layers": -1, "rank": 4, "scale": 4.0} | settings)))
@@ -58,18 +59,24 @@ def run(model, examples, optimizer=None, listeners=(), **settings):
 # --- equality with plain LoRA -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [lambda: optim.Adam(3e-3), lambda: optim.AdamW(3e-3, weight_decay=0.1)])
-def test_without_mechanisms_it_is_mlx_lms_lora(build):
-    """20 steps against a loop written here with mlx-lm's LoRALinear, on the same batches, in float32 and float64.
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(lambda: optim.Adam(3e-3), id="adam", marks=pytest.mark.slow),
+        pytest.param(lambda: optim.AdamW(3e-3, weight_decay=0.1), id="adamw"),
+    ],
+)
+def test_without_mechanisms_training_equals_mlx_lms_lora(build):
+    """Compare 20 steps with a training loop over mlx-lm's LoRALinear on the same batches, in float32 and float64.
 
-    Rounding alone takes mlx-lm's own float32 run some 1e-4 away from float64, ten times more or less with another
-    model; ours must stay about as near, on the average of a few.
+    Rounding takes mlx-lm's own float32 run about 1e-4 away from float64, a tenth or ten times as far with another
+    model. On average over some models, ours must stay about as close.
     """
 
     def loss(model, inputs, targets, mask):
         return (nn.losses.cross_entropy(model(inputs), targets) * mask).sum() / mask.sum()
 
-    def theirs(seed, start, dtype):
+    def train_with_mlx_lm(seed, start, dtype):
         model = build_model(seed)
         model.freeze()
         linear_to_lora_layers(model, 3, {"rank": 4, "scale": 4.0, "dropout": 0.0})
@@ -90,17 +97,17 @@ def test_without_mechanisms_it_is_mlx_lms_lora(build):
         ours = adapted(build_model(seed), **OFF)
         start = weights(ours)
         run(ours, build_examples(20, seed), build(), iters=20)
-        exact = theirs(seed, start, mx.float64)
+        exact = train_with_mlx_lm(seed, start, mx.float64)
         moved = {name: exact[name] - start[name] for name in exact}
 
-        def distance(got, exact=exact, moved=moved):
-            return relative_norm({name: moved[name] + got[name] - exact[name] for name in moved}, moved)
+        def error(result, exact=exact, moved=moved):
+            return relative_norm({name: moved[name] + result[name] - exact[name] for name in moved}, moved)
 
-        ratios.append(distance(weights(ours)) / distance(theirs(seed, start, mx.float32)))
+        ratios.append(error(weights(ours)) / error(train_with_mlx_lm(seed, start, mx.float32)))
     assert np.exp(np.mean(np.log(ratios))) < 2
 
 
-# --- the method acts ----------------------------------------------------------------------------------------
+# --- the mechanisms -----------------------------------------------------------------------------------------
 
 METHODS = {
     "soft": {},
@@ -112,8 +119,8 @@ METHODS = {
 
 
 def gate_inputs(model, batches, projections=("gate_proj", "up_proj")):
-    """Gate pre-activations and up branches [layers][real tokens, F] of an unmodified mlx-lm model, by recording."""
-    records, sinks = [], {}
+    """Record the gate pre-activations and up branches of an mlx-lm model; per layer, [real tokens, F] each."""
+    records, outputs = [], {}
 
     class Recorder(nn.Module):
         def __init__(self, inner, where):
@@ -123,17 +130,17 @@ def gate_inputs(model, batches, projections=("gate_proj", "up_proj")):
 
         def __call__(self, x):
             y = self.inner(x)
-            sinks[self._where].append(y)
+            outputs[self._where].append(y)
             return y
 
     for i, layer in enumerate(model.model.layers):
         for name in projections:
-            sinks[i, name] = []
+            outputs[i, name] = []
             layer.mlp[name] = Recorder(layer.mlp[name], (i, name))
     for batch in batches:
         model(mx.array(batch.inputs))
         real = batch.token_mask.astype(bool)
-        records.append({key: np.array(found.pop(), dtype=np.float64)[real] for key, found in sinks.items()})
+        records.append({key: np.array(y.pop(), dtype=np.float64)[real] for key, y in outputs.items()})
     return [
         tuple(np.concatenate([r[i, name] for r in records]) for name in projections)
         for i in range(len(model.model.layers))
@@ -141,7 +148,7 @@ def gate_inputs(model, batches, projections=("gate_proj", "up_proj")):
 
 
 def merged_copy(model):
-    """An unmodified mlx-lm model whose weights hold what the adapted one has learned so far."""
+    """Return an mlx-lm model with the adapters of this one merged into its weights."""
     copy = build_model()
     adapt(copy, NALoRAConfig(num_layers=-1, rank=4, scale=4.0))
     copy.load_weights(list(adapter_weights(model).items()), strict=False)
@@ -150,41 +157,41 @@ def merged_copy(model):
 
 
 def observation(z, u, statistic):
-    """Sums over tokens in float64, from the definitions."""
+    """Sum a layer's statistics over tokens in float64, from their definitions."""
     response = np.abs(expit(z) * (1 + z * expit(-z)))
     if statistic == "sensitivity":
         response = response * np.abs(u)
     return {
         "tokens": np.float64(len(z)),
         "responsiveness": response.sum(0),
-        "above_boundary": np.stack([(z >= -ZERO).sum(0), (z >= ZERO).sum(0)]).astype(np.float64),
+        "above_boundary": np.stack([(z >= -BOUNDARY).sum(0), (z >= BOUNDARY).sum(0)]).astype(np.float64),
     }
 
 
 def take_steps(settings, optimizer, steps=1, accumulate=1, checkpointing=False, compiled=True, adapters=None):
-    """Run TrainingStep by hand; returns (model, step, observations per layer and update)."""
+    """Run TrainingStep; return the model, the step, and the expected statistics per layer and update."""
     examples = build_examples(18, seed=3)
     model = adapted(**settings)
     random_adapters(model, size=0.02) if adapters is None else model.load_weights(adapters, strict=False)
     config = NALoRAConfig(**settings)
     step = TrainingStep(model, optimizer, config, compiled)
     batches = batching.training_batches(examples, 3, 0)
-    seen = []
+    recorded = []
     model.train()
     for _ in range(steps):
         window = [next(batches) for _ in range(accumulate)]
-        seen.append(gate_inputs(merged_copy(model), window))
+        recorded.append(gate_inputs(merged_copy(model), window))
         accumulated, tokens = None, sum(b.supervised_tokens for b in window)
         for i, batch in enumerate(window, 1):
             with recompute_activations(list(model.layers) if checkpointing else []):
                 total, accumulated = step(batch, tokens, accumulated, i == len(window))
             mx.eval(step.state, total, accumulated)
-    observed = [[observation(z, u, config.statistic) for z, u in layers] for layers in seen]
+    observed = [[observation(z, u, config.statistic) for z, u in layers] for layers in recorded]
     return model, step, list(zip(*observed, strict=True))
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_each_column_moves_by_q_times_the_plain_step(name):
+def test_each_column_moves_by_q_times_the_unscaled_step(name):
     settings = METHODS[name] | {"mask_warmup": 0}
     start = adapted(**settings)
     before = weights(start)
@@ -193,33 +200,34 @@ def test_each_column_moves_by_q_times_the_plain_step(name):
     scaled, _, observed = take_steps(settings, optim.Adam(1e-2), adapters=initial)
     parameters = NALoRAConfig(**settings)
     moved_plain, moved = weights(plain), weights(scaled)
-    acted = set()
-    for layer, made in enumerate(observed):
-        q = importance_reference(list(made), parameters, made[0]["responsiveness"].shape)[-1][3]
+    scaled_paths = set()
+    for layer, statistics in enumerate(observed):
+        shape = statistics[0]["responsiveness"].shape
+        q = importance_reference(list(statistics), parameters, shape)[-1][3]
         for branch in parameters.branches:
             path = f"model.layers.{layer}.mlp.{branch}_proj.lora_b"
-            acted.add(path)
-            step, whole = moved[path] - before[path], moved_plain[path] - before[path]
-            np.testing.assert_allclose(step, q * whole, rtol=1e-5, atol=0)
+            scaled_paths.add(path)
+            step, plain_step = moved[path] - before[path], moved_plain[path] - before[path]
+            np.testing.assert_allclose(step, q * plain_step, rtol=1e-5, atol=0)
             frozen = q == 0
             np.testing.assert_array_equal(moved[path][:, frozen], before[path][:, frozen])
             if name == "hard":
-                assert frozen.sum() == 36  # of 48 channels a quarter is kept
+                assert frozen.sum() == 36  # a quarter of 48 channels is kept
                 assert (step[:, ~frozen] != 0).all()
     for path in moved:
-        if path not in acted:
+        if path not in scaled_paths:
             np.testing.assert_array_equal(moved[path], moved_plain[path])
 
 
-def test_decay_acts_on_every_column_alike():
+def test_weight_decay_acts_on_every_column():
     settings = METHODS["hard"] | {"mask_warmup": 0}
     start = adapted(**settings)
     random_adapters(start, size=0.5)
     before, initial = weights(start), list(adapter_weights(start).items())
     model, _, observed = take_steps(settings, optim.AdamW(1e-2, weight_decay=0.3), adapters=initial)
     after = weights(model)
-    for layer, made in enumerate(observed):
-        q = importance_reference(list(made), NALoRAConfig(**settings), (48,))[-1][3]
+    for layer, statistics in enumerate(observed):
+        q = importance_reference(list(statistics), NALoRAConfig(**settings), (48,))[-1][3]
         path = f"model.layers.{layer}.mlp.gate_proj.lora_b"
         np.testing.assert_allclose(
             after[path][:, q == 0], before[path][:, q == 0] * (1 - 1e-2 * 0.3), rtol=1e-6
@@ -230,39 +238,39 @@ def test_decay_acts_on_every_column_alike():
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_importance_state_equals_float64_from_an_unmodified_model(accumulate, checkpointing, compiled):
-    """After k updates, from what an mlx-lm model with the merged weights computes on the same, padded batches."""
+    """After some updates, against an mlx-lm model with the merged weights on the same padded batches."""
     settings = {"statistic": "derivative", "mask_warmup": 1}
     _, step, observed = take_steps(settings, optim.Adam(5e-3), 4, accumulate, checkpointing, compiled)
     parameters = NALoRAConfig(**settings)
-    described = step.importance["layers"]
-    for layer, made in enumerate(observed):
-        s, occupancy, mask, _ = importance_reference(list(made), parameters, (48,))[-1]
-        state = described[f"model.layers.{layer}.mlp"]
+    layers = step.importance["layers"]
+    for layer, statistics in enumerate(observed):
+        s, occupancy, mask, _ = importance_reference(list(statistics), parameters, (48,))[-1]
+        state = layers[f"model.layers.{layer}.mlp"]
         correction = 1 - parameters.beta**4
         assert state.updates.item() == 4
         np.testing.assert_allclose(np.array(state.importance) / correction, s, rtol=1e-5)
         np.testing.assert_allclose(np.array(state.mask), mask, rtol=1e-5)
-        share = np.array(state.above_boundary) / correction
-        np.testing.assert_allclose(share[1], occupancy[2], atol=1e-6)
-        np.testing.assert_allclose(share[0], occupancy[1] + occupancy[2], atol=1e-6)
+        above = np.array(state.above_boundary) / correction
+        np.testing.assert_allclose(above[1], occupancy[2], atol=1e-6)
+        np.testing.assert_allclose(above[0], occupancy[1] + occupancy[2], atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{}, {"route": True}, {"mask": "hard"}], ids=str)
 def test_eager_compiled_and_checkpointed_agree(settings):
-    found = []
+    results = []
     for compiled, checkpointing in ((False, False), (True, False), (True, True), (False, True)):
         model, _, _ = take_steps(
             settings | {"mask_warmup": 1}, optim.SGD(0.05), 4, 2, checkpointing, compiled
         )
-        found.append(weights(model))
-    for other in found[1:]:
-        assert relative_norm(other, found[0]) < 1e-5
+        results.append(weights(model))
+    for other in results[1:]:
+        assert relative_norm(other, results[0]) < 1e-5
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 def test_misalignment_equals_its_definition(packed):
-    """On the first row; measuring compiles nothing, and leaves parameters, optimizer and importance as they are."""
-    # Without adapters in the attention, the first layer's MLP has the same input in the base model.
+    """On the first row. Measuring compiles nothing, and does not change parameters, optimizer or importance."""
+    # Without adapters in the attention, the first MLP has the same input in the base model.
     model, step, _ = take_steps(
         {"keys": ("mlp.gate_proj", "mlp.up_proj"), "dropout": 0.5}, optim.Adam(1e-2), 1
     )
@@ -281,24 +289,24 @@ def test_misalignment_equals_its_definition(packed):
     (z0, _), (z, u) = base[0], tuned[0]
     feature = np.abs((z - z0) * expit(z0) * u).sum()
     selection = np.abs(z * (expit(z) - expit(z0)) * u).sum()
-    got = describe_layers(step)["model.layers.0.mlp"]["misalignment"]
-    assert got == pytest.approx(selection / (feature + selection), rel=1e-5)
+    measured = describe_layers(step)["model.layers.0.mlp"]["misalignment"]
+    assert measured == pytest.approx(selection / (feature + selection), rel=1e-5)
 
 
-def test_measuring_layers_without_misalignment_asks_nothing_of_the_workers():
-    """Of several, a sum of no arrays would end the run."""
+def test_layers_without_misalignment_need_no_sum_over_workers():
+    """With several workers, a sum over no arrays would raise an error."""
     model = adapted()
     step = TrainingStep(model, optim.Adam(1e-2), NALoRAConfig())
     layers = step.importance["layers"]
     for path, state in layers.items():
-        layers[path] = state._replace(misalignment=None)  # as with a plain sigmoid gate
+        layers[path] = state._replace(misalignment=None)  # as for a plain sigmoid gate
     step.workers = Workers(0, 2)
     measure_misalignment(step, batching.collate(build_examples(2), [0, 1]))
     assert all("misalignment" not in row for row in describe_layers(step).values())
 
 
-def test_route_masks_the_gradient_of_lora_a_alone():
-    """From the same state with a hard mask in place: A_g gets x^T ((dz * m) B^T), all else is as without."""
+def test_route_masks_only_the_gradient_of_lora_a():
+    """With a hard mask m, the gradient of A_g is x^T ((dz * m) B^T). The other gradients are as without route."""
     settings = {"mask": "hard", "keep_fraction": 0.25, "mask_warmup": 0}
     examples = build_examples(18, seed=3)
     batch = next(batching.training_batches(examples, 3, 0))
@@ -316,23 +324,24 @@ def test_route_masks_the_gradient_of_lora_a_alone():
             layers[path] = state._replace(mask=mx.array(mask.astype(np.float32)))
         captured = {}
 
-        def keep(window, captured=captured):
+        def capture(window, captured=captured):
             captured.update({k: np.array(v) for k, v in tree_flatten(window.gradients)})
 
-        step._update = keep
+        step._update = capture
         step(batch, batch.supervised_tokens, None, True)
         gradients[route] = captured
-    for name, want in gradients[False].items():
+    for name, plain in gradients[False].items():
+        routed = gradients[True][name]
         if name.endswith("gate_proj.lora_a"):
-            assert not np.allclose(gradients[True][name], want)
+            assert not np.allclose(routed, plain)
         else:
-            np.testing.assert_allclose(gradients[True][name], want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
-    # From x and dz of the first layer, which an unmodified gate shows when a zero is added to its output.
+            np.testing.assert_allclose(routed, plain, rtol=1e-5, atol=1e-6 * np.abs(plain).max())
+    # Get x and dz of the first layer by adding zeros to the output of its gate projection.
     model = adapted(**settings)
     random_adapters(model, size=0.05)
     gate = model.model.layers[0].mlp["gate_proj"]
     b = np.array(gate.lora_b, dtype=np.float64)
-    seen = {}
+    recorded = {}
 
     def loss(shift):
         plain = merged_copy(model)
@@ -341,7 +350,7 @@ def test_route_masks_the_gradient_of_lora_a_alone():
 
         class Gate(nn.Module):
             def __call__(self, x):
-                seen["x"] = mx.stop_gradient(x)
+                recorded["x"] = mx.stop_gradient(x)
                 return x @ weight.T + shift
 
         inner.gate_proj = Gate()
@@ -349,17 +358,17 @@ def test_route_masks_the_gradient_of_lora_a_alone():
         return (ce * mx.array(batch.loss_mask)).sum() / batch.supervised_tokens
 
     dz = np.array(mx.grad(loss)(mx.zeros((*batch.inputs.shape, 48))), dtype=np.float64).reshape(-1, 48)
-    x = np.array(seen["x"], dtype=np.float64).reshape(-1, 32)
-    want = x.T @ ((dz * mask) @ (gate.scale * b).T)
-    got = gradients[True]["model.layers.0.mlp.gate_proj.lora_a"]
-    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+    x = np.array(recorded["x"], dtype=np.float64).reshape(-1, 32)
+    expected = x.T @ ((dz * mask) @ (gate.scale * b).T)
+    routed = gradients[True]["model.layers.0.mlp.gate_proj.lora_a"]
+    assert np.abs(routed - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-# --- right where mlx-lm's trainer is not --------------------------------------------------------------------
+# --- where mlx-lm's trainer is wrong ------------------------------------------------------------------------
 
 
-def test_accumulation_weighs_tokens_not_batches():
-    """Two batches of 3 rows with accumulation give the update of one batch of 6, unequal as they are."""
+def test_accumulation_weights_tokens_not_batches():
+    """Two accumulated batches of 3 rows give the update of one batch of 6, although their lengths differ."""
     examples = build_examples(6, low=4, high=24, seed=5)
     results = []
     for size, accumulate in ((6, 1), (3, 2), (1, 6)):
@@ -377,7 +386,7 @@ def test_accumulation_weighs_tokens_not_batches():
         assert relative_norm(other, results[0]) < 1e-6
 
 
-def test_last_partial_window_and_batch_are_used():
+def test_the_last_partial_batch_and_window_are_used():
     events = []
     model = adapted(**OFF)
     result = run(
@@ -393,25 +402,25 @@ def test_last_partial_window_and_batch_are_used():
     assert result.updates == 2
     total = sum(int(e.loss_mask.sum()) for e in build_examples(7))
     tokens = [e["tokens"] for e in events if e["event"] == "metrics"]
-    assert tokens[2] == total  # the third batch of one row completes the epoch
+    assert tokens[2] == total  # the third batch, of one row, completes the epoch
     assert tokens[5] == 2 * total
 
 
-def test_epochs_count_passes():
+def test_epochs_are_passes_over_the_rows():
     assert run(adapted(), build_examples(7), epochs=2).iterations == 6
 
 
-def test_dropout_is_the_same_in_a_recomputation():
-    """mlx's own dropout draws again when a checkpointed layer runs again, which makes gradients wrong."""
-    found = []
+def test_dropout_is_the_same_when_recomputed():
+    """mlx's own dropout draws a new mask when a checkpointed layer is recomputed, so gradients are wrong."""
+    results = []
     for checkpointing in (False, True):
         model = adapted(dropout=0.4)
         run(model, build_examples(), optim.SGD(0.1), grad_checkpoint=checkpointing, iters=4, seed=3)
-        found.append(weights(model))
-    assert relative_norm(found[1], found[0]) < 1e-5
+        results.append(weights(model))
+    assert relative_norm(results[1], results[0]) < 1e-5
     other = adapted(dropout=0.4)
     run(other, build_examples(), optim.SGD(0.1), iters=4, seed=4)
-    assert relative_norm(weights(other), found[0]) > 1e-4
+    assert relative_norm(weights(other), results[0]) > 1e-4
 
 
 def test_checkpointing_is_undone_and_handles_layers_of_several_classes():
@@ -420,8 +429,7 @@ def test_checkpointing_is_undone_and_handles_layers_of_several_classes():
             return super().__call__(x, mask, cache)
 
     model = build_model()
-    odd = model.model.layers[1]
-    odd.__class__ = Other
+    model.model.layers[1].__class__ = Other
     calls = {cls: cls.__call__ for cls in (Other, type(model.model.layers[0]))}
     adapt(model, NALoRAConfig(num_layers=-1))
     random_adapters(model)
@@ -430,17 +438,17 @@ def test_checkpointing_is_undone_and_handles_layers_of_several_classes():
     def loss(model):
         return mx.square(model(mx.array(batch.inputs))).mean()
 
-    want = nn.value_and_grad(model, loss)(model)[1]
+    expected = nn.value_and_grad(model, loss)(model)[1]
     with recompute_activations(list(model.layers)):
         assert Other.__call__ is not calls[Other]
-        got = nn.value_and_grad(model, loss)(model)[1]
+        recomputed = nn.value_and_grad(model, loss)(model)[1]
     for cls, call in calls.items():
         assert cls.__call__ is call
-    for (name, a), (_, b) in zip(tree_flatten(got), tree_flatten(want), strict=True):
+    for (name, a), (_, b) in zip(tree_flatten(recomputed), tree_flatten(expected), strict=True):
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=2e-4, atol=1e-7, err_msg=name)
 
 
-def test_evaluation_is_the_mean_over_all_supervised_tokens(model):
+def test_evaluation_is_the_mean_over_supervised_tokens(model):
     examples = build_examples(7)
     batches = batching.evaluation_batches(examples, 3, -1, 0)
     loss, tokens = evaluate(model, batches)
@@ -455,13 +463,11 @@ def test_evaluation_is_the_mean_over_all_supervised_tokens(model):
 
 
 def test_a_step_without_supervised_tokens_changes_nothing():
-    from nalora_mlx.data.batches import Batch
-
     model = adapted(**OFF)
     step = TrainingStep(model, optim.SGD(1.0))
     before = weights(model)
     zeros = np.zeros((2, 8), np.int32)
-    batch = Batch(zeros, zeros, np.zeros((2, 8), np.float32), np.zeros((2, 8), np.float32), (0, 1))
+    batch = batching.Batch(zeros, zeros, np.zeros((2, 8), np.float32), np.zeros((2, 8), np.float32), (0, 1))
     total, _ = step(batch, 0, None, True)
     assert total.item() == 0
     for name, array in weights(model).items():
@@ -469,7 +475,7 @@ def test_a_step_without_supervised_tokens_changes_nothing():
 
 
 def test_an_adapted_head_gets_its_gradient():
-    """With adapters on the embedding (which is the tied head) chunks would drop its gradient; they are not used."""
+    """With adapters on the tied embedding, tiles would drop the gradient of the head, so they are not used."""
     keys = ("mlp.gate_proj", "model.embed_tokens")
     model = adapted(keys=keys)
     random_adapters(model)
@@ -483,43 +489,42 @@ def test_an_adapted_head_gets_its_gradient():
         losses = nn.losses.cross_entropy(model(mx.array(batch.inputs)), mx.array(batch.targets))
         return (losses * mx.array(batch.loss_mask)).sum() / batch.supervised_tokens
 
-    want = dict(tree_flatten(nn.value_and_grad(model, full)(model)[1]))
+    expected = dict(tree_flatten(nn.value_and_grad(model, full)(model)[1]))
     before = weights(model)
     step(batch, batch.supervised_tokens, None, True)
     for name, after in weights(model).items():
-        moved = before[name] - after
-        assert np.abs(moved - np.array(want[name])).max() < 1e-5 * np.abs(np.array(want[name])).max(), name
+        gradient, step_taken = np.array(expected[name]), before[name] - after
+        assert np.abs(step_taken - gradient).max() < 1e-5 * np.abs(gradient).max(), name
 
 
-def test_no_more_logits_than_a_tile(monkeypatch):
-    """The head is run on scored positions only, so many at a time, and on so many entries of the vocabulary."""
+def test_logits_are_computed_in_tiles(monkeypatch):
+    """The head runs on supervised positions only, in tiles of positions and of vocabulary entries."""
     from nalora_mlx.ops import cross_entropy
 
     monkeypatch.setattr(cross_entropy, "TILE_COLUMNS", 7)
     step = TrainingStep(adapted(), optim.SGD(1.0), compiled=False)
     step.loss.rows = 16
-    shapes, part = [], step.loss.head.logits_for
+    shapes, logits_for = [], step.loss.head.logits_for
 
-    def listening(hidden, which):
-        shapes.append(part(hidden, which).shape)
-        return part(hidden, which)
+    def recording(hidden, which):
+        shapes.append(logits_for(hidden, which).shape)
+        return logits_for(hidden, which)
 
-    monkeypatch.setattr(step.loss.head, "logits_for", listening)
+    monkeypatch.setattr(step.loss.head, "logits_for", recording)
     batch = next(batching.training_batches(build_examples(40, low=30, high=40), 8, 0))
     step(batch, batch.supervised_tokens, None, True)
     assert max(rows for rows, _ in shapes) == 16
-    width = 2 * 7  # of few rows
+    width = 2 * 7  # tiles are wider when they have few rows
     assert {columns for _, columns in shapes} == {width, VOCABULARY % width, 16, shapes[-1][1]}
     scored = sum(rows for rows, columns in shapes if columns == VOCABULARY % width)
-    assert (
-        2 * batch.supervised_tokens <= scored < 1.3 * 2 * batch.supervised_tokens
-    )  # each tile and its gradient
+    # Each tile is computed for the loss and again for its gradient.
+    assert 2 * batch.supervised_tokens <= scored < 1.3 * 2 * batch.supervised_tokens
 
 
 # --- the run as a whole -------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_saves_and_says_so(tmp_path):
+def test_a_run_learns_saves_and_reports(tmp_path):
     model = adapted()
     events = []
     examples = build_examples(9, seed=2)
@@ -531,8 +536,8 @@ def test_a_run_learns_saves_and_says_so(tmp_path):
     assert result.best_valid_loss == min(
         e["loss"] for e in events if e.get("split") == "valid" and e["step"] > 0
     )
-    found = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file())
-    assert found == [
+    files = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file())
+    assert files == [
         "adapter_config.json",
         "adapters.safetensors",
         "best/adapter_config.json",
@@ -552,9 +557,9 @@ def test_a_run_learns_saves_and_says_so(tmp_path):
     saved = mx.load(str(tmp_path / "run" / "adapters.safetensors"))
     for name, array in weights(model).items():
         np.testing.assert_array_equal(np.array(saved[name]), array)
-    description = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    assert description["fine_tune_type"] == "lora"
-    assert "mlp.gate_proj" in description["lora_parameters"]["keys"]
+    adapter_config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert adapter_config["fine_tune_type"] == "lora"
+    assert "mlp.gate_proj" in adapter_config["lora_parameters"]["keys"]
     steps = [e["step"] for e in events if e.get("split") == "valid"]
     assert steps == [0, 10, 20, 30]
     layer = next(e for e in events if e.get("split") == "train")["layers"]["model.layers.0.mlp"]
@@ -563,16 +568,16 @@ def test_a_run_learns_saves_and_says_so(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_bits():
-    found = []
+    results = []
     for _ in range(2):
         model = adapted(dropout=0.1)
         run(model, build_examples(), iters=6)
-        found.append(weights(model))
-    for name in found[0]:
-        np.testing.assert_array_equal(found[0][name], found[1][name])
+        results.append(weights(model))
+    for name in results[0]:
+        np.testing.assert_array_equal(results[0][name], results[1][name])
 
 
-def test_diverging_stops_with_a_reason():
+def test_a_diverging_run_stops_with_advice():
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         run(adapted(), build_examples(), optim.SGD(1e30), iters=20)
 
@@ -591,10 +596,8 @@ def test_bad_settings_and_models_are_refused(model):
 
 
 @pytest.mark.parametrize("length", [7, 40], ids=["unsorted", "sorted"])
-def test_importance_of_experts_counts_tokens_by_routing(length):
-    """Per expert and channel, from the routing and the weights of an unmodified model in float64; padding left out."""
-    from mlx_lm.models import mixtral
-
+def test_the_importance_of_experts_follows_the_routing(length):
+    """Per expert and channel, against float64 from the routing and weights of an mlx-lm model, without padding."""
     from tests.adapters.test_adapters import MIXTRAL
 
     args = MIXTRAL | {"num_local_experts": 8}
@@ -605,26 +608,27 @@ def test_importance_of_experts_counts_tokens_by_routing(length):
     tokens = rng.integers(1, 60, (2, length + 1)).astype(np.int32)
     real = np.ones((2, length), np.float32)
     real[1, length // 2 :] = 0
-    heard = []
+    recorded = []
 
-    class Listening(nn.Module):
+    class Recorder(nn.Module):
         def __init__(self, inner):
             super().__init__()
             self.inner = inner
 
         def __call__(self, x, indices):
-            heard.append((np.array(x, np.float64), np.array(indices)))
+            recorded.append((np.array(x, np.float64), np.array(indices)))
             return self.inner(x, indices)
 
     for layer in plain.model.layers:
-        layer.block_sparse_moe.switch_mlp = Listening(layer.block_sparse_moe.switch_mlp)
+        layer.block_sparse_moe.switch_mlp = Recorder(layer.block_sparse_moe.switch_mlp)
     plain(mx.array(tokens[:, :-1]))
     step = TrainingStep(model, optim.SGD(0.0), config)
     batch = batching.Batch(tokens[:, :-1], tokens[:, 1:], real, real, (0, 1))
     total, _ = step(batch, batch.supervised_tokens, None, True)
     mx.eval(step.state, total)
     idle = 0
-    for layer, (x, chosen) in enumerate(heard):
+    assert len(recorded) == len(plain.model.layers)
+    for layer, (x, chosen) in enumerate(recorded):
         weight = np.array(
             plain.model.layers[layer].block_sparse_moe.switch_mlp.inner.gate_proj.weight, np.float64
         )
@@ -634,41 +638,41 @@ def test_importance_of_experts_counts_tokens_by_routing(length):
             rows = x[keep & (chosen == expert).any(axis=1)]
             assert state.updates[expert].item() == (len(rows) > 0)
             z = rows @ weight[expert].T
-            want = np.abs(expit(z) * (1 + z * expit(-z))).mean(axis=0) if len(rows) else np.zeros(48)
+            expected = np.abs(expit(z) * (1 + z * expit(-z))).mean(axis=0) if len(rows) else np.zeros(48)
             idle += len(rows) == 0
             np.testing.assert_allclose(
-                np.array(state.importance[expert]) / (1 - 0.9), want, rtol=2e-5, atol=1e-6
+                np.array(state.importance[expert]) / (1 - 0.9), expected, rtol=2e-5, atol=1e-6
             )
     assert idle > 0 or length > 7
 
 
-# --- memory between the steps -------------------------------------------------------------------------------
+# --- memory between steps -----------------------------------------------------------------------------------
 
 
 def test_the_wired_limit_is_set_before_the_first_step(monkeypatch):
-    """As mlx-lm sets it: to what the device recommends, before anything runs; a CPU recommends nothing."""
-    happened = []
+    """To what the device recommends, before anything runs, as mlx-lm does. A CPU recommends nothing."""
+    calls = []
     recommended = {**mx.device_info(), "max_recommended_working_set_size": 12345}
     monkeypatch.setattr(mx, "device_info", lambda *_: recommended)
-    monkeypatch.setattr(mx, "set_wired_limit", lambda size: happened.append(size))
-    run(adapted(), build_examples(6), listeners=[lambda event: happened.append(event["event"])], iters=2)
-    assert happened[:2] == [12345, "start"]
-    assert happened.count(12345) == 1
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: calls.append(size))
+    run(adapted(), build_examples(6), listeners=[lambda event: calls.append(event["event"])], iters=2)
+    assert calls[:2] == [12345, "start"]
+    assert calls.count(12345) == 1
 
 
 @pytest.mark.parametrize(("threshold", "keeps"), [(0, False), (10**12, True)])
-def test_the_cache_is_cleared_after_every_step_that_leaves_more_than_the_threshold(threshold, keeps):
-    kept = []
+def test_the_cache_is_cleared_above_the_threshold(threshold, keeps):
+    cached = []
     mx.clear_cache()
     run(
         adapted(),
         build_examples(12),
-        listeners=[lambda event: kept.append(mx.get_cache_memory()) if event["event"] == "step" else None],
+        listeners=[lambda event: cached.append(mx.get_cache_memory()) if event["event"] == "step" else None],
         clear_cache_threshold=threshold,
     )
     mx.clear_cache()
-    assert len(kept) == 8
+    assert len(cached) == 8
     if keeps:
-        assert min(kept) > 10**5
+        assert min(cached) > 10**5
     else:
-        assert max(kept) < 10**4
+        assert max(cached) < 10**4
