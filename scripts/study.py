@@ -248,6 +248,8 @@ def run_all(settings: list[Setting], args: argparse.Namespace) -> list[dict[str,
         ProcessPoolExecutor(args.jobs, mp_context=context) as pool,
         args.output.open("a") as file,
     ):
+        if file.tell() and not args.output.read_bytes().endswith(b"\n"):
+            file.write("\n")  # end the incomplete line of an interrupted run
         futures = {pool.submit(run, setting, args.data): setting for setting in waiting}
         for count, future in enumerate(as_completed(futures), 1):
             setting = futures[future]

@@ -1,6 +1,7 @@
-"""Tiny random models, a tiny tokenizer, and rows of data that all tests share."""
+"""Tiny random models, a tiny tokenizer and rows of data for all tests."""
 
 import json
+import shutil
 import signal
 
 import mlx.core as mx
@@ -12,10 +13,10 @@ from mlx_lm.models import llama
 
 from nalora_mlx.data.tokenization import Example
 
-# Everywhere the same arithmetic: the tolerances are those of float32 on a CPU, on a Mac as well.
+# Tolerances are for float32 on a CPU, also on a Mac.
 mx.set_default_device(mx.cpu)
 
-# A suite that is started with nohup, or in the background, ignores these, and so would the programs that it starts.
+# With nohup or in the background, these signals are ignored, and so they would be in programs that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -57,7 +58,7 @@ def llama_args(**changes):
 
 
 def build_model(seed=0, module=llama, args=None, dtype=mx.float32, gain=3.0):
-    """A random model whose gates see inputs large enough to be nonlinear."""
+    """Return a random model with gate inputs large enough to be nonlinear."""
     mx.random.seed(seed)
     args = args or llama_args()
     model = module.Model(module.ModelArgs.from_dict(args))
@@ -71,7 +72,7 @@ def build_model(seed=0, module=llama, args=None, dtype=mx.float32, gain=3.0):
 
 
 def random_adapters(model, seed=7, size=0.05):
-    """Give every lora_b random values, so that adapters do something."""
+    """Give every lora_b random values, so that adapters have an effect."""
     key = mx.random.key(seed)
     for name, array in tree_flatten(model.trainable_parameters()):
         if name.endswith("lora_b"):
@@ -81,7 +82,7 @@ def random_adapters(model, seed=7, size=0.05):
 
 
 def build_examples(count=12, seed=0, low=5, high=20, prompt=2):
-    """Random rows of unequal lengths whose first tokens are an unsupervised prompt."""
+    """Return random rows of different lengths, whose first tokens are an unsupervised prompt."""
     rng = np.random.default_rng(seed)
     examples = []
     for row in range(count):
@@ -105,7 +106,7 @@ def examples():
 
 @pytest.fixture(scope="session")
 def tokenizer_directory(tmp_path_factory):
-    """A word-level tokenizer with a chat template, as transformers saves it."""
+    """Return the directory of a word-level tokenizer with a chat template, as transformers saves it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -152,9 +153,7 @@ def tokenizer(tokenizer_directory):
 
 @pytest.fixture(scope="session")
 def model_directory(tokenizer_directory, tmp_path_factory):
-    """A tiny llama as an mlx-lm directory, with the tokenizer."""
-    import shutil
-
+    """Return the directory of a tiny llama with the tokenizer, as mlx-lm saves it."""
     directory = tmp_path_factory.mktemp("base") / "model"
     shutil.copytree(tokenizer_directory, directory)
     model = build_model()
@@ -165,7 +164,7 @@ def model_directory(tokenizer_directory, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory):
-    """Prompt/completion rows over the tokenizer's words."""
+    """Return a directory with prompt/completion rows of the tokenizer's words."""
     directory = tmp_path_factory.mktemp("data")
     animals, colours, numbers = ("cat", "dog", "bird"), ("red", "blue", "green"), ("one", "two", "three")
     rows = [

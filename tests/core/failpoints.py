@@ -1,4 +1,4 @@
-"""One save of a run whose process dies, or whose disk is full, at a given operation.
+"""One save of a run whose process dies, or whose disk is disk_full, at a given operation.
 
 python -m tests.core.failpoints DIRECTORY STOP
 
@@ -22,17 +22,17 @@ from nalora_mlx.core.storage import arrays_writer, copy_writer, json_writer
 from nalora_mlx.runs.checkpoints import BEST_FILE, CheckpointWriter
 
 
-def files(value: int) -> dict[str, storage.Writer]:
+def adapter_files(value: int) -> dict[str, storage.Writer]:
     array = {"a": mx.full((600,), value)}
     mx.eval(array)
     return {ADAPTER_FILE: arrays_writer(array), ADAPTER_CONFIG: json_writer({"value": value})}
 
 
-def whole(value: int, best: Path | None) -> dict[str, storage.Writer]:
+def checkpoint_files(value: int, best: Path | None) -> dict[str, storage.Writer]:
     extra = {} if best is None else {BEST_FILE: copy_writer(best)}
     array = {"b": mx.full((900,), value)}
     mx.eval(array)
-    return {**files(value), **extra, "state.safetensors": arrays_writer(array)}
+    return {**adapter_files(value), **extra, "state.safetensors": arrays_writer(array)}
 
 
 def save(directory: Path, value: int) -> list[str]:
@@ -41,8 +41,8 @@ def save(directory: Path, value: int) -> list[str]:
     saver = CheckpointWriter(
         directory,
         2,
-        lambda: files(value),
-        lambda best: whole(value, best),
+        lambda: adapter_files(value),
+        lambda best: checkpoint_files(value, best),
         lambda event, **content: notices.append(content["text"]) if event == "notice" else None,
     )
     saver.save_best()
@@ -116,7 +116,7 @@ class Operations:
         return call
 
 
-def full() -> None:
+def disk_full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

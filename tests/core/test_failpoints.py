@@ -20,7 +20,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.locks import is_locked, lock_directory
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.directory import remove_partial_files
-from tests.core.failpoints import WRITES, Operations, files, full, save, whole
+from tests.core.failpoints import WRITES, Operations, adapter_files, checkpoint_files, disk_full, save
 
 
 # The tests with this parameter start a process for each place where a save can be interrupted.
@@ -60,7 +60,7 @@ def check(directory):
     steps = checkpoints.steps(directory / "checkpoints")
     for step, path in steps.items():
         assert value_of(path) == step
-        assert {p.name for p in path.iterdir()} == {*whole(step, Path("x"))}
+        assert {p.name for p in path.iterdir()} == {*checkpoint_files(step, Path("x"))}
         best = storage.read_arrays(path / "best.safetensors")["a"].tolist()
         assert len(set(best)) == 1
         assert best[0] <= step
@@ -131,7 +131,7 @@ def test_a_full_disk_at_any_operation_leaves_old_files_intact(before, tmp_path):
     while not finished:
         directory = tmp_path / str(stop)
         shutil.copytree(before, directory)
-        with Operations(stop, full) as operations:
+        with Operations(stop, disk_full) as operations:
             notices = save(directory, 3)
         finished = operations.count <= stop
         assert check(directory) >= {2}
@@ -177,7 +177,7 @@ RENAMES = 6  # two files of best, the checkpoint, two files of the adapter, and 
 def test_a_save_flushes_before_and_after_each_rename(before, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(before, directory)
-    with Operations(-1, full) as operations:
+    with Operations(-1, disk_full) as operations:
         assert save(directory, 3) == []
     kinds = dict.fromkeys(WRITES, "write") | {"replace": "rename", "rename": "rename", "fsync": "fsync"}
     assert check_order([(kinds[n], paths) for n, paths in operations.events if n in kinds]) == RENAMES
@@ -431,7 +431,7 @@ def test_json_files_must_hold_an_object_of_limited_size(tmp_path, monkeypatch):
 
 
 def test_missing_directories_are_made(tmp_path):
-    assert set(files(1)) == {"adapters.safetensors", "adapter_config.json"}
+    assert set(adapter_files(1)) == {"adapters.safetensors", "adapter_config.json"}
     storage.write_file(tmp_path / "a" / "b" / "x.json", storage.json_writer({"a": 1}))
     assert json.loads((tmp_path / "a" / "b" / "x.json").read_text()) == {"a": 1}
 

@@ -5,6 +5,7 @@ comparison the adapter's effect is at least 100 times the tolerance.
 """
 
 import json
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -84,31 +85,36 @@ def _messages(row):
 
 
 @pytest.fixture(scope="module")
-def files(adapter, tmp_path_factory):
-    """Export the tuned model in every format; return name -> path."""
+def exported(adapter, tmp_path_factory):
+    """Return a function that exports a file once: a type of the tuned model, "base", or "lora"."""
     pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
-    place = tmp_path_factory.mktemp("exports")
+    directory = tmp_path_factory.mktemp("exports")
 
-    def export(format, name, *flags, merge=True):
-        which = ["--adapter-path", str(adapter)] if merge else []
-        where = ["--model", str(MODEL), "--output", str(place / name)]
-        assert main(["export", format, *where, *which, *flags]) == 0
-        return place / name
+    @cache
+    def export(file):
+        path = directory / f"{file}.gguf"
+        command = ["export", "gguf-lora" if file == "lora" else "gguf", "--model", str(MODEL)]
+        if file != "base":
+            command += ["--adapter-path", str(adapter)]
+        if file != "lora":
+            command += ["--type", "f32" if file == "base" else file]
+        assert main([*command, "--output", str(path)]) == 0
+        return path
 
-    found = {
-        type: export("gguf", f"{type}.gguf", "--type", type) for type in ("f32", "f16", "q8_0", "q4_k_m")
-    }
-    found["base"] = export("gguf", "model.gguf", "--type", "f32", merge=False)
-    found["lora"] = export("gguf-lora", "lora.gguf")
-    return found
+    return export
 
 
 @pytest.mark.parametrize(
-    ("file", "lora", "tolerance"), [("f32", None, 1e-5), ("f16", None, 2e-3), ("base", "lora", 1e-5)]
+    ("file", "lora", "tolerance"),
+    [
+        ("f32", None, 1e-5),
+        pytest.param("f16", None, 2e-3, marks=pytest.mark.slow),
+        ("base", "lora", 1e-5),
+    ],
 )
-def test_llama_cpp_gives_the_same_logits(expected, files, file, lora, tolerance):
+def test_llama_cpp_gives_the_same_logits(expected, exported, file, lora, tolerance):
     llama_cpp.require()
-    with llama_cpp.Llama(files[file], loras={files[lora]: 1.0} if lora else None, context=512) as llama:
+    with llama_cpp.Llama(exported(file), loras={exported(lora): 1.0} if lora else None, context=512) as llama:
         for ids, base, tuned in zip(expected["ids"], *expected["logits"].values(), strict=True):
             assert llama.tokenize(expected["tokenizer"].decode(ids)) == ids
             close(llama.logits(ids), tuned, base, tolerance)
@@ -136,17 +142,22 @@ def chat(path, lora, chats):
     return answers
 
 
-@pytest.mark.parametrize(("file", "lora"), [("f32", None), ("base", "lora")])
-def test_llama_cpp_gives_the_same_greedy_answers(expected, files, file, lora):
+@pytest.mark.parametrize(
+    ("file", "lora"), [("f32", None), pytest.param("base", "lora", marks=pytest.mark.slow)]
+)
+def test_llama_cpp_gives_the_same_greedy_answers(expected, exported, file, lora):
     llama_cpp.require()
-    assert chat(files[file], files[lora] if lora else None, expected["chats"]) == expected["answers"]["tuned"]
+    assert (
+        chat(exported(file), exported(lora) if lora else None, expected["chats"])
+        == expected["answers"]["tuned"]
+    )
 
 
-@pytest.mark.parametrize("file", ["q8_0", "q4_k_m"])
-def test_quantized_files_answer_like_the_tuned_model(expected, files, file):
+@pytest.mark.parametrize("file", [pytest.param("q8_0", marks=pytest.mark.slow), "q4_k_m"])
+def test_quantized_files_answer_like_the_tuned_model(expected, exported, file):
     """Rounding may change words, but the answers stay closer to the tuned model's than the base's are."""
     llama_cpp.require()
-    answers = chat(files[file], None, expected["chats"])
+    answers = chat(exported(file), None, expected["chats"])
     shared = [_shared_words(a, t) for a, t in zip(answers, expected["answers"]["tuned"], strict=True)]
     before = [_shared_words(b, t) for b, t in zip(*expected["answers"].values(), strict=True)]
     assert np.mean(shared) > 0.5 > np.mean(before)

@@ -1,4 +1,4 @@
-"""The house: which way imports point, what importing may cost, and what is not allowed anywhere."""
+"""The order of imports, the cost of importing, and rules for the whole package."""
 
 import ast
 import importlib
@@ -15,11 +15,11 @@ from nalora_mlx.__main__ import COMMANDS
 
 PACKAGE = Path(nalora_mlx.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-LONGEST = 350  # lines of a module
-MOST_MODULES = 12  # at the top level of the package
+MAX_LINES = 350  # of a module
+MAX_MODULES = 12  # at the top level of the package
 
-# A package may import the packages of earlier lines, and no other package of its own line. Whatever else stands at the
-# top level are commands, and what commands share: these may import every package, and one another without a cycle.
+# A package may import packages of earlier lines, but no other package of its own line. All other modules are commands
+# and what they share. These may import every package, and one another without a cycle.
 PACKAGES = [
     ["core"],
     ["ops", "data"],
@@ -45,9 +45,9 @@ def level(module: str) -> int:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of the project that a file imports when it runs, in functions too.
+    """Return the modules of the package that a file imports when it runs, including imports in functions.
 
-    Imports for type checkers and those of `python -m` do not count.
+    Imports for type checkers and under `if __name__ == "__main__"` do not count.
     """
     tree = ast.parse(path.read_text())
     skipped = {
@@ -61,7 +61,10 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "nalora_mlx":
+        assert not (isinstance(node, ast.ImportFrom) and node.level), (
+            f"{path}: relative imports are not followed"
+        )
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "nalora_mlx":
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= names & MODULES.keys() or {node.module}
         if isinstance(node, ast.Import):
@@ -72,15 +75,15 @@ def imports(path: Path) -> set[str]:
 def test_imports_follow_the_order_of_packages():
     wrong = []
     for module, path in MODULES.items():
-        own = module.split(".")[:2]
+        package = module.split(".")[:2]
         for target in imports(path):
-            same = target.split(".")[:2] == own
-            if target != "nalora_mlx" and not same and level(target) >= level(module) < COMMANDS_LEVEL:
+            inside = target.split(".")[:2] == package
+            if target != "nalora_mlx" and not inside and level(target) >= level(module) < COMMANDS_LEVEL:
                 wrong.append(f"{module} imports {target}")
     assert wrong == []
 
 
-def test_there_is_no_import_cycle():
+def test_there_are_no_import_cycles():
     graph = {module: imports(path) - {"nalora_mlx"} for module, path in MODULES.items()}
     del graph["nalora_mlx"]
     while leaves := [module for module, targets in graph.items() if not targets & graph.keys()]:
@@ -89,17 +92,17 @@ def test_there_is_no_import_cycle():
     assert graph == {}
 
 
-def test_modules_stay_small_and_the_top_level_short():
-    long = {
+def test_modules_and_the_top_level_are_small():
+    too_long = {
         name: count
         for name, path in MODULES.items()
-        if (count := len(path.read_text().splitlines())) > LONGEST
+        if (count := len(path.read_text().splitlines())) > MAX_LINES
     }
-    assert long == {}
-    assert len(list(PACKAGE.glob("*.py"))) <= MOST_MODULES
+    assert too_long == {}
+    assert len(list(PACKAGE.glob("*.py"))) <= MAX_MODULES
 
 
-def test_every_package_says_what_it_is_for_and_exports_its_names():
+def test_every_package_has_a_docstring_and_exports_its_names():
     for name in LEVEL:
         package = importlib.import_module(f"nalora_mlx.{name}")
         assert len((package.__doc__ or "").split()) > 15, name
@@ -136,12 +139,12 @@ def test_help_imports_nothing_heavy_and_is_quick(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--debug" in done.stdout
-    tic = time.perf_counter()
+    start = time.perf_counter()
     assert run("nalora_mlx", command, "--help").returncode == 0
-    assert time.perf_counter() - tic < 5  # a second on a quiet machine
+    assert time.perf_counter() - start < 5  # about one second on a quiet machine
 
 
-def test_the_front_door():
+def test_the_main_command():
     assert "lora" in run("nalora_mlx", "--help").stdout
     assert run("nalora_mlx", "--version").stdout.startswith("nalora ")
     wrong = run("nalora_mlx", "lroa")
@@ -150,10 +153,10 @@ def test_the_front_door():
     assert run("nalora_mlx").returncode == 2
 
 
-def test_importing_opens_no_connection():
+def test_importing_opens_no_connections():
     code = (
         "import socket\n"
-        "def refuse(*a, **k): raise SystemExit('a connection')\n"
+        "def refuse(*a, **k): raise SystemExit('connected')\n"
         "socket.socket.connect = refuse\n"
         "import nalora_mlx, nalora_mlx.training.trainer, nalora_mlx.adapters.attach, nalora_mlx.models.loading\n"
         "assert nalora_mlx.NALoRAConfig().rank == 8 and nalora_mlx.train and nalora_mlx.adapt"

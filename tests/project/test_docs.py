@@ -1,7 +1,7 @@
-"""The documentation: every command in it runs, every flag, file and link that it names exists, every made page is new.
+"""The documentation: its commands run, its flags, files and links exist, and generated pages are up to date.
 
-The bash blocks of a page run in order in an empty directory of its own. Words in capitals (MODEL, DATA, RUN ...) are
-what a reader fills in, and are there; names of models on the Hub become a tiny model, and runs take a few iterations.
+The bash blocks of a page run in order, in a directory per page. Placeholders in capitals (MODEL, DATA, RUN ...) exist
+there. Names of models on the Hub are replaced by a tiny model, and training takes a few iterations.
 """
 
 import importlib
@@ -29,38 +29,38 @@ from tests.interop import gguf_models
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_EXAMPLES = [*PAGES, *sorted((ROOT / "examples").glob("**/README.md"))]  # links and flags are checked
-MADE = {
-    "api_reference": "docs/api.md",
-    "mac_recipes": "docs/memory.md",
-    "method_figures": "docs/images/phi.svg",
-}
+WITH_EXAMPLES = [
+    *PAGES,
+    *sorted((ROOT / "examples").glob("**/README.md")),
+]  # whose links and flags are checked
+GENERATED = ("api_reference", "mac_recipes", "method_figures")  # scripts that generate pages or parts of them
+SLOW_PAGES = ("getting-started", "migration", "report")  # whose commands take long; other tests run them too
 
-# Lines that no test runs: how they begin, and why.
+# Lines that no test runs, by how they begin, and why.
 NOT_RUN = {
     "pip": "installs",
     "brew": "installs",
     "apt": "installs",
     "sudo": "installs",
     "git clone": "needs the network",
-    "python3 -m venv": "makes an environment",
+    "python3 -m venv": "creates an environment",
     "source": "changes the shell",
     ".": "changes the shell",
     "ollama": "another program",
     "llama-cli": "another program",
     "llama-server": "another program",
     "vllm": "another program",
-    "curl": "asks a server that is not there",
+    "curl": "needs a server",
     "open": "opens a window",
-    "bash scripts/": "long; scripts/test.sh is what runs this",
-    "python scripts/": "long, and no part of the package",
+    "bash scripts/": "slow; scripts/test.sh runs these tests",
+    "python scripts/": "slow, and not part of the package",
     "python examples/": "tests/project/test_examples.py runs it",
     "jupyter": "opens a window",
 }
-SHELL = ("mkdir", "ls", "cat", "head", "echo", "printf", "cp")  # run by bash as they are
-RUNS = ("ADAPTERS", "RUN", "RUN_A", "RUN_B", "A", "B")  # placeholders for what nalora lora has written
+SHELL = ("mkdir", "ls", "cat", "head", "echo", "printf", "cp")  # run by bash unchanged
+RUNS = ("ADAPTERS", "RUN", "RUN_A", "RUN_B", "A", "B")  # placeholders for output directories of nalora lora
 HUB_NAME = re.compile(r"[A-Za-z][\w.-]*/[\w.-]+")
-# Flags of other programs that the pages name.
+# Flags of other programs in the pages.
 FOREIGN = {
     "--check": "our scripts",
     "--dtype": "mlx_lm.convert",
@@ -76,57 +76,61 @@ FOREIGN = {
 }
 
 
-# --- what a page says to run --------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def bash_blocks(page):
+    """Return the content of a page's bash blocks."""
+    return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M)
 
 
 def lines(page):
-    """The command lines of a page's bash blocks, in order."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M)
-    joined = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    """Return the command lines of a page's bash blocks, in order."""
+    joined = [line for block in bash_blocks(page) for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in joined if shlex.split(line, comments=True)]
 
 
 def why_not_run(line):
-    """Why no test runs a line; None if one does."""
-    found = [start for start in NOT_RUN if line == start or line.startswith((f"{start} ", f"{start}/"))]
-    found += [start for start in NOT_RUN if start.endswith("/") and line.startswith(start)]
-    return NOT_RUN[max(found, key=len)] if found else None
+    """Return why no test runs a line, or None if it is run."""
+    matches = [start for start in NOT_RUN if line == start or line.startswith((f"{start} ", f"{start}/"))]
+    matches += [start for start in NOT_RUN if start.endswith("/") and line.startswith(start)]
+    return NOT_RUN[max(matches, key=len)] if matches else None
 
 
 class Reader:
-    """Does what a page says, line by line, in the current directory."""
+    """Runs the lines of a page in the current directory."""
 
-    iterations = 3
+    iterations = 3  # of the last training run
 
-    def do(self, line):
-        """Run a line, or raise AssertionError: it is unknown, or it fails."""
+    def run(self, line):
+        """Run a line. Raise AssertionError if it is unknown or fails."""
         before, bar, line = line.rpartition(" | ") if " | nalora" in line else ("", "", line)
-        said = self.shell(before) if bar else "hello\n"
+        stdin = self.shell(before) if bar else "hello\n"
         words, target = shlex.split(line, comments=True), None
         if ">" in words:
-            place = words.index(">")
-            words, target = words[:place], words[place + 1]
-        settings = {}
+            index = words.index(">")
+            words, target = words[:index], words[index + 1]
+        environment = {}
         while re.fullmatch(r"[A-Z_]+=.*", words[0]):
             name, _, value = words.pop(0).partition("=")
-            settings[name] = value
-        if words[0] == "mlx.launch":  # that it starts workers is for test_distributed.py
+            environment[name] = value
+        if words[0] == "mlx.launch":  # test_distributed.py tests several workers
             words = words[next(i for i, word in enumerate(words) if word in ("nalora", "python")) :]
         output = io.StringIO()
-        with mock.patch.dict(os.environ, settings), mock.patch.object(sys, "stdin", io.StringIO(said)):
+        with mock.patch.dict(os.environ, environment), mock.patch.object(sys, "stdin", io.StringIO(stdin)):
             if words[0] == "nalora" or (words[:2] == ["python", "-m"] and words[2].startswith("nalora_mlx.")):
                 words = words[1:] if words[0] == "nalora" else [words[2].split(".")[1], *words[3:]]
                 with redirect_stdout(output):
                     status = self.nalora(words)
             elif words[0].startswith("mlx_lm."):
-                argv = [sys.executable, "-m", words[0], *self.filled(words[1:])]
-                done = subprocess.run(argv, text=True, input=said, stdout=subprocess.PIPE)
+                argv = [sys.executable, "-m", words[0], *self.with_tiny_model(words[1:])]
+                done = subprocess.run(argv, text=True, input=stdin, stdout=subprocess.PIPE)
                 status = done.returncode
             elif words[0] in SHELL:
                 status = 0 if self.shell(line) is not None else 1
             else:
-                raise AssertionError(f"neither run nor listed: {line}")
-        expected = 130 if words[0] == "serve" else 0  # it ends on Ctrl-C only
+                raise AssertionError(f"neither run nor listed in NOT_RUN: {line}")
+        expected = 130 if words[0] == "serve" else 0  # serve only ends on Ctrl-C
         assert status == expected, f"{line}: exit status {status}\n{output.getvalue()[-2000:]}"
         if target is not None:
             path = Path(re.sub(r"\$\{?\w+(\[\d+\])?\}?", ".", target)).expanduser()
@@ -134,8 +138,8 @@ class Reader:
             path.write_text(output.getvalue())
 
     def nalora(self, words):
-        """Run one of our commands in this process; its exit status."""
-        words = [words[0], *self.filled(words[1:])]
+        """Run a nalora command in this process; return its exit status."""
+        words = [words[0], *self.with_tiny_model(words[1:])]
         if words[0] == "lora":
             words = self.shortened(words)
         limit = mx.set_memory_limit(1 << 40)
@@ -151,16 +155,16 @@ class Reader:
         finally:
             mx.set_memory_limit(limit)  # --memory-budget sets it for the whole process
 
-    def filled(self, words):
-        """The same words with the tiny model and its data in the place of names on the Hub."""
-        stand_ins = {"--model": "MODEL", "--data": "DATA", "--hf-path": "MODEL"}
-        for place, (flag, value) in enumerate(itertools.pairwise(words), 1):
-            if flag in stand_ins and HUB_NAME.fullmatch(value) and not Path(value).exists():
-                words = [*words[:place], stand_ins[flag], *words[place + 1 :]]
+    def with_tiny_model(self, words):
+        """Replace names on the Hub by the tiny model and its data."""
+        replacements = {"--model": "MODEL", "--data": "DATA", "--hf-path": "MODEL"}
+        for index, (flag, value) in enumerate(itertools.pairwise(words), 1):
+            if flag in replacements and HUB_NAME.fullmatch(value) and not Path(value).exists():
+                words = [*words[:index], replacements[flag], *words[index + 1 :]]
         return words
 
     def shortened(self, words):
-        """A run of few iterations, and of our model if the words or the config name another or none."""
+        """Limit a training run to a few iterations, and add the tiny model and its data if they are missing."""
         short = []
         for word in words:
             if short and short[-1] in ("--iters", "--epochs"):
@@ -171,10 +175,11 @@ class Reader:
             short += ["--model", "MODEL"]
         if not {"--data", "--config", "-c"} & set(short):
             short += ["--data", "DATA"]
-        Reader.iterations += 1  # a run that is resumed goes on
+        Reader.iterations += 1  # a resumed run continues
         return [*short, "--iters", str(Reader.iterations)]
 
     def shell(self, line):
+        """Run a line in bash; return its output."""
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
         assert done.returncode == 0, f"{line}: {done.stderr}"
         return done.stdout
@@ -182,7 +187,7 @@ class Reader:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A random llama that GGUF has a place for, with a chat template."""
+    """Return the directory of a random llama that GGUF supports, with a chat template."""
     model, config = gguf_models.build("llama", num_hidden_layers=2)
     directory = gguf_models.save(tmp_path_factory.mktemp("docs") / "tiny", model, config)
     path = directory / "tokenizer_config.json"
@@ -192,35 +197,39 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_run(tiny_model, data_directory, tmp_path_factory):
-    """What nalora lora leaves behind."""
+    """Return the output directory of a finished training run."""
     output = tmp_path_factory.mktemp("run") / "adapters"
-    where = ["--model", tiny_model, "--data", data_directory, "--adapter-path", output]
+    paths = ["--model", tiny_model, "--data", data_directory, "--adapter-path", output]
     flags = ["--iters", "4", "--steps-per-report", "2", "--num-layers", "-1", "--mask-prompt"]
-    assert main(["lora", "--train", *map(str, where), *flags]) == 0
+    assert main(["lora", "--train", *map(str, paths), *flags]) == 0
     return output
 
 
 @pytest.fixture
-def desk(tiny_model, data_directory, finished_run, tmp_path, monkeypatch):
-    """The directory that a reader sits in."""
-    for name, place in {"MODEL": tiny_model, "DATA": data_directory, "examples": ROOT / "examples"}.items():
-        (tmp_path / name).symlink_to(place)
+def working_directory(tiny_model, data_directory, finished_run, tmp_path, monkeypatch):
+    """Change to a directory with all placeholders."""
+    for name, target in {"MODEL": tiny_model, "DATA": data_directory, "examples": ROOT / "examples"}.items():
+        (tmp_path / name).symlink_to(target)
     for name in RUNS:
         shutil.copytree(finished_run, tmp_path / name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_command_of_a_page_runs(page, desk):
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) if page.stem in SLOW_PAGES else page for page in PAGES],
+    ids=lambda page: page.stem,
+)
+@pytest.mark.usefixtures("working_directory")
+def test_every_command_of_a_page_runs(page):
     reader = Reader()
     for line in lines(page):
         if "nalora" in line and why_not_run(line) is None:
             for package in ("gguf", "xllamacpp", "matplotlib", "plotly"):
                 pytest.importorskip(package, reason=f"the extras are not installed ({package})")
         if why_not_run(line) is None:
-            reader.do(line)
+            reader.run(line)
 
 
 @pytest.mark.parametrize(
@@ -235,17 +244,23 @@ def test_every_command_of_a_page_runs(page, desk):
         "echo hello | nalora chat --model NOWHERE",
     ],
 )
-def test_a_wrong_line_is_found(line, desk):
+@pytest.mark.usefixtures("working_directory")
+def test_a_wrong_line_is_found(line):
     assert why_not_run(line) is None
     with pytest.raises(AssertionError):
-        Reader().do(line)
+        Reader().run(line)
 
 
-# --- what a page names --------------------------------------------------------------------------------------
+def test_the_commands_of_the_readme_are_found():
+    found = [line for line in lines(ROOT / "README.md") if why_not_run(line) is None]
+    assert {"lora", "fuse"} <= {line.split()[1] for line in found if line.startswith("nalora ")}
+
+
+# --- flags, links, generated pages --------------------------------------------------------------------------
 
 
 def known_flags():
-    """The flags of all our commands."""
+    """Yield the flags of all nalora commands."""
     for name in COMMANDS:
         parser = command(name).build_parser(name)
         add_common(parser)
@@ -254,18 +269,19 @@ def known_flags():
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_flag_of_a_page_exists(page):
-    """In the text as well, where nothing runs it; flags of our scripts are looked up in them."""
+    """In bash blocks and in inline code. Flags of scripts are looked up in their source."""
     scripts = "".join(path.read_text() for path in (ROOT / "scripts").iterdir() if path.is_file())
-    named = set()
-    for code in re.findall(r"`[^`]+`|^```bash\n.*?^```", page.read_text(), re.S | re.M):
-        named.update(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", code))
+    flags = set()
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    for code in [*bash_blocks(page), *re.findall(r"`[^`]+`", prose)]:
+        flags.update(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", code))
     known = set(known_flags()) | {"--help", "--version"} | set(FOREIGN)
-    unknown = {flag for flag in named - known if f'"{flag}"' not in scripts}
+    unknown = {flag for flag in flags - known if f'"{flag}"' not in scripts}
     assert not unknown
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_of_a_page_leads_somewhere(page):
+def test_every_link_of_a_page_has_a_target(page):
     text = page.read_text()
     for target in re.findall(r'<img src="([^"]*)"', text):
         assert (page.parent / target).is_file(), target
@@ -280,20 +296,22 @@ def test_every_link_of_a_page_leads_somewhere(page):
             }, anchor
     for script in re.findall(r"(?:bash|python) ((?:scripts|examples)/\S+\.(?:sh|py))", text):
         assert (ROOT / script).exists(), script
-    for named in re.findall(r"`((?:nalora_mlx|tests|scripts|examples)/[\w/]+(?:\.\w+)?)`", text):
-        assert (ROOT / named).exists(), named
+    for path in re.findall(r"`((?:nalora_mlx|tests|scripts|examples)/[\w/]+(?:\.\w+)?)`", text):
+        assert (ROOT / path).exists(), path
 
 
-def test_a_page_of_docs_is_named_where_it_can_be_found():
-    """From the README or another page."""
+def test_every_page_is_linked_from_another():
     text = {page: page.read_text() for page in PAGES}
     for page in PAGES[1:]:
         others = [other for other in PAGES if other != page]
         assert any(f"{page.name})" in text[other] or f"{page.name}#" in text[other] for other in others), page
 
 
-@pytest.mark.parametrize("script", MADE)
-def test_what_a_script_makes_is_up_to_date(script, monkeypatch):
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "mac_recipes" else name for name in GENERATED],
+)
+def test_generated_pages_are_up_to_date(script, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra report is not installed")
     monkeypatch.setattr(sys, "argv", [script, "--check"])
     with pytest.raises(SystemExit) as end:
@@ -306,7 +324,7 @@ def test_the_readme_is_short():
     assert len(words) <= 1000, f"README.md has {len(words)} words: move something to docs/"
 
 
-def test_the_python_blocks_are_python():
+def test_python_blocks_compile():
     for page in PAGES:
         for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M):
             compile(block, str(page), "exec")

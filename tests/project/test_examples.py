@@ -1,10 +1,12 @@
-"""The examples: data that is what it says, configs that load, programs that run."""
+"""The examples: data in the documented format, configs that load, programs that run."""
 
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from nalora_mlx.core.config import load_run_config
 from nalora_mlx.data.sources import SPLITS
@@ -17,18 +19,18 @@ def rows(name):
     return [json.loads(line) for line in (BAKERY / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_the_bakery_data_is_what_it_says():
+def test_the_bakery_data_has_its_documented_format():
     form = re.compile((BAKERY / "format.txt").read_text().strip())
     counts = {name: len(rows(name)) for name in SPLITS}
     assert counts["train"] >= 200
     assert min(counts.values()) >= 40
     prompts = [row["prompt"] for name in SPLITS for row in rows(name)]
-    assert len(set(prompts)) == len(prompts)  # no row twice, none shared between splits
+    assert len(set(prompts)) == len(prompts)  # no duplicates, also between splits
     for name in SPLITS:
         for row in rows(name):
             assert set(row) == {"prompt", "completion"}
             assert form.fullmatch(row["completion"]), row
-            # the slip says what the message says
+            # The order slip agrees with the message.
             customer = re.search(r"NAME: (.*)", row["completion"])[1]
             day = re.search(r"PICKUP: (\w+)", row["completion"])[1]
             assert customer in row["prompt"]
@@ -54,6 +56,7 @@ def test_the_python_example_runs(model_directory, data_directory):
     assert after < before
 
 
+@pytest.mark.slow
 def test_the_page_of_models_is_up_to_date():
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "model_table.py", "--check"], capture_output=True, text=True

@@ -1,9 +1,10 @@
-"""The study: controls, the search for rates, scores against generation itself, tables of known numbers."""
+"""The study: controls, the search for learning rates, scores against generation, tables of known numbers."""
 
 import argparse
 import itertools
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,7 +29,7 @@ Q = mx.array([[0.5, 2.0, 1.0, 0.1], [3.0, 0.2, 0.4, 0.4]])
 
 
 def arguments(**changes):
-    given = {
+    defaults = {
         "models": ["m"],
         "tasks": ["t"],
         "methods": ["lora"],
@@ -38,7 +39,7 @@ def arguments(**changes):
         "iters": 10,
         "rank": 4,
     }
-    return argparse.Namespace(**given | changes)
+    return argparse.Namespace(**defaults | changes)
 
 
 def record(method, seed, loss, rate=1e-3, **more):
@@ -50,7 +51,7 @@ def record(method, seed, loss, rate=1e-3, **more):
 # --- controls -----------------------------------------------------------------------------------------------
 
 
-def test_controls_keep_what_they_are_to_keep():
+def test_controls_preserve_what_they_should():
     random = np.array(study_methods.control_multiplier(Q, "random", 3))
     assert np.array_equal(np.sort(random), np.sort(np.array(Q)))
     assert np.array_equal(random, np.array(study_methods.control_multiplier(Q, "random", 3)))
@@ -65,7 +66,7 @@ def test_controls_keep_what_they_are_to_keep():
 
 
 @pytest.mark.parametrize("name", ["matched-mean", "matched-rms", "gate-x2"])
-def test_a_constant_gate_step_is_none_of_loras(name):
+def test_a_constant_gate_multiplier_differs_from_lora(name):
     method = study_methods.METHODS[name]
     s = mx.array([0.1, 0.2, 1.0, 0.4])
     state = study_methods.importance.LayerState(s, mx.array(1.0), s / mx.mean(s))
@@ -79,7 +80,7 @@ def test_a_constant_gate_step_is_none_of_loras(name):
 def test_bad_input_is_refused_before_any_run(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").touch()
     good = ["--models", str(tmp_path), "--tasks", "orders", "--output", str(tmp_path / "runs.jsonl")]
-    for flags, said in (
+    for flags, message in (
         (["--iters", "30"], "multiple of"),
         (["--models", str(tmp_path / "none")], "no config.json found"),
         (["--tasks", "order"], "invalid choice"),
@@ -89,7 +90,7 @@ def test_bad_input_is_refused_before_any_run(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as end:
             study.main()
         assert end.value.code == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "runs.jsonl").exists()
 
 
@@ -101,21 +102,22 @@ def test_a_control_ends_with_its_run():
         assert (study_methods.importance.multiplier, study_methods.step.gated_mlps) == before
 
 
-def test_a_fitted_lora_a_spans_what_the_gradient_spans():
+def test_a_fitted_lora_a_spans_the_gradient():
     model, examples = build_model(), build_examples(40)
     batches = list(
         itertools.islice(study_methods.training_batches(examples, 4, 1), study_methods.FIT_BATCHES)
     )
-    truth = build_model()
-    loss = study_methods.SupervisedLoss(truth)
+    full = build_model()
+    loss = study_methods.SupervisedLoss(full)
     summed = nn.value_and_grad(
-        truth, lambda: sum(loss(mx.array(b.inputs), *map(mx.array, b.loss_positions())) for b in batches)
+        full, lambda: sum(loss(mx.array(b.inputs), *map(mx.array, b.loss_positions())) for b in batches)
     )
-    weights = dict(tree_flatten(summed()[1]))
+    gradients = dict(tree_flatten(summed()[1]))
     inputs = mx.array([[5, 9, 2, 7]])
     before = model(inputs)
     adapt(model, study.NALoRAConfig(rank=3, num_layers=-1))
-    drawn = {path: m.lora_a for path, m in model.named_modules() if "lora_a" in m}
+    initial = {path: m.lora_a for path, m in model.named_modules() if "lora_a" in m}
+    assert len(initial) == 3 * 7
     study_methods.fit_lora_a(model, examples, study_methods.GATED, 4, 0)
     assert mx.allclose(model(inputs), before, atol=1e-5)
     for path, module in model.named_modules():
@@ -123,18 +125,18 @@ def test_a_fitted_lora_a_spans_what_the_gradient_spans():
             continue
         a = np.array(module.lora_a)
         if path.rsplit(".", 1)[-1] not in study_methods.GATED:
-            assert mx.array_equal(module.lora_a, drawn[path])
+            assert mx.array_equal(module.lora_a, initial[path])
             continue
-        gradient = np.array(weights[f"{path}.weight"], np.float64).T
+        gradient = np.array(gradients[f"{path}.weight"], np.float64).T
         best = (np.linalg.svd(gradient, compute_uv=False)[:3] ** 2).sum()
         reached = (np.linalg.norm(np.linalg.qr(a)[0].T @ gradient) ** 2) / best
-        by_chance = (np.linalg.norm(np.linalg.qr(np.array(drawn[path]))[0].T @ gradient) ** 2) / best
+        by_chance = (np.linalg.norm(np.linalg.qr(np.array(initial[path]))[0].T @ gradient) ** 2) / best
         assert reached > 0.7 > 0.4 > by_chance
         norms = np.linalg.norm(a, axis=0)
-        assert np.allclose(norms, np.sqrt((np.array(drawn[path]) ** 2).sum(0).mean()), rtol=1e-4)
+        assert np.allclose(norms, np.sqrt((np.array(initial[path]) ** 2).sum(0).mean()), rtol=1e-4)
 
 
-# --- rates --------------------------------------------------------------------------------------------------
+# --- learning rates -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("best", [1e-4, 4e-3, 5e-2])
@@ -152,7 +154,7 @@ def test_the_best_rate_is_inside_its_grid(monkeypatch, best):
     assert min(rates) < found < max(rates)
 
 
-def test_confirm_refuses_the_seeds_that_rates_were_chosen_with(tmp_path):
+def test_confirm_refuses_the_seeds_of_tune(tmp_path):
     tuned = tmp_path / "tune.jsonl"
     tuned.write_text(json.dumps(record("lora", 1, 2.0)) + "\n")
     with pytest.raises(SystemExit, match=r"seeds \[1\]"):
@@ -161,61 +163,69 @@ def test_confirm_refuses_the_seeds_that_rates_were_chosen_with(tmp_path):
         study.confirm(arguments(tuned=tuned, seeds=[2], methods=["dora"]))
 
 
-def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
+    """After an interruption in the middle of a line."""
+    submitted = []
+
+    class Executor(ThreadPoolExecutor):
+        def __init__(self, workers, mp_context):
+            super().__init__(workers)
+
+        def submit(self, function, setting, data):
+            submitted.append(setting)
+            return super().submit(record, setting.method, setting.seed, 3.0)
+
     output = tmp_path / "runs.jsonl"
-    setting = study.Setting("m", "t", "lora", 1e-3, 0, 10, 4, False)
+    done = study.Setting("m", "t", "lora", 1e-3, 0, 10, 4, False)
+    missing = study.Setting(**vars(done) | {"seed": 1})
     output.write_text(json.dumps(record("lora", 0, 2.0)) + '\n{"key": "half a li')
-    monkeypatch.setattr(study, "ProcessPoolExecutor", None)
-    with pytest.raises(TypeError):
-        study.run_all(
-            [setting, study.Setting(**vars(setting) | {"seed": 1})], arguments(output=output, jobs=1)
-        )
-    assert study.read_results(output)[setting.key]["valid"]["loss"] == 2.0
+    monkeypatch.setattr(study, "ProcessPoolExecutor", Executor)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # run_all sets it
+    for _ in range(2):
+        results = study.run_all([missing, done], arguments(output=output, jobs=1, data=""))
+        assert [result["valid"]["loss"] for result in results] == [3.0, 2.0]
+    assert submitted == [missing]
+    assert study.read_results(output).keys() == {done.key, missing.key}
 
 
 # --- scores -------------------------------------------------------------------------------------------------
 
 
-def test_an_exact_answer_is_what_greedy_generation_gives():
+def test_exact_answers_equal_greedy_generation():
     model = build_model(gain=2.0)
     rng = np.random.default_rng(0)
-    examples, truth = [], []
+    examples, exact = [], []
     for i in range(12):
         prompt = rng.integers(1, VOCABULARY, 6)
-        made = [
-            t
-            for t, _ in zip(
-                (int(t) for t, _ in generate_step(mx.array(prompt), model)), range(4), strict=False
-            )
-        ]
+        answer = [int(t) for t, _ in itertools.islice(generate_step(mx.array(prompt), model), 4)]
         if i % 3 == 0:
-            made[i % 4] = (made[i % 4] + 1) % VOCABULARY
-        truth.append(i % 3 != 0)
-        tokens = np.array([*prompt, *made], np.int32)
+            answer[i % 4] = (answer[i % 4] + 1) % VOCABULARY
+        exact.append(i % 3 != 0)
+        tokens = np.array([*prompt, *answer], np.int32)
         examples.append(Example(tokens, np.arange(10) >= 6, str(i)))
-    found = study_tasks.score(find_output_head(model), examples, [])
-    assert found["exact"] == np.mean(truth)
+    scores = study_tasks.score(find_output_head(model), examples, [])
+    assert scores["exact"] == np.mean(exact)
     losses = []
     for example in examples:
         logits = np.array(model(mx.array(example.tokens[None, :-1])))[0].astype(np.float64)
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         losses += [-logp[i - 1, example.tokens[i]] for i in range(6, 10)]
-    assert abs(found["loss"] - np.mean(losses)) < 1e-5
+    assert abs(scores["loss"] - np.mean(losses)) < 1e-5
 
 
-def test_a_choice_is_the_likeliest_of_its_tokens():
+def test_a_choice_is_the_most_likely_candidate():
     model = build_model(gain=2.0)
     rng = np.random.default_rng(1)
-    examples, choices, truth = [], [], []
+    examples, choices, correct = [], [], []
     for i in range(10):
         tokens = rng.integers(1, VOCABULARY, 8 + i % 3).astype(np.int32)
         logits = np.array(model(mx.array(tokens[None, :-1])))[0, 5]
         candidates = [int(tokens[6]), *(int(c) for c in rng.choice(VOCABULARY, 3, replace=False))]
         examples.append(Example(tokens, np.arange(len(tokens)) >= 5, str(i)))
         choices.append((6, candidates))
-        truth.append(logits[candidates[0]] >= max(logits[c] for c in candidates))
-    assert 0 < np.mean(truth) < 1
-    assert study_tasks.score(find_output_head(model), examples, choices)["accuracy"] == np.mean(truth)
+        correct.append(logits[candidates[0]] >= max(logits[c] for c in candidates))
+    assert 0 < np.mean(correct) < 1
+    assert study_tasks.score(find_output_head(model), examples, choices)["accuracy"] == np.mean(correct)
 
 
 def test_choices_differ_in_one_token():
@@ -224,12 +234,12 @@ def test_choices_differ_in_one_token():
         study_tasks.differing_tokens([[1, 2, 3], [4, 9, 3]], 10)
 
 
-def test_orders_are_different_ones_and_always_the_same():
-    made = study_tasks.orders()
-    prompts = [row["prompt"] for split in made.values() for row in split]
+def test_orders_are_distinct_and_reproducible():
+    orders = study_tasks.orders()
+    prompts = [row["prompt"] for split in orders.values() for row in split]
     assert len(set(prompts)) == len(prompts) == 1650
-    assert all(json.loads(row["completion"])["size"] in study_tasks.SIZES for row in made["test"])
-    assert made == study_tasks.orders()
+    assert all(json.loads(row["completion"])["size"] in study_tasks.SIZES for row in orders["test"])
+    assert orders == study_tasks.orders()
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -240,15 +250,16 @@ def test_differences_are_paired_by_seed_and_relative_to_the_baseline():
     records = [record("lora", s, 10 + noise[s]) for s in range(20)]
     records += [record("soft", s, 10 + noise[s] - 0.1) for s in range(20)]
     pairs = study_tables.PairedRuns(records, "valid")
-    found = list(pairs.differences("m", "t", "soft", "loss").values())
-    assert np.allclose(found, -100 * 0.1 / (10 + noise.mean()))
+    differences = list(pairs.differences("m", "t", "soft", "loss").values())
+    assert len(differences) == 20
+    assert np.allclose(differences, -100 * 0.1 / (10 + noise.mean()))
     row = study_tables.table(pairs, "loss", "Loss").splitlines()[-1]
     assert row.startswith("| soft | -")
     assert "20/20" in row
     assert "*" in row
 
 
-def test_an_interval_covers_the_mean_it_is_of():
+def test_bootstrap_intervals_cover_the_mean():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
@@ -262,7 +273,7 @@ def test_the_best_rate_of_each_method_is_compared():
     assert [r["valid"]["loss"] for r in study_tables.at_best_rates(records)] == [1.0]
 
 
-def test_forgetting_is_compared_where_losses_are_equal():
+def test_forgetting_is_compared_at_equal_loss():
     curve = [{"loss": 4.0, "kl": 0.0}, {"loss": 2.0, "kl": 1.0}, {"loss": 1.0, "kl": 3.0}]
     assert study_tables.kl_at(curve, 3.0) == pytest.approx(0.5)
     assert study_tables.kl_at(curve, 1.5) == pytest.approx(2.0)
@@ -277,6 +288,6 @@ def test_the_plots_are_drawn(tmp_path):
     records = [record("lora", 0, 2.0, curve=[{**p, "misalignment": None} for p in curve], importance={})]
     records += [record("soft", s, 2.0, curve=curve, importance={"a": spread, "b": spread}) for s in range(2)]
     study_tables.plot(records, tmp_path)
-    drawn = (tmp_path / "study.svg").read_text()
+    figure = (tmp_path / "study.svg").read_text()
     for label in ("selection misalignment", "importance / its mean", "soft"):
-        assert f"<!-- {label} -->" in drawn
+        assert f"<!-- {label} -->" in figure
