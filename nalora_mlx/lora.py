@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import Parser, add_settings
-from nalora_mlx.core.background import in_background
 from nalora_mlx.core.config import METHOD_LABELS, NALoRAConfig, NAParameters, RunConfig, load_run_config
 from nalora_mlx.core.errors import InputError, listed
-from nalora_mlx.core.power import keep_awake
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -51,15 +49,17 @@ def run(args: argparse.Namespace) -> None:
     config.check()
     if config.plan:
         config.train, config.test = True, False  # --plan does all that precedes training, and nothing else
+    from nalora_mlx.core.background import in_background
+    from nalora_mlx.core.power import keep_awake
+
     with open_display() as display, keep_awake():
         rows = read_data(config, display)
-        from nalora_mlx.runs.resume import find_start
-
-        start = find_start(config, output_directory(config)) if config.train else None
         from nalora_mlx.data.checks import tokenize
         from nalora_mlx.models.loading import is_quantized, is_slow_on_cpu, load_module, load_tokenizer
+        from nalora_mlx.runs.resume import find_start
         from nalora_mlx.training.out_of_memory import explain_out_of_memory
 
+        start = find_start(config, output_directory(config)) if config.train else None
         display.note(f"loading {config.model}")
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         tokenized = in_background(lambda: tokenize(rows, tokenizer, config.max_seq_length))
