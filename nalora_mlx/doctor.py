@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nalora_mlx import __version__
 from nalora_mlx.cli import Parser, add_settings
-from nalora_mlx.core import extras, machine
+from nalora_mlx.core import machine, optional_dependencies
 from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
 from nalora_mlx.core.versions import library_versions
 
@@ -126,7 +126,7 @@ def _check_kernels(page: "Page") -> None:
         why = f"{ENVIRONMENT}={REFERENCE}" if os.environ.get(ENVIRONMENT) == REFERENCE else "no GPU in use"
         page.fact(f"gated residual: MLX's own operations ({why})")
         return
-    from nalora_mlx.ops.kernels.diagnostics import check_kernels, measure_bandwidth
+    from nalora_mlx.ops.kernels.healthcheck import check_kernels, measure_bandwidth
 
     found = dict(check_kernels(chosen))
     wrong = {kind: why for kind, why in found.items() if why is not None}
@@ -311,12 +311,12 @@ def _check_disk(page: "Page", model: "nn.Module | None", config: RunConfig) -> N
 
 def _check_extras(page: "Page") -> None:
     """Report which optional dependencies are installed, and how to install the others."""
-    installed = extras.installed_extras()
-    missing = [extra for extra in extras.EXTRAS if extra not in installed]
+    installed = optional_dependencies.installed_extras()
+    missing = [extra for extra in optional_dependencies.EXTRAS if extra not in installed]
     if installed:
         page.good(f"installed: {', '.join(installed)}")
     if missing:
-        uses = ", ".join(f"{extra} ({extras.EXTRAS[extra]})" for extra in missing)
+        uses = ", ".join(f"{extra} ({optional_dependencies.EXTRAS[extra]})" for extra in missing)
         page.fact(f"not installed: {uses}; pip install 'nalora-mlx[{','.join(missing)}]'")
 
 

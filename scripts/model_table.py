@@ -2,8 +2,8 @@
 
 Usage: python scripts/model_table.py [--check]
 
-Builds the miniature of each model in tests/zoo and adapts it. With --check, writes nothing and fails if the page is out
-of date.
+Builds the miniature of each model in tests/miniatures and adapts it. With --check, writes nothing and fails if the
+page is out of date.
 """
 
 import importlib.metadata
@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from nalora_mlx.adapters.attach import adapt  # noqa: E402
 from nalora_mlx.core.config import NALoRAConfig  # noqa: E402
 from nalora_mlx.core.errors import InputError  # noqa: E402
-from tests.adapters.test_zoo import ZOO, build  # noqa: E402
+from tests.adapters.test_miniatures import ZOO, build  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 HEAD = """# Gated MLPs in mlx-lm {version}

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nalora_mlx.core.config_fields import not_a_count, setting, too_small, wrong_choices
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import coerce, nearest, read_yaml, reject_unknown
-from nalora_mlx.core.settings import not_a_count, setting, too_small, wrong_choices
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.core.errors import InputError
 from tests.conftest import VOCABULARY, build_model, llama_args, random_adapters
-from tests.effect import close
+from tests.logit_comparison import close
 
 TOKENS = mx.array([[3, 9, 27, 4, 12], [1, 5, 25, 61, 2]])
 GEMMA = {

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from nalora_mlx import doctor
 from nalora_mlx.__main__ import main
-from nalora_mlx.core import extras, machine
+from nalora_mlx.core import machine, optional_dependencies
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.terminal import Page
 
@@ -151,7 +151,7 @@ def test_a_slow_machine_gets_remedies(capsys, monkeypatch):
 
 
 def test_missing_extras_come_with_their_install_command(capsys, monkeypatch):
-    monkeypatch.setattr(extras, "is_installed", lambda package: package == "gguf")
+    monkeypatch.setattr(optional_dependencies, "is_installed", lambda package: package == "gguf")
     sections, _ = page_of(capsys)
     assert sections["Extras"][0] == "  ✓ installed: export"
     assert sections["Extras"][1].endswith(
@@ -162,16 +162,18 @@ def test_missing_extras_come_with_their_install_command(capsys, monkeypatch):
 def test_extras_are_those_of_pyproject():
     declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
     device, developers = {"cpu", "cuda"}, {"peft", "interop", "browser", "dev"}
-    assert set(extras.EXTRAS) == set(declared) - device - developers
-    for extra in extras.EXTRAS:
+    assert set(optional_dependencies.EXTRAS) == set(declared) - device - developers
+    for extra in optional_dependencies.EXTRAS:
         names = {re.split(r"[^\w.-]", line)[0].lower() for line in declared[extra]}
-        assert {name.lower() for name in extras.packages(extra)} == names
-    assert extras.is_installed("mlx")
-    assert not extras.is_installed("no-such-package")
+        assert {name.lower() for name in optional_dependencies.packages(extra)} == names
+    assert optional_dependencies.is_installed("mlx")
+    assert not optional_dependencies.is_installed("no-such-package")
 
 
 def test_an_extra_unknown_to_the_installed_version_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr(extras, "packages", lambda extra: [] if extra == "notebook" else ["mlx"])
+    monkeypatch.setattr(
+        optional_dependencies, "packages", lambda extra: [] if extra == "notebook" else ["mlx"]
+    )
     sections, _ = page_of(capsys)
     assert "notebook" not in sections["Extras"][0]
     assert sections["Extras"][1].endswith("pip install 'nalora-mlx[notebook]'")
@@ -179,9 +181,9 @@ def test_an_extra_unknown_to_the_installed_version_is_missing(capsys, monkeypatc
 
 def test_doctor_runs_from_a_source_tree(capsys, monkeypatch):
     def missing(name):
-        raise extras.importlib.metadata.PackageNotFoundError(name)
+        raise optional_dependencies.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(extras.importlib.metadata, "requires", missing)
+    monkeypatch.setattr(optional_dependencies.importlib.metadata, "requires", missing)
     sections, _ = page_of(capsys)
     assert "not installed: export" in sections["Extras"][0]
 

@@ -24,8 +24,8 @@ from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export import updates
 from nalora_mlx.export.lazy_model import open_model
 from tests.conftest import build_model, llama_args, random_adapters
-from tests.effect import close
 from tests.interop import gguf_models
+from tests.logit_comparison import close
 
 X = mx.array([[1, 5, 11, 14, 8, 9, 30, 2]])
 MOE = llama_args(

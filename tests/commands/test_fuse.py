@@ -25,7 +25,7 @@ from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export.model_card import without_paths
 from tests.conftest import build_model, llama_args, random_adapters
-from tests.effect import close
+from tests.logit_comparison import close
 
 WIDE = llama_args(
     hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, eos_token_id=2

@@ -12,8 +12,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import MODEL_REMAPPING
 
-from tests.zoo.first import MINIATURES as FIRST
-from tests.zoo.second import MINIATURES as SECOND
+from tests.miniatures.klear_to_llama import MINIATURES as FIRST
+from tests.miniatures.llama4_to_youtu import MINIATURES as SECOND
 
 ZOO = FIRST | SECOND
 

@@ -17,8 +17,8 @@ from mlx_lm.utils import load
 
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters.files import load_adapter
-from tests.effect import close
 from tests.interop import llama_cpp
+from tests.logit_comparison import close
 
 ROOT = Path(__file__).parents[2]
 MODEL, DEMO = ROOT / "demo" / "model", ROOT / "demo" / "adapters"

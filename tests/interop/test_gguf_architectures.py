@@ -6,9 +6,9 @@ import pytest
 
 from nalora_mlx.export import gguf_architectures
 from nalora_mlx.export.gguf_architectures import ARCHITECTURES
-from tests.effect import relative_error
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import CONFIGS, PROMPT, VARIANTS, build, logits, save
+from tests.logit_comparison import relative_error
 
 pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 llama_cpp.require()

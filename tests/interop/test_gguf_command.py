@@ -9,9 +9,9 @@ from nalora_mlx.adapters.files import adapter_config, adapter_weights, load_adap
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
 from tests.conftest import random_adapters
-from tests.effect import close
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import PROMPT, build, logits, save
+from tests.logit_comparison import close
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 

@@ -15,10 +15,10 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.lazy_model import LazyWeight
-from tests.effect import relative_error
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import LONGROPE as SCALING
 from tests.interop.gguf_models import PROMPT, VOCABULARY, build, logits, save
+from tests.logit_comparison import relative_error
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 gguf_model = pytest.importorskip("nalora_mlx.export.gguf_model")

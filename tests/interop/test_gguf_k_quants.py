@@ -14,9 +14,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from nalora_mlx.core.errors import InputError
-from tests.effect import relative_error
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import PROMPT, build, logits, save
+from tests.logit_comparison import relative_error
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install 'nalora-mlx[kquants]'")

@@ -12,9 +12,9 @@ from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export import gguf_adapter
 from nalora_mlx.export.gguf_architectures import ARCHITECTURES
 from tests.conftest import random_adapters
-from tests.effect import close, effect_of, relative_error
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import PROMPT, build, logits, save
+from tests.logit_comparison import close, effect_of, relative_error
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 llama_cpp.require()

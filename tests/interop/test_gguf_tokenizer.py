@@ -22,7 +22,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.gguf_pretokenizer import BYTE_LEVEL, DIGITS, PRE_TOKENIZERS
 from nalora_mlx.export.gguf_tokenizer import compare_with_mlx_lm, read_vocabulary
 from tests.interop import llama_cpp
-from tests.interop.nasty import ASCII, TEXT, TRAINING, UNCASED
+from tests.interop.nasty_texts import ASCII, TEXT, TRAINING, UNCASED
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 llama_cpp.require()

@@ -13,7 +13,7 @@ from nalora_mlx.ops.kernels.backend import KernelKey
 from nalora_mlx.ops.kernels.fused import Operands, Variant
 from nalora_mlx.ops.kernels.low_rank import LowRank
 
-from ..truth import FAMILIES, TRUTH
+from ..float64_reference import FAMILIES, TRUTH
 from . import lane
 
 EPS = 2.0**-23
@@ -569,12 +569,12 @@ class Page:
 @pytest.fixture
 def small_diagnostics(monkeypatch):
     """Doctor's checks of kernels, for a Metal device and with small arrays in the bandwidth test."""
-    from nalora_mlx.ops.kernels import diagnostics
+    from nalora_mlx.ops.kernels import healthcheck
 
     monkeypatch.setattr(backend, "backend", lambda: "metal")
-    monkeypatch.setattr(diagnostics, "ROWS", 16)
-    monkeypatch.setattr(diagnostics, "FEATURES", 16)
-    return diagnostics
+    monkeypatch.setattr(healthcheck, "ROWS", 16)
+    monkeypatch.setattr(healthcheck, "FEATURES", 16)
+    return healthcheck
 
 
 def doctor_lines():

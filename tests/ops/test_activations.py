@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalora_mlx.ops.activations import ACTIVATIONS
-from tests.truth import FAMILIES, TRUTH
+from tests.float64_reference import FAMILIES, TRUTH
 
 ROWS = sorted(ACTIVATIONS)
 

@@ -21,7 +21,7 @@ from nalora_mlx.ops.kernels.fused import GATE_UP_LAYOUTS, Variant
 from nalora_mlx.ops.kernels.gated_residual import gated_residual
 from nalora_mlx.ops.kernels.low_rank import LowRank
 from tests.conftest import build_model
-from tests.truth import FAMILIES, TRUTH
+from tests.float64_reference import FAMILIES, TRUTH
 
 PHI = {name: (row, TRUTH[name][0], lambda u: u) for name, row in ACTIVATIONS.items()} | FAMILIES
 

@@ -31,8 +31,8 @@ from nalora_mlx.ops.cross_entropy import tiled_cross_entropy_sum
 from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.step import TrainingStep
 from tests.conftest import build_model, random_adapters
-from tests.zoo.first import MINIATURES as FIRST
-from tests.zoo.second import MINIATURES as SECOND
+from tests.miniatures.klear_to_llama import MINIATURES as FIRST
+from tests.miniatures.llama4_to_youtu import MINIATURES as SECOND
 
 ZOO = FIRST | SECOND
 NAMES = sorted(ZOO)
@@ -65,7 +65,7 @@ REPRESENTATIVE = {
     ),
 }
 CASES = [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.slow) for name in NAMES]
-# The only gated MLPs that NA-LoRA does not act on. Their rows in the zoo have the reasons.
+# The only gated MLPs that NA-LoRA does not act on. Their miniatures state the reasons.
 PLAIN = {
     "bitnet: model.layers.*.mlp",
     "phi3small: model.layers.*.mlp",

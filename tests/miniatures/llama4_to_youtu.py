@@ -1,4 +1,4 @@
-"""Miniatures of the second half of mlx-lm's models, from llama4 to youtu_llm."""
+"""Miniatures of mlx-lm's models, from llama4 to youtu_llm."""
 
 from . import Gated, Miniature
 

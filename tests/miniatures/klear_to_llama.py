@@ -1,4 +1,4 @@
-"""Miniatures of the first half of mlx-lm's models, from Klear to llama."""
+"""Miniatures of mlx-lm's models, from Klear to llama."""
 
 from dataclasses import replace
 from typing import Any
