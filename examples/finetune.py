@@ -10,9 +10,7 @@ import mlx.optimizers as optim
 from mlx_lm import generate, load
 
 from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, fuse_model, train
-from nalora_mlx.data.formats import Features
-from nalora_mlx.data.sources import load_local
-from nalora_mlx.data.tokenization import tokenize_split
+from nalora_mlx.data import Features, load_local, tokenize_split
 
 model_name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 directory = Path(sys.argv[2] if len(sys.argv) > 2 else "examples/bakery")

@@ -23,24 +23,19 @@ HEAD = """# Python API
 
 [examples/finetune.py](../examples/finetune.py) is a complete program that loads, tokenizes, adapts, trains, fuses and
 generates. `scripts/api_reference.py` generates this page from the docstrings. The names exported by `nalora_mlx` are
-the public API. The modules listed after them provide what programs need in addition.
+the public API. The packages listed after them provide what programs need in addition.
 
 ```python
 from nalora_mlx import NALoRAConfig, adapt, fuse_model, load_adapter, train
 ```
 """
 # Names outside the top-level package that programs use, in the order of a typical program.
-MODULES = {
-    "nalora_mlx.data.sources": ("load_local", "load_hub", "read_jsonl"),
-    "nalora_mlx.data.tokenization": ("Features", "tokenize_split", "Split", "Example"),
-    "nalora_mlx.adapters.attach": ("AdaptResult", "Gated", "Skipped", "adapt_dora", "adapt_result"),
-    "nalora_mlx.training.optimizers": ("build_optimizer",),
-    "nalora_mlx.runs.progress": ("TrainResult",),
-    "nalora_mlx.training.evaluation": ("evaluate",),
-    "nalora_mlx.data.batches": ("evaluation_batches",),
-    "nalora_mlx.training.memory_plan": ("plan", "Plan", "largest_batch", "default_budget"),
-    "nalora_mlx.training.memory_model": ("BatchShape", "PeakMemory"),
-    "nalora_mlx.ops.activations": ("Activation",),
+PACKAGES = {
+    "nalora_mlx.data": "load_local load_hub read_jsonl Features tokenize_split Split Example evaluation_batches",
+    "nalora_mlx.adapters": "AdaptResult Gated Skipped adapt_dora adapt_result",
+    "nalora_mlx.runs": "TrainResult",
+    "nalora_mlx.training": "build_optimizer evaluate plan Plan largest_batch default_budget BatchShape PeakMemory",
+    "nalora_mlx.ops": "Activation",
 }
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 
@@ -48,10 +43,10 @@ SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 def page() -> str:
     parts = [HEAD, "\n## nalora_mlx\n"]
     parts += [entry(name, getattr(nalora_mlx, name)) for name in nalora_mlx.__all__]
-    for module_name, names in MODULES.items():
-        module = importlib.import_module(module_name)
-        parts.append(f"\n## {module_name}\n")
-        parts += [entry(name, getattr(module, name)) for name in names]
+    for package_name, names in PACKAGES.items():
+        package = importlib.import_module(package_name)
+        parts.append(f"\n## {package_name}\n")
+        parts += [entry(name, getattr(package, name)) for name in names.split()]
     return "".join(parts)
 
 
