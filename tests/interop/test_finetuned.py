@@ -25,7 +25,7 @@ MODEL, DEMO = ROOT / "demo" / "model", ROOT / "demo" / "adapters"
 EXAMPLE = ROOT / "examples" / "bakery"
 LAYERS = 12  # in the example's config; the small demo trains fewer and changes too few answers
 SHORT = ("--num-layers", "6", "--batch-size", "2", "--iters", "24", "--val-batches", "2")
-QUESTIONS = 5
+QUESTIONS = 3
 ANSWER = 48  # tokens
 
 

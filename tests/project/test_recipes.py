@@ -138,8 +138,8 @@ def test_answers_of_the_persona_follow_from_tool_results():
 
 
 def test_the_persona_has_several_turns_and_no_duplicates():
-    seen = [json.dumps(conversation(row)) for row in all_rows(PERSONA)]
-    assert len(set(seen)) == len(seen)
+    conversations = [json.dumps(conversation(row)) for row in all_rows(PERSONA)]
+    assert len(set(conversations)) == len(conversations)
     users = [sum(role == "user" for role, _ in conversation(row)) for row in all_rows(PERSONA)]
     assert sum(count >= 2 for count in users) > len(users) / 2
     train = (PERSONA / "train.jsonl").read_text()

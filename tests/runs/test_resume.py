@@ -292,8 +292,8 @@ def test_mlx_lm_loads_a_checkpoint_and_it_contains_no_paths(stopped):
     directory = stopped / "checkpoints" / "step-0000005"
     model = load_adapters(build_model(args=llama_args(num_hidden_layers=2)), str(directory))
     saved = mx.load(str(directory / "adapters.safetensors"))
-    loaded = adapter_weights(model)
-    assert loaded.keys() == saved.keys()
+    loaded = adapter_weights(model)  # and base weights, which mlx-lm does not freeze here
+    assert saved.keys() == {name for name in loaded if ".lora_" in name}
     for name, array in saved.items():
         assert mx.array_equal(loaded[name], array), name
     for path in directory.glob("*.json"):

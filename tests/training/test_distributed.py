@@ -119,7 +119,7 @@ def launch(backend, *command, **options):
         [*start, sys.executable, *command],
         capture_output=True,
         text=True,
-        env=os.environ | environment,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"} | environment,  # the workers share the cores
         **options,
     )
 

@@ -159,7 +159,9 @@ def watched(model, examples, output=None, valid=(), optimizer=None, **settings):
     return result, events, [e["text"] for e in events if e["event"] == "notice"]
 
 
-def test_a_skipped_update_names_its_rows_and_the_run_goes_on():
+def test_a_skipped_update_names_its_rows_and_the_run_goes_on(monkeypatch):
+    losses, record_loss = [], Progress.record_loss
+    monkeypatch.setattr(Progress, "record_loss", lambda p, loss: losses.append(loss) or record_loss(p, loss))
     result, events, notices = watched(adapted(poisoned=True), rows(poisoned=[7]), iters=18)
     assert result.skipped == 3  # once per epoch
     assert result.updates == 15
@@ -168,6 +170,8 @@ def test_a_skipped_update_names_its_rows_and_the_run_goes_on():
         assert "the loss is nan; the update is skipped; rows: " in notice
         assert 8 in named_rows(notice)
     assert math.isfinite(result.train_loss)
+    assert len(losses) == 15
+    assert all(map(math.isfinite, losses))  # NaN would spoil the detection of spikes
     reports = [e for e in events if e.get("split") == "train"]
     assert reports[-1]["skipped"] == 3
     assert all(math.isfinite(e["loss"]) for e in reports)
@@ -362,21 +366,21 @@ def test_a_listener_can_end_the_process(error):
 
 @pytest.mark.parametrize("limit", [1e-3, 1e3])
 def test_clipping_equals_mlx(limit):
-    seen = []
+    received = []
 
     class Recording(optim.SGD):
         def apply_gradients(self, gradients, parameters):
-            seen.append(gradients)
+            received.append(gradients)
             return super().apply_gradients(gradients, parameters)
 
     batch = batching.collate(rows(), (0, 1))
     for grad_clip in (None, limit):
         step = TrainingStep(adapted(), Recording(0.1), compiled=False, grad_clip=grad_clip)
         run_window(step, [batch])
-    gradients, ours = seen
-    theirs, norm = optim.clip_grad_norm(gradients, limit)
+    unclipped, clipped = received
+    expected, norm = optim.clip_grad_norm(unclipped, limit)
     assert 1e-2 < norm.item() < 1e2
-    for (name, a), (_, b) in zip(tree_flatten(ours), tree_flatten(theirs), strict=True):
+    for (name, a), (_, b) in zip(tree_flatten(clipped), tree_flatten(expected), strict=True):
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, err_msg=name)
 
 
@@ -579,9 +583,9 @@ def test_out_of_memory_later_names_a_checkpoint_and_compatible_flags(
     monkeypatch.setattr(TrainingStep, "__call__", fail)
     assert main(command(model_directory, data_directory, output, "--save-every", "1", "--iters", "6")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    kept = output / "checkpoints" / "step-0000003"
+    checkpoint = output / "checkpoints" / "step-0000003"
     advice = "continue with --resume --resume-anyway and --batch-size 1 or --grad-checkpoint"
-    assert line.endswith(f"); {kept} is complete: {advice}")
+    assert line.endswith(f"); {checkpoint} is complete: {advice}")
     # The advice works. Once the settings cannot get smaller, it names the adapter instead.
     flags = ["--resume", "--resume-anyway", "--batch-size", "1", "--grad-checkpoint", "--iters", "6"]
     assert main(command(model_directory, data_directory, output, *flags)) == 0
@@ -594,12 +598,13 @@ def test_out_of_memory_later_names_a_checkpoint_and_compatible_flags(
     flags += ["--save-every", "1", "--max-seq-length", "200"]
     assert main(command(model_directory, data_directory, output, *flags[2:])) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    kept = output / "checkpoints" / "step-0000001"
+    checkpoint = output / "checkpoints" / "step-0000001"
     assert line.endswith(
-        f"{kept} is complete: start from its adapter with --resume-adapter-file {kept} and --quantize 4"
+        f"{checkpoint} is complete: start from its adapter with --resume-adapter-file {checkpoint} and --quantize 4"
     )
     monkeypatch.undo()
-    assert main(command(model_directory, data_directory, tmp_path / "b", "--resume-adapter-file", kept)) == 0
+    flags = ["--resume-adapter-file", checkpoint]
+    assert main(command(model_directory, data_directory, tmp_path / "b", *flags)) == 0
 
 
 def test_out_of_memory_advice_is_never_empty_and_quantizes_once():

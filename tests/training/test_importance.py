@@ -147,10 +147,10 @@ def test_preserve_keeps_its_statistic_at_one(s, rule, preserve):
     q = np.array(importance.multiplier(state, p), dtype=np.float64)
     assert np.isfinite(q).all()
     assert (q >= 0).all()
-    kept = {"rms": np.sqrt((q**2).mean()), "mean": q.mean()}
+    preserved = {"rms": np.sqrt((q**2).mean()), "mean": q.mean()}
     weights = np.array(s)
-    kept["function"] = (q * weights).sum() / weights.sum() if weights.sum() > 0 else q.mean()
-    assert kept[preserve] == pytest.approx(1, rel=1e-4)
+    preserved["function"] = (q * weights).sum() / weights.sum() if weights.sum() > 0 else q.mean()
+    assert preserved[preserve] == pytest.approx(1, rel=1e-4)
 
 
 def test_misalignment_without_change_is_zero():

@@ -35,6 +35,8 @@ from nalora_mlx.training.step import TrainingStep, recomputed_layers
 from nalora_mlx.training.trainer import train
 from tests.conftest import build_examples, build_model, llama_args
 
+ACCURACY = 0.15  # of predicted peaks, relative
+
 
 def base_model(layers=4):
     """Return a small llama without adapters."""
@@ -104,9 +106,9 @@ def test_small_trials_predict_the_peak(name):
         peak = measured(built, examples, config)
         assert peak > 3 * mx.get_active_memory()  # otherwise the prediction would be easy
         assert upper_bound_bytes(built, shape) > peak
-        if attempt == 2 or abs(predicted / peak - 1) <= 0.15:
+        if attempt == 2 or abs(predicted / peak - 1) <= ACCURACY:
             break
-    assert predicted == pytest.approx(peak, rel=0.15)
+    assert predicted == pytest.approx(peak, rel=ACCURACY)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -238,7 +240,8 @@ def test_a_batch_that_surely_fits_is_measured_itself(monkeypatch):
 
         monkeypatch.setattr(planner, "_measure", measured)
         gradients = planner.profile(shape, 0).at(8, 128) - 1_000_000 - 1000 * shape.tokens
-        assert (gradients > 0) == accumulating
+        trained = sum(array.nbytes for _, array in tree_flatten(planner.step.model.trainable_parameters()))
+        assert gradients == pytest.approx(trained if accumulating else 0, abs=10)
         assert shape not in [trial for trial, _ in tried]
         peak = planner.profile(shape, 3_000_000)
         assert tried[-1] == (shape, not accumulating)
@@ -289,15 +292,17 @@ def flags_of(remedy):
 
 
 def test_what_is_advised_fits():
-    """The measured peak with each remedy stays within the budget. Without, or with twice the rows, it does not."""
+    """The measured peak with each remedy stays within the budget. Without, or with two more rows, it does not."""
     built, config = model(), RunConfig(batch_size=8)
     tokens = np.arange(1, 258, dtype=np.int32)
     # Every second token is supervised, so truncated rows have the same share of supervised tokens.
     examples = [Example(tokens, tokens % 2 == 0, str(i)) for i in range(8)]
-    whole = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), 2**40)
-    assert whole.fits
-    budget = round(whole.peak.base + 0.6 * (whole.needed - whole.peak.base))
-    tight = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), budget)
+    shape = largest_batch(examples, config)
+    step = TrainingStep(built, optim.Adam(1e-3), NALoRAConfig())
+    peak = PeakProfiler(step).profile(shape, safe=2**40)
+    budget = round(peak.base + 0.6 * (peak.at(8, 256) - peak.base))
+    del step
+    tight = plan(built, shape, config, optim.Adam(1e-3), budget)
     assert not tight.fits
     remedies = [flags_of(remedy) for remedy in tight.remedies()]
     assert sorted(remedies[0]) == ["batch_size", "grad_accumulation_steps"]
@@ -316,9 +321,11 @@ def test_what_is_advised_fits():
             yield measured(built, truncated, changed)
 
     for flags in remedies:
-        assert any(peak <= 1.03 * budget for peak in peaks(**flags)), flags
+        # Numbers of rows are rounded down. Lengths are padded up, and extrapolated from other lengths.
+        tolerance = ACCURACY if "max_seq_length" in flags else 0.03
+        assert any(peak <= (1 + tolerance) * budget for peak in peaks(**flags)), flags
     assert all(peak > budget for peak in peaks())
-    assert all(peak > budget for peak in peaks(batch_size=min(8, 2 * remedies[0]["batch_size"])))
+    assert all(peak > budget for peak in peaks(batch_size=remedies[0]["batch_size"] + 2))
 
 
 def test_a_run_that_surely_fits_is_not_measured(monkeypatch):

@@ -81,11 +81,11 @@ def test_steps_are_scaled_column_by_column(name):
     decay = ROWS[name][1]
     if decay is None:  # Adafactor: its rate is the learning rate times the RMS of the parameter
         rate = 1e-2 * max(1e-3, float(np.sqrt((old**2).mean())))
-        kept = old * (1 - 0.1 * rate)
+        decayed = old * (1 - 0.1 * rate)
     else:
-        kept = old * (1 - float(optimizer.learning_rate) * decay) if decay else old
-    step = np.array(gate(plain), dtype=np.float64) - kept
-    np.testing.assert_allclose(np.array(gate(new)), kept + Q * step, rtol=3e-6, atol=3e-7)
+        decayed = old * (1 - float(optimizer.learning_rate) * decay) if decay else old
+    step = np.array(gate(plain), dtype=np.float64) - decayed
+    np.testing.assert_allclose(np.array(gate(new)), decayed + Q * step, rtol=3e-6, atol=3e-7)
     # The unscaled parameter and the optimizer's own state are as without scaling.
     assert mx.array_equal(up(new), up(plain))
     flat, flat_plain = (dict(tree_flatten(o.state)) for o in (optimizer, plain_optimizer))

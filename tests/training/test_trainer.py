@@ -19,6 +19,7 @@ from nalora_mlx.adapters.merge import fuse_model
 from nalora_mlx.core.config import PLAIN_LORA, NALoRAConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data import batches as batching
+from nalora_mlx.data.packing import epoch_packs
 from nalora_mlx.training.diagnostics import describe_layers, measure_misalignment
 from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.evaluation import evaluate
@@ -44,11 +45,11 @@ def weights(model):
     return {name: np.array(a) for name, a in adapter_weights(model).items()}
 
 
-def relative_norm(got, want):
-    keys = want.keys()
-    assert got.keys() == keys
-    difference = sum(float(((got[k] - want[k]) ** 2).sum()) for k in keys)
-    return np.sqrt(difference / sum(float((want[k] ** 2).sum()) for k in keys))
+def relative_error(actual, expected):
+    """Return ||actual - expected|| / ||expected|| over all arrays."""
+    assert actual.keys() == expected.keys()
+    squares = sum(float(((actual[k] - expected[k]) ** 2).sum()) for k in expected)
+    return np.sqrt(squares / sum(float((expected[k] ** 2).sum()) for k in expected))
 
 
 def run(model, examples, optimizer=None, listeners=(), **settings):
@@ -101,7 +102,7 @@ def test_without_mechanisms_training_equals_mlx_lms_lora(build):
         moved = {name: exact[name] - start[name] for name in exact}
 
         def error(result, exact=exact, moved=moved):
-            return relative_norm({name: moved[name] + result[name] - exact[name] for name in moved}, moved)
+            return relative_error({name: moved[name] + result[name] - exact[name] for name in moved}, moved)
 
         ratios.append(error(weights(ours)) / error(train_with_mlx_lm(seed, start, mx.float32)))
     assert np.exp(np.mean(np.log(ratios))) < 2
@@ -264,7 +265,7 @@ def test_eager_compiled_and_checkpointed_agree(settings):
         )
         results.append(weights(model))
     for other in results[1:]:
-        assert relative_norm(other, results[0]) < 1e-5
+        assert relative_error(other, results[0]) < 1e-5
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
@@ -291,6 +292,17 @@ def test_misalignment_equals_its_definition(packed):
     selection = np.abs(z * (expit(z) - expit(z0)) * u).sum()
     measured = describe_layers(step)["model.layers.0.mlp"]["misalignment"]
     assert measured == pytest.approx(selection / (feature + selection), rel=1e-5)
+
+
+def test_a_nan_misalignment_is_dropped():
+    model, step, _ = take_steps({}, optim.Adam(1e-2))
+    batch = batching.collate(build_examples(2), [0, 1])
+    measure_misalignment(step, batch)
+    before = {path: row["misalignment"] for path, row in describe_layers(step).items()}
+    assert all(0 < value < 1 for value in before.values())
+    model.model.embed_tokens.weight = mx.full(model.model.embed_tokens.weight.shape, float("nan"))
+    measure_misalignment(step, batch)
+    assert {path: row["misalignment"] for path, row in describe_layers(step).items()} == before
 
 
 def test_layers_without_misalignment_need_no_sum_over_workers():
@@ -383,7 +395,7 @@ def test_accumulation_weights_tokens_not_batches():
         )
         results.append(weights(model))
     for other in results[1:]:
-        assert relative_norm(other, results[0]) < 1e-6
+        assert relative_error(other, results[0]) < 1e-6
 
 
 def test_the_last_partial_batch_and_window_are_used():
@@ -408,6 +420,9 @@ def test_the_last_partial_batch_and_window_are_used():
 
 def test_epochs_are_passes_over_the_rows():
     assert run(adapted(), build_examples(7), epochs=2).iterations == 6
+    packed = len(epoch_packs(build_examples(7), 1, 0, 0))
+    assert packed < 7
+    assert run(adapted(), build_examples(7), epochs=2, batch_size=1, packing=True).iterations == 2 * packed
 
 
 def test_dropout_is_the_same_when_recomputed():
@@ -417,10 +432,10 @@ def test_dropout_is_the_same_when_recomputed():
         model = adapted(dropout=0.4)
         run(model, build_examples(), optim.SGD(0.1), grad_checkpoint=checkpointing, iters=4, seed=3)
         results.append(weights(model))
-    assert relative_norm(results[1], results[0]) < 1e-5
+    assert relative_error(results[1], results[0]) < 1e-5
     other = adapted(dropout=0.4)
     run(other, build_examples(), optim.SGD(0.1), iters=4, seed=4)
-    assert relative_norm(weights(other), results[0]) > 1e-4
+    assert relative_error(weights(other), results[0]) > 1e-4
 
 
 def test_checkpointing_is_undone_and_handles_layers_of_several_classes():
