@@ -17,7 +17,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.trees import nbytes
 from nalora_mlx.data.batches import epoch_batches, pack_shapes, row_shapes
 from nalora_mlx.data.packing import epoch_packs
-from nalora_mlx.data.padding import PAD_TO, padded_length
+from nalora_mlx.data.padding import PAD_TO, padded_length, rounded_length
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.ops.cross_entropy import TILE_BYTES
 from nalora_mlx.training.distributed import ALONE, Workers
@@ -112,9 +112,12 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Greatest length that fits with the same batch size, as far as the measurement reaches."""
+        """Greatest padded length that fits with the same batch size, as far as the measurement reaches."""
         fitting = self.peak.length_within(self.budget, self.shape.rows)
-        return min(fitting, MOST_EXTRAPOLATED * self.shape.length)
+        length = min(fitting, MOST_EXTRAPOLATED * self.shape.length)
+        while rounded_length(max(length, 1)) > length > 0:  # rows of this length would be padded beyond it
+            length -= PAD_TO
+        return max(length, 0)
 
     @property
     def fits(self) -> bool:

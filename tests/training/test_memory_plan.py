@@ -321,8 +321,8 @@ def test_what_is_advised_fits():
             yield measured(built, truncated, changed)
 
     for flags in remedies:
-        # Numbers of rows are rounded down. Lengths are padded up, and extrapolated from other lengths.
-        tolerance = ACCURACY if "max_seq_length" in flags else 0.03
+        # Rows are extrapolated from the same length, but lengths from other lengths.
+        tolerance = 0.1 if "max_seq_length" in flags else 0.03
         assert any(peak <= (1 + tolerance) * budget for peak in peaks(**flags)), flags
     assert all(peak > budget for peak in peaks())
     assert all(peak > budget for peak in peaks(batch_size=remedies[0]["batch_size"] + 2))
