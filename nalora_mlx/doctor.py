@@ -293,9 +293,10 @@ def _check_disk(page: "Page", model: "nn.Module | None", config: RunConfig) -> N
     space = f"{free / 1e9:.1f} GB free for {output}"
     if model is not None:
         from nalora_mlx.adapters.files import adapter_weights
+        from nalora_mlx.core.trees import nbytes
         from nalora_mlx.runs.directory import check_space
 
-        adapter = sum(array.nbytes for array in adapter_weights(model).values())
+        adapter = nbytes(adapter_weights(model))
         state = 2 * adapter  # Adam's moments
         saves = math.ceil(config.iters / config.save_every)
         shortage = check_space(output, adapter, state, saves, config.keep_last)

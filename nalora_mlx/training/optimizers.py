@@ -95,17 +95,17 @@ def apply_scaled(
         return optimizer.apply_gradients(gradients, parameters)
     flat_gradients = dict(tree_flatten(gradients))
     old = dict(tree_flatten(parameters))
-    seen = dict(old)  # the parameters that the optimizer gets to see
+    passed = dict(old)  # the parameters that the optimizer is given
     for path in scales:
         if isinstance(optimizer, _COUPLED_DECAY) and optimizer.weight_decay:
             flat_gradients[path] = flat_gradients[path] + optimizer.weight_decay * old[path]
         if _step_is_independent(optimizer):
             # Starting from zero, the result is the step itself: no cancellation in a difference.
-            seen[path] = mx.zeros_like(old[path])
+            passed[path] = mx.zeros_like(old[path])
     new = dict(
         tree_flatten(
             optimizer.apply_gradients(
-                tree_unflatten(list(flat_gradients.items())), tree_unflatten(list(seen.items()))
+                tree_unflatten(list(flat_gradients.items())), tree_unflatten(list(passed.items()))
             )
         )
     )
