@@ -269,8 +269,9 @@ def known_flags():
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_flag_of_a_page_exists(page):
-    """In bash blocks and in inline code. Flags of scripts are looked up in their source."""
-    scripts = "".join(path.read_text() for path in (ROOT / "scripts").iterdir() if path.is_file())
+    """In bash blocks and in inline code. Flags of scripts and of pytest are looked up in their source."""
+    sources = [*(ROOT / "scripts").iterdir(), ROOT / "tests" / "conftest.py"]
+    scripts = "".join(path.read_text() for path in sources if path.is_file())
     flags = set()
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
     for code in [*bash_blocks(page), *re.findall(r"`[^`]+`", prose)]:
