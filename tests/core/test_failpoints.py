@@ -24,7 +24,7 @@ from tests.core.failpoints import WRITES, Operations, adapter_files, checkpoint_
 
 
 # The tests with this parameter start a process for each place where a save can be interrupted.
-@pytest.fixture(params=[pytest.param(5, id="every-5th"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.fixture(params=[pytest.param(8, id="every-8th"), pytest.param(1, id="all", marks=pytest.mark.slow)])
 def stride(request):
     return request.param
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 MODEL, DEMO = ROOT / "demo" / "model", ROOT / "demo" / "adapters"
 EXAMPLE = ROOT / "examples" / "bakery"
 LAYERS = 12  # in the example's config; the small demo trains fewer and changes too few answers
-SHORT = ("--num-layers", "6", "--batch-size", "2", "--iters", "24", "--val-batches", "2")
+SHORT = ("--num-layers", "6", "--batch-size", "2", "--iters", "16", "--val-batches", "1")
 QUESTIONS = 3
 ANSWER = 48  # tokens
 
@@ -153,7 +153,8 @@ def test_llama_cpp_gives_the_same_greedy_answers(expected, exported, file, lora)
     )
 
 
-@pytest.mark.parametrize("file", [pytest.param("q8_0", marks=pytest.mark.slow), "q4_k_m"])
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["q8_0", "q4_k_m"])
 def test_quantized_files_answer_like_the_tuned_model(expected, exported, file):
     """Rounding may change words, but the answers stay closer to the tuned model's than the base's are."""
     llama_cpp.require()
