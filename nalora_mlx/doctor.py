@@ -222,15 +222,15 @@ def _check_tokens(page: "Page", rows: "RunData", tokenizer: Any, config: RunConf
     splits: dict[str, Split] = tokenize(rows, tokenizer, config.max_seq_length)
     for name, split in splits.items():
         _print_all(page, split.errors, split.notices)
-        if split.examples:
+        if split.sequences:
             page.good(summary(name, split))
-        if name == "train" and split.examples:
-            for line in histogram(split.examples):
+        if name == "train" and split.sequences:
+            for line in histogram(split.sequences):
                 page.console.print(f"  {line}", markup=False, soft_wrap=True)
-    for example in splits["train"].examples[: config.show_masks]:
+    for example in splits["train"].sequences[: config.show_masks]:
         text = marked_text(example.source, mask_pieces(example, tokenizer), has_colors(page.console))
         page.console.print(text, soft_wrap=not page.console.is_terminal)
-    return list(splits["train"].examples)
+    return list(splits["train"].sequences)
 
 
 def _print_all(page: "Page", problems: list[str], notices: list[str]) -> None:

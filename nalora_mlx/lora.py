@@ -128,15 +128,15 @@ def check_splits(
     if errors := [error for split in splits.values() for error in split.errors]:
         raise InputError(listed(errors))
     for name, split in splits.items():
-        if split.examples:
+        if split.sequences:
             display.note(summary(name, split))
             if name == "train":
-                display.note("\n".join(histogram(split.examples)))
+                display.note("\n".join(histogram(split.sequences)))
         for notice in split.notices:
             display.note(f"note: {notice}")
-    if config.train and not splits["valid"].examples:
+    if config.train and not splits["valid"].sequences:
         display.note("note: no validation set (valid.jsonl): no validation, and no best adapter")
-    for example in next(iter(splits.values())).examples[: config.show_masks]:
+    for example in next(iter(splits.values())).sequences[: config.show_masks]:
         display.masks(example.source, mask_pieces(example, tokenizer))
     return splits
 
@@ -181,7 +181,7 @@ def train_model(
     display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
     display.status.memory_limit = default_budget()
     loss = SupervisedLoss(model)
-    examples = splits["train"].examples
+    examples = splits["train"].sequences
     for line in memory_advice(model, examples, config, lambda: configured_optimizer(config), workers(), loss):
         display.note(line)
     if config.plan:
@@ -194,7 +194,7 @@ def train_model(
         result = train(
             model,
             examples,
-            splits["valid"].examples,
+            splits["valid"].sequences,
             config,
             optimizer,
             output_directory(config),
@@ -324,7 +324,7 @@ def test_model(
 
     world = workers()
     batches = evaluation_batches(
-        split.examples, config.batch_size, config.test_batches, config.seed, world.share
+        split.sequences, config.batch_size, config.test_batches, config.seed, world.share
     )
     value, tokens = evaluate(model, batches, loss=loss, workers=world)
     display.note(f"test loss {value:.4f}, perplexity {math.exp(min(value, 700)):.3f}, over {tokens} tokens")

@@ -317,7 +317,7 @@ def load_examples(args: argparse.Namespace, tokenizer: Any, seed: int) -> list[A
         tokens = rng.integers(1, 40000, (rows * (args.warmup + args.iters), length + 1), dtype=np.int32)
         return [Example(row, np.arange(length + 1) > 0, "") for row in tokens]
     rows = load_local(Path(args.data), ["train"])["train"]
-    return tokenize_split(rows, tokenizer, Features(mask_prompt=args.mask_prompt), 2048).examples
+    return tokenize_split(rows, tokenizer, Features(mask_prompt=args.mask_prompt), 2048).sequences
 
 
 def batch_size(args: argparse.Namespace) -> int:

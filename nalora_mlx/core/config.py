@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nalora_mlx.core.config_data import DataConfig
 from nalora_mlx.core.config_fields import not_a_count, setting, too_small, wrong_choices
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import coerce, nearest, read_yaml, reject_unknown
@@ -196,16 +197,13 @@ FINE_TUNE_TYPES = tuple(METHOD_LABELS)
 
 
 @dataclass
-class RunConfig(TrainingConfig):
+class RunConfig(TrainingConfig, DataConfig):
     """Settings of `nalora lora`: every key of `mlx_lm.lora` 0.32 with its default, and our own."""
 
     model: str = setting("Qwen/Qwen3-0.6b", "model directory, or Hugging Face repo")
     train: bool = setting(False, "train the model")
     test: bool = setting(False, "evaluate on the test set, with --train after training")
     test_batches: int = setting(500, "number of test batches; -1 for all")
-    data: str = setting(
-        "mlx-community/WikiSQL", "directory with {train,valid,test}.jsonl, or a Hugging Face dataset"
-    )
     fine_tune_type: str = setting("na-lora", "fine-tuning method", choices=FINE_TUNE_TYPES)
     optimizer: str = setting("adam", "optimizer", choices=OPTIMIZERS)
     optimizer_config: dict[str, Any] = setting({}, "settings per optimizer", yaml_only=True)
@@ -216,7 +214,6 @@ class RunConfig(TrainingConfig):
     na_parameters: dict[str, Any] = setting(
         {}, "settings of NA-LoRA: mask, statistic, beta and so on", yaml_only=True
     )
-    mask_prompt: bool = setting(False, "compute the loss on assistant turns only")
     resume_adapter_file: str | None = setting(None, "file with adapter weights to start from")
     resume: str | None = setting(
         None,
@@ -236,7 +233,6 @@ class RunConfig(TrainingConfig):
         "memory limit, in bytes or as 8GB (default: the device's recommended working set, or 80% of RAM)",
         size=True,
     )
-    show_masks: int = setting(0, "number of training rows to print with their supervised tokens marked")
     quantize: int | None = setting(
         None, "number of bits to quantize the base model to on load (default: none)"
     )
@@ -245,18 +241,11 @@ class RunConfig(TrainingConfig):
     )
     project_name: str | None = setting(None, "project name for these services")
     trust_remote_code: bool = setting(False, "run code that comes with a model or tokenizer")
-    hf_dataset: dict[str, Any] | list[Any] | None = setting(
-        None, "Hugging Face datasets: path, splits, features", yaml_only=True
-    )
-    prompt_feature: str = setting("prompt", "key of the prompt in a row", yaml_only=True)
-    completion_feature: str = setting("completion", "key of the completion in a row", yaml_only=True)
-    text_feature: str = setting("text", "key of the text in a row", yaml_only=True)
-    chat_feature: str = setting("messages", "key of the messages in a row", yaml_only=True)
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one sentence each."""
         found = super().problems() + wrong_choices(self)
-        found += too_small(self, 1, "memory_budget") + too_small(self, 0, "show_masks")
+        found += too_small(self, 1, "memory_budget") + self.data_problems()
         found += not_a_count(self, "test_batches")
         if not (self.train or self.test or self.plan):
             found.append("nothing to do; give --train, --test or both, or --plan")

@@ -142,7 +142,7 @@ def tokenize(data: RunData, tokenizer: Any, max_seq_length: int) -> dict[str, Sp
         for name, rows in dataset.items():
             split = splits.setdefault(name, Split([]))
             tokenized = tokenize_rows(rows, tokenizer, data.mask_prompt, max_seq_length, name)
-            split.examples += tokenized.examples
+            split.sequences += tokenized.sequences
             split.notices += tokenized.notices
             split.errors += tokenized.errors
     return splits

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nalora_mlx.core.config import RunConfig
@@ -40,12 +40,24 @@ class Row:
         messages: the chat, empty for a text. A prompt and completion become a user and an assistant message.
         tools: what the row holds under "tools", for the chat template.
         text: the text, empty for a chat.
+        template_args: arguments of the chat template that the row brings, under "chat_template_kwargs".
+        untrained: indices of the assistant messages that are not trained on ("weight": 0 or "train": false).
+        weight: how many times an epoch holds the row.
+        chunk: whether a text longer than the sequence length becomes several sequences, instead of being truncated.
+        rejected: the worse answer of a preference row, as the messages that follow `messages` without its last turn.
+        images: the images of a row, as paths or bytes, in the order of their appearance.
     """
 
     source: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     text: str = ""
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    untrained: frozenset[int] = frozenset()
+    weight: int = 1
+    chunk: bool = False
+    rejected: list[dict[str, Any]] | None = None
+    images: tuple[Any, ...] = ()
 
 
 def parse_row(source: str, content: Mapping[str, Any], features: Features) -> Row:

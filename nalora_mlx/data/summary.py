@@ -29,7 +29,7 @@ def length_statistics(examples: Sequence[Example]) -> dict[str, int]:
 
 def summary(name: str, split: Split) -> str:
     """Return one line about a split: rows, tokens, the supervised share, and lengths."""
-    found = length_statistics(split.examples)
+    found = length_statistics(split.sequences)
     return (
         f"{name}: {found['rows']} rows, {found['tokens']} tokens, "
         f"{found['supervised'] / found['tokens']:.0%} of them supervised; lengths {found['shortest']} to "

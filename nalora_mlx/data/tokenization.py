@@ -46,17 +46,17 @@ class Split:
     """The tokenized rows of one split, and sentences about rows that are odd or unusable.
 
     Attributes:
-        examples: tokenized rows.
+        sequences: tokenized rows; a chat may become several.
         notices: what is odd about rows, and what to do.
         errors: what makes rows unusable, and what to do.
     """
 
-    examples: list[Example]
+    sequences: list[Example]
     notices: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.sequences)
 
 
 def tokenize_split(
@@ -115,9 +115,9 @@ def tokenize_rows(
         ending = tokens[np.flatnonzero(loss_mask)[-END_WINDOW:]].tolist()
         if length <= max_seq_length and end_tokens.isdisjoint(ending):
             findings.add(Finding.NO_END_TOKEN, row.source)
-        split.examples.append(Example(tokens, loss_mask, row.source))
+        split.sequences.append(Example(tokens, loss_mask, row.source))
     dropped = findings.sources[Finding.UNSUPERVISED]
-    if dropped and not split.examples and not split.errors:
+    if dropped and not split.sequences and not split.errors:
         split.errors.append(
             f"{name}: no row has a supervised token within {max_seq_length} tokens "
             f"(first: {dropped[0]}, longest row {longest}); raise --max-seq-length or shorten the prompts"

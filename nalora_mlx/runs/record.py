@@ -65,7 +65,9 @@ def record(config: RunConfig, splits: Mapping[str, Split]) -> dict[str, Any]:
             settings[name] = Path(settings[name]).name
     return {
         "settings": settings,
-        "data": {name: length_statistics(split.examples) for name, split in splits.items() if split.examples},
+        "data": {
+            name: length_statistics(split.sequences) for name, split in splits.items() if split.sequences
+        },
         "samples": samples(splits, config),
         "environment": environment(),
     }
@@ -90,7 +92,7 @@ def samples(splits: Mapping[str, Split], config: RunConfig) -> list[dict[str, An
     features = Features.from_config(config)
     contents: dict[str, dict[str, Any]] = {}
     found: list[dict[str, Any]] = []
-    for example in splits[name].examples[: 10 * SAMPLES] if name else []:
+    for example in splits[name].sequences[: 10 * SAMPLES] if name else []:
         path = Path(example.source.rpartition(":")[0])
         try:
             if example.source not in contents and path.is_file():

@@ -188,7 +188,7 @@ def test_data_lines(line, mask, tmp_path, tokenizer):
     found = read_rows(RunConfig(data=str(tmp_path), mask_prompt=mask), ["train"])
     split = tokenize(found, tokenizer, 64)["train"]
     assert all("train.jsonl:2: " in problem for problem in found.problems + split.errors)
-    by_source = {example.source.rpartition(":")[2]: example for example in split.examples}
+    by_source = {example.source.rpartition(":")[2]: example for example in split.sequences}
     assert set(by_source) >= {"1", "3"}
     assert by_source["1"].tokens.tolist() == by_source["3"].tokens.tolist()
     refused = bool(found.problems or split.errors)

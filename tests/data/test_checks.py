@@ -194,7 +194,7 @@ def test_all_rows_that_the_template_refuses_are_named():
     rows, problems = parse_rows([("x:1", row), ("x:2", CHAT), ("x:3", row)], Features())
     assert problems == []
     split = tokenize_rows(rows, Refusing(), False, 1000)
-    assert len(split.examples) == 1
+    assert len(split.sequences) == 1
     assert [error[:4] for error in split.errors] == ["x:1:", "x:3:"]
     assert all("refuses this row (roles must alternate)" in error for error in split.errors)
 
@@ -230,7 +230,7 @@ def test_summary_and_histogram_of_a_split():
 
 def test_masks_in_colours_or_brackets(tokenizer):
     split = tokenize_split([("x:1", CHAT)], tokenizer, Features(mask_prompt=True), 1000)
-    pieces = mask_pieces(split.examples[0], tokenizer)
+    pieces = mask_pieces(split.sequences[0], tokenizer)
     assert [text.strip() for text, supervised in pieces if supervised] == [
         "the bird is red <|im_end|>",
         "the dog <|im_end|>",
@@ -339,4 +339,4 @@ def test_the_example_data_has_no_problems(tokenizer):
     assert found.problems == []
     assert all("are in train too" not in notice for notice in found.notices)
     splits = tokenize(found, tokenizer, 2048)
-    assert {name: bool(split.examples) for name, split in splits.items()} == dict.fromkeys(splits, True)
+    assert {name: bool(split.sequences) for name, split in splits.items()} == dict.fromkeys(splits, True)

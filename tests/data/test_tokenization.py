@@ -23,7 +23,7 @@ COMPLETION = {"prompt": "what is the cat ?", "completion": "the cat is green"}
 
 
 def tokenize_one(row, tokenizer, mask_prompt=False, longest=100):
-    return tokenize_split([("x:1", row)], tokenizer, Features(mask_prompt=mask_prompt), longest).examples[0]
+    return tokenize_split([("x:1", row)], tokenizer, Features(mask_prompt=mask_prompt), longest).sequences[0]
 
 
 def words(example, tokenizer):
@@ -71,7 +71,7 @@ class RewritingTokenizer:
 
 def test_a_template_that_rewrites_earlier_turns_falls_back_to_the_last(tokenizer):
     split = tokenize_split([("x:1", CHAT)], RewritingTokenizer(), Features(mask_prompt=True), 1000)
-    example = split.examples[0]
+    example = split.sequences[0]
     supervised = "".join(
         chr(t) for t, s in zip(example.tokens, example.loss_mask, strict=True) if s and t > 3
     )
@@ -238,7 +238,7 @@ def test_a_template_that_fails_without_a_part_does_not_ignore_it(tokenizer_direc
 def test_custom_feature_names(tokenizer):
     row = {"input": "what is the cat ?", "output": "the cat is green"}
     split = tokenize_split([("x:1", row)], tokenizer, Features(prompt="input", completion="output"), 100)
-    assert split.examples[0].tokens.tolist() == tokenize_one(COMPLETION, tokenizer).tokens.tolist()
+    assert split.sequences[0].tokens.tolist() == tokenize_one(COMPLETION, tokenizer).tokens.tolist()
 
 
 def test_long_rows_are_cut_and_unsupervised_rows_dropped(tokenizer):

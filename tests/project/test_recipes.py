@@ -192,7 +192,7 @@ def test_a_template_with_tools_supervises_every_call(tools_model):
     split = tokenized(rows, tokenizer)
     assert split.errors == split.notices == []
     assert len(split) == len(rows)
-    for example, (_, row) in zip(split.examples, rows, strict=True):
+    for example, (_, row) in zip(split.sequences, rows, strict=True):
         expected = 0
         for kind, content in conversation(row):
             if kind in ("call", "assistant"):
