@@ -22,8 +22,8 @@ model, tokenizer = load(model_name)
 # 2. Tokenize the rows. A mask marks the tokens to train on.
 rows = load_local(directory, ["train", "valid"])
 features = Features(mask_prompt=True)
-training = tokenize_split(rows["train"], tokenizer, features, max_seq_length=512).examples
-validation = tokenize_split(rows["valid"], tokenizer, features, max_seq_length=512).examples
+training = tokenize_split(rows["train"], tokenizer, features, max_seq_length=512).sequences
+validation = tokenize_split(rows["valid"], tokenizer, features, max_seq_length=512).sequences
 
 # 3. Attach adapters. This does not change the model's outputs. The result lists the gated MLPs that NA-LoRA is applied
 # to, and the modules that it is not applied to, with the reason.

@@ -8,9 +8,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from nalora_mlx.adapters import adapt, fuse_model, load_adapter
     from nalora_mlx.core import InputError, NALoRAConfig, TrainingConfig
+    from nalora_mlx.data import preview
     from nalora_mlx.training import train
 
-__all__ = ["InputError", "NALoRAConfig", "TrainingConfig", "adapt", "fuse_model", "load_adapter", "train"]
+__all__ = [
+    "InputError",
+    "NALoRAConfig",
+    "TrainingConfig",
+    "adapt",
+    "fuse_model",
+    "load_adapter",
+    "preview",
+    "train",
+]
 
 _HOMES = {
     "InputError": "core",
@@ -19,6 +29,7 @@ _HOMES = {
     "adapt": "adapters",
     "fuse_model": "adapters",
     "load_adapter": "adapters",
+    "preview": "data",
     "train": "training",
 }
 

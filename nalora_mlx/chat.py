@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nalora_mlx.cli import Parser
+from nalora_mlx.cli import Parser, add_chat_flags, configure_chats
 from nalora_mlx.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ SHORTCUTS = {"q": "/quit", "r": "/reset", "h": "/help"}  # the commands of mlx_l
 
 
 def build_parser(prog: str) -> Parser:
-    """Build a parser with the single-machine flags of mlx_lm.chat, and --compare."""
+    """Build a parser with the single-machine flags of mlx_lm.chat, --compare, and those of the chat template."""
     listed = "; ".join(f"{command.usage}: {command.help}" for command in COMMANDS)
     parser = Parser(
         prog=prog, description=f"Chat with a model. Chat commands: {listed}. Ctrl-C stops an answer."
@@ -233,6 +233,7 @@ def build_parser(prog: str) -> Parser:
         "--prefill-step-size", type=int, default=2048, help="prompt tokens processed per step (default: 2048)"
     )
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_chat_flags(parser)
     return parser
 
 
@@ -262,9 +263,11 @@ def _load(args: argparse.Namespace) -> "tuple[Conversation, Conversation | None]
     from nalora_mlx.models.loading import load_model
 
     base, tokenizer, _ = load_model(args.model, args.trust_remote_code)
+    configure_chats(tokenizer, args.chat_template, args.chat_template_args, args.adapter_path)
     if not tokenizer.has_chat_template:
         raise InputError(
-            f"--model {args.model}: has no chat template; use nalora generate or an instruct model"
+            f"--model {args.model}: has no chat template; give one with --chat-template, use nalora generate, or an "
+            "instruct model"
         )
     base.eval()
     settings = (tokenizer, args.system_prompt, args.max_kv_size)

@@ -4,18 +4,22 @@ import argparse
 import dataclasses
 import importlib
 import io
-import json
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from nalora_mlx import __version__
 from nalora_mlx.core.errors import InputError, RunError
 from nalora_mlx.core.parsing import base_types, did_you_mean
 from nalora_mlx.core.paths import check_paths, expanded
 from nalora_mlx.core.signals import SIGNALS, Stopped
+from nalora_mlx.core.template_args import EXAMPLE, parse_template_args
+
+if TYPE_CHECKING:
+    from nalora_mlx.models.chat_templates import ChatSettings
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -128,25 +132,39 @@ def add_settings(parser: argparse._ActionsContainer, settings: type, skip: tuple
         metadata = field.metadata
         if field.name in skip or metadata.get("yaml_only"):
             continue
-        flag = "--" + field.name.replace("_", "-")
+        flag = "--" + metadata.get("flag_name", field.name.replace("_", "-"))
         text = metadata["help"] + _default_text(field.default)
-        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+        options: dict[str, Any] = {
+            "help": text.replace("%", "%%"),
+            "default": argparse.SUPPRESS,
+            "dest": field.name,
+        }
         kind = base_types(types[field.name])[0]
         if get_origin(kind) is tuple:  # argparse converts item by item
             kind = get_args(kind)[0]
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
             continue
-        options |= {name: metadata[name] for name in ("choices", "nargs") if name in metadata}
+        options |= {name: metadata[name] for name in ("choices", "nargs", "metavar") if name in metadata}
         if "const" in metadata:  # the value of the flag without an argument
             options |= {"const": metadata["const"], "metavar": "PATH"}
         if metadata.get("size"):  # `coerce` parses it
             options["metavar"] = "SIZE"
+        elif get_origin(kind) is dict:
+            options |= {"type": _template_args, "metavar": "JSON"}
         else:
             options["type"] = kind
             if kind in (int, float):
                 options["metavar"] = "N"
         parser.add_argument(flag, **options)
+
+
+def _template_args(text: str) -> dict[str, Any]:
+    """Parse a JSON flag for argparse, which hides the messages of other exceptions."""
+    try:
+        return parse_template_args(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _default_text(default: Any) -> str:
@@ -156,6 +174,47 @@ def _default_text(default: Any) -> str:
     if isinstance(default, bool):
         return f" (default: {str(default).lower()})"
     return f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+
+def add_chat_flags(parser: argparse._ActionsContainer, *aliases: str) -> None:
+    """Add --chat-template and --chat-template-args; `aliases` are other names of the latter."""
+    parser.add_argument(
+        "--chat-template",
+        metavar="X",
+        help="chat template: a file, a template of the model by name, or chatml (default: as the adapter was trained)",
+    )
+    parser.add_argument(
+        "--chat-template-args",
+        *aliases,
+        metavar="JSON",
+        type=_template_args,
+        help=f"arguments of the chat template, a JSON object such as '{EXAMPLE}' (default: as the adapter was trained)",
+    )
+
+
+def configure_chats(
+    tokenizer: Any, template: str | None, args: dict[str, Any] | None, adapter: str | Path | None
+) -> "ChatSettings":
+    """Make a tokenizer render chats as flags say, or else as in an adapter's training; print notices.
+
+    Args:
+        tokenizer: tokenizer wrapper of mlx-lm; changed in place.
+        template: value of --chat-template; None if not given.
+        args: value of --chat-template-args; None if not given.
+        adapter: directory of the adapter; None without one.
+
+    Raises:
+        InputError: there is no such template, or it is not valid.
+    """
+    from nalora_mlx.adapters.files import read_chat_settings
+    from nalora_mlx.models.chat_templates import choose_settings, configure_chat_template
+
+    trained = None if adapter is None else read_chat_settings(Path(adapter).expanduser())
+    settings, notices = choose_settings(tokenizer, template, args, trained)
+    configure_chat_template(tokenizer, settings)
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
+    return settings
 
 
 def add_forwarded(
@@ -173,18 +232,14 @@ def add_forwarded(
         parser.add_argument(*names, help=text, action="store_true", default=argparse.SUPPRESS)
 
 
-def check_forwarded(given: Mapping[str, Any], json_flag: str) -> None:
-    """Check what can be checked quickly of flags for mlx-lm: paths of models and adapter, and a JSON value.
+def check_forwarded(given: Mapping[str, Any]) -> None:
+    """Check what can be checked quickly of flags for mlx-lm: paths of models and adapter.
 
     Raises:
         InputError: names the flag.
     """
     check_paths(given.get("model"), given.get("adapter_path"))
     check_paths(given.get("draft_model"), flag="--draft-model")
-    try:
-        json.loads(given.get(json_flag.removeprefix("--").replace("-", "_"), "{}"))
-    except ValueError as error:
-        raise InputError(f"{json_flag} is not valid JSON ({error})") from None
 
 
 def prepare_forwarded(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,6 +260,31 @@ def prepare_forwarded(given: Mapping[str, Any]) -> dict[str, Any]:
             check(given[name])
     paths = ("model", "adapter_path", "draft_model")
     return {name: str(expanded(value)) if name in paths else value for name, value in given.items()}
+
+
+def loading_configured(load: Callable[..., Any], given: dict[str, Any]) -> Callable[..., Any]:
+    """Return mlx-lm's `load` so that the tokenizer renders chats as the flags in `given` say; remove them there."""
+    from mlx_lm.utils import load_tokenizer
+
+    from nalora_mlx.models.chat_templates import configure_chat_template
+
+    template, args = given.pop("chat_template"), given.pop("chat_template_args")
+    adapter = given.get("adapter_path")
+
+    def load_configured(name: str, **options: Any) -> Any:
+        loaded = load(name, **options)
+        if "tokenizer_config" not in options:  # the draft model
+            return loaded
+        model, tokenizer, config = loaded
+        settings = configure_chats(tokenizer, template, args, adapter)
+        if settings.template is not None:
+            # On loading, mlx-lm finds out how the template writes tool calls.
+            given_with_template = {**options["tokenizer_config"], "chat_template": settings.template}
+            tokenizer = load_tokenizer(name, given_with_template, config.get("eos_token_id"))
+            configure_chat_template(tokenizer, settings)
+        return model, tokenizer, config
+
+    return load_configured
 
 
 def forwarded_argv(given: Mapping[str, Any]) -> list[str]:

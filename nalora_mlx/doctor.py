@@ -15,6 +15,7 @@ from nalora_mlx import __version__
 from nalora_mlx.cli import Parser, add_settings
 from nalora_mlx.core import machine, optional_dependencies
 from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
+from nalora_mlx.core.settings_without_effect import without_effect
 from nalora_mlx.core.versions import library_versions
 
 if TYPE_CHECKING:
@@ -24,7 +25,17 @@ if TYPE_CHECKING:
     from nalora_mlx.data.checks import RunData
     from nalora_mlx.data.tokenization import Example, Split
 
-DATA_SETTINGS = ("data", "mask_prompt", "max_seq_length", "show_masks")
+DATA_SETTINGS = (
+    "data",
+    *("prompt_feature", "completion_feature", "chat_feature", "text_feature"),
+    "valid_fraction",
+    "chunk",
+    "mask_prompt",
+    "max_seq_length",
+    "show_masks",
+    "chat_template",
+    "chat_template_args",
+)
 MEMORY_SETTINGS = ("batch_size", "grad_checkpoint", "memory_budget", "quantize", "num_layers")
 SLOW_GFLOPS = 20  # of float32 matrix products on a CPU; slower means that no optimized BLAS is in use
 LOW_DISK = 2e9  # bytes; about what a run of a small model writes
@@ -59,30 +70,37 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from nalora_mlx.core.terminal import Page
+    from nalora_mlx.training.chats import configure_run_chats
 
     given = vars(args)
     name, remote, path = given.pop("model"), given.pop("trust_remote_code"), given.pop("config")
     config = load_run_config(path, given)
-    replace(config, train=True).check()
+    config.train = True
+    config.check()
     if name is None and config.model != RunConfig.model:
         name = config.model  # from the YAML file
     page = Page(Console(highlight=False))
+    if notices := without_effect(config):
+        with page.section("Settings"):
+            _print_all(page, [], notices)
     with page.section("Machine"):
         _check_machine(page)
     with page.section("Kernels"):
         _check_kernels(page)
-    model = tokenizer = examples = None
+    model = tokenizer = model_config = examples = None
     with page.section("Model"):
         if name is None:
             page.fact("none given; --model M shows what NA-LoRA would adapt")
         else:
-            model, tokenizer = _check_model(page, name, remote, config)
+            model, tokenizer, model_config = _check_model(page, name, remote, config)
     with page.section("Data"):
         if path is None and "data" not in given:
             page.fact("none given; --data D checks its rows")
         else:
             rows = _check_rows(page, config)
-            examples = _check_tokens(page, rows, tokenizer, config) if tokenizer else None
+            if model_config is not None:
+                configure_run_chats(config, tokenizer, None, page.finding)
+                examples = _check_tokens(page, rows, tokenizer, model_config, config)
     with page.section("Memory"):
         _check_memory(page, model, examples, config)
     with page.section("Disk"):
@@ -149,13 +167,13 @@ def _check_kernels(page: "Page") -> None:
 
 def _check_model(
     page: "Page", name: str, trust_remote_code: bool, config: RunConfig
-) -> tuple["nn.Module", Any]:
-    """Load and adapt a model, and report what is adapted; return it and its tokenizer."""
+) -> tuple["nn.Module", Any, dict[str, Any]]:
+    """Load and adapt a model, and report what is adapted; return it, its tokenizer and its config."""
     from nalora_mlx.adapters.attach import adapt, adapt_dora
     from nalora_mlx.core.trees import nbytes
     from nalora_mlx.models.loading import load_model
 
-    model, tokenizer, _ = load_model(name, trust_remote_code, config.quantize)
+    model, tokenizer, model_config = load_model(name, trust_remote_code, config.quantize)
     size = nbytes(model.parameters())
     page.good(f"loaded: {len(model.layers)} layers, {size / 1e9:.2f} GB of weights")
     wanted = config.lora_config()
@@ -176,7 +194,7 @@ def _check_model(
     keys = ", ".join(result.config.keys or ())
     adapted = layers if layers > 0 else len(model.layers)
     page.fact(f"{adapted} layers adapted, {len(result.plain)} other modules; keys: {keys}")
-    return model, tokenizer
+    return model, tokenizer, model_config
 
 
 def _group_layers(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -213,11 +231,15 @@ def _check_rows(page: "Page", config: RunConfig) -> "RunData":
     return rows
 
 
-def _check_tokens(page: "Page", rows: "RunData", tokenizer: Any, config: RunConfig) -> "list[Example]":
+def _check_tokens(
+    page: "Page", rows: "RunData", tokenizer: Any, model_config: dict[str, Any], config: RunConfig
+) -> "list[Example]":
     """Tokenize the rows; report truncated and omitted rows, lengths and masks. Return the training examples."""
     from nalora_mlx.core.terminal import has_colors, marked_text
     from nalora_mlx.data.checks import tokenize
     from nalora_mlx.data.summary import histogram, mask_pieces, summary
+    from nalora_mlx.models.context_length import context_notices
+    from nalora_mlx.training.schedules import length_notices
 
     splits: dict[str, Split] = tokenize(rows, tokenizer, config.max_seq_length)
     for name, split in splits.items():
@@ -227,6 +249,7 @@ def _check_tokens(page: "Page", rows: "RunData", tokenizer: Any, config: RunConf
         if name == "train" and split.sequences:
             for line in histogram(split.sequences):
                 page.console.print(f"  {line}", markup=False, soft_wrap=True)
+    _print_all(page, [], context_notices(splits, model_config) + length_notices(config, splits))
     for example in splits["train"].sequences[: config.show_masks]:
         text = marked_text(example.source, mask_pieces(example, tokenizer), has_colors(page.console))
         page.console.print(text, soft_wrap=not page.console.is_terminal)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nalora_mlx.cli import Parser
+from nalora_mlx.cli import Parser, add_chat_flags, configure_chats
 from nalora_mlx.core.errors import InputError, RunError, first_line
 from nalora_mlx.core.paths import check_paths
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def build_parser(prog: str) -> Parser:
-    """Build a parser with the flags of mlx_lm.fuse and our own."""
+    """Build a parser with the flags of mlx_lm.fuse, our own, and those of the chat template."""
     parser = Parser(prog=prog, description="Merge an adapter into the weights of its base model.")
     add = parser.add_argument
     add(
@@ -41,6 +41,7 @@ def build_parser(prog: str) -> Parser:
     )
     add("--overwrite", action="store_true", help="replace the model at --save-path")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_chat_flags(parser)
     return parser
 
 
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from nalora_mlx.adapters.files import load_any_adapter
     from nalora_mlx.adapters.merge import check_bits, dequantize_scaled_experts
     from nalora_mlx.core.storage import new_directory
+    from nalora_mlx.models.chat_templates import format_args
     from nalora_mlx.models.loading import load_model, local_directory
 
     bits = None if args.bits == "same" else int(args.bits)
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dequantize:
         dequantize_scaled_experts(model)
     load_any_adapter(model, Path(args.adapter_path).expanduser())
+    chat = configure_chats(tokenizer, args.chat_template, args.chat_template_args, args.adapter_path)
     if not args.dequantize:
         check_bits(model, bits)
     model.eval()
@@ -77,6 +80,10 @@ def run(args: argparse.Namespace) -> None:
         _write_card(args, temporary, source, str(quality) if quality else None)
     done = f"merged {len(merged)} layers into" if merged else "wrote the fully trained weights to"
     print(f"{done} {args.save_path}")
+    if chat.args:
+        print(
+            f"note: a model cannot hold arguments of its chat template; use it with {format_args(chat.args)}"
+        )
     if args.export_gguf:
         _export_gguf(target, args.gguf_path, tokenizer)
     if args.upload_repo:

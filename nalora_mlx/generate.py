@@ -6,11 +6,20 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from nalora_mlx.cli import Parser, add_forwarded, check_forwarded, forwarded_argv, prepare_forwarded
+from nalora_mlx.cli import (
+    Parser,
+    add_chat_flags,
+    add_forwarded,
+    check_forwarded,
+    forwarded_argv,
+    loading_configured,
+    prepare_forwarded,
+)
 from nalora_mlx.core.errors import InputError
 
 # The flags of mlx_lm.generate: (names, help, type). They are repeated here because importing mlx-lm is too slow for
-# --help. All are forwarded unchanged; a test checks that the list is complete.
+# --help. All are forwarded unchanged; a test checks that the list is complete but for --chat-template-config, which is
+# another name of --chat-template-args.
 VALUES = (
     (("--model",), "local model directory or Hugging Face repo", str),
     (("--adapter-path",), "directory of a trained adapter", str),
@@ -26,7 +35,6 @@ VALUES = (
     (("--xtc-threshold",), "XTC sampling threshold (default: 0.1)", float),
     (("--min-tokens-to-keep",), "minimum number of tokens that min-p keeps (default: 1)", int),
     (("--seed",), "seed of the sampler", int),
-    (("--chat-template-config",), "JSON object of extra arguments for the chat template", str),
     (("--verbose",), "False prints only the answer (default: True)", str),
     (("--max-kv-size",), "maximum size of the key-value cache, in tokens", int),
     (("--prefill-step-size",), "prompt tokens processed per step (default: 2048)", int),
@@ -50,22 +58,25 @@ SWITCHES = (
 
 
 def build_parser(prog: str) -> Parser:
-    """Build a parser with the flags of mlx_lm.generate, which parses them again."""
+    """Build a parser with the flags of mlx_lm.generate, which parses them again, and those of the chat template."""
     parser = Parser(prog=prog, description="Answer one prompt with a model, with or without an adapter.")
     add_forwarded(parser, VALUES, LISTS, SWITCHES)
+    add_chat_flags(parser, "--chat-template-config")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     """Check the flags and forward them to mlx_lm.generate."""
     given = vars(args)
-    check_forwarded(given, "--chat-template-config")
+    check_forwarded(given)
     if not Path(given.get("prompt_cache_file", ".")).exists():
         raise InputError(f"--prompt-cache-file {given['prompt_cache_file']}: no such file")
-    argv = ["nalora generate", *forwarded_argv(prepare_forwarded(given))]
+    given = prepare_forwarded(given)
     # `mlx_lm.generate` is also a function; import_module returns the module.
     mlx_lm_generate = importlib.import_module("mlx_lm.generate")
-    with mock.patch.object(sys, "argv", argv):
+    load = loading_configured(mlx_lm_generate.load, given)
+    argv = ["nalora generate", *forwarded_argv(given)]
+    with mock.patch.object(sys, "argv", argv), mock.patch.object(mlx_lm_generate, "load", load):
         mlx_lm_generate.main()
 
 

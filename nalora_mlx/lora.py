@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nalora_mlx.cli import Parser, add_settings
 from nalora_mlx.core.config import METHOD_LABELS, NALoRAConfig, NAParameters, RunConfig, load_run_config
 from nalora_mlx.core.errors import InputError, listed
+from nalora_mlx.core.settings_without_effect import without_effect
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nalora_mlx.core.signals import StopRequest
     from nalora_mlx.data.checks import RunData
     from nalora_mlx.data.tokenization import Split
+    from nalora_mlx.models.chat_templates import ChatSettings
     from nalora_mlx.runs.display import Display
     from nalora_mlx.runs.progress import TrainResult
     from nalora_mlx.training.events import Listener
@@ -53,15 +55,22 @@ def run(args: argparse.Namespace) -> None:
     from nalora_mlx.core.power import keep_awake
 
     with open_display() as display, keep_awake():
+        display.notices(without_effect(config))
         rows = read_data(config, display)
         from nalora_mlx.data.checks import tokenize
+        from nalora_mlx.models.context_length import context_notices
         from nalora_mlx.models.loading import is_quantized, is_slow_on_cpu, load_module, load_tokenizer
         from nalora_mlx.runs.resume import find_start
+        from nalora_mlx.training.chats import configure_run_chats
+        from nalora_mlx.training.optimizers import configured_optimizer
         from nalora_mlx.training.out_of_memory import explain_out_of_memory
 
+        if config.train:
+            configured_optimizer(config)  # what it refuses, it refuses before the model is loaded
         start = find_start(config, output_directory(config)) if config.train else None
         display.note(f"loading {config.model}")
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        chat = configure_run_chats(config, tokenizer, start, lambda text: display.note(f"note: {text}"))
         tokenized = in_background(lambda: tokenize(rows, tokenizer, config.max_seq_length))
         model, model_config = load_module(config.model, config.trust_remote_code, config.quantize)
         if is_slow_on_cpu(model):
@@ -70,12 +79,13 @@ def run(args: argparse.Namespace) -> None:
                 "mlx_lm.convert --dtype float32 makes a float32 copy"
             )
         splits = check_splits(config, tokenized(), tokenizer, display)
+        display.notices(context_notices(splits, model_config))
         started = threading.Event()
         quantized = is_quantized(model_config)
         with explain_out_of_memory(config, output_directory(config), quantized, start, started):
             loss = None
             if config.train:
-                loss = train_model(config, model, splits, display, start, started)
+                loss = train_model(config, model, splits, display, start, started, chat)
             elif config.adapter_path:
                 from nalora_mlx.adapters.files import load_any_adapter
 
@@ -110,8 +120,7 @@ def read_data(config: RunConfig, display: "Display") -> "RunData":
     rows = read_rows(config, names, compare_with_test=config.train)
     if rows.problems:
         raise InputError(listed(rows.problems))
-    for notice in rows.notices:
-        display.note(f"note: {notice}")
+    display.notices(rows.notices)
     return rows
 
 
@@ -132,8 +141,7 @@ def check_splits(
             display.note(summary(name, split))
             if name == "train":
                 display.note("\n".join(histogram(split.sequences)))
-        for notice in split.notices:
-            display.note(f"note: {notice}")
+        display.notices(split.notices)
     if config.train and not splits["valid"].sequences:
         display.note("note: no validation set (valid.jsonl): no validation, and no best adapter")
     for example in next(iter(splits.values())).sequences[: config.show_masks]:
@@ -156,10 +164,11 @@ def train_model(
     display: "Display",
     start: Path | None,
     started: threading.Event,
+    chat: "ChatSettings",
 ) -> "SupervisedLoss":
     """Attach adapters, plan the memory and train; with --plan only plan. Return the model's loss.
 
-    `started` is set once the output directory is this run's own.
+    `started` is set once the output directory is this run's own. `chat` is saved with the adapter.
     """
     import mlx.core as mx
 
@@ -168,11 +177,13 @@ def train_model(
     from nalora_mlx.training.loss import SupervisedLoss
     from nalora_mlx.training.memory_plan import default_budget, memory_advice
     from nalora_mlx.training.optimizers import configured_optimizer
+    from nalora_mlx.training.schedules import length_notices
     from nalora_mlx.training.trainer import train
 
     mx.random.seed(config.seed)
     optimizer = configured_optimizer(config)
-    adapter_config = attach_adapters(config, model, display)
+    display.notices(length_notices(config, splits))
+    adapter_config = attach_adapters(config, model, display, chat)
     if start is not None and config.resume is None:
         load_weights(model, start)
         mx.eval(model.parameters())  # read now: the file may be moved aside next
@@ -209,21 +220,22 @@ def train_model(
     return loss
 
 
-def attach_adapters(config: RunConfig, model: "nn.Module", display: "Display") -> dict[str, Any]:
+def attach_adapters(
+    config: RunConfig, model: "nn.Module", display: "Display", chat: "ChatSettings"
+) -> dict[str, Any]:
     """Make the model trainable as the fine-tune type says; return the content of adapter_config.json."""
     import json
 
     from nalora_mlx.adapters.attach import adapt, adapt_dora, unfreeze_layers
-    from nalora_mlx.adapters.files import adapter_config
+    from nalora_mlx.adapters.files import adapter_config, chat_entry
 
     if config.fine_tune_type == "full":
         count = unfreeze_layers(model, config.num_layers)
         display.note(f"full fine-tuning of {count} layers")
-        return {"fine_tune_type": "full", "num_layers": count}
+        return {"fine_tune_type": "full", "num_layers": count, **chat_entry(chat)}
     attach = adapt_dora if config.fine_tune_type == "dora" else adapt
     result = attach(model, config.lora_config())
-    for notice in result.notices:
-        display.note(f"note: {notice}")
+    display.notices(result.notices)
     for skipped in result.skipped:
         display.note(f"note: {skipped.path}: {skipped.reason}")
     activations = ", ".join(sorted({mlp.activation for mlp in result.gated}))
@@ -234,7 +246,7 @@ def attach_adapters(config: RunConfig, model: "nn.Module", display: "Display") -
     )
     if config.fine_tune_type == "lora":
         display.note("note: plain LoRA, as requested; fine_tune_type na-lora (the default) gives NA-LoRA")
-    content = adapter_config(model)
+    content = adapter_config(model, chat)
     json.dumps(content)  # fails here, not after an hour, if JSON cannot hold it
     return content
 
@@ -293,16 +305,10 @@ def show_result(config: RunConfig, result: "TrainResult", stop: "StopRequest", d
     if result.stopped:
         display.note(f"stopped at iteration {result.iterations}: {result.stopped}")
     if result.skipped:
-        display.note(f"note: {result.skipped} updates were skipped, see above")
-    if result.best_valid_loss is not None:
-        before, after = (
-            "NaN or infinite" if loss is None else f"{loss:.4f}"
-            for loss in (result.first_valid_loss, result.valid_loss)
-        )
-        display.note(
-            f"validation loss {before} before, {after} after, best {result.best_valid_loss:.4f} at iteration "
-            f"{result.best_iteration} ({output / 'best'})"
-        )
+        none = "" if result.updates else "; none was applied, so the weights are as they were"
+        display.note(f"note: {result.skipped} updates were skipped, see above{none}")
+    for line in result.describe_validation(output / "best"):
+        display.note(line)
     display.note(f"done in {result.seconds:.0f} s: adapter in {output}")
 
 

@@ -10,13 +10,22 @@ from functools import partial
 from typing import Any, NoReturn
 from unittest import mock
 
-from nalora_mlx.cli import Parser, add_forwarded, check_forwarded, forwarded_argv, prepare_forwarded
+from nalora_mlx.cli import (
+    Parser,
+    add_chat_flags,
+    add_forwarded,
+    check_forwarded,
+    forwarded_argv,
+    loading_configured,
+    prepare_forwarded,
+)
 from nalora_mlx.core.errors import InputError, first_line
 from nalora_mlx.core.signals import Stopped
 
 HOST, PORT = "127.0.0.1", 8080  # defaults of mlx_lm.server; reachable from this machine only
 
-# The flags of mlx_lm.server: (names, help, type). All are forwarded unchanged; a test checks that the list is complete.
+# The flags of mlx_lm.server: (names, help, type). All are forwarded unchanged; a test checks that the list is complete
+# but for those of the chat template.
 VALUES = (
     (("--adapter-path",), "directory of a trained adapter", str),
     (
@@ -29,13 +38,11 @@ VALUES = (
     (("--draft-model",), "model for speculative decoding", str),
     (("--num-draft-tokens",), "tokens drafted per step (default: 3)", int),
     (("--log-level",), "DEBUG, INFO, WARNING, ERROR or CRITICAL (default: INFO)", str),
-    (("--chat-template",), "chat template to use instead of the model's", str),
     (("--temp",), "sampling temperature of requests without one (default: 0, greedy)", float),
     (("--top-p",), "top-p sampling threshold of requests without one (default: 1)", float),
     (("--top-k",), "top-k sampling cutoff of requests without one (default: 0, off)", int),
     (("--min-p",), "min-p sampling threshold of requests without one (default: 0, off)", float),
     (("--max-tokens",), "maximum length of an answer, for requests without one (default: 512)", int),
-    (("--chat-template-args",), "JSON object of extra arguments for the chat template", str),
     (("--decode-concurrency",), "answers generated in parallel (default: 32)", int),
     (("--prompt-concurrency",), "prompts processed in parallel (default: 8)", int),
     (("--prefill-step-size",), "prompt tokens processed per step (default: 2048)", int),
@@ -62,6 +69,7 @@ def build_parser(prog: str) -> Parser:
         "--model", required=True, metavar="X", help="local model directory or Hugging Face repo"
     )
     add_forwarded(parser, VALUES, (), SWITCHES)
+    add_chat_flags(parser)
     return parser
 
 
@@ -69,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     """Check the flags, load the model and serve until Ctrl-C or SIGTERM."""
     given = vars(args)
     host, port = given.get("host", HOST), given.get("port", PORT)
-    check_forwarded(given, "--chat-template-args")
+    check_forwarded(given)
     _check_address(host, port)
     given = prepare_forwarded(given)
     server = importlib.import_module("mlx_lm.server")
@@ -81,10 +89,12 @@ def run(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    load = loading_configured(server.load, given)
     provider = _one_model(server.ModelProvider, given, f"http://{host}:{port}/v1")
     with (
         mock.patch.object(sys, "argv", ["nalora serve", *forwarded_argv(given)]),
         mock.patch.object(server, "ModelProvider", provider),
+        mock.patch.object(server, "load", load),
         mock.patch.object(server, "scan_cache_dir", partial(_scan_cache, given["model"])),
     ):
         server.main()
@@ -104,6 +114,8 @@ def _one_model(provider: type, given: dict[str, Any], address: str) -> type:
                 self.load_default()
                 # Another thread generates, and only this one can evaluate what is still lazy here.
                 mx.eval([model.state for model in (self.model, self.draft_model) if model is not None])
+            except InputError:
+                raise
             except Exception as error:
                 raise InputError(
                     f"--model {given['model']}: cannot be served: {first_line(error)}"

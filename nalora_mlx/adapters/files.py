@@ -1,10 +1,12 @@
 """The files of an adapter, adapters.safetensors and adapter_config.json: describe, write, read, validate and load them.
 
-mlx-lm reads and writes the same two files. Ours have the NA settings under a key of their own, which mlx-lm ignores.
+mlx-lm reads and writes the same two files. Ours have the NA settings, and how chats were rendered in training, under
+keys of their own, which mlx-lm ignores.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig, NAParameters
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.parsing import coerce, reject_unknown
+from nalora_mlx.core.template_args import template_args_problems
+from nalora_mlx.models.chat_templates import ChatSettings, check_template
 
 ADAPTER_FILE = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 NA_KEY = "na_lora"  # the NA settings in adapter_config.json
+CHAT_KEY = "chat_template"  # the chat settings, unless they are the tokenizer's own
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 
 
@@ -32,8 +37,8 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-def adapter_config(model: nn.Module) -> dict[str, Any]:
-    """Return the content of adapter_config.json for an adapted model.
+def adapter_config(model: nn.Module, chat: ChatSettings | None = None) -> dict[str, Any]:
+    """Return the content of adapter_config.json for an adapted model whose chats were rendered with these settings.
 
     Raises:
         InputError: The model has no adapters.
@@ -47,7 +52,14 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
         "num_layers": config.num_layers,
         "lora_parameters": config.lora_parameters,
         NA_KEY: config.na_parameters,
+        **chat_entry(chat),
     }
+
+
+def chat_entry(chat: ChatSettings | None) -> dict[str, Any]:
+    """Return the entry of adapter_config.json that holds chat settings; nothing for the tokenizer's own."""
+    given = {name: value for name, value in asdict(chat or ChatSettings()).items() if value}
+    return {CHAT_KEY: given} if given else {}
 
 
 def adapter_files(model: nn.Module, config: Mapping[str, Any] | None) -> dict[str, storage.Writer]:
@@ -70,12 +82,14 @@ class AdapterConfig:
         fine_tune_type: one of FINE_TUNE_TYPES.
         lora: rank, scale, dropout, keys (None if the file has none) and num_layers; None for full weights.
         na_parameters: the NA settings as written, not validated; see `nalora_config`.
+        chat: how chats were rendered in training.
     """
 
     path: Path
     fine_tune_type: str
     lora: NALoRAConfig | None = None
     na_parameters: Any = None
+    chat: ChatSettings = ChatSettings()
 
     def nalora_config(self) -> NALoRAConfig:
         """Return the LoRA and NA settings.
@@ -114,8 +128,9 @@ def parse_adapter_config(content: Mapping[str, Any], path: Path) -> AdapterConfi
     kind = content.get("fine_tune_type", "lora")
     if kind not in FINE_TUNE_TYPES:
         raise InputError(f"{path}: fine_tune_type is {kind!r}; it takes {', '.join(FINE_TUNE_TYPES)}")
+    chat = _parse_chat(content, path)
     if kind == "full":
-        return AdapterConfig(path, kind)
+        return AdapterConfig(path, kind, chat=chat)
     lora = content.get("lora_parameters")
     if not isinstance(lora, Mapping):
         raise InputError(
@@ -126,7 +141,25 @@ def parse_adapter_config(content: Mapping[str, Any], path: Path) -> AdapterConfi
     if missing := [name for name, value in given.items() if value is None and name != "keys"]:
         raise InputError(f"{path}: {', '.join(missing)} is missing; mlx-lm cannot load this adapter either")
     config = _build_config(path, coerce(given, NALoRAConfig, str(path)))
-    return AdapterConfig(path, kind, config, content.get(NA_KEY, {}))
+    return AdapterConfig(path, kind, config, content.get(NA_KEY, {}), chat)
+
+
+def _parse_chat(content: Mapping[str, Any], path: Path) -> ChatSettings:
+    given, where = content.get(CHAT_KEY, {}), f"{path}: {CHAT_KEY}"
+    reject_unknown(given, ChatSettings.__dataclass_fields__, where)
+    template, args, date = given.get("template"), given.get("args", {}), given.get("date")
+    problems = template_args_problems(args)
+    if not isinstance(template, str | None):
+        problems.append(f"template is {template!r}, not text")
+    try:
+        datetime.fromisoformat("2000-01-01" if date is None else date)
+    except (TypeError, ValueError):
+        problems.append(f"date is {date!r}, not a date such as 2026-01-31T12:00:00")
+    if problems:
+        raise InputError(f"{where}: " + "; ".join(problems))
+    if template is not None:
+        check_template(template, f"{where}: line")
+    return ChatSettings(template, args, date)
 
 
 def _build_config(path: Path, settings: Mapping[str, Any]) -> NALoRAConfig:
@@ -147,6 +180,15 @@ def check_adapter(path: str | Path) -> None:
     shapes = storage.array_shapes(directory / ADAPTER_FILE)
     if config.lora is not None:
         _check_rank(config.path, config.lora.rank, shapes)
+
+
+def read_chat_settings(directory: Path) -> ChatSettings:
+    """Return how chats were rendered in an adapter's training.
+
+    Raises:
+        InputError: adapter_config.json is missing, or these settings in it are invalid.
+    """
+    return _parse_chat(read_adapter_config(directory), directory / ADAPTER_CONFIG)
 
 
 def _read_config(directory: Path) -> AdapterConfig:

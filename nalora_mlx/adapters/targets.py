@@ -3,11 +3,12 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from nalora_mlx.adapters import layouts
@@ -61,7 +62,8 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
        experts.
 
     Raises:
-        InputError: No key names a module, or the layers have no module that an adapter fits.
+        InputError: No key names a module, the layers have no module that an adapter fits, or the rank is larger than
+            the dimensions of every layer.
     """
     notices = []
     if config.num_layers > len(model.layers):
@@ -70,6 +72,7 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
         )
     layers = _choose_layers(model, config.num_layers)
     candidates = _find_candidates(model, layers)
+    adaptable = candidates.outside | {path: module for path, (_, module) in candidates.inside.items()}
     if config.keys is None:
         keys = _default_keys(model, candidates)
         modules = {path: module for path, (key, module) in candidates.inside.items() if key in keys}
@@ -83,9 +86,47 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
         if not modules:
             raise InputError("keys: " + "; ".join(problems))
         notices += problems
+    notices += check_rank(config.rank, modules, adaptable)
     order = {path: position for position, (path, _) in enumerate(layouts.modules_in_order(model))}
     modules = dict(sorted(modules.items(), key=lambda item: order[item[0]]))
     return Targets(modules, keys, layers.num_layers, notices)
+
+
+def check_rank(rank: int, targets: Mapping[str, nn.Module], adaptable: Mapping[str, nn.Module]) -> list[str]:
+    """Compare the rank with the layers' shapes, before anything is allocated; return notices.
+
+    The product of lora_a and lora_b has at most the rank of the smaller dimension of its layer. A rank above that of
+    every layer of the model is a mistake. Above that of some targets it is a notice, because a rank that suits the
+    model may well exceed a small projection, such as a gate with 16 outputs.
+
+    Raises:
+        InputError: the rank is larger than the smaller dimension of every layer that an adapter fits.
+    """
+    sizes = {path: size for path, module in adaptable.items() if (size := _dimensions(module)) is not None}
+    largest = max(sizes, key=lambda path: min(sizes[path]), default=None)
+    if largest is not None and rank > min(sizes[largest]):
+        outputs, inputs = sizes[largest]
+        raise InputError(
+            f"rank is {rank}, larger than the smaller dimension of every layer; {largest} has {outputs} x {inputs} "
+            f"weights, so a rank above {min(outputs, inputs)} adds nothing"
+        )
+    small = [path for path in targets if path in sizes and rank > min(sizes[path])]
+    if not small:
+        return []
+    outputs, inputs = sizes[small[0]]
+    return [
+        f"rank is {rank}, larger than the smaller dimension of {len(small)} of {len(targets)} adapted modules, such as "
+        f"{small[0]} ({outputs} x {inputs}); there, a rank above {min(outputs, inputs)} adds nothing"
+    ]
+
+
+def _dimensions(module: nn.Module) -> tuple[int, int] | None:
+    """Return the outputs and inputs of a layer, or of each of its experts; None if it has no weight of its own."""
+    weight = module.get("weight")
+    if not isinstance(weight, mx.array) or weight.ndim < 2:
+        return None
+    outputs, columns = weight.shape[-2:]
+    return outputs, columns * 32 // module.bits if "scales" in module else columns
 
 
 # --- layers -------------------------------------------------------------------------------------------------

@@ -7,124 +7,25 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nalora_mlx.core.config_adapter import LORA_NAMES, NA_NAMES, PLAIN_LORA, NALoRAConfig, NAParameters
 from nalora_mlx.core.config_data import DataConfig
 from nalora_mlx.core.config_fields import not_a_count, setting, too_small, wrong_choices
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.core.parsing import coerce, nearest, read_yaml, reject_unknown
+from nalora_mlx.core.parsing import coerce, nearest, reject_unknown
+from nalora_mlx.core.yaml_files import read_yaml
 
-
-@dataclass(frozen=True)
-class NAParameters:
-    """How NA-LoRA scales the updates of gate-related LoRA columns (`na_parameters` in YAML).
-
-    Source: NA-LoRA (arXiv 2606.31717). docs/method.md says what its abstract fixes and what is our reading.
-    """
-
-    mask: str = setting(
-        "soft", "kind of temporal-importance mask on the gate channels", choices=("soft", "hard", "off")
-    )
-    statistic: str = setting(
-        "derivative",
-        "measure of a channel's responsiveness: |phi'(z)| or |phi'(z) u|",
-        choices=("derivative", "sensitivity"),
-    )
-    beta: float = setting(0.9, "decay rate of the importance's moving average, per optimizer update")
-    mask_every: int = setting(1, "number of optimizer updates from one mask to the next")
-    mask_warmup: int = setting(10, "number of optimizer updates before the mask starts")
-    keep_fraction: float = setting(0.5, "fraction of channels that a hard mask keeps")
-    step_scaling: bool = setting(True, "scale updates by the regions of the homogeneity partition")
-    gamma: tuple[float, ...] = setting(
-        (0.5, 1.0, 1.0), "update scale in the suppressed, transition and homogeneous regions", nargs=3
-    )
-    boundaries: tuple[float, ...] | None = setting(
-        None, "boundaries of the regions in z (default: those of the activation)", nargs=2
-    )
-    preserve: str = setting(
-        "rms",
-        "statistic of each layer's update that masking and scaling preserve",
-        choices=("rms", "mean", "function", "none"),
-    )
-    max_multiplier: float = setting(4.0, "upper limit of a channel's update multiplier")
-    branches: tuple[str, ...] = setting(
-        ("gate",), "branches whose updates are masked and scaled", choices=("gate", "up"), nargs="+"
-    )
-    route: bool = setting(False, "also mask the gradient of the gate's lora_a")
-
-    @property
-    def active(self) -> bool:
-        """Whether any mechanism is on. If not, training is bit-identical to plain LoRA."""
-        return self.mask != "off" or self.step_scaling
-
-    def problems(self) -> list[str]:
-        """Return what is wrong with the values, one sentence each."""
-        found = wrong_choices(self) + too_small(self, 1, "mask_every") + too_small(self, 0, "mask_warmup")
-        if not 0 <= self.beta < 1:
-            found.append(f"beta is {self.beta}; it must be at least 0 and below 1")
-        if not 0 < self.keep_fraction <= 1:
-            found.append(f"keep_fraction is {self.keep_fraction}; it must be above 0 and at most 1")
-        if len(self.gamma) != 3 or min(self.gamma) < 0 or max(self.gamma) <= 0:
-            found.append(f"gamma is {list(self.gamma)}; it takes three numbers, none negative, not all 0")
-        edges = self.boundaries
-        if edges is not None and (len(edges) != 2 or edges[0] >= edges[1]):
-            found.append(f"boundaries is {list(edges)}; it takes two increasing numbers")
-        if not self.max_multiplier > 0:
-            found.append(f"max_multiplier is {self.max_multiplier}; it must be above 0")
-        if not self.branches:
-            found.append("branches is empty; name gate, up or both")
-        return found
-
-
-PLAIN_LORA = NAParameters(mask="off", step_scaling=False)
-
-
-@dataclass(frozen=True)
-class NALoRAConfig(NAParameters):
-    """Settings of `adapt`: the LoRA settings of mlx-lm, and those of NA-LoRA.
-
-    `scale` multiplies the low-rank product, as in mlx-lm; other libraries set alpha / rank. `keys` are module paths,
-    relative to a layer ("mlp.gate_proj") or, outside the layers, from the root of the model. None adapts every linear
-    and embedding layer in the last `num_layers` layers, except the routers of expert models.
-
-    Raises:
-        InputError: a value is out of range; the message lists all of them.
-    """
-
-    rank: int = setting(8, "rank of the low-rank update", flag=True)
-    scale: float = setting(20.0, "factor of the low-rank update; alpha / rank in other libraries", flag=True)
-    dropout: float = setting(0.0, "dropout rate on the input of the low-rank update", flag=True)
-    keys: tuple[str, ...] | None = setting(
-        None,
-        "modules to adapt, for example mlp.gate_proj (default: all linear and embedding layers)",
-        flag=True,
-        nargs="+",
-    )
-    num_layers: int = setting(16, "number of layers to adapt, counted from the end; -1 for all")
-
-    def __post_init__(self) -> None:
-        found = self.problems()
-        if found:
-            raise InputError("NA-LoRA settings: " + "; ".join(found))
-
-    def problems(self) -> list[str]:
-        """Return what is wrong with the values, one sentence each."""
-        found = super().problems() + too_small(self, 1, "rank")
-        if not math.isfinite(self.scale) or self.scale == 0:
-            found.append(f"scale is {self.scale}; it must be a number other than 0")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.keys is not None and not self.keys:
-            found.append("keys is empty; name at least one module, or leave it out to adapt all")
-        return found
-
-    @property
-    def lora_parameters(self) -> dict[str, Any]:
-        """The settings that mlx-lm calls `lora_parameters`."""
-        return {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": self.keys}
-
-    @property
-    def na_parameters(self) -> dict[str, Any]:
-        """The settings that only NA-LoRA has."""
-        return {f.name: getattr(self, f.name) for f in fields(NAParameters)}
+__all__ = [
+    "FINE_TUNE_TYPES",
+    "METHOD_LABELS",
+    "OPTIMIZERS",
+    "PLAIN_LORA",
+    "DataConfig",
+    "NALoRAConfig",
+    "NAParameters",
+    "RunConfig",
+    "TrainingConfig",
+    "load_run_config",
+]
 
 
 @dataclass
@@ -185,8 +86,8 @@ class TrainingConfig:
             found.append(f"grad_checkpoint_every is {self.grad_checkpoint_every}; it needs grad_checkpoint")
         if not 0 <= self.seed < 2**64:
             found.append(f"seed is {self.seed}; it must not be negative")
-        if self.epochs is not None and not self.epochs > 0:
-            found.append(f"epochs is {self.epochs}; it must be above 0")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            found.append(f"epochs is {self.epochs}; it must be a number above 0")
         return found
 
 
@@ -196,9 +97,17 @@ METHOD_LABELS = {"na-lora": "NA-LoRA", "lora": "LoRA", "dora": "DoRA", "full": "
 FINE_TUNE_TYPES = tuple(METHOD_LABELS)
 
 
+# Keys of a YAML file -> the settings under them, which are flags of their own.
+GROUPS = {"lora_parameters": LORA_NAMES, "na_parameters": NA_NAMES}
+
+
 @dataclass
 class RunConfig(TrainingConfig, DataConfig):
-    """Settings of `nalora lora`: every key of `mlx_lm.lora` 0.32 with its default, and our own."""
+    """Settings of `nalora lora`: every key of `mlx_lm.lora` 0.32 with its default, and our own.
+
+    `load_run_config` sets `given`: the settings that a command line gives, or a file with another value than the
+    default -> where they are given, in words.
+    """
 
     model: str = setting("Qwen/Qwen3-0.6b", "model directory, or Hugging Face repo")
     train: bool = setting(False, "train the model")
@@ -242,6 +151,9 @@ class RunConfig(TrainingConfig, DataConfig):
     project_name: str | None = setting(None, "project name for these services")
     trust_remote_code: bool = setting(False, "run code that comes with a model or tokenizer")
 
+    def __post_init__(self) -> None:
+        self.given: dict[str, str] = {}
+
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one sentence each."""
         found = super().problems() + wrong_choices(self)
@@ -278,10 +190,8 @@ class RunConfig(TrainingConfig, DataConfig):
         lora = dict(self.lora_parameters)
         if "alpha" in lora and "scale" not in lora:
             raise InputError("lora_parameters has 'alpha'; mlx-lm uses 'scale' (= alpha / rank)")
-        lora_names = ("rank", "scale", "dropout", "keys")
-        na_names = tuple(f.name for f in fields(NAParameters))
-        reject_unknown(lora, lora_names, "lora_parameters")
-        reject_unknown(self.na_parameters, na_names, "na_parameters")
+        reject_unknown(lora, LORA_NAMES, "lora_parameters")
+        reject_unknown(self.na_parameters, NA_NAMES, "na_parameters")
         na = dict(self.na_parameters)
         if self.fine_tune_type != "na-lora":
             na = {"mask": PLAIN_LORA.mask, "step_scaling": PLAIN_LORA.step_scaling}
@@ -293,28 +203,48 @@ def load_run_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
     """Merge defaults, a YAML file and command-line flags. Flags override the file, and the file overrides defaults.
 
     Raises:
-        InputError: a key is unknown (the message suggests the nearest one), or a value has the wrong type.
+        InputError: a key is unknown (the message suggests the nearest one), a value has the wrong type, or one place
+            gives both iters and epochs.
     """
-    known = [f.name for f in fields(RunConfig)]
-    given: dict[str, Any] = {}
-    if path is not None:
-        content = read_yaml(path)
-        # mlx_lm.lora accepts this key and ignores it.
-        content.pop("config", None)
-        reject_unknown(content, known, str(path))
-        # As in mlx_lm.lora, null means "not set".
-        content = {key: value for key, value in content.items() if value is not None}
-        given.update(coerce(content, RunConfig, str(path)))
+    given: dict[str, Any] = {} if path is None else _read_file(path)
+    default = RunConfig()
+    adapter = NALoRAConfig()
+    places = {name: str(path) for name, value in given.items() if value != getattr(default, name)}
+    flags_given = {name: f"--{name.replace('_', '-')}" for name in flags}
     flags = dict(flags)
-    if "iters" in flags and "epochs" not in flags:
+    _reject_two_lengths(flags, "command line")
+    if "iters" in flags:
         given.pop("epochs", None)  # both set the length of the run, and flags win
-    lora_names = [f.name for f in fields(NALoRAConfig) if f.metadata.get("flag")]
-    na_names = [f.name for f in fields(NAParameters)]
-    for group, names in (("lora_parameters", lora_names), ("na_parameters", na_names)):
+    if "data" in flags:
+        given.pop("hf_dataset", None)  # likewise: both say where the data is
+    for group, names in GROUPS.items():
+        for name, value in given.get(group, {}).items():
+            if value != getattr(adapter, name, None):
+                places[name] = f"{group} in {path}"
         nested = {name: flags.pop(name) for name in names if name in flags}
         if nested:
             given[group] = {**given.get(group, {}), **nested}
     given.update(coerce(flags, RunConfig, "command line"))
     if "optimizer" in given:
         given["optimizer"] = given["optimizer"].lower()  # mlx-lm accepts AdamW, too
-    return dataclasses.replace(RunConfig(), **given)
+    config = dataclasses.replace(default, **given)
+    config.given = places | flags_given
+    return config
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    content = read_yaml(path)
+    content.pop("config", None)  # mlx_lm.lora accepts this key and ignores it
+    groups = {name: group for group, names in GROUPS.items() for name in names}
+    reject_unknown(content, [f.name for f in fields(RunConfig)], str(path), groups)
+    # As in mlx_lm.lora, null means "not set".
+    content = coerce(
+        {key: value for key, value in content.items() if value is not None}, RunConfig, str(path)
+    )
+    _reject_two_lengths(content, str(path))
+    return content
+
+
+def _reject_two_lengths(given: Mapping[str, Any], where: str) -> None:
+    if given.get("iters") is not None and given.get("epochs") is not None:
+        raise InputError(f"{where}: iters and epochs both set the length of the run; give one of them")

@@ -7,6 +7,7 @@ from nalora_mlx.core.versions import library_versions
 
 # Only pyproject.toml lists the packages of an extra.
 EXTRAS = {
+    "data": "Parquet files, and data sets on the Hugging Face Hub",
     "export": "GGUF files",
     "kquants": "K-quants in GGUF files",
     "report": "nalora report",

@@ -1,14 +1,14 @@
-"""Strict reading of settings: unknown keys, wrong types and invalid YAML are errors, never ignored."""
+"""Strict reading of settings: unknown keys and wrong types are errors, never ignored."""
 
 import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.synonyms import ADVICE, FILE_ONLY, SYNONYMS
 
 _TYPE_NAMES = {
     int: "a whole number",
@@ -19,26 +19,46 @@ _TYPE_NAMES = {
     list: "a list",
     dict: "a mapping",
 }
-# YAML 1.1 reads 1e-5 as a string. A resolver with this pattern reads it as a number.
-_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 
 
-def nearest(name: str, known: Collection[str]) -> str:
+def nearest(name: str, known: Collection[str], groups: Mapping[str, str] | None = None) -> str:
     """Return a suggestion of the known name that is closest to a wrong one, or else a list of all known names."""
-    return did_you_mean(name, known) or f"; known names: {', '.join(sorted(known))}"
+    return did_you_mean(name, known, groups) or f"; known names: {', '.join(sorted(known))}"
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """Return a suggestion of the known name that is closest to a wrong one; an empty string if none is close."""
+def did_you_mean(name: str, known: Collection[str], groups: Mapping[str, str] | None = None) -> str:
+    """Return a suggestion of the known name that is closest to a wrong one; an empty string if none is close.
+
+    Names of other tools come first, see `synonyms`: of lora_layers, num_layers is closer in meaning than
+    lora_parameters.
+
+    Args:
+        name: the wrong name, or a flag.
+        known: the names, or the flags.
+        groups: settings that belong under another key -> that key.
+    """
+    plain = str(name).lower().lstrip("-").replace("-", "_")
+    meant = SYNONYMS.get(plain, plain)
+    found = {known_name.lstrip("-").replace("-", "_"): known_name for known_name in known}
+    advice = f"; {ADVICE[plain]}" if plain in ADVICE else ""
+    if meant in found and meant != name:
+        example = f", as in {FILE_ONLY[meant]}" if meant in FILE_ONLY else ""
+        return f"; did you mean {found[meant]!r}{example}?{advice}"
+    if groups and meant in groups:
+        return f"; write {meant!r} under {groups[meant]!r}{advice}"
+    if meant in FILE_ONLY and str(name).startswith("--"):
+        return f"; write {FILE_ONLY[meant]} into the file of --config"
     close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return (f"; did you mean {close[0]!r}?" if close else "") + advice
 
 
-def reject_unknown(given: Any, known: Collection[str], where: str) -> None:
-    """Raise InputError if `given` is not a mapping or has unknown keys."""
+def reject_unknown(
+    given: Any, known: Collection[str], where: str, groups: Mapping[str, str] | None = None
+) -> None:
+    """Raise InputError if `given` is not a mapping or has unknown keys; for `groups`, see `did_you_mean`."""
     if not isinstance(given, Mapping):
         raise InputError(f"{where} must be a mapping of names to values, not {type(given).__name__}")
-    unknown = [f"unknown key {key!r}{nearest(key, known)}" for key in given if key not in known]
+    unknown = [f"unknown key {key!r}{nearest(key, known, groups)}" for key in given if key not in known]
     if unknown:
         raise InputError(f"{where}: " + "; ".join(unknown))
 
@@ -116,34 +136,3 @@ def _convert(value: Any, annotation: Any) -> Any:
     if not isinstance(value, Mapping if kind is dict else kind):
         raise TypeError
     return value
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of settings.
-
-    Raises:
-        InputError: the file is missing, is not valid YAML, or does not hold a mapping; the message names file and line.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """A class of our own, so that the resolver does not change yaml.SafeLoader for the whole process."""
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"no config file at {path}; check --config") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the config file {path}: {error}") from None
-    try:
-        content = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(f"{path}:1: a config file must hold 'key: value' lines")
-    return content

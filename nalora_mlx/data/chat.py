@@ -1,155 +1,105 @@
-"""Chats as tokens: rendered by the model's chat template, with a loss mask over the assistant turns."""
+"""Chats as tokens: every assistant turn is trained after exactly the tokens that generation would start from."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from nalora_mlx.core.errors import InputError, first_line
-from nalora_mlx.data.findings import Finding
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.data.contents import RenderedText
+from nalora_mlx.data.encoder import TextEncoder
 from nalora_mlx.data.formats import Row
+from nalora_mlx.data.turns import ChatRenderer, Turn
 
-Messages = list[dict[str, Any]]
+
+class TokenSequence(NamedTuple):
+    """Token ids, and whether each is supervised."""
+
+    tokens: list[int]
+    loss_mask: list[bool]
 
 
 class Encoding(NamedTuple):
     """The tokens of a row.
 
     Attributes:
-        tokens: token ids.
-        loss_mask: whether each token is supervised.
-        rewritten: whether the chat template renders earlier turns differently once later turns follow.
+        sequences: what is trained on; empty if a chat has no assistant turn to train on.
+        texts: the same as texts, and the contexts of turns that are left out.
+        targets: the text that each assistant turn is trained to write, by the index of its message.
+        opened: what the generation prompt opens and a turn does not have, such as "<think>"; empty for none.
     """
 
-    tokens: list[int]
-    loss_mask: list[bool]
-    rewritten: bool = False
+    sequences: list[TokenSequence]
+    texts: list[str]
+    targets: dict[int, str]
+    opened: str = ""
 
 
-class _Turn(NamedTuple):
-    """The tokens [start, end) of an assistant turn, and whether the chat up to `end` is rendered as it was."""
+class ChatEncoder:
+    """Encodes chats.
 
-    start: int
-    end: int
-    unchanged: bool
+    Without `mask_prompt` the whole chat is one sequence and all of it is supervised. With it, every assistant turn is
+    supervised, through its end-of-turn token, after the context that `generate`, `chat` and `serve` would give it.
+    If the context of a turn continues the sequence of the turn before it, they share a sequence. Templates that render
+    a turn differently once later turns follow (for example, without its reasoning) make several sequences of a chat.
 
-
-def encode_chat(row: Row, tokenizer: Any, mask_prompt: bool) -> Encoding:
-    """Render a chat; with `mask_prompt`, supervise the assistant turns only.
-
-    The loss mask:
-
-    1. Render the whole chat.
-    2. Find each assistant turn in it, see `_find_turn`.
-    3. Supervise every turn found. If the template rewrites earlier turns (for example, drops their reasoning), only
-       the last turn is rendered as the model would write it, so supervise that one alone.
-
-    Raises:
-        InputError: the model has no chat template, or the template rejects the chat.
-    """
-    if not getattr(tokenizer, "has_chat_template", True):
-        raise InputError(
-            f"{row.source}: the model has no chat template; use 'text' rows or an instruct model"
-        )
-    tokens = _render(row, row.messages, tokenizer)
-    if not mask_prompt:
-        return Encoding(tokens, [True] * len(tokens))
-    turns = [
-        _find_turn(row, index, tokens, tokenizer)
-        for index, message in enumerate(row.messages)
-        if message["role"] == "assistant"
-    ]
-    rewritten = not all(turn.unchanged for turn in turns)
-    loss_mask = [False] * len(tokens)
-    for turn in turns[-1:] if rewritten else turns:
-        loss_mask[turn.start : turn.end] = [True] * (turn.end - turn.start)
-    return Encoding(tokens, loss_mask, rewritten)
-
-
-def _find_turn(row: Row, index: int, tokens: list[int], tokenizer: Any) -> _Turn:
-    """Find the assistant turn `index` in the tokens of the whole chat.
-
-    1. Render three beginnings of the chat: the history before the turn, the prompt (the history and the generation
-       prompt), and the chat through the turn.
-    2. The turn starts where the prompt ends or departs from the whole chat. Some templates open a thought in the
-       generation prompt that the finished turn does not have.
-    3. It ends where the chat through the turn ends or departs from the whole chat.
-    4. If the prompt departs within the history, or the end would be before the start, the template has changed the
-       beginning, and the lengths of these renderings are the best estimate.
-    """
-    messages = row.messages
-    history = _render(row, messages[:index], tokenizer) if index else []
-    prompt = _render(row, messages[:index], tokenizer, generation_prompt=True) if index else []
-    last = index == len(messages) - 1
-    through = tokens if last else _render(row, messages[: index + 1], tokenizer)
-    unchanged = tokens[: len(history)] == history and tokens[: len(through)] == through
-    start, end = _common_prefix(prompt, tokens), _common_prefix(through, tokens)
-    if start < len(history):
-        start = min(len(prompt), len(tokens))
-    if end < start:
-        end = min(len(through), len(tokens))
-    return _Turn(start, max(start, end), unchanged)
-
-
-def _render(row: Row, messages: Messages, tokenizer: Any, generation_prompt: bool = False) -> list[int]:
-    try:
-        return _apply_template(tokenizer, messages, row.tools, generation_prompt)
-    except Exception as error:
-        raise InputError(
-            f"{row.source}: the model's chat template refuses this row ({first_line(error)})"
-        ) from None
-
-
-def _apply_template(
-    tokenizer: Any, messages: Messages, tools: Any, generation_prompt: bool = False
-) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=generation_prompt, return_dict=False
-        )
-    )
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the longest common prefix."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
-class TemplateCheck:
-    """Finds tools and tool calls that a chat template ignores, by rendering a chat with and without them.
-
-    A template may render tools only if there is a system message, for example. Chats with the same roles are assumed
-    to be rendered alike, so only the first of them is checked.
+    Args:
+        tokenizer: tokenizer wrapper of mlx-lm, or a tokenizer of transformers.
+        mask_prompt: supervise assistant turns only.
+        last_turn_only: supervise only the last assistant turn.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._ignored: dict[tuple[Finding, bool, frozenset[str]], bool] = {}
+    def __init__(self, tokenizer: Any, mask_prompt: bool, last_turn_only: bool = False):
+        self.text_encoder = TextEncoder(tokenizer)
+        self.renderer = ChatRenderer(tokenizer, self.text_encoder)
+        self.mask_prompt, self.last_turn_only = mask_prompt, last_turn_only
 
-    def ignored_parts(self, row: Row) -> list[Finding]:
-        """Return which parts of a chat the template ignores. The template must have accepted the chat."""
-        messages, tools = row.messages, row.tools
-        without: dict[Finding, tuple[Messages, Any]] = {}
-        if messages and tools:
-            without[Finding.IGNORED_TOOLS] = messages, None
-        if any(message.get("tool_calls") for message in messages):
-            bare = [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
-            without[Finding.IGNORED_TOOL_CALLS] = bare, tools
-        roles = frozenset(message["role"] for message in messages)
-        ignored = []
-        for part, (other_messages, other_tools) in without.items():
-            key = part, bool(tools), roles
-            if key not in self._ignored:
-                self._ignored[key] = self._same(row, other_messages, other_tools)
-            if self._ignored[key]:
-                ignored.append(part)
-        return ignored
+    def __call__(self, row: Row) -> Encoding:
+        """Encode a chat.
 
-    def _same(self, row: Row, messages: Messages, tools: Any) -> bool:
-        """Return whether other messages and tools render as the row does."""
-        rendered = _apply_template(self._tokenizer, row.messages, row.tools)
-        try:
-            return rendered == _apply_template(self._tokenizer, messages, tools)
-        except Exception:  # the template needs the part, so it does not ignore it
-            return False
+        Raises:
+            InputError: the model has no chat template, or the template refuses the chat.
+        """
+        if not _has_template(self.renderer.tokenizer):
+            raise InputError(
+                f"{row.source}: the model has no chat template; use 'text' rows, an instruct model, or "
+                "--chat-template"
+            )
+        row = self.renderer.in_template_form(row)
+        if not self.mask_prompt:
+            text = self.renderer.render(row, row.messages)
+            tokens = self.text_encoder.encode(text)
+            return Encoding([TokenSequence(tokens, [True] * len(tokens))], [text], {})
+        sequences: list[TokenSequence] = []
+        texts: list[str] = []
+        left_out: list[str] = []
+        targets: dict[int, str] = {}
+        opened = ""
+        for index in self.trained_turns(row):
+            turn = self.renderer.turn(row, index)
+            targets[index] = turn.target
+            if _is_empty(row.messages[index], turn):
+                left_out.append(turn.context)
+                continue
+            opened = opened or turn.opened
+            context, target = self.text_encoder.encode_after(turn.context, turn.target)
+            if not sequences or context[: len(sequences[-1].tokens)] != sequences[-1].tokens:
+                sequences.append(TokenSequence([], []))
+                texts.append("")
+            tokens, loss_mask = sequences[-1]
+            loss_mask += [False] * (len(context) - len(tokens)) + [True] * len(target)
+            tokens[:] = context + target
+            texts[-1] = turn.context + turn.target
+        return Encoding(sequences, texts + left_out, targets, opened)
+
+    def trained_turns(self, row: Row) -> list[int]:
+        """Return the indices of the assistant turns to train on."""
+        turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+        return [i for i in turns[-1 if self.last_turn_only else 0 :] if i not in row.untrained]
+
+
+def _is_empty(message: dict[str, Any], turn: Turn) -> bool:
+    """Return whether a turn has tool calls only, and the template leaves them out."""
+    calls, text = message.get("tool_calls") or [], RenderedText(turn.target)
+    return bool(calls) and not message.get("content") and not any(map(text.holds_call, calls))
+
+
+def _has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", None)))

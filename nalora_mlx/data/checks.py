@@ -4,19 +4,23 @@ Unusable rows are problems, and a run with problems does not start. Rows that ar
 sentences that name the rows as file:line and say what to do.
 """
 
-import hashlib
-import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.data_entries import data_entries
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.parsing import nearest
+from nalora_mlx.data.chat import ChatEncoder
+from nalora_mlx.data.files import Remarks
 from nalora_mlx.data.findings import Finding, Findings
 from nalora_mlx.data.formats import Features, Row, parse_rows
-from nalora_mlx.data.sources import RawRow, load_hub, load_hub_entry, read_directory, read_lines
+from nalora_mlx.data.sources import Source, hub_entry_splits, open_source
+from nalora_mlx.data.splits import choose_training_rows, digest
+from nalora_mlx.data.survey import Survey
 from nalora_mlx.data.tokenization import Split, tokenize_rows
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "environment")
@@ -28,12 +32,14 @@ class RunData:
 
     Attributes:
         mask_prompt: whether prompts are masked.
+        last_turn_only: whether only the last assistant turn of a chat is trained on.
         sources: for each dataset, the rows of each split.
         problems: what makes rows unusable.
         notices: what is odd about rows.
     """
 
     mask_prompt: bool
+    last_turn_only: bool = False
     sources: list[dict[str, list[Row]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -44,54 +50,76 @@ def read_rows(
 ) -> RunData:
     """Read the splits of a run, and check what can be checked without a tokenizer.
 
+    Without validation rows, a part of the training rows is held out (`valid_fraction`), if `names` has both splits.
+
     Args:
         config: where the data is, and the keys of its rows.
         names: of the splits.
         all_needed: require a test set if it is among the names; the training set is always required.
-        compare_with_test: look for training and validation rows in test.jsonl too, even if `names` lacks it.
+        compare_with_test: look for training and validation rows in the test set too, even if `names` lacks it.
 
     Raises:
-        InputError: there is no such directory or dataset, or a required split is empty.
+        InputError: there is no such file, directory or dataset, or a required split is empty.
     """
-    found = RunData(config.mask_prompt)
-    datasets: list[tuple[Features, dict[str, list[RawRow]]]] = []
-    if config.hf_dataset:
-        entries = config.hf_dataset if isinstance(config.hf_dataset, list) else [config.hf_dataset]
-        for entry in entries:
-            splits = load_hub_entry(entry, names)
-            datasets.append((Features.from_config(config, entry), splits))
-    else:
-        splits, found.problems = _load(config.data, names)
-        datasets.append((Features.from_config(config), splits))
+    remarks = Remarks()
+    found = RunData(
+        config.mask_prompt, config.last_turn_only, problems=remarks.problems, notices=remarks.notices
+    )
+    entries = _entries(config)
+    for entry in entries:
+        source = _open(config, entry, names, remarks)
+        features = _features(config, entry, source)
+        parsed: dict[str, list[Row]] = {}
+        for name, contents in source.splits.items():
+            survey = Survey()
+            parsed[name], problems = parse_rows(contents, features, survey)
+            found.problems += problems
+            found.notices += survey.notices(name)
+            found.notices += _odd_rows(parsed[name], name, len(parsed[name]) + len(problems))
+            if source.texts or config.chunk:
+                parsed[name] = [replace(row, chunk=not row.messages) for row in parsed[name]]
+        found.sources.append(parsed)
     for name in names:
         needed = name == "train" or (all_needed and name == "test")
-        if needed and not found.problems and not any(splits[name] for _, splits in datasets):
-            raise InputError(f"--data {config.data}: no rows for {name}; add rows to {name}.jsonl")
-    for features, splits in datasets:
-        parsed: dict[str, list[Row]] = {}
-        for name, contents in splits.items():
-            parsed[name], problems = parse_rows(contents, features)
-            found.problems += problems
-            found.notices += _odd_rows(parsed[name], name, len(contents))
-        found.sources.append(parsed)
-    test: dict[str, list[RawRow]] = {}
-    if compare_with_test and "test" not in names and not config.hf_dataset:
-        path = Path(config.data).expanduser() / "test.jsonl"
-        test = {"test": read_lines(path)[0]} if path.is_file() else {}
-    found.notices += duplicate_notices([splits | test for _, splits in datasets])
+        if needed and not found.problems and not any(splits[name] for splits in found.sources):
+            paths = " ".join(entry["path"] for entry in entries)
+            raise InputError(f"--data {paths}: no rows for {name}; add rows to {name}.jsonl")
+    test = _test_rows(config, entries) if compare_with_test and "test" not in names else []
+    found.notices += duplicate_notices([*found.sources, {"test": test}])
+    if "train" in names and not found.problems:
+        found.notices += choose_training_rows(found.sources, entries, config.valid_fraction, config.seed)
     return found
 
 
-def _load(data: str, names: Sequence[str]) -> tuple[dict[str, list[RawRow]], list[str]]:
-    """Return the splits of --data, a directory or a Hugging Face dataset, and what is wrong with lines of files."""
-    directory = Path(data).expanduser()
-    if directory.is_dir():
-        return read_directory(directory, names)
-    if directory.exists() or data.startswith((".", "/", "~")) or data.count("/") > 1:
-        raise InputError(
-            f"--data {data}: no such directory; give one with train.jsonl (and valid.jsonl, test.jsonl)"
-        )
-    return load_hub(data, names), []
+def _entries(config: RunConfig) -> list[dict[str, Any]]:
+    """Return the sources of a run as mappings with path and ratio."""
+    if not config.hf_dataset:
+        return data_entries(config.data)
+    return config.hf_dataset if isinstance(config.hf_dataset, list) else [config.hf_dataset]
+
+
+def _open(config: RunConfig, entry: Mapping[str, Any], names: Sequence[str], remarks: Remarks) -> Source:
+    if config.hf_dataset:
+        return Source(hub_entry_splits(entry, names))
+    return open_source(entry["path"], names, remarks)
+
+
+def _features(config: RunConfig, entry: Mapping[str, Any], source: Source) -> Features:
+    """Return the keys of a source's rows. Those of text files do not depend on the settings."""
+    return Features(mask_prompt=config.mask_prompt) if source.texts else Features.from_config(config, entry)
+
+
+def _test_rows(config: RunConfig, entries: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return the test rows of local files. A run that does not use them ignores what is wrong with them."""
+    rows: list[Row] = []
+    for entry in [] if config.hf_dataset else entries:
+        if not os.path.exists(os.path.expanduser(entry["path"])):
+            continue
+        with suppress(InputError):
+            source = open_source(entry["path"], ["test"], Remarks())
+            for contents in source.splits.values():
+                rows += parse_rows(contents, _features(config, entry, source))[0]
+    return rows
 
 
 def _odd_rows(rows: Sequence[Row], name: str, total: int) -> list[str]:
@@ -117,17 +145,18 @@ def _is_empty_answer(message: Mapping[str, Any]) -> bool:
     )
 
 
-def duplicate_notices(datasets: Sequence[Mapping[str, Sequence[RawRow]]]) -> list[str]:
+def duplicate_notices(datasets: Sequence[Mapping[str, Sequence[Row]]]) -> list[str]:
     """Return notices of rows in more than one split, whose loss looks better than it is."""
+    if len({name for splits in datasets for name, rows in splits.items() if rows}) < 2:
+        return []
     first_seen: dict[bytes, tuple[str, str]] = {}
     duplicates: dict[tuple[str, str], list[str]] = {}
     for splits in datasets:
         for name, rows in splits.items():
-            for source, content in rows:
-                digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
-                first, first_source = first_seen.setdefault(digest, (name, source))
+            for row in rows:
+                first, first_source = first_seen.setdefault(digest(row), (name, row.source))
                 if first != name:
-                    duplicates.setdefault((first, name), []).append(f"{source} is {first_source}")
+                    duplicates.setdefault((first, name), []).append(f"{row.source} is {first_source}")
     return [
         f"{name}: {len(pairs)} rows are in {first} too ({listed(pairs, ', ')}); "
         f"their loss says little; remove them from one of the two"
@@ -136,13 +165,19 @@ def duplicate_notices(datasets: Sequence[Mapping[str, Sequence[RawRow]]]) -> lis
 
 
 def tokenize(data: RunData, tokenizer: Any, max_seq_length: int) -> dict[str, Split]:
-    """Tokenize all splits; each holds what is wrong with its rows in `errors`, and what is odd in `notices`."""
+    """Tokenize all splits; each holds what is wrong with its rows in `errors`, and what is odd in `notices`.
+
+    A training row of weight n stands n times in its split, but is tokenized once.
+    """
     splits: dict[str, Split] = {}
+    encoder = ChatEncoder(tokenizer, data.mask_prompt, data.last_turn_only)
     for dataset in data.sources:
         for name, rows in dataset.items():
             split = splits.setdefault(name, Split([]))
-            tokenized = tokenize_rows(rows, tokenizer, data.mask_prompt, max_seq_length, name)
-            split.sequences += tokenized.sequences
+            tokenized = tokenize_rows(rows, encoder, max_seq_length, name)
+            weights = {row.source: row.weight for row in rows if name == "train" and row.weight != 1}
+            for sequence in tokenized.sequences:
+                split.sequences += [sequence] * weights.get(sequence.source, 1)
             split.notices += tokenized.notices
             split.errors += tokenized.errors
     return splits

@@ -1,34 +1,26 @@
-"""Formats of training rows: plain text, prompt and completion, or chat messages with tools, as in mlx_lm.lora."""
+"""Rows of training data: what a JSON object in any of the known forms means."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.template_args import template_args_problems
+from nalora_mlx.data.cells import check_unicode, is_blank, parsed_cell, text_in
+from nalora_mlx.data.features import Features
+from nalora_mlx.data.forms import Form, Forms, form_of, known_forms
+from nalora_mlx.data.images import place_images, read_images
+from nalora_mlx.data.messages import Chat, joined
+from nalora_mlx.data.preferences import supervised_remedy
+from nalora_mlx.data.survey import Survey
+from nalora_mlx.data.tool_calls import read_tools
 
-_SURROGATE = "half of a surrogate pair, which is not a character; fix the escapes"
+__all__ = ["IMAGES", "PREFERENCES", "Features", "Row", "parse_row", "parse_rows"]
 
-
-@dataclass(frozen=True)
-class Features:
-    """The keys of a row's parts, and whether prompts are masked."""
-
-    prompt: str = "prompt"
-    completion: str = "completion"
-    chat: str = "messages"
-    text: str = "text"
-    mask_prompt: bool = False
-
-    @classmethod
-    def from_config(cls, config: RunConfig, overrides: Mapping[str, Any] | None = None) -> "Features":
-        """Return the features of a run; `overrides` may hold other keys for one dataset, as chat_feature."""
-        keys = {
-            part: (overrides or {}).get(f"{part}_feature", getattr(config, f"{part}_feature"))
-            for part in ("prompt", "completion", "chat", "text")
-        }
-        return cls(**keys, mask_prompt=config.mask_prompt)
+PREFERENCES, IMAGES = "preferences", "images"  # kinds of rows that not every run trains on
+MAX_WEIGHT = 1000  # of a row; more is likely a column of another meaning
+# Keys beside a chat: of the first that is not blank, the value is read.
+_ALTERNATIVES = (("system", "system_prompt"), ("tools", "functions"), ("images", "image"))
 
 
 @dataclass(frozen=True)
@@ -60,83 +52,152 @@ class Row:
     images: tuple[Any, ...] = ()
 
 
-def parse_row(source: str, content: Mapping[str, Any], features: Features) -> Row:
-    """Return the row that a JSON object holds.
+class _Unread(NamedTuple):
+    """What nothing reads in a row: keys of it, keys of its messages, and a system prompt."""
 
-    If several formats fit, prompt and completion come before chat, and chat before text.
+    keys: Collection[str] = ()
+    message_keys: Collection[str] = ()
+    system: bool = False
+
+
+def parse_row(source: str, content: Mapping[str, Any], features: Features) -> Row:
+    """Return the row that a JSON object holds. The first form that fits is taken, see `known_forms`.
 
     Raises:
-        InputError: the keys fit no format, or a value has the wrong type.
+        InputError: the keys fit no form, or a value is wrong; the message begins with the source.
     """
-    try:
-        if features.prompt in content and features.completion in content:
-            prompt, completion = (_text(content, key) for key in (features.prompt, features.completion))
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return Row(source, messages, _tools(content))
-        if features.chat in content:
-            return Row(source, _messages(content[features.chat], features.chat), _tools(content))
-        if features.text in content:
-            if features.mask_prompt:
-                raise InputError("--mask-prompt needs prompt/completion or chat rows; this row is a text")
-            return Row(source, [], _tools(content), _text(content, features.text))
-        found = ", ".join(map(repr, content)) or "nothing"
-        raise InputError(
-            f"no known format; give {features.prompt!r} and {features.completion!r}, "
-            f"or {features.chat!r}, or {features.text!r} (found {found[:200]})"
-        )
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+    return _parse(source, content, known_forms(features))[0]
 
 
 def parse_rows(
-    contents: Iterable[tuple[str, Mapping[str, Any]]], features: Features
+    contents: Iterable[tuple[str, Mapping[str, Any]]],
+    features: Features,
+    survey: Survey | None = None,
+    accepted: Collection[str] = (),
 ) -> tuple[list[Row], list[str]]:
-    """Parse (source, JSON object) pairs; return the valid rows and one problem for each of the others."""
+    """Parse (source, JSON object) pairs; return the valid rows and one problem for each of the others.
+
+    Args:
+        contents: the pairs.
+        features: keys of the rows.
+        survey: counts the forms of the rows, and what nothing reads in them.
+        accepted: which of PREFERENCES and IMAGES the run trains on. Rows with others are problems.
+    """
     rows, problems = [], []
+    forms = known_forms(features, PREFERENCES in accepted)
     for source, content in contents:
         try:
-            rows.append(parse_row(source, content, features))
+            row, form, unread = _parse(source, content, forms)
+            if unread is not None and (row.rejected or row.images):
+                _check_accepted(row, content, features, accepted)
         except InputError as error:
             problems.append(str(error))
+            continue
+        rows.append(row)
+        if survey is not None:
+            survey.add(form, content)
+            if unread is not None:
+                survey.add_unread(source, unread.keys, unread.message_keys, unread.system)
+                survey.add_weight(source, row.weight)
     return rows, problems
 
 
-def _text(content: Mapping[str, Any], key: str) -> str:
-    text = content[key]
-    if not isinstance(text, str):
-        raise InputError(f"{key!r} must be a string, not {type(text).__name__}")
-    if not _is_unicode(text):
-        raise InputError(f"{key!r} holds {_SURROGATE} (\\ud83d ...)")
-    return text
+def _check_accepted(
+    row: Row, content: Mapping[str, Any], features: Features, accepted: Collection[str]
+) -> None:
+    """Raise InputError if the run does not train on rows of this kind."""
+    if row.rejected and PREFERENCES not in accepted:
+        remedy = supervised_remedy(content, features.prompt)
+        raise InputError(
+            f"{row.source}: holds a chosen and a rejected answer, and supervised training takes one; {remedy}"
+        )
+    if row.images and IMAGES not in accepted:
+        raise InputError(
+            f"{row.source}: holds images, which only vision-language models read; "
+            "remove the image parts, or the row"
+        )
 
 
-def _messages(messages: Any, key: str) -> list[dict[str, Any]]:
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-    ):
-        raise InputError(f"{key!r} must be a list of messages with 'role' and 'content'")
-    for number, message in enumerate(messages, 1):
-        content = message.get("content")
-        if content is None and not message.get("tool_calls"):
-            raise InputError(f"message {number} of {key!r} has no 'content'; add it, or 'tool_calls'")
-        if not isinstance(content, str | list | None):
-            raise InputError(
-                f"the 'content' of message {number} must be a string, not {type(content).__name__}"
-            )
-        if not _is_unicode(json.dumps(message, ensure_ascii=False, default=str)):
-            raise InputError(f"message {number} holds {_SURROGATE} (\\ud83d ...)")
-    return messages
+def _parse(source: str, content: Mapping[str, Any], forms: Forms) -> tuple[Row, Form, _Unread | None]:
+    """Return a row, its form, and what nothing reads in it."""
+    try:
+        if type(content) is not dict and not isinstance(content, Mapping):
+            raise InputError(f"holds a {type(content).__name__}; each row must be an object")
+        form = form_of(content, forms)
+        parts = form.read(content)
+        others = {} if content.keys() <= form.parts.keys() else _others(content, form)
+        if isinstance(parts, str):
+            row, unread = _text_row(source, parts, others) if others else (Row(source, [], text=parts), None)
+        elif others or any(parts[1:]):
+            row, unread = _chat_row(source, parts, others)
+        else:
+            row, unread = Row(source, parts.messages), None
+        return row, form, unread
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    except RecursionError:
+        raise InputError(f"{source}: nested too deeply; each row must be a flat object") from None
 
 
-def _tools(content: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    tools = content.get("tools")
-    if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        return tools
-    raise InputError("'tools' must be a list of objects")
+def _others(content: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    """Return what a row holds beside the keys of its form."""
+    return {key: value for key, value in content.items() if key not in form.parts and not is_blank(value)}
 
 
-def _is_unicode(text: str) -> bool:
-    """Return whether a string can be encoded; JSON escapes may leave half of a surrogate pair."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+def _text_row(source: str, text: str, others: Mapping[str, Any]) -> tuple[Row, _Unread]:
+    row = Row(source, [], text=text, weight=_weight(others.get("weight")))
+    return row, _Unread([key for key in others if key != "weight"])
+
+
+def _chat_row(source: str, chat: Chat, others: Mapping[str, Any]) -> tuple[Row, _Unread]:
+    """Return a chat with what stands beside it: a system prompt, tools, images, template arguments, a weight."""
+    system_key, tools_key, images_key = (
+        next((key for key in keys if key in others), None) for keys in _ALTERNATIVES
+    )
+    unused_system = False
+    if system_key:
+        message = {"role": "system", "content": text_in(others, system_key)}
+        if chat.messages[0]["role"] not in ("system", "developer"):
+            chat = joined(Chat([message]), chat)
+        else:
+            unused_system = message["content"] != chat.messages[0]["content"]
+    images = read_images(others[images_key]) if images_key else []
+    messages, all_images = place_images(chat.messages, chat.images, images)
+    row = Row(
+        source,
+        messages,
+        read_tools(others[tools_key], tools_key) if tools_key else None,
+        template_args=_template_args(others.get("chat_template_kwargs")),
+        untrained=chat.untrained,
+        weight=_weight(others.get("weight")),
+        rejected=chat.rejected,
+        images=all_images,
+    )
+    used = {system_key, tools_key, images_key, "chat_template_kwargs", "weight"}
+    return row, _Unread([key for key in others if key not in used], chat.unknown_keys, unused_system)
+
+
+def _weight(value: Any) -> int:
+    """Return how often a row counts; a .csv cell holds the number as a string."""
+    if value is None:
+        return 1
+    try:
+        number = -1.0 if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+    except (ValueError, OverflowError):
+        number = -1.0
+    if 0 <= number <= MAX_WEIGHT and number == int(number):
+        return int(number)
+    raise InputError(
+        f"'weight' is {str(value)[:50]!r}; it takes whole numbers: 0 leaves the row out, 2 counts it twice "
+        f"(at most {MAX_WEIGHT})"
+    )
+
+
+def _template_args(value: Any) -> Mapping[str, Any]:
+    args = parsed_cell(value)
+    if is_blank(args):
+        return {}
+    if found := template_args_problems(args):
+        raise InputError(f"'chat_template_kwargs': {'; '.join(found)}")
+    check_unicode(args, "'chat_template_kwargs'")
+    return args

@@ -1,127 +1,250 @@
-"""Where training data comes from: .jsonl files and Hugging Face datasets, read as (source, JSON object) pairs."""
+"""Where training data comes from: directories, files and Hugging Face datasets, as rows by split."""
 
-import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from nalora_mlx.core.data_entries import FEATURE_KEYS, ratio_problem
 from nalora_mlx.core.errors import InputError, first_line, listed
 from nalora_mlx.core.parsing import reject_unknown
+from nalora_mlx.data.files import RawRow, Remarks
+from nalora_mlx.data.readers import (
+    ALL_SPLIT_NAMES,
+    FORMS,
+    SPLIT_NAMES,
+    SPLITS,
+    TEXT_FORMS,
+    form_and_stem,
+    read_file,
+    read_json_splits,
+    read_texts,
+)
+from nalora_mlx.data.tables import without_nulls
 
-SPLITS = ("train", "valid", "test")
-HUB_KEYS = (  # of an entry of hf_dataset, as in mlx-lm
+HUB_KEYS = (  # of an entry of hf_dataset; those of mlx-lm, and ratio
     "path",
     "config",
     *(f"{split}_split" for split in SPLITS),
-    *(f"{part}_feature" for part in ("prompt", "completion", "chat", "text")),
+    *FEATURE_KEYS,
+    "ratio",
 )
-LONGEST_LINE = 32 * 2**20  # bytes; a longer line is a whole file, and would be cut to a few thousand tokens
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
-RawRow = tuple[str, dict[str, Any]]  # source and content
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")  # as the Hub names the parts of a split
+
+
+@dataclass
+class Source:
+    """The rows of one directory, file or dataset, read when they are iterated over.
+
+    Attributes:
+        splits: rows by split.
+        texts: whether each row is a whole text file.
+    """
+
+    splits: dict[str, Iterable[RawRow]]
+    texts: bool = False
+
+
+def open_source(path: str, names: Sequence[str], remarks: Remarks) -> Source:
+    """Return the splits of one entry of --data: a directory, a file or a Hugging Face dataset.
+
+    Raises:
+        InputError: there is no such thing.
+    """
+    local = Path(path).expanduser()
+    if os.path.isdir(local):
+        return _open_directory(local, names, remarks)
+    if os.path.exists(local):  # unlike Path.exists, false for a name that is too long
+        return _open_file(local, names, remarks)
+    known = form_and_stem(local)[0] or local.suffix.lower() in TEXT_FORMS
+    if known or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise InputError(
+            f"--data {path}: no such file or directory; give a file of rows, or a directory with "
+            "train.jsonl (and valid.jsonl, test.jsonl)"
+        )
+    return Source(hub_splits(path, names, remarks))
 
 
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def read_directory(directory: Path, names: Sequence[str]) -> tuple[dict[str, list[RawRow]], list[str]]:
-    """Return the rows of {name}.jsonl for each name, none if there is no such file, and what is wrong with lines.
+def load_local(path: Path, names: Sequence[str]) -> dict[str, list[RawRow]]:
+    """Read splits from a directory with {train,valid,test} in any form, or from a file; missing splits have no rows.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: a file cannot be read, or has bad rows; the message names them as file:line.
     """
-    splits: dict[str, list[RawRow]] = {}
-    problems: list[str] = []
-    for name in names:
-        path = directory / f"{name}.jsonl"
-        splits[name], found = read_lines(path) if path.exists() else ([], [])
-        problems += found
-    return splits, problems
-
-
-def load_local(directory: Path, names: Sequence[str]) -> dict[str, list[RawRow]]:
-    """Read {name}.jsonl for each name from a directory; a missing file gives no rows.
-
-    Raises:
-        InputError: a file cannot be read, or has bad lines; the message names them as file:line.
-    """
-    splits, problems = read_directory(directory, names)
-    if problems:
-        raise InputError(listed(problems))
+    remarks = Remarks()
+    opened = _open_directory if path.is_dir() else _open_file
+    splits = {name: list(rows) for name, rows in opened(path, names, remarks).splits.items()}
+    if remarks.problems:
+        raise InputError(listed(remarks.problems))
     return splits
 
 
 def read_jsonl(path: Path) -> list[RawRow]:
-    """Read (source, row) pairs from a .jsonl file; blank lines are skipped.
+    """Read (source, row) pairs from a .jsonl file or one of another form; blank lines are skipped.
 
     Raises:
         InputError: the file cannot be read, or has bad lines; the message names them as file:line.
     """
-    rows, problems = read_lines(path)
-    if problems:
-        raise InputError(listed(problems))
-    return rows
+    return load_local(path, ["train"])["train"]
 
 
-def read_lines(path: Path) -> tuple[list[RawRow], list[str]]:
-    """Return the rows of a .jsonl file, and what is wrong with its other lines; blank lines are skipped.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    rows, problems = [], []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(_lines(file), 1):
-                source = f"{path}:{number}"
-                try:
-                    content = _parse_line(line, "utf-8-sig" if number == 1 else "utf-8")
-                except InputError as error:
-                    problems.append(f"{source}: {error}")
-                    continue
-                if content is not None:
-                    rows.append((source, content))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    return rows, problems
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file; only the first LONGEST_LINE + 1 bytes of a line that is too long."""
-    while line := file.readline(LONGEST_LINE + 1):
-        yield line
-        too_long, ended = len(line) > LONGEST_LINE, line.endswith(b"\n")
-        del line  # it may be large
-        while too_long and not ended:
-            rest = file.readline(2**20)
-            ended = not rest or rest.endswith(b"\n")
-
-
-def _parse_line(line: bytes, encoding: str) -> dict[str, Any] | None:
-    """Return the object of a line, None for a blank line.
-
-    Raises:
-        InputError: what is wrong with the line.
-    """
-    if len(line) > LONGEST_LINE:
-        raise InputError(f"longer than {LONGEST_LINE >> 20} MB; each line must be one row, split it")
-    try:
-        text = line.decode(encoding).strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    if not text:
-        return None
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number with too many digits is a plain ValueError
-        detail = getattr(error, "msg", "nested too deeply" if isinstance(error, RecursionError) else error)
-        column = getattr(error, "colno", 1)
+def _open_file(path: Path, names: Sequence[str], remarks: Remarks) -> Source:
+    """Return a file as the training set; a .json file may hold several splits."""
+    form, _ = form_and_stem(path)
+    if path.suffix.lower() in TEXT_FORMS:
+        return Source(_training_only(read_texts([path], remarks), names), texts=True)
+    if not form:
         raise InputError(
-            f"not valid JSON (column {column}: {detail}); each line must be one JSON object"
-        ) from None
-    if not isinstance(content, dict):
-        raise InputError(f"holds a {type(content).__name__}; each line must be one JSON object")
-    return content
+            f"--data {path}: not a form that can be read; give {FORMS}, or {', '.join(TEXT_FORMS)}"
+        )
+    if form != ".json":
+        return Source(_training_only(read_file(path, remarks), names))
+    found = read_json_splits(path, remarks)
+    if "" in found:
+        return Source(_training_only(found[""], names))
+    return Source({name: _named_split(found, name, str(path), remarks) for name in names})
+
+
+def _training_only(rows: Iterable[RawRow], names: Sequence[str]) -> dict[str, Iterable[RawRow]]:
+    return {name: rows if name == "train" else [] for name in names}
+
+
+def _named_split(
+    found: Mapping[str, Iterable[RawRow]], name: str, where: str, remarks: Remarks
+) -> Iterable[RawRow]:
+    """Return the rows of a split under the first of its names that is there; a notice says if it is another name."""
+    there = next((other for other in SPLIT_NAMES[name] if other in found), None)
+    if there is None:
+        return []
+    if there != name:
+        remarks.notices.append(f"{where}: {there!r} is read as the {name} split")
+    return found[there]
+
+
+# --- directories --------------------------------------------------------------------------------------------
+
+
+def _open_directory(directory: Path, names: Sequence[str], remarks: Remarks) -> Source:
+    """Return the splits of a directory of data files; of its texts if it has no data file."""
+    try:
+        children = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"cannot read {directory}: {error.strerror}") from None
+    data_files = [path for path in children if form_and_stem(path)[0]]
+    texts = [] if data_files else _text_files(directory)
+    if texts:
+        return Source(_text_splits(directory, texts, names, remarks), texts=True)
+    by_name: dict[str, list[Path]] = {}
+    for path in data_files:
+        by_name.setdefault(_split_name(path), []).append(path)
+    found = {name: _rows_of_split(paths, remarks) for name, paths in by_name.items()}
+    splits = {name: _named_split(found, name, str(directory), remarks) for name in names}
+    if "train" in names and "train" not in found and not any(name in found for name in ALL_SPLIT_NAMES):
+        if not data_files:
+            raise InputError(f"--data {directory}: has no train.jsonl, nor a file of {FORMS}, .txt or .md")
+        files = listed([path.name for path in data_files], ", ")
+        raise InputError(
+            f"--data {directory}: none of its files is named train ({files}); rename the training set, "
+            "give the file itself, or move texts to a folder without data files"
+        )
+    return Source(splits)
+
+
+def _split_name(path: Path) -> str:
+    stem = form_and_stem(path)[1]
+    shard = _SHARD.fullmatch(stem)
+    return shard[1] if shard else stem
+
+
+def _rows_of_split(paths: Sequence[Path], remarks: Remarks) -> Iterator[RawRow]:
+    """Yield the rows of the file of a split, or of all its shards.
+
+    Raises:
+        InputError: there are several files, or a shard is missing.
+    """
+    shards = [_SHARD.fullmatch(form_and_stem(path)[1]) for path in paths]
+    counts = {int(shard[2]) if shard else 1 for shard in shards}
+    if counts != {len(paths)}:
+        files = listed([path.name for path in paths], ", ")
+        complete = "all of its parts" if any(shards) else "one of them"
+        raise InputError(f"--data {paths[0].parent}: one split has the files {files}; keep {complete}")
+    for path in paths:
+        yield from read_file(path, remarks)
+
+
+def _text_files(directory: Path) -> list[Path]:
+    """Return the text files below a directory in sorted order, without hidden ones.
+
+    Raises:
+        InputError: a subdirectory holds the data file of a split.
+    """
+    found = []
+    for place, folders, files in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(place) / name for name in files if not name.startswith(".")]
+        if data := [
+            path for path in paths if form_and_stem(path)[0] and _split_name(path) in ALL_SPLIT_NAMES
+        ]:
+            raise InputError(
+                f"--data {directory}: its subdirectory holds {data[0].name}; give it: --data {data[0].parent}"
+            )
+        found += [path for path in paths if path.suffix.lower() in TEXT_FORMS]
+    return sorted(found)
+
+
+def _text_splits(
+    directory: Path, texts: Sequence[Path], names: Sequence[str], remarks: Remarks
+) -> dict[str, Iterable[RawRow]]:
+    """Return texts by split if there is a subdirectory train/; otherwise all texts are training rows."""
+    by_name: dict[str, list[Path]] = {}
+    for path in texts:
+        by_name.setdefault(path.relative_to(directory).parts[0], []).append(path)
+    if "train" not in by_name:
+        return _training_only(read_texts(texts, remarks), names)
+    unused = [str(path) for name, paths in by_name.items() if name not in ALL_SPLIT_NAMES for path in paths]
+    if unused:
+        remarks.notices.append(
+            f"{directory}: {len(unused)} text files belong to no split and are not used ({listed(unused[:3], ', ')})"
+        )
+    found = {name: read_texts(paths, remarks) for name, paths in by_name.items()}
+    return {name: _named_split(found, name, str(directory), remarks) for name in names}
+
+
+def is_text(source: str) -> bool:
+    """Return whether a row's source is a whole text file."""
+    return Path(source).suffix.lower() in TEXT_FORMS
+
+
+def read_again(sources: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return the rows of local files with these sources; a file is read up to the last of them.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in dict.fromkeys(_file_of(source) for source in sources):
+        if not path.is_file():
+            continue
+        wanted = {source for source in sources if _file_of(source) == path}
+        for rows in _open_file(path, SPLITS, Remarks()).splits.values():
+            for source, content in rows if wanted else ():
+                if source in wanted:
+                    found[source] = content
+                    wanted.discard(source)
+                    if not wanted:
+                        break
+    return found
+
+
+def _file_of(source: str) -> Path:
+    """Return the file of a source: FILE, FILE:LINE or FILE[SPLIT]:NUMBER."""
+    return Path(re.sub(r"(\[\w+\])?:\d+$", "", source))
 
 
 # --- Hugging Face -------------------------------------------------------------------------------------------
@@ -133,18 +256,25 @@ def load_hub(identifier: str, names: Sequence[str]) -> dict[str, list[RawRow]]:
     Raises:
         InputError: the name is not a dataset's, or the dataset cannot be loaded.
     """
+    return {name: list(rows) for name, rows in hub_splits(identifier, names, Remarks()).items()}
+
+
+def hub_splits(identifier: str, names: Sequence[str], remarks: Remarks) -> dict[str, Iterable[RawRow]]:
+    """Return the splits that `load_hub` loads, read when they are iterated over."""
     _check_name(identifier, "--data")
-    datasets = _import_datasets(f"--data {identifier}: no such directory; check the path")
+    datasets = _import_datasets(f"--data {identifier}: no such file or directory; check the path")
     try:
         loaded = datasets.load_dataset(identifier)
     except Exception as error:
         raise InputError(
-            f"--data {identifier}: no such directory, and not loadable from the Hugging Face Hub ({first_line(error)})"
+            f"--data {identifier}: no such file or directory, and not loadable from the Hugging Face Hub "
+            f"({first_line(error)})"
         ) from None
-    return {name: _with_sources(f"{identifier}[{name}]", loaded.get(name, [])) for name in names}
+    found = {name: _with_sources(f"{identifier}[{name}]", rows) for name, rows in loaded.items()}
+    return {name: _named_split(found, name, identifier, remarks) for name in names}
 
 
-def load_hub_entry(entry: dict[str, Any], names: Sequence[str]) -> dict[str, list[RawRow]]:
+def hub_entry_splits(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Iterable[RawRow]]:
     """Load one entry of `hf_dataset`: path, config, and {train,valid,test}_split, as in mlx_lm.lora.
 
     Raises:
@@ -155,6 +285,8 @@ def load_hub_entry(entry: dict[str, Any], names: Sequence[str]) -> dict[str, lis
         raise InputError("hf_dataset: each record needs a 'path'")
     path = entry["path"]
     _check_name(path, "hf_dataset")
+    if problem := ratio_problem(entry.get("ratio", 1)):
+        raise InputError(f"hf_dataset {path}: {problem}")
     settings = entry.get("config", {})
     if not isinstance(settings, dict) or "trust_remote_code" in settings:
         raise InputError(
@@ -166,7 +298,7 @@ def load_hub_entry(entry: dict[str, Any], names: Sequence[str]) -> dict[str, lis
         "valid": entry.get("valid_split", "train[-10%:]"),
         "test": entry.get("test_split"),
     }
-    rows = {}
+    rows: dict[str, Iterable[RawRow]] = {}
     for name in names:
         split = splits[name]
         if split is None:
@@ -189,9 +321,12 @@ def _import_datasets(what: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{what}; to load it from the Hugging Face Hub, pip install datasets") from None
+        raise InputError(
+            f"{what}; to load it from the Hugging Face Hub, pip install 'nalora-mlx[data]'"
+        ) from None
     return datasets
 
 
-def _with_sources(name: str, rows: Any) -> list[RawRow]:
-    return [(f"{name}:{number}", dict(row)) for number, row in enumerate(rows, 1)]
+def _with_sources(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[RawRow]:
+    for number, row in enumerate(rows, 1):
+        yield f"{name}:{number}", without_nulls(dict(row))

@@ -13,11 +13,12 @@ MAX_BARS = 12  # of a histogram
 
 
 def length_statistics(examples: Sequence[Example]) -> dict[str, int]:
-    """Return counts of rows, tokens and supervised tokens, and quantiles of the rows' lengths in tokens."""
+    """Return counts of rows, sequences, tokens and supervised tokens, and quantiles of the sequences' lengths."""
     lengths = np.array([len(example.tokens) for example in examples])
     shortest, median, p95, longest = np.quantile(lengths, (0, 0.5, 0.95, 1)).astype(int).tolist()
     return {
-        "rows": len(lengths),
+        "rows": len({example.source for example in examples}),
+        "sequences": len(lengths),
         "tokens": int(lengths.sum()),
         "supervised": int(sum(example.loss_mask.sum() for example in examples)),
         "shortest": shortest,
@@ -28,10 +29,11 @@ def length_statistics(examples: Sequence[Example]) -> dict[str, int]:
 
 
 def summary(name: str, split: Split) -> str:
-    """Return one line about a split: rows, tokens, the supervised share, and lengths."""
+    """Return one line about a split: rows, sequences if they are more, tokens, the supervised share, and lengths."""
     found = length_statistics(split.sequences)
+    rows, sequences = found["rows"], found["sequences"]
     return (
-        f"{name}: {found['rows']} rows, {found['tokens']} tokens, "
+        f"{name}: {rows} rows{f' in {sequences} sequences' * (sequences > rows)}, {found['tokens']} tokens, "
         f"{found['supervised'] / found['tokens']:.0%} of them supervised; lengths {found['shortest']} to "
         f"{found['longest']}, half of them up to {found['median']}, 95% up to {found['p95']}"
     )

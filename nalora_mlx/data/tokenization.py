@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from nalora_mlx.core.errors import InputError, first_line, listed
-from nalora_mlx.data.chat import Encoding, TemplateCheck, encode_chat
+from nalora_mlx.data.chat import ChatEncoder, TokenSequence
+from nalora_mlx.data.dropped import control_token, dropped_parts
+from nalora_mlx.data.encoder import TextEncoder
 from nalora_mlx.data.findings import Finding, Findings
 from nalora_mlx.data.formats import Features, Row, parse_rows
 
@@ -72,67 +74,121 @@ def tokenize_split(
         rows: (source, row) pairs.
         tokenizer: tokenizer wrapper of mlx-lm.
         features: keys of the rows, and whether prompts are masked.
-        max_seq_length: maximum number of tokens per row.
+        max_seq_length: maximum number of tokens per sequence.
         name: of the split, for messages.
 
     Raises:
         InputError: rows are invalid, or none has a supervised token; the message names the rows.
     """
     parsed, problems = parse_rows(rows, features)
-    split = tokenize_rows(parsed, tokenizer, features.mask_prompt, max_seq_length, name)
+    split = tokenize_rows(parsed, ChatEncoder(tokenizer, features.mask_prompt), max_seq_length, name)
     if problems or split.errors:
         raise InputError(listed(problems + split.errors))
     return split
 
 
 def tokenize_rows(
-    rows: Sequence[Row], tokenizer: Any, mask_prompt: bool, max_seq_length: int, name: str = "data"
+    rows: Sequence[Row], encoder: ChatEncoder, max_seq_length: int, name: str = "data"
 ) -> Split:
     """Tokenize parsed rows as `tokenize_split` does, but collect problems in `errors` instead of raising."""
-    split, findings, template = Split([]), Findings(), TemplateCheck(tokenizer)
-    end_tokens = set(getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id})
-    longest = 0
+    split, findings = Split([]), Findings()
+    longest, split_chats = 0, 0
     for row in rows:
         try:
-            encoding = _encode(row, tokenizer, mask_prompt)
+            sequences = _encode(row, encoder, max_seq_length, findings)
         except InputError as error:
             split.errors.append(str(error))
             continue
-        if encoding.rewritten:
-            findings.add(Finding.REWRITTEN_TURNS, row.source)
-        for part in template.ignored_parts(row):
-            findings.add(part, row.source)
-        length = len(encoding.tokens)
-        longest = max(longest, length)
-        if length > max_seq_length:
-            findings.add(Finding.TRUNCATED, row.source)
-        tokens = np.array(encoding.tokens[:max_seq_length], dtype=np.int32)
-        loss_mask = np.array(encoding.loss_mask[:max_seq_length], dtype=bool)
-        loss_mask[:1] = False  # nothing predicts the first token
-        if not loss_mask.any():
+        if len(sequences) > 1 and row.messages:
+            split_chats += len(sequences)
+            findings.add(Finding.SPLIT_CHATS, row.source)
+        supervised = False
+        for sequence in sequences:
+            length = len(sequence.tokens)
+            longest = max(longest, length)
+            tokens = np.array(sequence.tokens[:max_seq_length], dtype=np.int32)
+            loss_mask = np.array(sequence.loss_mask[:max_seq_length], dtype=bool)
+            if length > max_seq_length:
+                findings.add(Finding.TRUNCATED, row.source)
+            elif not _ends(tokens, loss_mask, encoder.text_encoder.end_tokens) and not row.chunk:
+                findings.add(Finding.NO_END_TOKEN, row.source)
+            loss_mask[:1] = False  # nothing predicts the first token
+            if loss_mask.any():
+                supervised = True
+                split.sequences.append(Example(tokens, loss_mask, row.source))
+        if not supervised:
             findings.add(Finding.UNSUPERVISED, row.source)
-            continue
-        ending = tokens[np.flatnonzero(loss_mask)[-END_WINDOW:]].tolist()
-        if length <= max_seq_length and end_tokens.isdisjoint(ending):
-            findings.add(Finding.NO_END_TOKEN, row.source)
-        split.sequences.append(Example(tokens, loss_mask, row.source))
     dropped = findings.sources[Finding.UNSUPERVISED]
     if dropped and not split.sequences and not split.errors:
         split.errors.append(
             f"{name}: no row has a supervised token within {max_seq_length} tokens "
             f"(first: {dropped[0]}, longest row {longest}); raise --max-seq-length or shorten the prompts"
         )
-    split.notices = findings.notices(name, len(rows), limit=max_seq_length, longest=longest)
+    split.notices = findings.notices(
+        name,
+        len(rows),
+        limit=max_seq_length,
+        longest=longest,
+        sequences=split_chats,
+        opened_remedy=_opened_remedy(encoder),
+        reasoning_remedy="with --mask-prompt each turn is trained as it is generated, with its reasoning"
+        if not encoder.mask_prompt
+        else "it is not trained on; use a --chat-template that writes it, or put it into the content as that "
+        "template expects it",
+    )
     return split
 
 
-def _encode(row: Row, tokenizer: Any, mask_prompt: bool) -> Encoding:
-    if row.messages:
-        return encode_chat(row, tokenizer, mask_prompt)
+def _ends(tokens: np.ndarray, loss_mask: np.ndarray, end_tokens: set[int]) -> bool:
+    """Return whether every supervised span ends in an end-of-sequence token."""
+    last = np.flatnonzero(loss_mask & ~np.append(loss_mask[1:], False))
+    return all(
+        not end_tokens.isdisjoint(tokens[max(end - END_WINDOW + 1, 0) : end + 1].tolist()) for end in last
+    )
+
+
+def _opened_remedy(encoder: ChatEncoder) -> str:
+    template = str(getattr(encoder.renderer.tokenizer, "chat_template", ""))
+    if "enable_thinking" in template:
+        return """--chat-template-args '{"enable_thinking": false}' leaves it out, in training and in use"""
+    return "give the rows what belongs there (reasoning_content, say), or use another --chat-template"
+
+
+def _encode(row: Row, encoder: ChatEncoder, max_seq_length: int, findings: Findings) -> list[TokenSequence]:
+    """Return the sequences of a row, and record what is odd about it."""
+    if not row.messages:
+        return _encode_text(row, encoder.text_encoder, max_seq_length, findings)
+    encoding = encoder(row)
+    if encoding.opened:
+        findings.add(Finding.OPENED_PROMPT, row.source, encoding.opened)
+    for finding, detail in dropped_parts(row, encoder, encoding):
+        findings.add(finding, row.source, detail)
+    if token := control_token(row, encoder):
+        findings.add(Finding.CONTROL_TOKENS, row.source, token)
+    if encoder.mask_prompt and row.messages[-1]["role"] != "assistant":
+        findings.add(Finding.UNANSWERED, row.source)
+    return encoding.sequences
+
+
+def _encode_text(
+    row: Row, encoder: TextEncoder, max_seq_length: int, findings: Findings
+) -> list[TokenSequence]:
+    """Return the tokens of a text, with the special tokens that the tokenizer adds and an end-of-sequence token.
+
+    With `row.chunk`, a long text becomes sequences that overlap by one token, so that each token but the first is a
+    target exactly once.
+    """
+    tokenizer = encoder.tokenizer
     try:
         tokens = list(tokenizer.encode(row.text))
     except Exception as error:
         raise InputError(f"{row.source}: the tokenizer refuses this text ({first_line(error)})") from None
-    if not tokens or tokens[-1] != tokenizer.eos_token_id:
-        tokens.append(tokenizer.eos_token_id)
-    return Encoding(tokens, [True] * len(tokens))
+    start, end = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id
+    if start is not None and tokens[:2] == [start, start]:
+        del tokens[0]
+        findings.add(Finding.DOUBLE_START, row.source, tokenizer.decode([start]))
+    if end is not None and tokens[-1:] != [end]:
+        tokens.append(end)
+    window = max_seq_length if row.chunk else len(tokens)
+    starts = range(0, max(len(tokens) - 1, 1), max(window - 1, 1))
+    return [TokenSequence(part := tokens[i : i + window], [True] * len(part)) for i in starts]

@@ -12,6 +12,7 @@ from nalora_mlx.core.errors import InputError
 if TYPE_CHECKING:
     from nalora_mlx.export.lazy_model import LazyModel
     from nalora_mlx.export.updates import AdapterUpdates
+    from nalora_mlx.models.chat_templates import ChatSettings
 
 FORMATS = {
     "mlx": "an adapter for mlx-lm, from a checkpoint, a PEFT adapter, or several adapters",
@@ -116,7 +117,7 @@ def _export_mlx(args: argparse.Namespace, directory: Path) -> None:
     from nalora_mlx.export.mlx_adapter import export_mlx
 
     model = open_model(directory)
-    count = export_mlx(model, _read_adapters(args, model), args.output)
+    count = export_mlx(model, _read_adapters(args, model), args.output, _read_chat_settings(args))
     print(f"wrote {args.output}: {count} adapted modules")
 
 
@@ -130,6 +131,10 @@ def _export_peft(args: argparse.Namespace, directory: Path) -> None:
     count = export_peft(model, _read_adapters(args, model), args.output, base)
     if base is None:
         print("note: the base model's name on the Hub is unknown, so PEFT's config does not name it")
+    chat = _read_chat_settings(args)
+    if chat.template is not None:
+        print("note: a PEFT adapter holds no chat template, and this one was trained with its own")
+    _print_template_args(chat)
     print(f"wrote {args.output}: {count} adapted modules")
 
 
@@ -137,15 +142,18 @@ def _export_gguf(args: argparse.Namespace, directory: Path) -> None:
     from nalora_mlx.export.gguf_model import export_gguf
     from nalora_mlx.export.modelfile import write_modelfile
 
+    chat = _read_chat_settings(args)
     result = export_gguf(
         directory,
         args.output,
         args.type or "f16",
         updates=(lambda model: _read_adapters(args, model)) if args.adapter_path else None,
+        chat_template=chat.template,
         overwrite=args.overwrite,
         name=_model_name(args),
     )
-    modelfile, notes = write_modelfile(result.path, _load_tokenizer(directory))
+    modelfile, notes = write_modelfile(result.path, _load_tokenizer(directory, chat))
+    _print_template_args(chat)
     _print_gguf_result(result, modelfile, notes)
 
 
@@ -157,7 +165,11 @@ def _export_gguf_lora(args: argparse.Namespace, directory: Path) -> None:
     model = open_model(directory)
     result = export_gguf_lora(model, _read_adapters(args, model), args.output, overwrite=args.overwrite)
     base = f"{_model_name(args)}.gguf"
-    modelfile, notes = write_modelfile(result.path, _load_tokenizer(directory), base)
+    chat = _read_chat_settings(args)
+    modelfile, notes = write_modelfile(result.path, _load_tokenizer(directory, chat), base)
+    if chat.template is not None:
+        print("note: a GGUF adapter holds no chat template, and this one was trained with its own")
+    _print_template_args(chat)
     _print_gguf_result(result, modelfile, notes)
 
 
@@ -181,19 +193,47 @@ def _read_adapters(args: argparse.Namespace, model: "LazyModel") -> "AdapterUpda
     return weighted_sum(adapters, [args.scale * factor for factor in factors])
 
 
+def _read_chat_settings(args: argparse.Namespace) -> "ChatSettings":
+    """Return how chats were rendered in the training of the given adapters; the model's own way if they differ."""
+    from nalora_mlx.adapters.files import read_chat_settings
+    from nalora_mlx.models.chat_templates import ChatSettings
+
+    found = [read_chat_settings(Path(path).expanduser()) for path in args.adapter_path]
+    undated = [ChatSettings(chat.template, chat.args) for chat in found]
+    if any(chat != undated[0] for chat in undated):
+        print("note: the adapters were trained with different chat templates; the export has the model's own")
+        return ChatSettings()
+    return undated[0] if undated else ChatSettings()
+
+
+def _print_template_args(chat: "ChatSettings") -> None:
+    """Say which arguments of the chat template the format cannot hold."""
+    import json
+
+    if chat.args:
+        print(
+            f"note: the adapter was trained with arguments of the chat template: {json.dumps(dict(chat.args))}; "
+            "give them to the program that runs it (llama-server: --chat-template-kwargs)"
+        )
+
+
 def _model_name(args: argparse.Namespace) -> str:
     """Return the last part of the model's path; a link counts as the directory it points to."""
     return Path(args.model).expanduser().resolve().name
 
 
-def _load_tokenizer(directory: Path) -> Any:
+def _load_tokenizer(directory: Path, chat: "ChatSettings") -> Any:
     """Load the tokenizer for its chat template; return None if transformers cannot, since GGUF does not need it."""
     from mlx_lm.tokenizer_utils import load
 
+    from nalora_mlx.models.chat_templates import configure_chat_template
+
     try:
-        return load(directory)
+        tokenizer = load(directory)
     except Exception:
         return None
+    configure_chat_template(tokenizer, chat)
+    return tokenizer
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def export_gguf(
     type: str = "f16",
     *,
     updates: Callable[[LazyModel], AdapterUpdates] | None = None,
+    chat_template: str | None = None,
     overwrite: bool = False,
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -129,6 +130,7 @@ def export_gguf(
         output: file to write.
         type: type of the matrices, a key of FILE_TYPES. Vectors, including norms, stay float32.
         updates: reads the adapter to merge. The merge is computed in float32 as each weight is written.
+        chat_template: text of a chat template to write instead of the model's.
         overwrite: whether to replace an existing file.
         name: name of the model in the file; by default the directory's.
         progress: called with (bytes written, total bytes) after each tensor.
@@ -141,6 +143,8 @@ def export_gguf(
     plan = plan_gguf(model_dir, type)
     arch, args, config = plan.arch, plan.model.args, plan.model.config
     tensors, vocabulary, weights = plan.tensors, plan.vocabulary, plan.model.weights
+    if chat_template is not None:
+        vocabulary.replace_chat_template(chat_template)
     if updates is not None:
         weights = merge_updates(weights, updates(plan.model))
     del plan  # it holds the weights too, which are freed one by one below

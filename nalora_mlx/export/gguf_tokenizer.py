@@ -32,6 +32,8 @@ PROBE_TEXTS = (
     "\U0001f642\u200d\u00a0",
 )
 
+NO_CHAT_TEMPLATE = "the model has no chat template: programs will guess one"
+
 
 @dataclass
 class Vocabulary:
@@ -51,6 +53,11 @@ class Vocabulary:
     strips_right: bool = False  # whether an added token strips the spaces after it
     chat_template: Any = None
     notes: list[str] = field(default_factory=list)
+
+    def replace_chat_template(self, text: str) -> None:
+        """Set the chat template to that of an adapter."""
+        self.chat_template = text
+        self.notes = [note for note in self.notes if note != NO_CHAT_TEMPLATE]
 
     def write(self, writer: Any) -> None:
         """Write the vocabulary to the metadata of a GGUFWriter."""
@@ -99,7 +106,7 @@ def read_vocabulary(model_dir: Path, config: dict[str, Any], size: int) -> Vocab
     jinja = model_dir / "chat_template.jinja"
     vocabulary.chat_template = jinja.read_text("utf-8") if jinja.exists() else settings.get("chat_template")
     if not vocabulary.chat_template:
-        vocabulary.notes.append("the model has no chat template: programs will guess one")
+        vocabulary.notes.append(NO_CHAT_TEMPLATE)
     token, count = Counter(vocabulary.tokens).most_common(1)[0]
     if count > 1:
         raise InputError(f"{path}: token {token!r} occurs {count} times; llama.cpp cannot load that")

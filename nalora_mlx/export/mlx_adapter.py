@@ -5,14 +5,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
+from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, chat_entry
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.storage import arrays_writer, json_writer, write_directory
 from nalora_mlx.export.lazy_model import LazyModel, LazyWeight
 from nalora_mlx.export.updates import AdapterUpdates, LowRankUpdate, with_common_rank
+from nalora_mlx.models.chat_templates import ChatSettings
 
 
-def export_mlx(model: LazyModel, updates: AdapterUpdates, output: Path) -> int:
+def export_mlx(model: LazyModel, updates: AdapterUpdates, output: Path, chat: ChatSettings) -> int:
     """Write an adapter for `mlx_lm --adapter-path` and for this package.
 
     mlx-lm creates an adapter of the same rank for every key in each of the last layers, so modules among them
@@ -22,6 +23,7 @@ def export_mlx(model: LazyModel, updates: AdapterUpdates, output: Path) -> int:
         model: the base model.
         updates: the adapter.
         output: directory to write.
+        chat: how chats were rendered in the adapter's training.
 
     Returns:
         The number of modules with an update.
@@ -46,6 +48,7 @@ def export_mlx(model: LazyModel, updates: AdapterUpdates, output: Path) -> int:
         "fine_tune_type": updates.kind,
         "num_layers": num_layers,
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
+        **chat_entry(chat),
     }
     write_directory(output, {ADAPTER_FILE: arrays_writer(arrays), ADAPTER_CONFIG: json_writer(config)})
     return len(by_path)

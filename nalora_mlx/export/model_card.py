@@ -24,6 +24,7 @@ SETTINGS = (
     "optimizer",
     "max_seq_length",
     "mask_prompt",
+    "chat_template_args",
     "seed",
 )
 

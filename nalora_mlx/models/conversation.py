@@ -1,15 +1,19 @@
 """Chat prompts, greedy answers, and conversations that reuse their key-value cache."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError
 
 
-def render_prompt(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
+def render_prompt(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, template_args: Mapping[str, Any] = {}
+) -> list[int]:
     """Return the token ids of a chat, followed by the generation prompt."""
     return list(
-        tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+        tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, return_dict=False, **template_args
+        )
     )
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nalora_mlx.cli import Parser
+from nalora_mlx.cli import Parser, add_chat_flags
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.signals import Stopped
 from nalora_mlx.report.style import MAX_RUNS
@@ -47,6 +47,7 @@ def build_parser(prog: str) -> Parser:
         help="with --model: message to answer; repeatable (default: the first prompts of the validation rows)",
     )
     add("--max-tokens", type=int, default=128, metavar="N", help="maximum tokens of an answer (default: 128)")
+    add_chat_flags(parser)
     return parser
 
 
@@ -95,8 +96,13 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise InputError(f"nalora report needs {', '.join(missing)}: pip install 'nalora-mlx[report]'")
     if len(args.runs) > MAX_RUNS:
         raise InputError(f"{len(args.runs)} runs given; a report compares at most {MAX_RUNS}")
-    if args.prompt and not args.model:
-        raise InputError("--prompt needs --model, the model to ask")
+    for flag, given in (
+        ("--prompt", args.prompt),
+        ("--chat-template", args.chat_template),
+        ("--chat-template-args", args.chat_template_args),
+    ):
+        if given and not args.model:
+            raise InputError(f"{flag} needs --model, the model to ask")
     if not 1 <= args.every <= 3600:
         raise InputError(f"--every {args.every:g}: must be from 1 to 3600 seconds")
     if args.max_tokens < 1:
@@ -162,7 +168,14 @@ def _ask_models(args: argparse.Namespace, runs: "list[RunData]") -> list[dict[st
     prompts = prompts or next((run.samples for run in runs if run.samples), [])
     if not prompts:
         raise InputError("the run has not saved any prompts of its data; give --prompt TEXT")
-    return answers(args.model, [(run.name, run.path) for run in runs], prompts, args.max_tokens)
+    return answers(
+        args.model,
+        [(run.name, run.path) for run in runs],
+        prompts,
+        args.max_tokens,
+        args.chat_template,
+        args.chat_template_args,
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_mlx.adapters.files import ADAPTER_CONFIG
+from nalora_mlx.adapters.files import ADAPTER_CONFIG, CHAT_KEY
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import METHOD_LABELS
 from nalora_mlx.core.errors import InputError
@@ -233,6 +233,7 @@ def _read_description(run: RunData) -> None:
 
     saved = list(checkpoints.steps(run.path / CHECKPOINTS).values())
     adapter = _read_optional_json(run.path / ADAPTER_CONFIG)
+    adapter.pop(CHAT_KEY, None)  # run.json has the settings as given
     state = _read_optional_json(saved[-1] / STATE_FILE) if saved else {}
     record = _read_optional_json(run.path / RECORD_FILE)
     for settings in (adapter, state.get("config") or {}, record.get("settings") or {}):

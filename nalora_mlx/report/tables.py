@@ -64,7 +64,8 @@ def summary(runs: list[RunData]) -> list[tuple[str, list[Cell]]]:
         if run.best_validation is None:
             return None
         step, loss = run.best_validation
-        return Cell(format_number(loss), f"at iteration {step:,}", compared and loss == lowest)
+        place = f"at iteration {step:,}" if step else "before training: no later one is lower"
+        return Cell(format_number(loss), place, compared and loss == lowest)
 
     lines: list[tuple[str, Callable[[RunData], Cell | None]]] = [
         ("Best validation loss", best_validation),
@@ -130,7 +131,8 @@ def loss_caption(runs: list[RunData]) -> str:
             parts.append(f"training loss from {format_number(losses[0])} to {format_number(losses[-1])}")
         if run.best_validation:
             step, loss = run.best_validation
-            parts.append(f"best validation loss {format_number(loss)} at iteration {step:,}")
+            place = f"at iteration {step:,}" if step else "before training, which did not lower it"
+            parts.append(f"best validation loss {format_number(loss)} {place}")
         sentences.append((run, f"{', '.join(parts)}."))
     return _join_sentences(sentences, len(runs) > 1)
 

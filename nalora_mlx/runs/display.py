@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nalora_mlx.core.terminal import LastingConsole, has_colors, marked_text
+from nalora_mlx.runs.progress import improves
 
 CHART_LENGTH = 24  # losses in the chart
 TREND_WINDOW = 5  # reports whose mean is compared with that of the reports before
@@ -102,6 +103,8 @@ class Status:
         best = self.valid["best_loss"]
         if best is None:  # before the first update
             text.append(f"  at iteration {self.valid['step']}")
+        elif is_worse_than_before(self.valid):
+            text.append(f"  {before_training(self.valid)}", "yellow")
         elif self.best_step == self.valid["step"]:
             text.append("  the best so far", "green")
         else:
@@ -138,6 +141,16 @@ def mean_misalignment(event: dict[str, Any]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
+def is_worse_than_before(event: dict[str, Any]) -> bool:
+    """Return whether a validation is not better than the one before training."""
+    return event["step"] > 0 and not improves(event["loss"], event.get("first_loss"))
+
+
+def before_training(event: dict[str, Any]) -> str:
+    """Say that a validation loss was lower before training."""
+    return f"not better than before training, {event['first_loss']:.4f}"
+
+
 class Display:
     """A listener of `train` that shows its events, and a context manager that closes the progress bar.
 
@@ -167,6 +180,11 @@ class Display:
         with suppress(OSError):  # the terminal may be closed
             self.console.print(text, markup=False, soft_wrap=not self.interactive)
 
+    def notices(self, texts: Iterable[str]) -> None:
+        """Print notices, a line each."""
+        for text in texts:
+            self.note(f"note: {text}")
+
     def masks(self, source: str, pieces: Iterable[tuple[str, bool]]) -> None:
         """Print a row with its supervised tokens marked."""
         text = marked_text(source, pieces, has_colors(self.console))
@@ -184,7 +202,7 @@ class Display:
         elif kind == "metrics":
             self._metrics(event)
         elif kind == "notice":
-            self.note(f"note: {event['text']}")
+            self.notices([event["text"]])
         elif kind == "saved":
             self.note(f"iteration {event['step']}: saved to {event['path']}")
 
@@ -220,6 +238,8 @@ class Display:
         step = f"iteration {event['step']:>{len(str(self.iterations))}}"
         if event["split"] == "valid":
             best = " (best)" if event["best_loss"] == event["loss"] else ""
+            if is_worse_than_before(event):
+                best = f" ({before_training(event)})"
             change = "" if self.last_valid is None else f", {event['loss'] - self.last_valid:+.4f}"
             self.last_valid = event["loss"]
             self.note(f"{step}: validation loss {event['loss']:.4f}{change}{best}, {event['seconds']:.1f} s")

@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SPIKE_HISTORY = 50  # batches whose losses define the typical loss
 SPIKE_REPEATS = 3  # spikes within SPIKE_WITHIN batches that cause a notice
@@ -28,6 +29,31 @@ class TrainResult:
     best_iteration: int | None = None
     skipped: int = 0
     stopped: str | None = None
+
+    def describe_validation(self, best: Path) -> list[str]:
+        """Return the validation losses in sentences; none without a validation. `best` is where the best adapter is."""
+        if self.best_valid_loss is None:
+            return []
+        before, after = (
+            "NaN or infinite" if loss is None else f"{loss:.4f}"
+            for loss in (self.first_valid_loss, self.valid_loss)
+        )
+        lines = [
+            f"validation loss {before} before, {after} after, best {self.best_valid_loss:.4f} at iteration "
+            f"{self.best_iteration} ({best})"
+        ]
+        if not improves(self.best_valid_loss, self.first_valid_loss):
+            lines.append(
+                f"note: training did not help: validation loss {before} before it, {self.best_valid_loss:.4f} at best; "
+                f"the model is better without this adapter ({best} holds the best that was trained); lower the "
+                "learning rate, or look at the rows"
+            )
+        return lines
+
+
+def improves(loss: float, before: float | None) -> bool:
+    """Return whether a validation loss is lower than that before training. A NaN before training is higher than any."""
+    return before is None or loss < before
 
 
 @dataclass

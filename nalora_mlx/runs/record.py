@@ -1,16 +1,18 @@
 """run.json: the settings, data statistics and environment of a run, for the report and the model card."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.data_entries import data_entries
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.versions import environment
 from nalora_mlx.data.formats import Features, Row, parse_row
-from nalora_mlx.data.sources import HUB_KEYS, read_jsonl
+from nalora_mlx.data.sources import HUB_KEYS, is_text, read_again
 from nalora_mlx.data.summary import length_statistics
 from nalora_mlx.data.tokenization import Split
 
@@ -60,8 +62,9 @@ def record(config: RunConfig, splits: Mapping[str, Split]) -> dict[str, Any]:
     for name in ("adapter_path", "resume", "resume_adapter_file", "report_to", "project_name"):
         del settings[name]
     settings["hf_dataset"] = _public_keys(config.hf_dataset)
-    for name in ("model", "data"):
-        if Path(settings[name]).expanduser().exists():
+    settings["data"] = _public_data(config.data)
+    for name in ("model", "chat_template"):
+        if settings[name] is not None and os.path.exists(os.path.expanduser(settings[name])):
             settings[name] = Path(settings[name]).name
     return {
         "settings": settings,
@@ -71,6 +74,17 @@ def record(config: RunConfig, splits: Mapping[str, Split]) -> dict[str, Any]:
         "samples": samples(splits, config),
         "environment": environment(),
     }
+
+
+def _public_path(name: str) -> str:
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def _public_data(data: Any) -> Any:
+    """Return the sources of a run, with the last parts of their paths; only the name if there is one source."""
+    entries = [entry | {"path": _public_path(entry["path"])} for entry in data_entries(data)]
+    plain = len(entries) == 1 and entries[0].keys() == {"path", "ratio"} and entries[0]["ratio"] == 1
+    return entries[0]["path"] if plain else entries
 
 
 def _public_keys(datasets: Any) -> Any:
@@ -85,26 +99,33 @@ def _public_keys(datasets: Any) -> Any:
 def samples(splits: Mapping[str, Split], config: RunConfig) -> list[dict[str, Any]]:
     """Return prompts of the first validation rows, or of training rows if there is no validation set.
 
-    Only rows of local files are used. A prompt has "messages", the chat before its last answer, and "tools" if there
-    are any; or "text", the first words of a text.
+    Only rows of local files are used. A prompt has "messages", the chat before its last answer, and "tools" and
+    "chat_template_kwargs" if there are any; or "text", the first words of a text.
     """
     name = next((name for name in ("valid", "train") if name in splits and len(splits[name])), None)
-    features = Features.from_config(config)
-    contents: dict[str, dict[str, Any]] = {}
+    sources = [example.source for example in splits[name].sequences[: 10 * SAMPLES]] if name else []
     found: list[dict[str, Any]] = []
-    for example in splits[name].sequences[: 10 * SAMPLES] if name else []:
-        path = Path(example.source.rpartition(":")[0])
-        try:
-            if example.source not in contents and path.is_file():
-                contents.update(read_jsonl(path))
-            if example.source not in contents:
-                continue
-            sample = _sample(parse_row(example.source, contents[example.source], features))
-        except InputError:  # the file has changed
-            break
-        if sample and sample not in found:
-            found.append(sample)
+    try:
+        contents = read_again(sources)
+        for source in dict.fromkeys(sources):
+            if source in contents:
+                sample = _sample(parse_row(source, contents[source], _features(source, config)))
+                if sample and sample not in found:
+                    found.append(sample)
+    except InputError:  # a file has changed
+        pass
     return found[:SAMPLES]
+
+
+def _features(source: str, config: RunConfig) -> Features:
+    """Return the features of the entry of `data` that a row comes from."""
+    if is_text(source):
+        return Features()
+    for entry in data_entries(config.data):
+        path = str(Path(entry["path"]).expanduser())
+        if source.startswith((f"{path}/", f"{path}:", f"{path}[")):
+            return Features.from_config(config, entry)
+    return Features.from_config(config)
 
 
 def _sample(row: Row) -> dict[str, Any] | None:
@@ -115,4 +136,5 @@ def _sample(row: Row) -> dict[str, Any] | None:
     messages = row.messages[: answers[-1]] if answers else row.messages
     if not messages or not all(isinstance(message.get("content"), str) for message in messages):
         return None
-    return {"messages": messages, **({"tools": row.tools} if row.tools else {})}
+    optional = {"tools": row.tools, "chat_template_kwargs": dict(row.template_args)}
+    return {"messages": messages, **{key: value for key, value in optional.items() if value}}

@@ -75,6 +75,10 @@ class PeakMemory:
         activations = self.base + self.per_token * tokens + self.per_square * tokens * length
         return round(max(self.update, activations))
 
+    def plus(self, size: int) -> "PeakMemory":
+        """Return the peak of a step while something else takes this many bytes."""
+        return replace(self, base=self.base + size, update=self.update + size)
+
     def rows_within(self, budget: int, length: int) -> int:
         """Return the most rows of this length that stay within a budget; 0 if a single row exceeds it."""
         if self.at(1, length) > budget:

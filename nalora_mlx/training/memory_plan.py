@@ -21,6 +21,7 @@ from nalora_mlx.data.padding import PAD_TO, padded_length, rounded_length
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.ops.cross_entropy import TILE_BYTES
 from nalora_mlx.training.distributed import ALONE, Workers
+from nalora_mlx.training.last_good import keeps_weights
 from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.memory_model import BatchShape, PeakMemory, PeakProfiler
 from nalora_mlx.training.step import TrainingStep, recomputed_layers
@@ -75,7 +76,7 @@ def upper_bound_bytes(model: nn.Module, shape: BatchShape) -> float:
     )
     scores = len(model.layers) * heads * shape.length
     weights, trained = nbytes(model.parameters()), nbytes(model.trainable_parameters())
-    return weights + 8 * trained + 32 * shape.tokens * (outputs + scores) + 64 * TILE_BYTES
+    return weights + 9 * trained + 32 * shape.tokens * (outputs + scores) + 64 * TILE_BYTES
 
 
 def _outputs_per_token(weight: mx.array, experts_per_token: Any) -> int:
@@ -184,6 +185,10 @@ def plan(
         layers = recomputed_layers(model, replace(config, grad_checkpoint=True))
         step.graph_of_shape.cache_clear()  # these graphs do not recompute
         checkpointed = PeakProfiler(step, layers, accumulating).profile(shape, budget // 2)
+    if keeps_weights(model):  # the last good weights, next to the current ones
+        kept = nbytes(model.trainable_parameters())
+        peak = peak.plus(kept)
+        checkpointed = checkpointed and checkpointed.plus(kept)
     return Plan(shape, peak, budget, nbytes(model.parameters()), checkpointed)
 
 

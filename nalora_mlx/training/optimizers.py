@@ -6,6 +6,7 @@ every entry as usual. Coupled decay (L2, in SGD and Muon) is part of the gradien
 Muon is no longer orthogonal once its columns are scaled.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError, first_line
 from nalora_mlx.core.parsing import reject_unknown
+from nalora_mlx.training.schedules import build_schedule
 
 OPTIMIZERS = {
     "adam": optim.Adam,
@@ -39,17 +41,9 @@ def build_optimizer(
     Raises:
         InputError: the optimizer or the schedule does not accept a setting.
     """
-    from mlx_lm.tuner.utils import build_schedule
-
-    rate: Any = learning_rate
-    if schedule:
-        reject_unknown(schedule, ("name", "arguments", "warmup", "warmup_init"), "lr_schedule")
-        try:
-            rate = build_schedule(schedule)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise InputError(
-                f"lr_schedule: {error}; give name (a schedule of mlx.optimizers.schedulers) and arguments"
-            ) from None
+    rate: Any = build_schedule(schedule) if schedule else learning_rate
+    names = [key for key in inspect.signature(OPTIMIZERS[name]).parameters if key != "learning_rate"]
+    reject_unknown(settings, names, f"optimizer_config.{name}")
     try:
         return OPTIMIZERS[name](learning_rate=rate, **settings)
     except (TypeError, ValueError) as error:

@@ -18,7 +18,7 @@ from nalora_mlx.adapters.files import adapter_config as config_of_adapter
 from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.core.errors import places
-from nalora_mlx.data.batches import Batch, batches_per_epoch, evaluation_batches, training_batches
+from nalora_mlx.data.batches import Batch, evaluation_batches, training_batches
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.runs.progress import Progress, TrainResult
 from nalora_mlx.training.accumulation import Window, prefetch, windows
@@ -26,8 +26,10 @@ from nalora_mlx.training.diagnostics import describe_layers, measure_misalignmen
 from nalora_mlx.training.distributed import workers
 from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.events import Events, Listener
+from nalora_mlx.training.last_good import LastGoodWeights
 from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.run_files import RunFiles
+from nalora_mlx.training.schedules import run_iterations
 from nalora_mlx.training.step import TrainingStep, recomputed_layers
 
 
@@ -78,6 +80,8 @@ class Run:
             grad_clip=config.grad_clip,
             workers=self.workers,
         )
+        self.good = LastGoodWeights(self.step)
+        self.skipped_before = 0  # skipped updates in a row before the last update that was applied
         self.has_files, self.resume_anyway, self.stop = bool(output or resume), resume_anyway, stop
         self.files = RunFiles(
             self.step,
@@ -90,10 +94,7 @@ class Run:
         self.valid_batches = evaluation_batches(
             valid_set, config.batch_size, config.val_batches, config.seed, self.workers.share
         )
-        self.iterations = config.iters
-        if config.epochs is not None:
-            per_epoch = batches_per_epoch(train_set, config.batch_size, config.packing)
-            self.iterations = math.ceil(round(config.epochs * per_epoch, 6))
+        self.iterations = run_iterations(train_set, config)
         self.layers = recomputed_layers(model, config)
         self.notices: list[str] = []
 
@@ -164,7 +165,7 @@ class Run:
         """Run the iterations of one accumulation window, which ends in an optimizer update."""
         config, progress = self.config, self.progress
         window_tokens = sum(batch.supervised_tokens for batch in window)
-        accumulated, skipped = None, None
+        accumulated, skipped, weights = None, None, self.good.current()
         for position, batch in enumerate(window, 1):
             iteration = progress.iteration + 1
             tic = time.perf_counter()
@@ -173,11 +174,13 @@ class Run:
                     batch, window_tokens, accumulated, position == len(window), (config.seed, iteration)
                 )
             mx.eval(self.step.state, total, accumulated)
+            loss = float(total)
+            if math.isfinite(loss) and batch.supervised_tokens:
+                self.good.show(weights, batch)
             if self.is_report_due(iteration):
                 measure_misalignment(self.step, batch)
             if mx.get_cache_memory() > config.clear_cache_threshold:
                 mx.clear_cache()
-            loss = float(total)
             progress.record_batch(loss, batch.supervised_tokens, time.perf_counter() - tic)
             if skipped is None and not self.step.health.finite.item():
                 skipped = SkippedUpdate(batch, loss)
@@ -194,28 +197,62 @@ class Run:
                 self.report()
 
     def finish_update(self, skipped: SkippedUpdate | None) -> None:
-        """Count an update as applied, or as skipped.
+        """Count an update as applied or skipped. If the loss shows that the one before broke the weights, undo that.
 
         Raises:
-            FloatingPointError: too many updates in a row were skipped.
+            FloatingPointError: too many updates in a row were skipped or undone.
         """
         progress = self.progress
         if skipped is None:
             progress.updates += 1
-            progress.skipped_in_a_row = 0
+            self.skipped_before, progress.skipped_in_a_row = progress.skipped_in_a_row, 0
+            self.good.shown = False
             return
         progress.skipped += 1
         progress.skipped_in_a_row += 1
+        if not math.isfinite(skipped.loss) and self.good.are_at_fault(skipped.batch):
+            self.undo_update(skipped.reason)
+            return
         rows, at = self.rows_of(skipped.batch), f"iteration {progress.iteration}"
         self.events.send("notice", text=f"{at}: {skipped.reason}; the update is skipped; rows: {rows}")
-        if progress.skipped_in_a_row < self.config.max_bad_steps:
+        self.end_if_hopeless(
+            f"{skipped.reason} (rows: {rows})",
+            "lower the learning rate, clip the gradient, or look for broken rows",
+        )
+
+    def undo_update(self, reason: str) -> None:
+        """Return to the weights before the last update, which broke them.
+
+        Raises:
+            FloatingPointError: too many updates in a row were skipped or undone, or the run does not keep weights.
+        """
+        progress, at = self.progress, f"iteration {self.progress.iteration}"
+        why = f"{reason}, and the weights are at fault, not the rows"
+        advice = "lower the learning rate, or clip the gradient"
+        if not self.good.restore():
+            saved = self.files.last_complete()
+            raise FloatingPointError(f"{at}: {why}: the update broke them, and is not saved{saved}; {advice}")
+        progress.updates -= 1
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1 + self.skipped_before
+        self.events.send("notice", text=f"{at}: {why}: the update broke them, and is undone; {advice}")
+        self.end_if_hopeless(why, advice)
+
+    def end_if_hopeless(self, why: str, advice: str) -> None:
+        """Save and raise FloatingPointError if too many updates in a row were skipped or undone."""
+        count, at = self.progress.skipped_in_a_row, f"iteration {self.progress.iteration}"
+        if count < self.config.max_bad_steps:
             return
-        count, progress.skipped_in_a_row = progress.skipped_in_a_row, 0
+        self.progress.skipped_in_a_row = 0
         self.save(prune=False)
         raise FloatingPointError(
-            f"{count} updates in a row were skipped, up to {at}: {skipped.reason} (rows: {rows})"
-            f"{self.files.where_saved()}; lower the learning rate, clip the gradient, or look for broken rows"
+            f"{count} updates in a row were skipped, up to {at}: {why}{self.files.where_saved()}; {advice}"
         )
+
+    def check_weights(self) -> None:
+        """Undo the last update if it broke the weights, which no loss may have shown yet."""
+        if not self.good.shown and not self.good.give_finite_loss():
+            self.undo_update("the loss after the last update is not finite")
 
     def reason_to_stop(self) -> str | None:
         """Return why the run ends here, the same on all workers, or None."""
@@ -256,16 +293,19 @@ class Run:
         )
 
     def learning_rate(self) -> float | None:
-        """Return the learning rate of the last update."""
+        """Return the learning rate of the last update; None if it differs among the weights."""
+        if getattr(self.optimizer, "relative_step", False):  # Adafactor computes its own
+            return None
         try:
             return float(self.optimizer.learning_rate)
-        except KeyError:  # Adafactor may have none of its own
+        except KeyError:
             return None
 
     def validate(self) -> None:
         """Compute the validation loss, and save the adapter if it is the best so far."""
         if not self.valid_batches:
             return
+        self.check_weights()
         tic, count, progress = time.perf_counter(), len(self.valid_batches), self.progress
         loss, tokens = evaluate(
             self.model,
@@ -287,10 +327,12 @@ class Run:
             tokens=tokens,
             seconds=time.perf_counter() - tic,
             best_loss=progress.best_valid_loss,
+            first_loss=progress.first_valid_loss,
         )
 
     def save(self, prune: bool = True) -> None:
-        """Write a checkpoint, if this run writes files."""
+        """Write a checkpoint, if this run writes files, of weights with a finite loss."""
+        self.check_weights()
         self.progress.seconds = time.perf_counter() - self.began
         self.files.save(prune)
 

@@ -166,3 +166,7 @@ class RunFiles:
         if self.writer.failure is None:
             return f"; the state before them is in {self.writer.output}"
         return f"; the state before them could not be saved ({self.writer.failure}), {self.writer.last_complete()}"
+
+    def last_complete(self) -> str:
+        """Return which checkpoint is the last complete one, as the end of a sentence."""
+        return "" if self.writer is None else f"; {self.writer.last_complete()}"

@@ -119,7 +119,8 @@ def test_generate_has_every_flag_of_mlx_lm():
 
     peer = importlib.import_module("mlx_lm.generate").setup_arg_parser()
     ours = {option for action in build_parser("x")._actions for option in action.option_strings}
-    assert ours == {option for action in peer._actions for option in action.option_strings}
+    added = {"--chat-template", "--chat-template-args"}
+    assert ours == added | {option for action in peer._actions for option in action.option_strings}
     kinds = {option: action for action in peer._actions for option in action.option_strings}
     for names, _, kind in VALUES:
         assert kinds[names[0]].nargs is None
@@ -321,7 +322,7 @@ def test_bad_input_is_one_line(model_directory, data_directory, tmp_path):
     lora = ["nalora_mlx.lora", "--train"]
     model, data = ["--model", model_directory], ["--data", data_directory]
     refused([*lora, "--model", "./nowhere", *data], "--model ./nowhere: no such directory")
-    refused([*lora, *model, "--data", "./nowhere"], "--data ./nowhere: no such directory")
+    refused([*lora, *model, "--data", "./nowhere"], "--data ./nowhere: no such file or directory")
     refused([*lora, *model, "--data", broken], r"train.jsonl:2: not valid JSON")
     refused([*lora, *model, *data, "--config", config], "did you mean 'learning_rate'")
     refused([*lora, *model, *data, "--rank", "0"], "rank is 0; it must be at least 1")
@@ -428,7 +429,7 @@ def test_more_bad_input(model_directory, data_directory, fused, adapter, tmp_pat
     refused(["nalora_mlx.generate", *model, "--max-tokens", "abc"], "invalid int value: .abc.")
     refused(
         ["nalora_mlx.generate", *model, "--chat-template-config", "{x"],
-        "--chat-template-config is not valid JSON",
+        "--chat-template-config: not valid JSON",
     )
     refused(["nalora_mlx.generate", *model, "--prompt-cache-file", "none"], "--prompt-cache-file none")
     refused(["nalora_mlx.generate", *model, "--draft-model", "./none"], "--draft-model ./none")

@@ -48,7 +48,7 @@ def test_bash_completes_commands_flags_choices_and_paths(script, tmp_path):
     assert completed(script, "ch") == {"chat"}
     assert completed(script, "") >= set(COMMANDS)
     assert completed(script, "lora", "--batch") == {"--batch-size"}
-    assert completed(script, "chat", "--c") == {"--compare"}
+    assert completed(script, "chat", "--comp") == {"--compare"}
     assert completed(script, "lora", "--fine-tune-type", "d") == {"dora"}
     assert completed(script, "export", "gguf-") == {"gguf-lora"}
     (tmp_path / "trained").mkdir()

@@ -155,7 +155,7 @@ def test_missing_extras_come_with_their_install_command(capsys, monkeypatch):
     sections, _ = page_of(capsys)
     assert sections["Extras"][0] == "  ✓ installed: export"
     assert sections["Extras"][1].endswith(
-        "; pip install 'nalora-mlx[kquants,report,tensorboard,vlm,notebook]'"
+        "; pip install 'nalora-mlx[data,kquants,report,tensorboard,vlm,notebook]'"
     )
 
 
@@ -185,7 +185,7 @@ def test_doctor_runs_from_a_source_tree(capsys, monkeypatch):
 
     monkeypatch.setattr(optional_dependencies.importlib.metadata, "requires", missing)
     sections, _ = page_of(capsys)
-    assert "not installed: export" in sections["Extras"][0]
+    assert "not installed: data (Parquet" in sections["Extras"][0]
 
 
 def test_bad_settings_are_an_error_before_the_page(capsys):

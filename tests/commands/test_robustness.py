@@ -28,6 +28,7 @@ from nalora_mlx.adapters.files import adapter_weights, check_adapter, load_any_a
 from nalora_mlx.core.config import RunConfig, load_run_config
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import coerce
+from nalora_mlx.core.yaml_files import read_yaml
 from nalora_mlx.data.checks import read_rows, tokenize
 from nalora_mlx.models.loading import check_files, load_model
 from nalora_mlx.runs.resume import STATE_FILE, read_state, restore
@@ -237,11 +238,19 @@ def test_config_files(content, tmp_path):
     config, refused = attempt(lambda: load_run_config(path, {}), "c.yaml")
     if (
         refused
-        or attempt(config.check, *vars(config), "NA-LoRA", "settings", "lora_parameters", "nothing to do")[1]
+        or attempt(
+            config.check,
+            *RunConfig.__dataclass_fields__,
+            "NA-LoRA",
+            "settings",
+            "lora_parameters",
+            "nothing to do",
+        )[1]
     ):
         return
-    assert coerce(vars(config), RunConfig, "again") == vars(config)
-    given = yaml.safe_load(content) or {}
+    settings = {name: getattr(config, name) for name in RunConfig.__dataclass_fields__}
+    assert coerce(settings, RunConfig, "again") == settings
+    given = read_yaml(path)
     for name in ("iters", "batch_size", "seed", "optimizer"):
         if given.get(name) is not None:
             assert getattr(config, name) == (given[name].lower() if name == "optimizer" else given[name])

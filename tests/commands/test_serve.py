@@ -148,7 +148,7 @@ def test_bad_input_is_one_line(model_directory, tmp_path):
     refused([serve, *model, "--adapter-path", tmp_path], "--adapter-path .* has no adapter_config.json")
     refused([serve, *model, "--port", "0"], "--port 0: must be from 1 to 65535")
     refused([serve, *model, "--host", "192.0.2.1"], "--host 192.0.2.1: not an address of this machine")
-    refused([serve, *model, "--chat-template-args", "{x"], "--chat-template-args is not valid JSON")
+    refused([serve, *model, "--chat-template-args", "{x"], "--chat-template-args: not valid JSON")
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     refused(
         [serve, "--model", tmp_path, "--port", free_port()],

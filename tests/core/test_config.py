@@ -1,6 +1,7 @@
 """Settings: compatibility with mlx_lm.lora's flags, keys, defaults and config files; error messages."""
 
 import importlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from nalora_mlx.cli import Parser, add_settings
 from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.core.parsing import coerce, parse_size, read_yaml
+from nalora_mlx.core.parsing import coerce, parse_size
+from nalora_mlx.core.synonyms import SYNONYMS
+from nalora_mlx.core.yaml_files import read_yaml
 from nalora_mlx.lora import build_parser
 
 # A config for mlx_lm.lora 0.32 with all keys of its documentation.
@@ -125,7 +128,29 @@ def test_flags_of_every_kind():
     ("text", "message"),
     [
         ("learning_rat: 1e-5", r"unknown key 'learning_rat'; did you mean 'learning_rate'\?"),
-        ("lora_layers: 4\nbatchsize: 2", r"'lora_layers'.*'batchsize'; did you mean 'batch_size'\?"),
+        (
+            "lora_layers: 4\nbatchsize: 2",
+            r"'lora_layers'; did you mean 'num_layers'\?; unknown key 'batchsize'; did you mean 'batch_size'\?",
+        ),
+        ("per_device_train_batch_size: 4", r"; did you mean 'batch_size'\?"),
+        ("max_steps: 4", r"; did you mean 'iters'\?; iters counts batches, not optimizer updates"),
+        ("lora_rank: 4", "; write 'rank' under 'lora_parameters'$"),
+        ("mask: soft", "; write 'mask' under 'na_parameters'$"),
+        ("lora_alpha: 4", "; set scale to alpha / rank$"),
+        ("lora_parameters: {r: 4}\ntrain: true", r"lora_parameters: unknown key 'r'; did you mean 'rank'\?"),
+        ("warmup_steps: 4", r"did you mean 'lr_schedule', as in lr_schedule: \{name: cosine_decay, warmup: "),
+        (
+            "iters: 1\nseed: 1\niters: 2",
+            "config.yaml:3: not valid YAML: key 'iters' is given twice, first in line 1",
+        ),
+        (
+            "train: true\nlora_parameters:\n  rank: 4\n  'rank': 8",
+            "config.yaml:4: not valid YAML: key 'rank' is given twice, first in line 3",
+        ),
+        ("iters: 1:30", "iters is '1:30'; it takes a whole number"),
+        ("iters: 3\nepochs: 0.5", "iters and epochs both set the length of the run; give one of them"),
+        ("learning_rate: [1e-5]", "learning_rate is .*; it takes a number"),
+        ("a: " + "[" * 5000, "config.yaml: not valid YAML: nested too deeply"),
         ("iters: many", "iters is 'many'; it takes a whole number"),
         ("iters: 1.5", "iters is 1.5; it takes a whole number"),
         ("train: 1", "train is 1; it takes true or false"),
@@ -140,7 +165,7 @@ def test_flags_of_every_kind():
 )
 def test_invalid_files(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
-        load_run_config(write(tmp_path, text), {})
+        load_run_config(write(tmp_path, text), {}).check()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +185,7 @@ def test_invalid_files(tmp_path, text, message):
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"fine_tune_type": "qlora"}, "fine_tune_type is 'qlora'"),
         ({"epochs": -1.0}, "epochs is -1.0"),
+        ({"epochs": float("inf")}, "epochs is inf"),
         ({"val_batches": 0}, "val_batches is 0"),
     ],
 )
@@ -181,11 +207,83 @@ def test_values_that_mlx_lm_accepts(tmp_path):
 
 
 def test_integers_written_as_floats_and_nulls(tmp_path):
-    config = load_run_config(write(tmp_path, "iters: 1e3\nseed: null\nepochs: 2"), {})
+    config = load_run_config(write(tmp_path, "iters: 1e3\nseed: null\ngrad_clip: 2"), {})
     assert config.iters == 1000
     assert isinstance(config.iters, int)
     assert config.seed == 0
-    assert config.epochs == 2.0
+    assert config.grad_clip == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("-007", -7),
+        ("0", 0),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("0o10", 8),
+        ("0b11", 3),
+        ("+3", 3),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("1.2.3", "1.2.3"),
+        ("5.", 5.0),
+        ("-.inf", -math.inf),
+        ("1e3", 1000.0),
+        ("1e400", math.inf),
+        ("yes", True),
+        ("off", False),
+        ("~", None),
+        ("", None),
+        ("-", [None]),
+        ("'010'", "010"),
+    ],
+)
+def test_plain_values_mean_what_people_mean(tmp_path, text, value):
+    (found,) = read_yaml(write(tmp_path, f"a:\n  {text}")).values()
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_merged_keys_are_not_given_twice(tmp_path):
+    found = read_yaml(write(tmp_path, "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: [*a, *b]}"))
+    assert found["b"] == {"x": 3, "y": 2}
+
+
+def test_both_lengths_on_the_command_line():
+    with pytest.raises(InputError, match="command line: iters and epochs both set the length"):
+        load_run_config(None, {"iters": 3, "epochs": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--lora-layers", "did you mean '--num-layers'?"),
+        ("--lr", "did you mean '--learning-rate'?"),
+        ("--lora_rank", "did you mean '--rank'?"),
+        ("--max-steps=3", "did you mean '--iters'?; iters counts batches, not optimizer updates"),
+        ("--output-dir", "did you mean '--adapter-path'?"),
+        ("--num-train-epochs", "did you mean '--epochs'?"),
+        ("--warmup-steps", "write lr_schedule: {name: cosine_decay, warmup: UPDATES, "),
+        ("--lora-alpha", "set scale to alpha / rank"),
+        ("--batchsize", "did you mean '--batch-size'?"),
+    ],
+)
+def test_flags_of_other_tools_are_understood(flag, message, capsys):
+    with pytest.raises(SystemExit):
+        build_parser("x").parse_args([flag, "3"])
+    assert message in capsys.readouterr().err
+
+
+def test_every_synonym_names_a_setting_or_a_flag():
+    from nalora_mlx.chat import build_parser as chat
+    from nalora_mlx.generate import build_parser as generate
+
+    actions = [action for build in (generate, chat) for action in build("x")._actions]
+    flags = {option.lstrip("-").replace("-", "_") for action in actions for option in action.option_strings}
+    known = {*RunConfig.__dataclass_fields__, *NALoRAConfig.__dataclass_fields__} | flags
+    assert set(SYNONYMS.values()) <= known
+    assert not set(SYNONYMS) & {*RunConfig.__dataclass_fields__, *NALoRAConfig.__dataclass_fields__}
 
 
 def test_the_yaml_resolver_is_not_global(tmp_path):

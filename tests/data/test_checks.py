@@ -15,13 +15,17 @@ from nalora_mlx.__main__ import main
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError, listed, places
 from nalora_mlx.core.terminal import marked_text
-from nalora_mlx.data import sources
+from nalora_mlx.data import files
+from nalora_mlx.data.chat import ChatEncoder
 from nalora_mlx.data.checks import duplicate_notices, read_rows, tokenize
+from nalora_mlx.data.files import Remarks
 from nalora_mlx.data.formats import Features, Row, parse_row, parse_rows
-from nalora_mlx.data.sources import load_hub, load_hub_entry, read_jsonl, read_lines
+from nalora_mlx.data.readers import read_file
+from nalora_mlx.data.sources import hub_entry_splits, load_hub, read_jsonl
 from nalora_mlx.data.summary import histogram, mask_pieces, summary
 from nalora_mlx.data.tokenization import Example, Split, tokenize_rows, tokenize_split
-from tests.data.test_tokenization import CHAT, COMPLETION, RewritingTokenizer
+from tests.conftest import CHAT_TEMPLATE
+from tests.data.test_tokenization import CHAT, COMPLETION, with_template
 
 GOOD = json.dumps(COMPLETION)
 BAD_LINES = {
@@ -100,11 +104,12 @@ def test_ten_problems_are_listed_and_the_rest_counted(tmp_path, model_directory,
 
 
 def test_long_lines_are_named_and_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST_LINE", 100)
+    monkeypatch.setattr(files, "LONGEST_LINE", 100)
     path = tmp_path / "train.jsonl"
     long = b'{"text": "' + b"x" * 1000 + b'"}'
     path.write_bytes(b"\n".join([b'{"text": "a"}', long, b'{"text": "b"}', long]))
-    rows, problems = read_lines(path)
+    remarks = Remarks()
+    rows, problems = list(read_file(path, remarks)), remarks.problems
     assert [source for source, _ in rows] == [f"{path}:1", f"{path}:3"]
     assert [re.sub(r".*:(\d+): .*", r"\1", p) for p in problems] == ["2", "4"]
     assert "split it" in problems[0]
@@ -123,7 +128,8 @@ def test_a_line_of_100_mb_is_not_held_in_memory(tmp_path):
         file.write(b'"}\n{"text": "a"}\n')
     tracemalloc.start()
     try:
-        rows, problems = read_lines(path)
+        remarks = Remarks()
+        rows, problems = list(read_file(path, remarks)), remarks.problems
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -165,15 +171,14 @@ def test_notices_of_empty_answers_unknown_roles_and_repeated_rows(tmp_path):
         f"valid: 2 rows are in train too ({valid}:1 is {place}:3, {valid}:2 is {place}:1); "
         "their loss says little; remove them from one of the two",
     ]
-    assert duplicate_notices([{"train": [("a:1", COMPLETION)], "test": [("b:1", CHAT)]}]) == []
+    one, other = (parse_row(source, row, Features()) for source, row in (("a:1", COMPLETION), ("b:1", CHAT)))
+    assert duplicate_notices([{"train": [one], "test": [other]}]) == []
 
 
-def test_notices_of_rows_without_an_end_token(tokenizer):
-    class Endless(RewritingTokenizer):
-        eos_token_id = 999
-
+def test_notices_of_rows_without_an_end_token(tokenizer, tokenizer_directory):
+    endless = with_template(tokenizer_directory, CHAT_TEMPLATE.replace("<|im_end|>", " "))
     masked = Features(mask_prompt=True)
-    split = tokenize_split([("x:1", CHAT), ("x:2", CHAT)], Endless(), masked, 1000, "train")
+    split = tokenize_split([("x:1", CHAT), ("x:2", CHAT)], endless, masked, 1000, "train")
     said = "2 of 2 rows do not end in a supervised end-of-sequence token (x:1, :2)"
     assert any(said in notice for notice in split.notices)
     split = tokenize_split([("x:1", CHAT)], tokenizer, masked, 1000)
@@ -183,17 +188,13 @@ def test_notices_of_rows_without_an_end_token(tokenizer):
     assert [n for n in split.notices if "do not end" in n] == []
 
 
-def test_all_rows_that_the_template_refuses_are_named():
-    class Refusing(RewritingTokenizer):
-        def apply_chat_template(self, messages, **rest):
-            if messages[0]["content"] == "no":
-                raise ValueError("roles must alternate\nmore")
-            return super().apply_chat_template(messages, **rest)
-
+def test_all_rows_that_the_template_refuses_are_named(tokenizer_directory):
+    refuses = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('roles must alternate\nmore') }}{% endif %}"
+    tokenizer = with_template(tokenizer_directory, refuses + CHAT_TEMPLATE)
     row = {"messages": [{"role": "user", "content": "no"}, {"role": "assistant", "content": "a"}]}
     rows, problems = parse_rows([("x:1", row), ("x:2", CHAT), ("x:3", row)], Features())
     assert problems == []
-    split = tokenize_rows(rows, Refusing(), False, 1000)
+    split = tokenize_rows(rows, ChatEncoder(tokenizer, False), 1000)
     assert len(split.sequences) == 1
     assert [error[:4] for error in split.errors] == ["x:1:", "x:3:"]
     assert all("refuses this row (roles must alternate)" in error for error in split.errors)
@@ -204,9 +205,9 @@ def test_dataset_names_cannot_be_paths():
         with pytest.raises(InputError, match="not the name of a Hugging Face dataset"):
             load_hub(name, ("train",))
         with pytest.raises(InputError, match="not the name of a Hugging Face dataset"):
-            load_hub_entry({"path": name}, ("train",))
+            hub_entry_splits({"path": name}, ("train",))
     with pytest.raises(InputError, match="without trust_remote_code"):
-        load_hub_entry({"path": "a/b", "config": {"trust_remote_code": True}}, ("train",))
+        hub_entry_splits({"path": "a/b", "config": {"trust_remote_code": True}}, ("train",))
 
 
 # --- display ------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def test_dataset_names_cannot_be_paths():
 
 def test_summary_and_histogram_of_a_split():
     lengths = [5] * 10 + [6] * 5 + [40]
-    examples = [Example(np.arange(n), np.arange(n) > 2, f"x:{n}") for n in lengths]
+    examples = [Example(np.arange(n), np.arange(n) > 2, f"x:{i}") for i, n in enumerate(lengths)]
     assert summary("train", Split(examples)) == (
         "train: 16 rows, 120 tokens, 60% of them supervised; lengths 5 to 40, half of them up to 5, 95% up to 14"
     )

@@ -192,6 +192,18 @@ def test_later_record_of_a_step_replaces_the_earlier(tmp_path):
     assert read_run(tmp_path / "a", "a").best_validation == (20, 0.125)
 
 
+def test_a_run_that_did_not_help_says_so(tmp_path):
+    """The validation before training is the lowest."""
+    path = write_run(tmp_path / "a") / METRICS_FILE
+    record = {"split": "valid", "step": 0, "loss": 0.01, "tokens": 1, "seconds": 1, "best_loss": None}
+    path.write_text(path.read_text() + json.dumps(record) + "\n")
+    run = read_run(tmp_path / "a", "a")
+    assert run.best_validation == (0, 0.01)
+    (cell,) = dict(tables.summary([run]))["Best validation loss"]
+    assert cell.note == "before training: no later one is lower"
+    assert "best validation loss 0.01 before training, which did not lower it" in tables.loss_caption([run])
+
+
 def test_nan_losses_become_gaps(tmp_path):
     path = write_run(tmp_path / "a") / METRICS_FILE
     path.write_text(path.read_text().replace('"loss": 0.25', '"loss": null'))
@@ -418,20 +430,24 @@ def test_samples_are_the_prompts_of_rows(tmp_path):
         {"messages": [*chat, turn("assistant", "d")], "tools": [{"type": "function"}]},
         {"text": words},
         {"text": words},
-        {"ask": "q", "completion": "a"},
+        {"prompt": "q", "completion": "a"},
     ]
     path = tmp_path / "valid.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     one = np.ones(2)
     valid = Split([Example(one, one, f"{path}:{number}") for number in (1, 2, 3, 4)])
     train = Split([Example(one, one, "hub/data[train]:1")])
-    config = RunConfig(prompt_feature="ask")
+    config = RunConfig()
     assert samples({"train": train, "valid": valid}, config) == [
         {"messages": chat, "tools": [{"type": "function"}]},
         {"text": " ".join(f"w{i}" for i in range(12))},
         {"messages": [turn("user", "q")]},
     ]
     assert samples({"train": train, "valid": Split([])}, config) == []
+    path.write_text(json.dumps({"ask": "q", "completion": "a"}))
+    entry = {"path": str(tmp_path), "prompt_feature": "ask"}
+    other = str(tmp_path)[:-1]  # a path that begins like that of the rows
+    assert samples({"valid": valid}, RunConfig(data=[other, entry])) == [{"messages": [turn("user", "q")]}]
     path.write_text("{}")  # changed while the run was prepared
     assert samples({"valid": valid}, config) == []
     path.write_text("no JSON")

@@ -7,12 +7,14 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from nalora_mlx.core.terminal import has_colors, marked_text
 from nalora_mlx.runs.display import Display, Status, chart, duration, trend
+from nalora_mlx.runs.progress import Progress
 
 START = {"event": "start", "iterations": 100, "done": 0}
 
@@ -213,6 +215,52 @@ def test_the_status_shows_trend_best_loss_and_full_memory():
 
 def test_a_resumed_run_knows_the_best_without_its_iteration():
     assert re.search(r"validation +2\.4000  best 2\.0000$", status([validation(15, 2.4, 2.0)]).rstrip())
+
+
+def test_no_validation_is_called_best_that_is_worse_than_before_training():
+    before = {"first_loss": 3.0}
+    events = [
+        START,
+        validation(0, 3.0, None) | before,
+        validation(4, 43.5, 43.5) | before,
+        validation(8, 3.0, 3.0) | before,
+        validation(12, 2.5, 2.5) | before,
+        validation(16, math.nan, 2.5) | before,
+    ]
+    out = io.StringIO()
+    show(events, Console(file=out, width=40))
+    assert out.getvalue().splitlines() == [
+        "iteration   0: validation loss 3.0000, 2.0 s",
+        "iteration   4: validation loss 43.5000, +40.5000 (not better than before training, 3.0000), 2.0 s",
+        "iteration   8: validation loss 3.0000, -40.5000 (not better than before training, 3.0000), 2.0 s",
+        "iteration  12: validation loss 2.5000, -0.5000 (best), 2.0 s",
+        "iteration  16: validation loss nan, +nan (not better than before training, 3.0000), 2.0 s",
+    ]
+    text = status(events[1:3])
+    assert re.search(r"validation +43\.5000  not better than before training, 3\.0000", text)
+    assert "best" not in text
+    assert "the best so far" in status(events[1:5])
+
+
+@pytest.mark.parametrize(
+    ("first", "best", "helped"), [(3.0, 2.5, True), (3.0, 3.0, False), (3.0, 43.5, False), (None, 43.5, True)]
+)
+def test_the_end_says_if_training_did_not_help(first, best, helped):
+    progress = Progress()
+    progress.record_validation(math.nan if first is None else first)
+    progress.iteration = 4
+    progress.record_validation(best)
+    before = "NaN or infinite" if first is None else f"{first:.4f}"
+    lines = progress.result(None).describe_validation(Path("a/best"))
+    assert lines[0] == (
+        f"validation loss {before} before, {best:.4f} after, best {best:.4f} at iteration 4 (a/best)"
+    )
+    assert len(lines) == 2 - helped
+    if not helped:
+        assert (
+            f"validation loss {before} before it, {best:.4f} at best; the model is better without" in lines[1]
+        )
+    assert Progress().result(None).describe_validation(Path("a/best")) == []
 
 
 def test_chart_trend_and_duration():

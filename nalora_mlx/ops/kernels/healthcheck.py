@@ -27,22 +27,27 @@ ROWS, FEATURES = 4096, 8192  # of the arrays in the bandwidth test; far larger t
 
 def check_kernels(backend: str) -> Iterator[tuple[str, str | None]]:
     """Check every kernel. Yield its description, and what is wrong with it, or None."""
+    for description, key in kinds(backend):
+        yield description, find_error(key)
+
+
+def kinds(backend: str) -> Iterator[tuple[str, KernelKey]]:
+    """Yield the description and the key of each kind of kernel to check."""
     for row in ACTIVATIONS.values():
         full = Variant(row, "separate", "derivative", row.boundaries, diagnose=row.selection is not None)
         for dtype in DTYPES:
             for rank in RANKS:
-                yield f"{row.name}, {dtype}, rank {rank}", find_error(model_key(backend, full, dtype, rank))
+                yield f"{row.name}, {dtype}, rank {rank}", model_key(backend, full, dtype, rank)
     for family in FAMILIES:
-        variant = Variant(family, statistic="derivative")
-        yield family.name, find_error(model_key(backend, variant, mx.bfloat16, 8))
+        yield family.name, model_key(backend, Variant(family, statistic="derivative"), mx.bfloat16, 8)
     row = ACTIVATIONS["silu"]
-    yield "silu without statistics", find_error(model_key(backend, Variant(row), mx.bfloat16, 8))
+    yield "silu without statistics", model_key(backend, Variant(row), mx.bfloat16, 8)
     for layout in fused.GATE_UP_LAYOUTS:
         for experts in (0, EXPERTS):
             variant = Variant(row, layout, "sensitivity", row.boundaries, True, experts)
             for dtype in (mx.float32, mx.bfloat16):
                 description = f"silu, {layout}, {experts} experts, {dtype}"
-                yield description, find_error(model_key(backend, variant, dtype, 8))
+                yield description, model_key(backend, variant, dtype, 8)
 
 
 def model_key(backend: str, variant: Variant, dtype: mx.Dtype, rank: int) -> KernelKey:

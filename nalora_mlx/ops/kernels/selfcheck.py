@@ -61,16 +61,20 @@ def verify_kernels(variant: Variant, dtype: mx.Dtype, low_dtype: mx.Dtype, rank:
             )
 
 
-def find_error(key: KernelKey) -> str | None:
+def find_error(key: KernelKey, sizes: tuple[int, int] = FEATURES) -> str | None:
     """Compare a kernel with the reference on small inputs, and return what is wrong, or None.
 
-    1. Make small inputs: 20 channels without a routed gradient, then 7 channels (not a multiple of four) with one.
+    1. Make small inputs, by default 20 channels without a routed gradient, then 7 (not a multiple of four) with one.
     2. Run the kernel forward and backward.
     3. Run the reference in float32 on the CPU.
     4. Compare dtypes exactly, and values within a tolerance.
+
+    Args:
+        key: the kernel.
+        sizes: numbers of channels, without and with a routed gradient.
     """
     chosen, variant, dtype, low_dtype, rank = key
-    for features, routed in zip(FEATURES, (False, True), strict=True):
+    for features, routed in zip(sizes, (False, True), strict=True):
         projections, weights, dh = example_inputs(variant, dtype, low_dtype, rank, features, routed)
         try:
             got = outputs_and_gradients(lambda *a: run_kernel(chosen, *a), variant, projections, weights, dh)

@@ -1,0 +1,186 @@
+"""The forms that rows come in, tried in a fixed order."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.parsing import did_you_mean
+from nalora_mlx.data.cells import check_unicode, is_blank, parsed_cell, text_in
+from nalora_mlx.data.features import Features
+from nalora_mlx.data.messages import SHAREGPT_KEYS, Chat, Message, joined, read_chat
+from nalora_mlx.data.preferences import CHOSEN, REJECTED, instruction, read_preference, read_turns
+
+KEY_FLAGS = "--prompt-key, --completion-key, --chat-key and --text-key"
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of rows.
+
+    Attributes:
+        name: in messages.
+        needs: keys that a row must have. At least one of them must not be blank, because tables pad their rows.
+        parts: all keys that the form reads, and what they become.
+        read: returns what a row holds: a chat, or a text.
+        named_by: the settings that name the keys; none for forms with fixed keys.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    parts: Mapping[str, str]
+    read: Callable[[Mapping[str, Any]], Chat | str]
+    named_by: tuple[str, ...] = ()
+
+    def fits(self, content: Mapping[str, Any]) -> bool:
+        """Return whether a row has the keys, and more than padding in them."""
+        filled = False
+        for key in self.needs:
+            value = content.get(key)
+            if value is None:
+                return False
+            filled = filled or not is_blank(value)
+        return filled
+
+
+class Forms(NamedTuple):
+    """Forms to try in order, with the first key of each.
+
+    `only_named` says that all of them have keys that the user has named.
+    """
+
+    ordered: tuple[tuple[str, Form], ...]
+    only_named: bool
+    features: Features
+
+
+@lru_cache(maxsize=32)
+def known_forms(features: Features, prefer: bool = False) -> Forms:
+    """Return the forms to try.
+
+    1. Forms whose keys the user has named; only these, if a key is not the usual one.
+    2. Preferences, if the run trains on them (`prefer`).
+    3. The forms of mlx_lm.lora in its order, but a text after the forms that seldom mean anything else.
+    4. Pairs with other keys.
+    """
+    preferences = Form(
+        "preferences",
+        (CHOSEN, REJECTED),
+        {
+            **dict.fromkeys((features.prompt, "question", "query", "instruction", "input"), "prompt"),
+            **dict.fromkeys(SHAREGPT_KEYS, "prompt"),
+            CHOSEN: "completion",
+            REJECTED: "rejected answer",
+        },
+        partial(read_preference, features.prompt),
+    )
+    forms = [
+        _pair("prompt/completion", features.prompt, features.completion, ("prompt", "completion")),
+        Form(
+            "chat", (features.chat,), {features.chat: "chat"}, partial(_read_chat, features.chat), ("chat",)
+        ),
+        preferences,
+        *(Form("ShareGPT", (key,), {key: "chat"}, partial(_read_chat, key)) for key in SHAREGPT_KEYS),
+        _instructions("Alpaca", "instruction", "input", "output"),
+        _instructions("Dolly", "instruction", "context", "response"),
+        Form("text", (features.text,), {features.text: "text"}, partial(_read_text, features), ("text",)),
+        *(_pair(f"{p}/{c}", p, c) for p in ("question", "query") for c in ("answer", "response")),
+        _pair("prompt/response", "prompt", "response"),
+        _pair("input/output", "input", "output"),
+    ]
+    named = [form for form in forms if not features.named.isdisjoint(form.named_by)]
+    if not features.unusual:
+        first = [*named, *([preferences] if prefer else [])]
+        named = [*first, *(form for form in forms if form not in first)]
+    return Forms(tuple((form.needs[0], form) for form in named), bool(features.unusual), features)
+
+
+def form_of(content: Mapping[str, Any], forms: Forms) -> Form:
+    """Return the form of a row: the first that fits, or else the first whose keys are there, though blank.
+
+    Raises:
+        InputError: no form has these keys.
+    """
+    for key, form in forms.ordered:
+        if key in content and form.fits(content):
+            return form
+    for _, form in forms.ordered:
+        if all(key in content for key in form.needs):
+            return form
+    features = forms.features
+    found = ", ".join(map(repr, content))[:200] or "nothing"
+    if not forms.only_named:
+        raise InputError(
+            f"no known format; give {features.prompt!r} and {features.completion!r}, or {features.chat!r}, "
+            f"or {features.text!r}, or name other keys with {KEY_FLAGS} (found {found})"
+        )
+    _, form = forms.ordered[0]
+    key, part = next(pair for pair in zip(form.needs, form.named_by, strict=True) if pair[0] not in content)
+    known = [name for name in content if isinstance(name, str)]
+    raise InputError(
+        f"no {key!r}, the key of the {part} (found {found}); --{part}-key names another{did_you_mean(key, known)}"
+    )
+
+
+def _pair(name: str, prompt: str, completion: str, named_by: tuple[str, ...] = ()) -> Form:
+    return Form(
+        name,
+        (prompt, completion),
+        {prompt: "prompt", completion: "completion"},
+        partial(_read_pair, prompt, completion),
+        named_by,
+    )
+
+
+def _read_pair(prompt: str, completion: str, content: Mapping[str, Any]) -> Chat:
+    asked, answer = content[prompt], content[completion]
+    if type(asked) is str and type(answer) is str:  # most rows; the rest would read them too, more slowly
+        if not (asked.isascii() and answer.isascii()):
+            check_unicode(asked, repr(prompt))
+            check_unicode(answer, repr(completion))
+        return Chat([{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
+    answers = read_turns(content, completion, "assistant")
+    if answers.messages[0]["role"] != "assistant":
+        raise InputError(
+            f"{completion!r} must begin with an assistant message; if it holds whole chats, "
+            f"give --chat-key {completion} instead"
+        )
+    return joined(read_turns(content, prompt, "user"), answers)
+
+
+def _instructions(name: str, prompt: str, context: str, completion: str) -> Form:
+    parts = {prompt: "prompt", context: "prompt", completion: "completion", "history": "earlier turns"}
+    return Form(name, (prompt, completion), parts, partial(_read_instruction, prompt, context, completion))
+
+
+def _read_instruction(prompt: str, context: str, completion: str, content: Mapping[str, Any]) -> Chat:
+    history = Chat(_read_history(content.get("history")))
+    answer = Chat([{"role": "assistant", "content": text_in(content, completion)}])
+    return joined(history, instruction(content, prompt, context), answer)
+
+
+def _read_history(value: Any) -> list[Message]:
+    """Return earlier turns, which are a list of [question, answer]."""
+    pairs = parsed_cell(value)
+    if is_blank(pairs):
+        return []
+    messages = []
+    for pair in pairs if isinstance(pairs, list) else [None]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise InputError("'history' must be a list of [question, answer]")
+        turns = dict(zip(("user", "assistant"), pair, strict=True))
+        messages += [
+            {"role": role, "content": text_in({"history": text}, "history")} for role, text in turns.items()
+        ]
+    return messages
+
+
+def _read_chat(key: str, content: Mapping[str, Any]) -> Chat:
+    return read_chat(content[key], key)
+
+
+def _read_text(features: Features, content: Mapping[str, Any]) -> str:
+    if features.mask_prompt:
+        raise InputError("--mask-prompt needs prompt/completion or chat rows; this row is a text")
+    return text_in(content, features.text)

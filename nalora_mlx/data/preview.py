@@ -1,0 +1,42 @@
+"""What training would see, without a model or files."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nalora_mlx.data.chat import ChatEncoder
+from nalora_mlx.data.formats import Features, parse_rows
+from nalora_mlx.data.survey import Survey
+from nalora_mlx.data.tokenization import Split, tokenize_rows
+
+UNLIMITED = 2**31 - 1
+
+
+def preview(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    mask_prompt: bool = True,
+    *,
+    last_turn_only: bool = False,
+    max_seq_length: int | None = None,
+) -> Split:
+    """Return what training would see of some rows.
+
+    Args:
+        rows: rows in any supported format.
+        tokenizer: tokenizer wrapper of mlx-lm, or a tokenizer of transformers.
+        mask_prompt: supervise assistant turns only.
+        last_turn_only: with `mask_prompt`, supervise only the last assistant turn of a chat.
+        max_seq_length: maximum number of tokens per sequence; None for no limit.
+
+    Returns:
+        `sequences`, each with `tokens` (int32 [n]), `loss_mask` (bool [n]) and `source` ("row 1"); `notices` about odd
+        rows; and `errors`, one for each unusable row.
+    """
+    contents = [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+    survey = Survey()
+    parsed, problems = parse_rows(contents, Features(mask_prompt=mask_prompt), survey)
+    encoder = ChatEncoder(tokenizer, mask_prompt, last_turn_only)
+    split = tokenize_rows(parsed, encoder, max_seq_length or UNLIMITED, "rows")
+    split.notices = survey.notices("rows") + split.notices
+    split.errors = problems + split.errors
+    return split
