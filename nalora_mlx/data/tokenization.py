@@ -123,6 +123,9 @@ def tokenize_rows(
         split.errors.append(
             f"{name}: no row has a supervised token within {max_seq_length} tokens "
             f"(first: {dropped[0]}, longest row {longest}); raise --max-seq-length or shorten the prompts"
+            if findings.sources[Finding.TRUNCATED]
+            else f"{name}: no row has an answer to train on (first: {dropped[0]}); add assistant turns, or remove "
+            "--mask-prompt to train on everything"
         )
     split.notices = findings.notices(
         name,

@@ -14,10 +14,8 @@ from nalora_mlx.data.encoder import TextEncoder
 from nalora_mlx.data.formats import Row
 
 Messages = Sequence[dict[str, Any]]
-ANSWER, QUESTION = (
-    "Zq7answer7qZ",
-    "Zq7question7qZ",
-)  # stand for contents, to find where a template writes them
+# Stand for contents, to find where a template writes them. No text holds these private characters.
+ANSWER, QUESTION = "\ue000answer\ue001", "\ue000question\ue001"
 
 
 class Turn(NamedTuple):
@@ -94,7 +92,8 @@ class ChatRenderer:
         3. Otherwise find where the target starts, see `_diverging_turn`. If the generation prompt has closed a thought
            already, take the turn without its reasoning.
         4. If the template refuses a beginning of the chat, use the shortest longer one that it accepts.
-        5. Cut the target after the end of the turn.
+        5. Cut the target after the end of the turn. If the turn has no end token, take the one that the next message
+           begins with: some models end their turn by beginning the next one.
 
         Raises:
             InputError: the template refuses the chat.
@@ -116,7 +115,10 @@ class ChatRenderer:
             turn = self._diverging_turn(row, index, later, context, text)
         if later:
             turn = turn._replace(target=self._without_later(row, index, later, text, turn.target))
-        return turn._replace(target=self._through_end(turn.target))
+        target = self._through_end(turn.target)
+        if not target.endswith(tuple(self.encoder.end_texts)):
+            target += self._end_in_next_message(row, index, target)
+        return turn._replace(target=target)
 
     def _diverging_turn(self, row: Row, index: int, later: Messages, context: str | None, text: str) -> Turn:
         """Return a turn whose finished rendering `text` does not begin with its context, if there is a context.
@@ -173,6 +175,20 @@ class ChatRenderer:
                 "that turn in the whole chat; remove the row, or use another --chat-template"
             )
         return target[: min(ends)]
+
+    def _end_in_next_message(self, row: Row, index: int, target: str) -> str:
+        """Return the end token that a message after a turn begins with, and the space before it, if there is one."""
+        role = "tool" if row.messages[index].get("tool_calls") else "user"
+        following = {**(row.messages[index + 1 : index + 2] or [{"role": role}])[0], "content": QUESTION}
+        longer, found, _ = (self._try(row, [*row.messages[: index + 1], following]) or "").partition(QUESTION)
+        pieces = self.encoder.split(longer)
+        ends = [i for i, piece in enumerate(pieces) if piece in self.encoder.end_texts]
+        if not found or not ends:
+            return ""
+        turn = "".join(pieces[: ends[-1]])
+        is_last = turn.rstrip().endswith(self.encoder.split(target.rstrip())[-1].strip())
+        space = turn[len(turn.rstrip()) :].removeprefix(target[len(target.rstrip()) :])
+        return space + pieces[ends[-1]] if is_last else ""
 
     def _through_end(self, target: str) -> str:
         """Cut a target after its end-of-turn token: the first one among the control tokens that it ends in.

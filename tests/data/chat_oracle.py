@@ -508,17 +508,14 @@ class Glm4(Format):
     def target(self, messages):
         block = f"\n<think>{split_thought(messages[-1])[0].strip()}</think>" if self.thinking else ""
         text = block + self.body(messages[-1])
-        # A turn has no end of its own. The model stops at the next role's token, which may be trained.
-        return [text, text + ("<|observation|>" if "tool_calls" in messages[-1] else "<|user|>")]
+        # A turn has no end of its own. The model stops at the next role's token.
+        return [text + ("<|observation|>" if "tool_calls" in messages[-1] else "<|user|>")]
 
     def continues(self, messages):
         return self.thinking or not split_thought(messages[-1])[0]
 
     def first(self, messages, tools):
-        return "[gMASK]<sop><|assistant|>\n<think></think>\n", [
-            messages[0]["content"],
-            messages[0]["content"] + "<|user|>",
-        ]
+        return "[gMASK]<sop><|assistant|>\n<think></think>\n", [messages[0]["content"] + "<|user|>"]
 
 
 class GptOss(Format):
