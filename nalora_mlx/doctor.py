@@ -222,7 +222,7 @@ def _format_ranges(numbers: list[int]) -> str:
 def _check_rows(page: "Page", config: RunConfig) -> "RunData":
     """Read the rows, and report everything that is wrong with them."""
     from nalora_mlx.data.checks import read_rows
-    from nalora_mlx.data.sources import SPLITS
+    from nalora_mlx.data.sources.loading import SPLITS
 
     rows = read_rows(
         config, [name for name in SPLITS if name != "test" or not config.hf_dataset], all_needed=False

@@ -114,7 +114,7 @@ def read_data(config: RunConfig, display: "Display") -> "RunData":
         InputError: lists the rows that cannot be used.
     """
     from nalora_mlx.data.checks import read_rows
-    from nalora_mlx.data.sources import SPLITS
+    from nalora_mlx.data.sources.loading import SPLITS
 
     names = [name for name in SPLITS if (config.test if name == "test" else config.train)]
     rows = read_rows(config, names, compare_with_test=config.train)

@@ -307,8 +307,8 @@ def load_examples(args: argparse.Namespace, tokenizer: Any, seed: int) -> list[A
     """Return the tokenized rows of the data set, or with --fixed random rows with all tokens supervised."""
     import numpy as np
 
-    from nalora_mlx.data.formats import Features
-    from nalora_mlx.data.sources import load_local
+    from nalora_mlx.data.rows.formats import Features
+    from nalora_mlx.data.sources.loading import load_local
     from nalora_mlx.data.tokenization import Example, tokenize_split
 
     if args.fixed:

@@ -6,9 +6,9 @@ Reads and checks rows, renders chats, builds loss masks, tokenizes, and forms ba
 
 from nalora_mlx.data.batches import Batch, evaluation_batches, training_batches
 from nalora_mlx.data.checks import read_rows
-from nalora_mlx.data.formats import Features, Row
 from nalora_mlx.data.preview import preview
-from nalora_mlx.data.sources import load_hub, load_local, read_jsonl
+from nalora_mlx.data.rows.formats import Features, Row
+from nalora_mlx.data.sources.loading import load_hub, load_local, read_jsonl
 from nalora_mlx.data.tokenization import Example, Split, tokenize_split
 
 __all__ = [

@@ -14,13 +14,13 @@ from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.data_entries import data_entries
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.parsing import nearest
-from nalora_mlx.data.chat import ChatEncoder
-from nalora_mlx.data.files import Remarks
+from nalora_mlx.data.chats.chat_encoder import ChatEncoder
 from nalora_mlx.data.findings import Finding, Findings
-from nalora_mlx.data.formats import Features, Row, parse_rows
-from nalora_mlx.data.sources import Source, hub_entry_splits, open_source
+from nalora_mlx.data.rows.formats import Features, Row, parse_rows
+from nalora_mlx.data.rows.survey import Survey
+from nalora_mlx.data.sources.files import Remarks
+from nalora_mlx.data.sources.loading import Source, hub_entry_splits, open_source
 from nalora_mlx.data.splits import choose_training_rows, digest
-from nalora_mlx.data.survey import Survey
 from nalora_mlx.data.tokenization import Split, tokenize_rows
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "environment")

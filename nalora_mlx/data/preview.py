@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nalora_mlx.data.chat import ChatEncoder
-from nalora_mlx.data.formats import Features, parse_rows
-from nalora_mlx.data.survey import Survey
+from nalora_mlx.data.chats.chat_encoder import ChatEncoder
+from nalora_mlx.data.rows.formats import Features, parse_rows
+from nalora_mlx.data.rows.survey import Survey
 from nalora_mlx.data.tokenization import Split, tokenize_rows
 
 UNLIMITED = 2**31 - 1

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from nalora_mlx.core.errors import listed
-from nalora_mlx.data.formats import Row
+from nalora_mlx.data.rows.formats import Row
 
 DIGEST_BYTES = 16
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from nalora_mlx.core.errors import InputError, first_line, listed
-from nalora_mlx.data.chat import ChatEncoder, TokenSequence
-from nalora_mlx.data.dropped import control_token, dropped_parts
-from nalora_mlx.data.encoder import TextEncoder
+from nalora_mlx.data.chats.chat_encoder import ChatEncoder, TokenSequence
+from nalora_mlx.data.chats.dropped import control_token, dropped_parts
+from nalora_mlx.data.chats.text_encoder import TextEncoder
 from nalora_mlx.data.findings import Finding, Findings
-from nalora_mlx.data.formats import Features, Row, parse_rows
+from nalora_mlx.data.rows.formats import Features, Row, parse_rows
 
 END_WINDOW = (
     4  # the end token must be among the last supervised tokens; templates may write a line break after it

@@ -11,8 +11,8 @@ from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.data_entries import data_entries
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.versions import environment
-from nalora_mlx.data.formats import Features, Row, parse_row
-from nalora_mlx.data.sources import HUB_KEYS, is_text, read_again
+from nalora_mlx.data.rows.formats import Features, Row, parse_row
+from nalora_mlx.data.sources.loading import HUB_KEYS, is_text, read_again
 from nalora_mlx.data.summary import length_statistics
 from nalora_mlx.data.tokenization import Split
 

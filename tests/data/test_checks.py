@@ -15,13 +15,13 @@ from nalora_mlx.__main__ import main
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError, listed, places
 from nalora_mlx.core.terminal import marked_text
-from nalora_mlx.data import files
-from nalora_mlx.data.chat import ChatEncoder
+from nalora_mlx.data.chats.chat_encoder import ChatEncoder
 from nalora_mlx.data.checks import duplicate_notices, read_rows, tokenize
-from nalora_mlx.data.files import Remarks
-from nalora_mlx.data.formats import Features, Row, parse_row, parse_rows
-from nalora_mlx.data.readers import read_file
-from nalora_mlx.data.sources import hub_entry_splits, load_hub, read_jsonl
+from nalora_mlx.data.rows.formats import Features, Row, parse_row, parse_rows
+from nalora_mlx.data.sources import files
+from nalora_mlx.data.sources.files import Remarks
+from nalora_mlx.data.sources.loading import hub_entry_splits, load_hub, read_jsonl
+from nalora_mlx.data.sources.readers import read_file
 from nalora_mlx.data.summary import histogram, mask_pieces, summary
 from nalora_mlx.data.tokenization import Example, Split, tokenize_rows, tokenize_split
 from tests.conftest import CHAT_TEMPLATE

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from nalora_mlx.core.config import RunConfig, load_run_config
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.checks import read_rows
-from nalora_mlx.data.formats import IMAGES, PREFERENCES, Features, Row, parse_row, parse_rows
-from nalora_mlx.data.survey import Survey
+from nalora_mlx.data.rows.formats import IMAGES, PREFERENCES, Features, Row, parse_row, parse_rows
+from nalora_mlx.data.rows.survey import Survey
 from nalora_mlx.lora import build_parser
 
 KEYS = "--prompt-key, --completion-key, --chat-key and --text-key read other keys"

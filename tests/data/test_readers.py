@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data import json_files
-from nalora_mlx.data.files import Remarks
-from nalora_mlx.data.readers import form_and_stem, read_file, read_texts
+from nalora_mlx.data.sources import json_files
+from nalora_mlx.data.sources.files import Remarks
+from nalora_mlx.data.sources.readers import form_and_stem, read_file, read_texts
 
 PAIRS = [
     {"prompt": "where, please?", "completion": 'say "left"'},

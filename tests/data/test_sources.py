@@ -7,7 +7,7 @@ import pytest
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.checks import read_rows, tokenize
-from nalora_mlx.data.sources import hub_entry_splits, load_hub, load_local, read_again, read_jsonl
+from nalora_mlx.data.sources.loading import hub_entry_splits, load_hub, load_local, read_again, read_jsonl
 from tests.data.test_tokenization import COMPLETION
 
 ROW = json.dumps(COMPLETION) + "\n"

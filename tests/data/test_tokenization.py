@@ -13,10 +13,10 @@ from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 from tokenizers import AddedToken
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.chat import ChatEncoder
-from nalora_mlx.data.encoder import TextEncoder
-from nalora_mlx.data.formats import Features, Row
+from nalora_mlx.data.chats.chat_encoder import ChatEncoder
+from nalora_mlx.data.chats.text_encoder import TextEncoder
 from nalora_mlx.data.preview import preview
+from nalora_mlx.data.rows.formats import Features, Row
 from nalora_mlx.data.tokenization import tokenize_rows, tokenize_split
 from tests.conftest import CHAT_TEMPLATE
 from tests.data.small_tokenizers import SPECIAL_TOKENS, small_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nalora_mlx.core.config import load_run_config
-from nalora_mlx.data.sources import SPLITS
+from nalora_mlx.data.sources.loading import SPLITS
 
 ROOT = Path(__file__).parents[2]
 BAKERY = ROOT / "examples" / "bakery"

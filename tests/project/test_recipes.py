@@ -14,9 +14,9 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from nalora_mlx.__main__ import main
 from nalora_mlx.core.config import load_run_config
-from nalora_mlx.data.chat import ChatEncoder
-from nalora_mlx.data.formats import Features, parse_rows
-from nalora_mlx.data.sources import SPLITS, load_local
+from nalora_mlx.data.chats.chat_encoder import ChatEncoder
+from nalora_mlx.data.rows.formats import Features, parse_rows
+from nalora_mlx.data.sources.loading import SPLITS, load_local
 from nalora_mlx.data.tokenization import tokenize_rows
 from tests.conftest import CHAT_TEMPLATE
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.files import COMPRESSIONS, RawRow, Remarks, reading
-from nalora_mlx.data.json_files import json_splits, jsonl_rows
-from nalora_mlx.data.tables import csv_rows, parquet_rows, tsv_rows
+from nalora_mlx.data.sources.files import COMPRESSIONS, RawRow, Remarks, reading
+from nalora_mlx.data.sources.json_files import json_splits, jsonl_rows
+from nalora_mlx.data.sources.tables import csv_rows, parquet_rows, tsv_rows
 
 SPLITS = ("train", "valid", "test")
 # Names of each split in files, in data sets on the Hub, and in JSON files; the first that is there counts.

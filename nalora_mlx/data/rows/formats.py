@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.template_args import template_args_problems
-from nalora_mlx.data.cells import check_unicode, is_blank, parsed_cell, text_in
-from nalora_mlx.data.features import Features
-from nalora_mlx.data.forms import Form, Forms, form_of, known_forms
-from nalora_mlx.data.images import place_images, read_images
-from nalora_mlx.data.messages import Chat, joined
-from nalora_mlx.data.preferences import supervised_remedy
-from nalora_mlx.data.survey import Survey
-from nalora_mlx.data.tool_calls import read_tools
+from nalora_mlx.data.rows.cells import check_unicode, is_blank, parsed_cell, text_in
+from nalora_mlx.data.rows.features import Features
+from nalora_mlx.data.rows.forms import Form, Forms, form_of, known_forms
+from nalora_mlx.data.rows.images import place_images, read_images
+from nalora_mlx.data.rows.messages import Chat, joined
+from nalora_mlx.data.rows.preferences import supervised_remedy
+from nalora_mlx.data.rows.survey import Survey
+from nalora_mlx.data.rows.tool_calls import read_tools
 
 __all__ = ["IMAGES", "PREFERENCES", "Features", "Row", "parse_row", "parse_rows"]
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.cells import is_blank, parsed_cell, text_in
-from nalora_mlx.data.messages import SHAREGPT_KEYS, Chat, joined, read_chat
+from nalora_mlx.data.rows.cells import is_blank, parsed_cell, text_in
+from nalora_mlx.data.rows.messages import SHAREGPT_KEYS, Chat, joined, read_chat
 
 CHOSEN, REJECTED = "chosen", "rejected"
 _PROMPT_KEYS = ("question", "query", "instruction", *SHAREGPT_KEYS)  # after the configured one

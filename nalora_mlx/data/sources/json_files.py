@@ -8,7 +8,7 @@ from sys import intern
 from typing import Any, BinaryIO
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.files import RawRow, Remarks, decode_line, open_file, read_lines
+from nalora_mlx.data.sources.files import RawRow, Remarks, decode_line, open_file, read_lines
 
 LARGEST_JSON = 2**31  # bytes; a JSON file is held in memory whole
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import did_you_mean
-from nalora_mlx.data.cells import check_unicode, is_blank, parsed_cell, text_in
-from nalora_mlx.data.features import Features
-from nalora_mlx.data.messages import SHAREGPT_KEYS, Chat, Message, joined, read_chat
-from nalora_mlx.data.preferences import CHOSEN, REJECTED, instruction, read_preference, read_turns
+from nalora_mlx.data.rows.cells import check_unicode, is_blank, parsed_cell, text_in
+from nalora_mlx.data.rows.features import Features
+from nalora_mlx.data.rows.messages import SHAREGPT_KEYS, Chat, Message, joined, read_chat
+from nalora_mlx.data.rows.preferences import CHOSEN, REJECTED, instruction, read_preference, read_turns
 
 KEY_FLAGS = "--prompt-key, --completion-key, --chat-key and --text-key"
 

@@ -10,8 +10,8 @@ from typing import Any
 from nalora_mlx.core.data_entries import FEATURE_KEYS, ratio_problem
 from nalora_mlx.core.errors import InputError, first_line, listed
 from nalora_mlx.core.parsing import reject_unknown
-from nalora_mlx.data.files import RawRow, Remarks
-from nalora_mlx.data.readers import (
+from nalora_mlx.data.sources.files import RawRow, Remarks
+from nalora_mlx.data.sources.readers import (
     ALL_SPLIT_NAMES,
     FORMS,
     SPLIT_NAMES,
@@ -22,7 +22,7 @@ from nalora_mlx.data.readers import (
     read_json_splits,
     read_texts,
 )
-from nalora_mlx.data.tables import without_nulls
+from nalora_mlx.data.sources.tables import without_nulls
 
 HUB_KEYS = (  # of an entry of hf_dataset; those of mlx-lm, and ratio
     "path",

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.cells import check_unicode, is_blank, parsed_cell
+from nalora_mlx.data.rows.cells import check_unicode, is_blank, parsed_cell
 
 
 def read_tools(value: Any, key: str) -> list[dict[str, Any]] | None:

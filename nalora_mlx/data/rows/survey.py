@@ -6,8 +6,8 @@ from typing import Any
 
 from nalora_mlx.core.errors import MAX_SHOWN
 from nalora_mlx.core.parsing import did_you_mean
-from nalora_mlx.data.cells import is_blank
-from nalora_mlx.data.forms import KEY_FLAGS, Form
+from nalora_mlx.data.rows.cells import is_blank
+from nalora_mlx.data.rows.forms import KEY_FLAGS, Form
 
 ROW_KEYS = ("system", "tools", "images", "weight", "chat_template_kwargs")  # that rows of every form may have
 

@@ -3,10 +3,10 @@
 from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.contents import RenderedText
-from nalora_mlx.data.encoder import TextEncoder
-from nalora_mlx.data.formats import Row
-from nalora_mlx.data.turns import ChatRenderer, Turn
+from nalora_mlx.data.chats.contents import RenderedText
+from nalora_mlx.data.chats.text_encoder import TextEncoder
+from nalora_mlx.data.chats.turns import ChatRenderer, Turn
+from nalora_mlx.data.rows.formats import Row
 
 
 class TokenSequence(NamedTuple):

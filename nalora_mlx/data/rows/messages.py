@@ -6,9 +6,9 @@ Values of a row are never changed. Messages that have the shape already are shar
 from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.cells import check_unicode, is_blank, parsed_cell
-from nalora_mlx.data.images import read_content, read_images, with_images_first
-from nalora_mlx.data.tool_calls import read_calls, read_old_call
+from nalora_mlx.data.rows.cells import check_unicode, is_blank, parsed_cell
+from nalora_mlx.data.rows.images import read_content, read_images, with_images_first
+from nalora_mlx.data.rows.tool_calls import read_calls, read_old_call
 
 Message = dict[str, Any]
 

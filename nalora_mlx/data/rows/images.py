@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.cells import is_blank, parsed_cell
+from nalora_mlx.data.rows.cells import is_blank, parsed_cell
 
 Message = dict[str, Any]
 MARKER = "<image>"

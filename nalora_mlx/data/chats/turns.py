@@ -9,9 +9,9 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError, first_line
-from nalora_mlx.data.contents import RenderedText, split_reasoning
-from nalora_mlx.data.encoder import TextEncoder
-from nalora_mlx.data.formats import Row
+from nalora_mlx.data.chats.contents import RenderedText, split_reasoning
+from nalora_mlx.data.chats.text_encoder import TextEncoder
+from nalora_mlx.data.rows.formats import Row
 
 Messages = Sequence[dict[str, Any]]
 # Stand for contents, to find where a template writes them. No text holds these private characters.

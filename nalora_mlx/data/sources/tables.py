@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.errors import InputError, first_line
-from nalora_mlx.data.files import LONGEST_LINE, RawRow, Remarks, decode_line, open_file, read_lines
+from nalora_mlx.data.sources.files import LONGEST_LINE, RawRow, Remarks, decode_line, open_file, read_lines
 
 BATCH_ROWS = 256  # rows of a Parquet file to decode at once
 BUFFER_BYTES = 2**20  # of a column to read at once

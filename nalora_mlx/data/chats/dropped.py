@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.chat import ChatEncoder, Encoding
-from nalora_mlx.data.contents import RenderedText, split_reasoning
+from nalora_mlx.data.chats.chat_encoder import ChatEncoder, Encoding
+from nalora_mlx.data.chats.contents import RenderedText, split_reasoning
 from nalora_mlx.data.findings import Finding
-from nalora_mlx.data.formats import Row
+from nalora_mlx.data.rows.formats import Row
 
 
 def dropped_parts(row: Row, encoder: ChatEncoder, encoding: Encoding) -> Iterator[tuple[Finding, str]]:

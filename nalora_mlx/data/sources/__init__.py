@@ -1,0 +1,1 @@
+"""Where rows come from: files of every form, folders of texts, and the Hugging Face Hub, read row by row."""
