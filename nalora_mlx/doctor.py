@@ -15,6 +15,7 @@ from nalora_mlx import __version__
 from nalora_mlx.cli import Parser, add_settings
 from nalora_mlx.core import machine, optional_dependencies
 from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
+from nalora_mlx.core.errors import merged
 from nalora_mlx.core.settings_without_effect import without_effect
 from nalora_mlx.core.versions import library_versions
 
@@ -28,15 +29,13 @@ if TYPE_CHECKING:
 DATA_SETTINGS = (
     "data",
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature"),
-    "valid_fraction",
-    "chunk",
-    "mask_prompt",
-    "max_seq_length",
-    "show_masks",
-    "chat_template",
-    "chat_template_args",
+    *("valid_fraction", "chunk"),
+    *("mask_prompt", "last_turn_only"),
+    *("max_seq_length", "show_masks"),
+    *("chat_template", "chat_template_args"),
 )
 MEMORY_SETTINGS = ("batch_size", "grad_checkpoint", "memory_budget", "quantize", "num_layers")
+MOST_PROBLEMS = 100  # to show, and places of each
 SLOW_GFLOPS = 20  # of float32 matrix products on a CPU; slower means that no optimized BLAS is in use
 LOW_DISK = 2e9  # bytes; about what a run of a small model writes
 
@@ -97,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
         if path is None and "data" not in given:
             page.fact("none given; --data D checks its rows")
         else:
+            examples = []
             rows = _check_rows(page, config)
             if model_config is not None:
                 configure_run_chats(config, tokenizer, None, page.finding)
@@ -257,7 +257,7 @@ def _check_tokens(
 
 
 def _print_all(page: "Page", problems: list[str], notices: list[str]) -> None:
-    for problem in problems:
+    for problem in merged(problems, MOST_PROBLEMS):
         page.problem(problem)
     for notice in notices:
         page.finding(notice)
@@ -282,10 +282,10 @@ def _check_memory(
     )
     if model is None:
         return
-    if config.fine_tune_type == "full":
-        page.fact("for full fine-tuning, use nalora lora --plan")
+    if config.fine_tune_type == "full" or examples == []:
+        page.fact("not measured: " + ("use nalora lora --plan" if examples else "no row can be trained on"))
         return
-    if not examples:
+    if examples is None:
         length = config.max_seq_length
         row = Example(np.ones(length, np.int32), np.ones(length, bool), "a full row")
         examples = [row] * config.batch_size

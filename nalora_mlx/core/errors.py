@@ -27,15 +27,19 @@ class RunError(RuntimeError):
 
 def listed(problems: Sequence[str], separator: str = "; ") -> str:
     """Join problems into one line; merge problems that differ only in file:line, and count those beyond MAX_SHOWN."""
+    return separator.join(merged(problems))
+
+
+def merged(problems: Sequence[str], most: int = MAX_SHOWN) -> list[str]:
+    """Merge problems that differ only in file:line, and count places and problems beyond `most`."""
     sources_of: dict[str, list[str]] = {}  # sources by problem
     for problem in problems:
         match = _SOURCE.match(problem)
         what = problem[match.end() :] if match else problem
         sources_of.setdefault(what, []).extend(match.groups() if match else ())
-    texts = [f"{places(sources)}: {what}" if sources else what for what, sources in sources_of.items()]
-    rest = len(texts) - MAX_SHOWN
-    more = f"{separator}and {rest} more" if rest > 0 else ""
-    return separator.join(texts[:MAX_SHOWN]) + more
+    texts = [f"{places(sources, most)}: {what}" if sources else what for what, sources in sources_of.items()]
+    rest = len(texts) - most
+    return texts[:most] + ([f"and {rest} more"] if rest > 0 else [])
 
 
 def places(sources: Sequence[str], most: int = MAX_SHOWN) -> str:

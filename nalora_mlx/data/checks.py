@@ -178,6 +178,9 @@ def tokenize(data: RunData, tokenizer: Any, max_seq_length: int) -> dict[str, Sp
             weights = {row.source: row.weight for row in rows if name == "train" and row.weight != 1}
             for sequence in tokenized.sequences:
                 split.sequences += [sequence] * weights.get(sequence.source, 1)
+            for source in {sequence.source for sequence in tokenized.sequences} & weights.keys():
+                split.rows += weights[source] - 1
+            split.rows += tokenized.rows
             split.notices += tokenized.notices
             split.errors += tokenized.errors
     return splits

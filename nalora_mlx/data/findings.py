@@ -17,7 +17,11 @@ class Finding(Enum):
     UNKNOWN_ROLE = ("have roles like {role!r}", "{known_roles}")
     TRUNCATED = (
         "are longer than {limit} tokens (the longest has {longest}) and were cut",
-        "raise --max-seq-length to keep them whole",
+        "raise --max-seq-length to keep them whole{chunk_remedy}",
+    )
+    LOST_TURNS = (
+        "have answers after the first {limit} tokens",
+        "these answers were left out; raise --max-seq-length to train on them",
     )
     UNSUPERVISED = (
         "have no supervised token and were left out",
@@ -45,6 +49,10 @@ class Finding(Enum):
         "it is not trained on; use a role that the template knows, or another --chat-template",
     )
     DROPPED_REASONING = ("have reasoning that the chat template leaves out", "{reasoning_remedy}")
+    UNREAD_ARGUMENTS = (
+        "have chat_template_kwargs such as {detail!r} that the chat template does not read",
+        "they have no effect; remove them, or use another --chat-template",
+    )
     CONTROL_TOKENS = (
         "hold control tokens such as {detail!r} in their text",
         "the model reads them as control tokens; remove them (a chat that is rendered already belongs under 'text')",

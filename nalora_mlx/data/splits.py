@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nalora_mlx.core.errors import listed
+from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.data.rows.formats import Row
+from nalora_mlx.data.rows.messages import TEMPLATE_KEYS
 
 DIGEST_BYTES = 16
 
@@ -30,11 +31,16 @@ def choose_training_rows(
         entries: the sources, for their paths and ratios.
         valid_fraction: fraction of the rows to hold out.
         seed: of both draws.
+
+    Raises:
+        InputError: all rows have weight 0.
     """
     total = sum(len(splits["train"]) for splits in datasets)
     for splits in datasets:
         splits["train"] = [row for row in splits["train"] if row.weight]
     left_out = total - sum(len(splits["train"]) for splits in datasets)
+    if left_out == total:
+        raise InputError(f"all {total} training rows have weight 0; give at least one of them another weight")
     notices = [f"train: {left_out} of {total} rows have weight 0 and are left out"] if left_out else []
     if valid_fraction and all("valid" in splits and not splits["valid"] for splits in datasets):
         notices.append(_hold_out(datasets, valid_fraction, seed))
@@ -70,10 +76,10 @@ def _weighted(rows: Sequence[Row], ratio: float, seed: int) -> list[Row]:
 
 
 def digest(row: Row) -> bytes:
-    """Return a hash of what a row trains on, without its source and weight."""
-    content = (row.messages, row.tools, row.text, row.rejected, row.images)
-    extra = (dict(row.template_args), sorted(row.untrained))
-    text = json.dumps((content, extra), sort_keys=True, default=repr)
+    """Return a hash of what a model reads of a row: not its source, its weights, or keys that no template reads."""
+    messages = [{key: m[key] for key in m.keys() & TEMPLATE_KEYS} for m in row.messages]
+    content = (messages, row.tools, row.text, row.rejected, row.images, dict(row.template_args))
+    text = json.dumps(content, sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 

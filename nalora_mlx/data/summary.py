@@ -13,11 +13,10 @@ MAX_BARS = 12  # of a histogram
 
 
 def length_statistics(examples: Sequence[Example]) -> dict[str, int]:
-    """Return counts of rows, sequences, tokens and supervised tokens, and quantiles of the sequences' lengths."""
+    """Return counts of sequences, tokens and supervised tokens, and quantiles of the sequences' lengths."""
     lengths = np.array([len(example.tokens) for example in examples])
     shortest, median, p95, longest = np.quantile(lengths, (0, 0.5, 0.95, 1)).astype(int).tolist()
     return {
-        "rows": len({example.source for example in examples}),
         "sequences": len(lengths),
         "tokens": int(lengths.sum()),
         "supervised": int(sum(example.loss_mask.sum() for example in examples)),
@@ -31,7 +30,7 @@ def length_statistics(examples: Sequence[Example]) -> dict[str, int]:
 def summary(name: str, split: Split) -> str:
     """Return one line about a split: rows, sequences if they are more, tokens, the supervised share, and lengths."""
     found = length_statistics(split.sequences)
-    rows, sequences = found["rows"], found["sequences"]
+    rows, sequences = split.rows, found["sequences"]
     return (
         f"{name}: {rows} rows{f' in {sequences} sequences' * (sequences > rows)}, {found['tokens']} tokens, "
         f"{found['supervised'] / found['tokens']:.0%} of them supervised; lengths {found['shortest']} to "

@@ -51,11 +51,13 @@ class Split:
         sequences: tokenized rows; a chat may become several.
         notices: what is odd about rows, and what to do.
         errors: what makes rows unusable, and what to do.
+        rows: number of rows that the sequences come from; a row of weight 2 counts twice.
     """
 
     sequences: list[Example]
     notices: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    rows: int = 0
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -95,14 +97,16 @@ def tokenize_rows(
     longest, split_chats = 0, 0
     for row in rows:
         try:
-            sequences = _encode(row, encoder, max_seq_length, findings)
+            sequences, lost = _encode(row, encoder, max_seq_length, findings)
         except InputError as error:
             split.errors.append(str(error))
             continue
         if len(sequences) > 1 and row.messages:
             split_chats += len(sequences)
             findings.add(Finding.SPLIT_CHATS, row.source)
-        supervised = False
+        if lost:
+            findings.add(Finding.LOST_TURNS if sequences else Finding.TRUNCATED, row.source)
+        supervised, longest = False, max(longest, lost)
         for sequence in sequences:
             length = len(sequence.tokens)
             longest = max(longest, length)
@@ -116,6 +120,7 @@ def tokenize_rows(
             if loss_mask.any():
                 supervised = True
                 split.sequences.append(Example(tokens, loss_mask, row.source))
+        split.rows += supervised
         if not supervised:
             findings.add(Finding.UNSUPERVISED, row.source)
     dropped = findings.sources[Finding.UNSUPERVISED]
@@ -133,6 +138,7 @@ def tokenize_rows(
         limit=max_seq_length,
         longest=longest,
         sequences=split_chats,
+        chunk_remedy=", or cut texts with --chunk" if any(row.text for row in rows) else "",
         opened_remedy=_opened_remedy(encoder),
         reasoning_remedy="with --mask-prompt each turn is trained as it is generated, with its reasoning"
         if not encoder.mask_prompt
@@ -151,26 +157,29 @@ def _ends(tokens: np.ndarray, loss_mask: np.ndarray, end_tokens: set[int]) -> bo
 
 
 def _opened_remedy(encoder: ChatEncoder) -> str:
-    template = str(getattr(encoder.renderer.tokenizer, "chat_template", ""))
-    if "enable_thinking" in template:
+    if "enable_thinking" in encoder.template:
         return """--chat-template-args '{"enable_thinking": false}' leaves it out, in training and in use"""
     return "give the rows what belongs there (reasoning_content, say), or use another --chat-template"
 
 
-def _encode(row: Row, encoder: ChatEncoder, max_seq_length: int, findings: Findings) -> list[TokenSequence]:
-    """Return the sequences of a row, and record what is odd about it."""
+def _encode(
+    row: Row, encoder: ChatEncoder, max_seq_length: int, findings: Findings
+) -> tuple[list[TokenSequence], int]:
+    """Return the sequences of a row, and `Encoding.lost`; record what is odd about the row."""
     if not row.messages:
-        return _encode_text(row, encoder.text_encoder, max_seq_length, findings)
-    encoding = encoder(row)
+        return _encode_text(row, encoder.text_encoder, max_seq_length, findings), 0
+    encoding = encoder(row, max_seq_length)
     if encoding.opened:
         findings.add(Finding.OPENED_PROMPT, row.source, encoding.opened)
     for finding, detail in dropped_parts(row, encoder, encoding):
         findings.add(finding, row.source, detail)
+    if unread := [name for name in row.template_args if name not in encoder.template]:
+        findings.add(Finding.UNREAD_ARGUMENTS, row.source, unread[0])
     if token := control_token(row, encoder):
         findings.add(Finding.CONTROL_TOKENS, row.source, token)
     if encoder.mask_prompt and row.messages[-1]["role"] != "assistant":
         findings.add(Finding.UNANSWERED, row.source)
-    return encoding.sequences
+    return encoding.sequences, encoding.lost
 
 
 def _encode_text(

@@ -142,7 +142,10 @@ def _environment() -> Environment:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     return ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, loopcontrols],
+        optimized=False,  # checking a template must not compute its constants
     )
 
 

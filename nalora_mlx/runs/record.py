@@ -69,7 +69,9 @@ def record(config: RunConfig, splits: Mapping[str, Split]) -> dict[str, Any]:
     return {
         "settings": settings,
         "data": {
-            name: length_statistics(split.sequences) for name, split in splits.items() if split.sequences
+            name: {"rows": split.rows, **length_statistics(split.sequences)}
+            for name, split in splits.items()
+            if split.sequences
         },
         "samples": samples(splits, config),
         "environment": environment(),

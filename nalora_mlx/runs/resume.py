@@ -168,6 +168,12 @@ def read_state(directory: Path) -> State:
     return State(Progress(**coerce(given, Progress, f"{path}: progress")), **parts, best=content.get("best"))
 
 
+DATA_SETTINGS = (
+    " (data differs with its files, and with --valid-fraction, ratios, --mask-prompt, --last-turn-only, --chunk, "
+    "--max-seq-length and the chat template)"
+)
+
+
 def restore(
     directory: Path,
     identity: Mapping[str, Any],
@@ -199,7 +205,8 @@ def restore(
     wrong = differences(saved.identity, identity)
     if wrong and not anyway:
         raise InputError(
-            f"--resume {directory}: not the same run: {listed(wrong)}; restore these settings, or give --resume-anyway"
+            f"--resume {directory}: not the same run: {listed(wrong)}; restore these settings"
+            f"{DATA_SETTINGS if any('_data' in phrase for phrase in wrong) else ''}, or give --resume-anyway"
         )
     if saved.progress.iteration > iterations:
         raise InputError(

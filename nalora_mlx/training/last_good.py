@@ -5,9 +5,9 @@ NaN. Only a loss that is computed from them shows it.
 
 1. A finite loss of a batch shows that the weights it was computed from are good. They are kept until later ones are
    shown to be good: references to arrays, no copies.
-2. If a batch's loss is NaN or infinite, and none was finite since the last update, the weights or the rows of the batch
-   are at fault. The weights are if they give no finite loss of the last good batch either, or if the weights before
-   them give a finite loss of this batch.
+2. If a batch's loss is NaN or infinite, the weights or the rows of the batch are at fault. The weights are if earlier
+   ones give a finite loss of this batch: those before the last update, or those of the last save, since an update may
+   break the weights for some rows only.
 3. Weights are saved only after a finite loss. If there was none since the last update, the last good batch decides.
 
 Only the weights are kept. Optimizer state and importance have come from good weights, so they stay: what remains is
@@ -34,6 +34,8 @@ class LastGoodWeights:
     Attributes:
         shown: whether the current weights are known to be good.
         batch: the last batch with a finite loss.
+        arrays: the weights to return to.
+        saved: the weights of the last save, or of the start.
     """
 
     def __init__(self, step: TrainingStep):
@@ -42,6 +44,7 @@ class LastGoodWeights:
         self.batch: Batch | None = None
         self.arrays: list[mx.array] | None = None
         self.places = trainable_places(step.model) if keeps_weights(step.model) else None
+        self.saved = self.current()
 
     def current(self) -> list[mx.array] | None:
         """Return the current trainable arrays; None if the run does not keep them."""
@@ -51,26 +54,34 @@ class LastGoodWeights:
         """Record that these weights, as `current` returned them, gave a finite loss of a batch."""
         self.arrays, self.batch, self.shown = arrays, batch, True
 
+    def save(self) -> None:
+        """Record that the current weights are saved."""
+        self.saved = self.current()
+
     def give_finite_loss(self) -> bool:
         """Compute the loss of the last good batch from the current weights; return whether it is finite."""
-        assert self.batch is not None  # an update follows a finite loss
-        self.shown = self._is_finite(self.batch)
+        self.shown = self.batch is None or self._is_finite(self.batch)
         return self.shown
 
     def are_at_fault(self, batch: Batch) -> bool:
-        """Return whether the current weights, and not the rows, are why a batch's loss is NaN or infinite."""
-        if self.shown:
-            return False
-        if not self.give_finite_loss():
+        """Return whether the current weights, and not the rows, are why a batch's loss is NaN or infinite.
+
+        If they are, `restore` returns to weights that are not.
+        """
+        after, unknown = self.current(), not self.shown
+        if unknown and not self.give_finite_loss():
             return True
-        after = self.current()
-        if self.arrays is None or after is None:
-            return False
-        self._assign(self.arrays)
-        finite_before = self._is_finite(batch)
-        self._assign(after)
-        self.shown = not finite_before
-        return finite_before
+        for earlier in (self.arrays if unknown else None, self.saved):
+            if earlier is None or after is None:
+                continue
+            self._assign(earlier)
+            finite = self._is_finite(batch)
+            self._assign(after)
+            if finite:
+                self.arrays, self.shown = earlier, False
+                return True
+        self.shown = True
+        return False
 
     def restore(self) -> bool:
         """Return to the last good weights; return False if the run does not keep them."""

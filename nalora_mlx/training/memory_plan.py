@@ -185,8 +185,8 @@ def plan(
         layers = recomputed_layers(model, replace(config, grad_checkpoint=True))
         step.graph_of_shape.cache_clear()  # these graphs do not recompute
         checkpointed = PeakProfiler(step, layers, accumulating).profile(shape, budget // 2)
-    if keeps_weights(model):  # the last good weights, next to the current ones
-        kept = nbytes(model.trainable_parameters())
+    if keeps_weights(model):  # the last good and the saved weights, next to the current ones
+        kept = 2 * nbytes(model.trainable_parameters())
         peak = peak.plus(kept)
         checkpointed = checkpointed and checkpointed.plus(kept)
     return Plan(shape, peak, budget, nbytes(model.parameters()), checkpointed)

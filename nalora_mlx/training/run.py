@@ -115,6 +115,7 @@ class Run:
         if self.has_files:
             files.identify(self.train_set, self.valid_set)
             self.notices += files.restore(self.iterations, self.resume_anyway)
+            self.good.save()
             self.notices += files.check_output(self.iterations)
         with files.locked():
             self.notices += files.prepare_output()
@@ -235,7 +236,7 @@ class Run:
         progress.updates -= 1
         progress.skipped += 1
         progress.skipped_in_a_row += 1 + self.skipped_before
-        self.events.send("notice", text=f"{at}: {why}: the update broke them, and is undone; {advice}")
+        self.events.send("notice", text=f"{at}: {why}: an update broke them, and is undone; {advice}")
         self.end_if_hopeless(why, advice)
 
     def end_if_hopeless(self, why: str, advice: str) -> None:
@@ -333,6 +334,7 @@ class Run:
     def save(self, prune: bool = True) -> None:
         """Write a checkpoint, if this run writes files, of weights with a finite loss."""
         self.check_weights()
+        self.good.save()
         self.progress.seconds = time.perf_counter() - self.began
         self.files.save(prune)
 

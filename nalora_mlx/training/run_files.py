@@ -81,6 +81,11 @@ class RunFiles:
             self.resume, self.identity, self.step.model, state, iterations, anyway
         )
         self.step.load_state_tree(state)
+        if self.progress.iteration == iterations:
+            notices.append(
+                f"nothing is left to train: the checkpoint is at iteration {iterations} of {iterations}; "
+                "raise --iters or --epochs to go on"
+            )
         if self.progress.iteration % self.config.grad_accumulation_steps:
             notices.append(
                 "the checkpoint ended a shorter accumulation window, the last one of its run; from here on, "

@@ -35,8 +35,8 @@ BAD_LINES = {
     b'{"text": "\xff"}': "not UTF-8 at byte 10",
     b'{"a": ' + b"9" * 5000 + b"}": "not valid JSON",
     b"{" * 50_000: "not valid JSON",
-    b'{"question": "x"}': r"no known format; give 'prompt' and 'completion'.* \(found 'question'\)",
-    b'{"prompt": "x"}': "no known format",
+    b'{"question": "x"}': r"'answer' is missing or an empty cell, and 'question' needs it; .* \(found 'question'\)",
+    b'{"prompt": "x"}': "'completion' is missing or an empty cell",
     b'{"prompt": 3, "completion": "x"}': "'prompt' must be a string, not int",
     b'{"prompt": "x", "completion": null}': "'completion' must be a string, not NoneType",
     b'{"prompt": "\\ud83d", "completion": "x"}': "'prompt' holds half of a surrogate pair",
@@ -67,7 +67,7 @@ def test_all_bad_rows_are_found_at_once(tmp_path):
     by_line = {int(re.match(rf"{tmp_path}/train.jsonl:(\d+): ", text)[1]): text for text in found}
     for number, (line, what) in enumerate(BAD_LINES.items(), 1):
         assert re.search(what, by_line[2 * number]), (line[:50], by_line[2 * number])
-        assert re.search(r"; (each|give|add|save|fix)|must be", by_line[2 * number]), by_line[2 * number]
+        assert re.search(r"; (each|give|add|save|fix|fill)|must be", by_line[2 * number]), by_line[2 * number]
 
 
 def test_parse_row():
@@ -216,7 +216,7 @@ def test_dataset_names_cannot_be_paths():
 def test_summary_and_histogram_of_a_split():
     lengths = [5] * 10 + [6] * 5 + [40]
     examples = [Example(np.arange(n), np.arange(n) > 2, f"x:{i}") for i, n in enumerate(lengths)]
-    assert summary("train", Split(examples)) == (
+    assert summary("train", Split(examples, rows=16)) == (
         "train: 16 rows, 120 tokens, 60% of them supervised; lengths 5 to 40, half of them up to 5, 95% up to 14"
     )
     lines = histogram(examples, width=10)
@@ -282,10 +282,14 @@ def test_terminals_that_lack_these_characters_get_others(
 
 
 def test_doctor_lists_all_problems(tmp_path, capsys):
-    write(tmp_path, "train", [*["[1]"] * 70, GOOD])
+    write(tmp_path, "train", [*["[1]"] * 70, *["3"] * 130, GOOD])
     assert main(["doctor", "--data", str(tmp_path)]) in (1, 2)
     out = capsys.readouterr().out
-    assert all(f"train.jsonl:{number}: holds a list" in out for number in range(1, 71))
+    lists, numbers = (
+        line for line in out.splitlines() if "train.jsonl:1" in line or "train.jsonl:71" in line
+    )
+    assert all(f":{number}" in lists for number in range(1, 71))
+    assert "and 30 more: holds a int" in numbers
 
 
 def test_lora_compares_with_the_test_set_and_draws_a_histogram(

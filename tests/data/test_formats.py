@@ -282,8 +282,16 @@ def test_the_order_of_forms():
         beginnings.append(row.text or row.messages[0]["content"])
         del everything[removed]
     assert beginnings == ["p", "Wie weit?", "p", "s", "i\n\nw", "t", "u", "w"]
-    with pytest.raises(InputError, match="no known format"):
+    with pytest.raises(InputError, match="'completion' is missing or an empty cell, and 'prompt' needs it"):
         parsed(everything)
+    with pytest.raises(InputError, match="no known format"):
+        parsed({"a": "b"})
+
+
+@pytest.mark.parametrize("keys", [("Question", "Answer"), ("PROMPT", " Completion ")])
+def test_capitals_in_keys_do_not_matter(keys):
+    row = parsed(dict(zip(keys, ("q", "a"), strict=True)))
+    assert row.messages == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 def test_keys_that_the_user_names_come_first_and_must_be_there():
@@ -364,7 +372,7 @@ def test_text_models_refuse_images():
     rows, (problem,) = parse_rows([("x:1", row)], Features())
     assert rows == []
     assert problem == (
-        "x:1: holds images, which only vision-language models read; remove the image parts, or the row"
+        "x:1: holds images, which only vision-language models read; remove the images, or the row"
     )
     assert len(parse_rows([("x:1", row)], Features(), accepted={IMAGES})[0]) == 1
     assert parse_rows([("x:1", row | {"images": []})], Features())[1] == []

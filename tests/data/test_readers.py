@@ -145,7 +145,9 @@ def test_files_that_are_something_else(tmp_path):
         with pytest.raises(InputError, match=r"Git LFS pointer.*git lfs pull"):
             list(read_file(write(tmp_path, name, pointer), Remarks()))
     for name in ("a.csv", "a.jsonl"):
-        assert problems(write(tmp_path, name, "prompt\na\n".encode("utf-16")))[0].startswith(":1: not UTF-8")
+        assert problems(write(tmp_path, name, "prompt\na\n".encode("utf-16")))[0].startswith(
+            ":1: UTF-16; save the"
+        )
     with pytest.raises(InputError, match="not UTF-8 at byte 0"):
         list(read_file(write(tmp_path, "a.json", "[]".encode("utf-16")), Remarks()))
     (tmp_path / "directory.jsonl").mkdir()

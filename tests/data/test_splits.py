@@ -12,7 +12,8 @@ from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.data_entries import data_entries
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.checks import read_rows, tokenize
-from nalora_mlx.data.splits import copies_per_row, held_out
+from nalora_mlx.data.rows.formats import Row
+from nalora_mlx.data.splits import copies_per_row, digest, held_out
 
 WORDS = ("the cat", "the bird", "the dog", "red", "green", "blue", "one", "two", "three")
 
@@ -262,3 +263,19 @@ def test_several_sources_from_the_command_line_and_a_file(model_directory, tmp_p
     same = ["lora", "--train", *flags, "--save-every", "1", "--config", str(config), "--resume"]
     assert main(same) == 0, capsys.readouterr().err
     assert main([*run, "--iters", "2", "--resume", "--seed", "1"]) == 2
+
+
+def test_rows_that_differ_in_what_nothing_reads_are_equal():
+    """They must not be on both sides of a hold-out."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    marked = [message | {"turn_identifier": 7} for message in messages]
+    assert digest(Row("x:1", messages)) == digest(Row("x:2", marked, weight=2, untrained=frozenset({1})))
+    other = [messages[0], messages[1] | {"reasoning_content": "r"}]
+    assert digest(Row("x:1", messages)) != digest(Row("x:2", other))
+
+
+def test_rows_that_all_have_weight_0_are_refused(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "cat", "weight": 0}\n' * 2)
+    with pytest.raises(InputError, match="all 2 training rows have weight 0"):
+        read_rows(RunConfig(data=str(path), train=True), ("train", "valid"))

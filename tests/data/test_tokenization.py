@@ -297,7 +297,7 @@ def test_the_remedy_for_a_generation_prompt_that_opens_a_thought(tokenizer_direc
     template = CHAT_TEMPLATE.replace("<|im_start|>assistant {% endif %}", opens + "{% endif %}")
     tokenizer = with_template(tokenizer_directory, template)
     row = {"messages": TURNS[:2]}
-    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}} if reads else {}
     split = preview([row | thinking], tokenizer)
     assert spans(split, tokenizer) == ["the cat <|im_end|>"]
     assert tokenizer.decode(split.sequences[0].tokens).endswith("assistant bird the cat <|im_end|>")
@@ -442,7 +442,7 @@ def test_long_rows_are_cut_and_unsupervised_rows_dropped(tokenizer):
         ({"prompt": 3, "completion": "x"}, "'prompt' must be a string, not int"),
         ({"messages": "hello"}, "must be a list of messages"),
         ({"messages": [{"content": "x"}]}, "must be a list of messages"),
-        ({"question": "x"}, r"no known format; .*found 'question'"),
+        ({"question": "x"}, r"'answer' is missing or an empty cell, .*found 'question'"),
         ({}, "found nothing"),
         ({"text": None}, "'text' must be a string, not NoneType"),
     ],
@@ -456,3 +456,29 @@ def test_a_template_error_is_one_line(tokenizer_directory):
     tokenizer = with_template(tokenizer_directory, "{{ raise_exception('roles must alternate\\nmore') }}")
     with pytest.raises(InputError, match=r"x:1: .*refuses this row \(roles must alternate\)"):
         tokenize_one(CHAT, tokenizer)
+
+
+def test_answers_after_the_maximum_length_are_left_out_and_counted(tokenizer_directory):
+    """Turns that cannot be trained are not rendered: a long chat costs no more than the part that fits."""
+    rendered = []
+    tokenizer = with_template(tokenizer_directory, DROPS_EARLIER_ANSWERS)
+    render = tokenizer._tokenizer.apply_chat_template
+    tokenizer._tokenizer.apply_chat_template = lambda *args, **kwargs: (
+        rendered.append(1) or render(*args, **kwargs)
+    )
+    row = Row("x:1", TURNS[:4] * 50)
+    split = tokenize_rows([row], ChatEncoder(tokenizer, True), 20)
+    assert spans(split, tokenizer) == ["the cat <|im_end|>", "the dog <|im_end|>"]
+    assert "they became 2 sequences" in split.notices[1]
+    assert (
+        "1 of 1 rows have answers after the first 20 tokens (x:1); these answers were left out"
+        in split.notices[0]
+    )
+    assert len(rendered) < 10
+    assert split.rows == 1
+
+
+def test_template_arguments_that_nothing_reads_are_named(tokenizer):
+    row = {"messages": TURNS[:2], "chat_template_kwargs": {"mood": "happy"}}
+    (notice,) = preview([row], tokenizer).notices
+    assert "have chat_template_kwargs such as 'mood' that the chat template does not read" in notice

@@ -16,6 +16,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.template_args import RESERVED, parse_template_args, template_args_problems
 from nalora_mlx.models.chat_templates import (
     ChatSettings,
+    check_template,
     choose_settings,
     configure_chat_template,
     reads_date,
@@ -312,3 +313,7 @@ def test_an_adapters_template_cannot_leave_the_sandbox(tmp_path, tokenizer):
     configure_chat_template(tokenizer, read_chat_settings(tmp_path))
     with pytest.raises(Exception, match="unsafe"):
         render(tokenizer)
+
+
+def test_checking_a_template_does_not_compute_its_constants():
+    check_template("{% if false %}{{ 'x' * (2 * 10**12) }}{% endif %}", "t.jinja")

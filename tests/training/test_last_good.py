@@ -105,7 +105,7 @@ def test_one_broken_update_is_undone_and_the_run_goes_on(accumulate, tmp_path):
     result, notices = run(adapted(), spiking(3), iters=6 * accumulate, **settings)
     assert (result.updates, result.skipped) == (4, 2)  # the broken one, and the one that showed it
     assert notices == [
-        f"iteration {4 * accumulate}: the loss is nan, and the weights are at fault, not the rows: the update broke "
+        f"iteration {4 * accumulate}: the loss is nan, and the weights are at fault, not the rows: an update broke "
         "them, and is undone; lower the learning rate, or clip the gradient"
     ]
     assert math.isfinite(result.train_loss)
@@ -205,3 +205,20 @@ def test_weights_that_break_only_other_rows_are_at_fault():
     assert good.give_finite_loss()
     good.shown = False
     assert good.are_at_fault(second)
+
+
+def test_weights_that_break_some_rows_are_at_fault_when_these_come():
+    """Other rows have given a finite loss of the broken weights. The run returns to the weights of its last save."""
+    model = adapted(keys=("model.embed_tokens",))
+    good = LastGoodWeights(TrainingStep(model, optim.SGD(1e-3)))
+    start = copies(adapter_weights(model))
+    first, second = (
+        collate([Example(np.full(6, token, np.int32), np.arange(6) > 1, "r:1")], [0]) for token in (3, 4)
+    )
+    embedding = model.model.embed_tokens
+    embedding.lora_a = embedding.lora_a.at[4].add(1e30)
+    embedding.lora_b = mx.ones(embedding.lora_b.shape)
+    good.show(good.current(), first)
+    assert good.are_at_fault(second)
+    assert good.restore()
+    assert_equal(copies(adapter_weights(model)), start)

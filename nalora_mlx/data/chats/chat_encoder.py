@@ -24,12 +24,14 @@ class Encoding(NamedTuple):
         texts: the same as texts, and the contexts of turns that are left out.
         targets: the text that each assistant turn is trained to write, by the index of its message.
         opened: what the generation prompt opens and a turn does not have, such as "<think>"; empty for none.
+        lost: number of tokens before the first turn that is left out because its context fills the maximum length.
     """
 
     sequences: list[TokenSequence]
     texts: list[str]
     targets: dict[int, str]
     opened: str = ""
+    lost: int = 0
 
 
 class ChatEncoder:
@@ -51,8 +53,8 @@ class ChatEncoder:
         self.renderer = ChatRenderer(tokenizer, self.text_encoder)
         self.mask_prompt, self.last_turn_only = mask_prompt, last_turn_only
 
-    def __call__(self, row: Row) -> Encoding:
-        """Encode a chat.
+    def __call__(self, row: Row, max_seq_length: int) -> Encoding:
+        """Encode a chat. Turns whose context has `max_seq_length` tokens or more are left out.
 
         Raises:
             InputError: the model has no chat template, or the template refuses the chat.
@@ -60,7 +62,7 @@ class ChatEncoder:
         if not _has_template(self.renderer.tokenizer):
             raise InputError(
                 f"{row.source}: the model has no chat template; use 'text' rows, an instruct model, or "
-                "--chat-template"
+                "--chat-template chatml"
             )
         row = self.renderer.in_template_form(row)
         if not self.mask_prompt:
@@ -74,12 +76,14 @@ class ChatEncoder:
         opened = ""
         for index in self.trained_turns(row):
             turn = self.renderer.turn(row, index)
+            context, target = self.text_encoder.encode_after(turn.context, turn.target)
+            if len(context) >= max_seq_length:  # and so are those of later turns
+                return Encoding(sequences, texts + left_out, targets, opened, len(context))
             targets[index] = turn.target
             if _is_empty(row.messages[index], turn):
                 left_out.append(turn.context)
                 continue
             opened = opened or turn.opened
-            context, target = self.text_encoder.encode_after(turn.context, turn.target)
             if not sequences or context[: len(sequences[-1].tokens)] != sequences[-1].tokens:
                 sequences.append(TokenSequence([], []))
                 texts.append("")
@@ -88,6 +92,11 @@ class ChatEncoder:
             tokens[:] = context + target
             texts[-1] = turn.context + turn.target
         return Encoding(sequences, texts + left_out, targets, opened)
+
+    @property
+    def template(self) -> str:
+        """The text of the chat template, or of all of them."""
+        return str(getattr(self.renderer.tokenizer, "chat_template", ""))
 
     def trained_turns(self, row: Row) -> list[int]:
         """Return the indices of the assistant turns to train on."""

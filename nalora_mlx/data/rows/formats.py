@@ -8,7 +8,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.template_args import template_args_problems
 from nalora_mlx.data.rows.cells import check_unicode, is_blank, parsed_cell, text_in
 from nalora_mlx.data.rows.features import Features
-from nalora_mlx.data.rows.forms import Form, Forms, form_of, known_forms
+from nalora_mlx.data.rows.forms import Form, Forms, UnknownForm, form_of, known_forms
 from nalora_mlx.data.rows.images import place_images, read_images
 from nalora_mlx.data.rows.messages import Chat, joined
 from nalora_mlx.data.rows.preferences import supervised_remedy
@@ -66,7 +66,7 @@ def parse_row(source: str, content: Mapping[str, Any], features: Features) -> Ro
     Raises:
         InputError: the keys fit no form, or a value is wrong; the message begins with the source.
     """
-    return _parse(source, content, known_forms(features))[0]
+    return _parse_any_case(source, content, known_forms(features))[0]
 
 
 def parse_rows(
@@ -87,7 +87,7 @@ def parse_rows(
     forms = known_forms(features, PREFERENCES in accepted)
     for source, content in contents:
         try:
-            row, form, unread = _parse(source, content, forms)
+            row, form, unread, content = _parse_any_case(source, content, forms)
             if unread is not None and (row.rejected or row.images):
                 _check_accepted(row, content, features, accepted)
         except InputError as error:
@@ -114,7 +114,7 @@ def _check_accepted(
     if row.images and IMAGES not in accepted:
         raise InputError(
             f"{row.source}: holds images, which only vision-language models read; "
-            "remove the image parts, or the row"
+            "remove the images, or the row"
         )
 
 
@@ -134,9 +134,29 @@ def _parse(source: str, content: Mapping[str, Any], forms: Forms) -> tuple[Row, 
             row, unread = Row(source, parts.messages), None
         return row, form, unread
     except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+        raise type(error)(f"{source}: {error}") from None
     except RecursionError:
         raise InputError(f"{source}: nested too deeply; each row must be a flat object") from None
+
+
+def _parse_any_case(
+    source: str, content: Mapping[str, Any], forms: Forms
+) -> tuple[Row, Form, _Unread | None, Mapping[str, Any]]:
+    """Parse a row; if no form fits, with its keys in lower case. Return the row with the keys that were read, too."""
+    try:
+        return *_parse(source, content, forms), content
+    except UnknownForm as error:
+        lower = _lower_keys(content)  # as in the header of a spreadsheet: Question, Answer
+        try:
+            return *_parse(source, lower, forms), lower
+        except UnknownForm:
+            raise error from None
+
+
+def _lower_keys(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row with keys in lower case, if they stay different."""
+    lower = {key.strip().lower() if isinstance(key, str) else key: value for key, value in content.items()}
+    return lower if len(lower) == len(content) else content
 
 
 def _others(content: Mapping[str, Any], form: Form) -> dict[str, Any]:

@@ -15,6 +15,10 @@ from nalora_mlx.data.rows.preferences import CHOSEN, REJECTED, instruction, read
 KEY_FLAGS = "--prompt-key, --completion-key, --chat-key and --text-key"
 
 
+class UnknownForm(InputError):
+    """The keys of a row fit no form."""
+
+
 @dataclass(frozen=True)
 class Form:
     """A form of rows.
@@ -100,7 +104,7 @@ def form_of(content: Mapping[str, Any], forms: Forms) -> Form:
     """Return the form of a row: the first that fits, or else the first whose keys are there, though blank.
 
     Raises:
-        InputError: no form has these keys.
+        UnknownForm: no form has these keys.
     """
     for key, form in forms.ordered:
         if key in content and form.fits(content):
@@ -111,14 +115,22 @@ def form_of(content: Mapping[str, Any], forms: Forms) -> Form:
     features = forms.features
     found = ", ".join(map(repr, content))[:200] or "nothing"
     if not forms.only_named:
-        raise InputError(
+        for _, form in forms.ordered:
+            missing = [key for key in form.needs if key not in content]
+            if len(missing) == 1 < len(form.needs):
+                there = next(key for key in form.needs if key in content)
+                raise UnknownForm(
+                    f"{missing[0]!r} is missing or an empty cell, and {there!r} needs it; fill it, remove the row, or "
+                    f"name other keys with {KEY_FLAGS} (found {found})"
+                )
+        raise UnknownForm(
             f"no known format; give {features.prompt!r} and {features.completion!r}, or {features.chat!r}, "
             f"or {features.text!r}, or name other keys with {KEY_FLAGS} (found {found})"
         )
     _, form = forms.ordered[0]
     key, part = next(pair for pair in zip(form.needs, form.named_by, strict=True) if pair[0] not in content)
     known = [name for name in content if isinstance(name, str)]
-    raise InputError(
+    raise UnknownForm(
         f"no {key!r}, the key of the {part} (found {found}); --{part}-key names another{did_you_mean(key, known)}"
     )
 

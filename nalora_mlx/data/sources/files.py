@@ -1,6 +1,7 @@
 """Files as bytes and lines: compressed or not, bounded in memory, with errors that name the file."""
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -94,4 +95,6 @@ def decode_line(line: bytes, number: int) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+        is_utf16 = number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        found = "UTF-16" if is_utf16 else f"not UTF-8 at byte {error.start}"
+        raise InputError(f"{found}; save the file as UTF-8 (in Excel: CSV UTF-8)") from None
