@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 DATA_SETTINGS = (
     "data",
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature"),
-    *("valid_fraction", "chunk"),
-    *("mask_prompt", "last_turn_only"),
+    *("valid_fraction", "chunk", "mask_prompt", "last_turn_only"),
     *("max_seq_length", "show_masks"),
     *("chat_template", "chat_template_args"),
 )
@@ -282,8 +281,9 @@ def _check_memory(
     )
     if model is None:
         return
-    if config.fine_tune_type == "full" or examples == []:
-        page.fact("not measured: " + ("use nalora lora --plan" if examples else "no row can be trained on"))
+    unusable = examples == []
+    if unusable or config.fine_tune_type == "full":
+        page.fact(f"not measured: {'no row can be trained on' if unusable else 'use nalora lora --plan'}")
         return
     if examples is None:
         length = config.max_seq_length

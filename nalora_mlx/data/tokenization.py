@@ -13,14 +13,13 @@ from nalora_mlx.data.chats.text_encoder import TextEncoder
 from nalora_mlx.data.findings import Finding, Findings
 from nalora_mlx.data.rows.formats import Features, Row, parse_rows
 
-END_WINDOW = (
-    4  # the end token must be among the last supervised tokens; templates may write a line break after it
-)
+# The end token must be among the last supervised tokens; templates may write a line break after it.
+END_WINDOW = 4
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized row.
+    """One tokenized sequence: a row, or a part of one.
 
     Attributes:
         tokens: int32 token ids [n].
@@ -173,7 +172,8 @@ def _encode(
         findings.add(Finding.OPENED_PROMPT, row.source, encoding.opened)
     for finding, detail in dropped_parts(row, encoder, encoding):
         findings.add(finding, row.source, detail)
-    if unread := [name for name in row.template_args if name not in encoder.template]:
+    template = encoder.template
+    if unread := [name for name in row.template_args if template and name not in template]:
         findings.add(Finding.UNREAD_ARGUMENTS, row.source, unread[0])
     if token := control_token(row, encoder):
         findings.add(Finding.CONTROL_TOKENS, row.source, token)

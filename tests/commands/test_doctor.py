@@ -99,6 +99,19 @@ def test_memory_without_data_assumes_full_rows_and_too_little_is_a_finding(model
     assert sections["verdict"] == ["  ! 1 finding, none that keeps a run from starting"]
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_memory_is_not_measured_if_no_row_can_be_trained_on(model_directory, tmp_path, capsys, full):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"question": "x"}\n')
+    config = tmp_path / "config.yaml"
+    config.write_text("fine_tune_type: full\n" if full else "train: true\n")
+    flags = ["--model", str(model_directory), "--data", str(path), "--config", str(config)]
+    assert main(["doctor", *flags]) == 2
+    out = capsys.readouterr().out
+    assert "not measured: no row can be trained on" in out
+    assert "rows are assumed" not in out
+
+
 def test_settings_come_from_a_config_file(model_directory, data_directory, tmp_path, capsys):
     config = tmp_path / "c.yaml"
     config.write_text(

@@ -236,7 +236,7 @@ def test_weights_count_for_training_only(tmp_path, tokenizer):
     rows = [row(i, weight=3) for i in range(10)]
     found = read(write(tmp_path / "a.jsonl", rows))
     splits = tokenize(found, tokenizer, 1000)
-    assert len(splits["train"].sequences) == 27
+    assert len(splits["train"].sequences) == splits["train"].rows == 27
     assert len(splits["valid"].sequences) == 1
 
 

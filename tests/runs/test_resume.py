@@ -216,6 +216,13 @@ def test_resume_anyway_says_what_it_ignores(stopped, tmp_path):
         start_run(stopped, resume=LATEST, anyway=True, adapter={"rank": 2})
 
 
+def test_a_run_that_is_done_says_that_nothing_is_left(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "a")
+    _, result, notices = start_run(tmp_path / "a", resume=LATEST, iters=5)
+    assert result.iterations == 5
+    assert any("nothing is left to train: the checkpoint is at iteration 5 of 5" in n for n in notices)
+
+
 def test_fewer_iterations_than_done_are_refused(stopped):
     with pytest.raises(InputError, match="it is at iteration 5, beyond --iters 3"):
         start_run(stopped, resume=LATEST, iters=3)

@@ -95,8 +95,8 @@ class ChatEncoder:
 
     @property
     def template(self) -> str:
-        """The text of the chat template, or of all of them."""
-        return str(getattr(self.renderer.tokenizer, "chat_template", ""))
+        """The text of the chat template, or of all of them; empty if mlx-lm renders this model's chats in Python."""
+        return str(getattr(self.renderer.tokenizer, "chat_template", None) or "")
 
     def trained_turns(self, row: Row) -> list[int]:
         """Return the indices of the assistant turns to train on."""
