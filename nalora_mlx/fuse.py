@@ -182,7 +182,7 @@ def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: s
 
 def _check_gguf(target: Path, name: str, base: Path) -> None:
     """Check the GGUF export before the merge: the merged model has the base's architecture and tokenizer."""
-    from nalora_mlx.export.gguf_model import check_output, plan_gguf
+    from nalora_mlx.export.gguf.model import check_output, plan_gguf
 
     if not (target / name).is_relative_to(target):  # a file inside it is replaced with the directory
         check_output(target / name, overwrite=False)
@@ -190,7 +190,7 @@ def _check_gguf(target: Path, name: str, base: Path) -> None:
 
 
 def _export_gguf(model: Path, name: str, tokenizer: Any) -> None:
-    from nalora_mlx.export.gguf_model import export_gguf
+    from nalora_mlx.export.gguf.model import export_gguf
     from nalora_mlx.export.modelfile import write_modelfile
 
     report = export_gguf(model, model / name, "f16")

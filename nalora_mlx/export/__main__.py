@@ -139,7 +139,7 @@ def _export_peft(args: argparse.Namespace, directory: Path) -> None:
 
 
 def _export_gguf(args: argparse.Namespace, directory: Path) -> None:
-    from nalora_mlx.export.gguf_model import export_gguf
+    from nalora_mlx.export.gguf.model import export_gguf
     from nalora_mlx.export.modelfile import write_modelfile
 
     chat = _read_chat_settings(args)
@@ -158,7 +158,7 @@ def _export_gguf(args: argparse.Namespace, directory: Path) -> None:
 
 
 def _export_gguf_lora(args: argparse.Namespace, directory: Path) -> None:
-    from nalora_mlx.export.gguf_adapter import export_gguf_lora
+    from nalora_mlx.export.gguf.adapter import export_gguf_lora
     from nalora_mlx.export.lazy_model import open_model
     from nalora_mlx.export.modelfile import write_modelfile
 

@@ -469,7 +469,7 @@ def test_documented_commands_parse(line):
 
 def test_documentation_lists_all_types_and_models():
     from nalora_mlx.export.__main__ import FORMATS, TYPES
-    from nalora_mlx.export.gguf_architectures import ARCHITECTURES
+    from nalora_mlx.export.gguf.architectures import ARCHITECTURES
     from nalora_mlx.export.peft import MODEL_TYPES
 
     words = set(re.findall(r"[\w-]+", PAGE))

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from nalora_mlx.export import gguf_architectures
-from nalora_mlx.export.gguf_architectures import ARCHITECTURES
+from nalora_mlx.export.gguf import architectures as gguf_architectures
+from nalora_mlx.export.gguf.architectures import ARCHITECTURES
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import CONFIGS, PROMPT, VARIANTS, build, logits, save
 from tests.logit_comparison import relative_error
@@ -19,7 +19,7 @@ CASES = {model_type: (model_type, {}) for model_type in CONFIGS} | VARIANTS
 
 
 def error_in_llama_cpp(tmp_path, model_type, changes):
-    from nalora_mlx.export.gguf_model import export_gguf
+    from nalora_mlx.export.gguf.model import export_gguf
 
     model, config = build(model_type, **changes)
     expected = logits(model)

@@ -21,7 +21,7 @@ from tests.interop.gguf_models import PROMPT, VOCABULARY, build, logits, save
 from tests.logit_comparison import relative_error
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
-gguf_model = pytest.importorskip("nalora_mlx.export.gguf_model")
+gguf_model = pytest.importorskip("nalora_mlx.export.gguf.model")
 export_gguf = gguf_model.export_gguf
 
 
@@ -205,7 +205,7 @@ def test_interrupted_export_leaves_nothing(qwen2, tmp_path, error, at):
 
 KILLED = """
 import os, signal, sys
-from nalora_mlx.export.gguf_model import export_gguf
+from nalora_mlx.export.gguf.model import export_gguf
 
 def kill(done, size):
     if done > size / 2:
@@ -283,7 +283,8 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 from nalora_mlx.__main__ import main
-from nalora_mlx.export import gguf_model, modelfile, updates
+from nalora_mlx.export import modelfile, updates
+    from nalora_mlx.export.gguf import model as gguf_model
 import mlx_lm.utils, mlx_lm.models.llama, mlx_lm.tokenizer_utils
 
 def peak():
@@ -440,7 +441,7 @@ def test_unknown_types_and_directories_are_rejected(qwen2, tmp_path):
 
 
 def test_missing_gguf_is_reported():
-    code = "import sys; sys.modules['gguf'] = None; import nalora_mlx.export.gguf_model"
+    code = "import sys; sys.modules['gguf'] = None; import nalora_mlx.export.gguf.model"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "InputError: export gguf needs the package gguf: pip install" in run.stderr
 

@@ -20,7 +20,7 @@ from tests.logit_comparison import relative_error
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install 'nalora-mlx[kquants]'")
-gguf_types = pytest.importorskip("nalora_mlx.export.gguf_types")
+gguf_types = pytest.importorskip("nalora_mlx.export.gguf.tensor_types")
 
 TYPES = ("q4_k_m", "q5_k_m", "q6_k")
 WIDE = {"hidden_size": 256, "intermediate_size": 256}
@@ -66,7 +66,7 @@ def summary(path):
     "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW_CASES)) for case in CASES]
 )
 def test_tensor_types_are_those_of_llama_cpp(tmp_path, case):
-    from nalora_mlx.export.gguf_model import export_gguf
+    from nalora_mlx.export.gguf.model import export_gguf
 
     recorded = json.loads(Path(__file__).with_name("k_quants.json").read_text())
     model_type, changes = CASES[case]
@@ -98,7 +98,7 @@ def test_quantized_values_are_close(name):
 @pytest.mark.parametrize("type", TYPES)
 def test_llama_cpp_runs_k_quants(tmp_path, type):
     """llama.cpp gives mlx's logits for the rounded weights, except that it also rounds activations."""
-    from nalora_mlx.export.gguf_model import export_gguf
+    from nalora_mlx.export.gguf.model import export_gguf
 
     llama_cpp.require()
     model, config = build("qwen2", **WIDE, num_hidden_layers=1)

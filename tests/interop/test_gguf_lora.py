@@ -10,7 +10,7 @@ from nalora_mlx.adapters.files import adapter_config, adapter_weights
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export import gguf_adapter
-from nalora_mlx.export.gguf_architectures import ARCHITECTURES
+from nalora_mlx.export.gguf.architectures import ARCHITECTURES
 from tests.conftest import random_adapters
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import PROMPT, build, logits, save

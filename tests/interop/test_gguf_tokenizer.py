@@ -19,8 +19,8 @@ from tokenizers import (
 )
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.export.gguf_pretokenizer import BYTE_LEVEL, DIGITS, PRE_TOKENIZERS
-from nalora_mlx.export.gguf_tokenizer import compare_with_mlx_lm, read_vocabulary
+from nalora_mlx.export.gguf.pretokenizers import BYTE_LEVEL, DIGITS, PRE_TOKENIZERS
+from nalora_mlx.export.gguf.tokenizer import compare_with_mlx_lm, read_vocabulary
 from tests.interop import llama_cpp
 from tests.interop.nasty_texts import ASCII, TEXT, TRAINING, UNCASED
 

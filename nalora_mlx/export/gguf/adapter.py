@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.export.gguf_architectures import Architecture, config_problems, tensor_rows
-from nalora_mlx.export.gguf_model import (
+from nalora_mlx.export.gguf.architectures import Architecture, config_problems, tensor_rows
+from nalora_mlx.export.gguf.model import (
     GgufResult,
     check_output,
     find_architecture,
@@ -15,7 +15,7 @@ from nalora_mlx.export.gguf_model import (
     tensor_name_map,
     write_gguf,
 )
-from nalora_mlx.export.gguf_types import gguf
+from nalora_mlx.export.gguf.tensor_types import gguf
 from nalora_mlx.export.lazy_model import LazyModel
 from nalora_mlx.export.updates import AdapterUpdates, LowRankUpdate, with_common_rank
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.export.gguf_pretokenizer import flatten_steps, unsupported_tokenizer
+from nalora_mlx.export.gguf.pretokenizers import flatten_steps, unsupported_tokenizer
 
 # Token types, with the same numbers in SentencePiece and GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

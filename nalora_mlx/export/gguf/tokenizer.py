@@ -10,8 +10,7 @@ from typing import Any
 
 from nalora_mlx.core import storage
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.export.gguf_pretokenizer import flatten_steps, identify_pretokenizer, unsupported_tokenizer
-from nalora_mlx.export.gguf_sentencepiece import (
+from nalora_mlx.export.gguf.pieces import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -23,6 +22,7 @@ from nalora_mlx.export.gguf_sentencepiece import (
     pieces_from_json,
     pieces_from_proto,
 )
+from nalora_mlx.export.gguf.pretokenizers import flatten_steps, identify_pretokenizer, unsupported_tokenizer
 
 # Texts on which tokenizers disagree: spaces, digits, case, code, and letters of one or two code points.
 PROBE_TEXTS = (

@@ -15,7 +15,7 @@ import numpy as np
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.storage import flush
-from nalora_mlx.export.gguf_architectures import (
+from nalora_mlx.export.gguf.architectures import (
     ARCHITECTURES,
     Architecture,
     config_notes,
@@ -24,8 +24,7 @@ from nalora_mlx.export.gguf_architectures import (
     tensor_rows,
     write_metadata,
 )
-from nalora_mlx.export.gguf_tokenizer import Vocabulary, compare_with_mlx_lm, read_vocabulary
-from nalora_mlx.export.gguf_types import (
+from nalora_mlx.export.gguf.tensor_types import (
     FILE_TYPES,
     byte_size,
     check_type,
@@ -35,6 +34,7 @@ from nalora_mlx.export.gguf_types import (
     is_k_quant,
     quantize,
 )
+from nalora_mlx.export.gguf.tokenizer import Vocabulary, compare_with_mlx_lm, read_vocabulary
 from nalora_mlx.export.lazy_model import LazyModel, LazyWeight, open_model, read_config
 from nalora_mlx.export.updates import AdapterUpdates, merge_updates
 
