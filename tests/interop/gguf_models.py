@@ -12,129 +12,17 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import MODEL_REMAPPING
 
+from tests.interop import configs_dense, configs_experts, configs_recurrent
+from tests.interop.configs_common import VOCABULARY
 from tests.miniatures.klear_to_llama import MINIATURES as FIRST
 from tests.miniatures.llama4_to_youtu import MINIATURES as SECOND
 
 ZOO = FIRST | SECOND
 
-VOCABULARY = 320
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 6,  # one period of gemma3's layer pattern
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
-HEAD = {"head_dim": 16}
-WINDOW = {"sliding_window": 8}  # shorter than PROMPT, so that the window has an effect
-UNTIED = {"tie_word_embeddings": False}
-EXPERTS = UNTIED | {"num_experts_per_tok": 2}
-GEMMA = SIZES | {"head_dim": 32, "query_pre_attn_scalar": 32.0}
-YARN = {
-    "rope_scaling": {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-        "beta_fast": 16.0,
-    }
-}
-LINEAR = {"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0}}
-DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "type": "dynamic", "factor": 2.0}}
-LLAMA3 = {
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-}
-LONGROPE = {
-    "original_max_position_embeddings": 128,
-    "rope_scaling": {
-        "type": "longrope",
-        "short_factor": [1.0] * 8,
-        "long_factor": [1.0 + 0.3 * i for i in range(8)],
-    },
-}
-BIASES = {"attention_bias": True, "mlp_bias": True}
-
-# Model type -> config.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": SIZES,
-    "mistral": SIZES | UNTIED | HEAD,
-    "mixtral": SIZES | EXPERTS | {"num_local_experts": 4},
-    "qwen2": SIZES,
-    "qwen3": SIZES | {"head_dim": 32},
-    "qwen3_moe": SIZES
-    | EXPERTS
-    | {
-        "head_dim": 32,
-        "num_experts": 4,
-        "moe_intermediate_size": 32,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    },
-    "gemma": GEMMA,
-    "gemma2": GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 7.0, "sliding_window": 64},
-    "gemma3_text": GEMMA | WINDOW | {"rope_local_base_freq": 1000.0, "sliding_window_pattern": 6},
-    "phi3": SIZES | UNTIED,
-    "smollm3": SIZES,
-    "olmo2": SIZES | UNTIED,
-    "glm4": SIZES | HEAD | {"attention_bias": True, "partial_rotary_factor": 0.5},
-    "internlm2": SIZES | UNTIED | {"bias": False},
-    "internlm3": SIZES | UNTIED,
-    "granite": SIZES
-    | {
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_multiplier": 0.3,
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.5,
-        "logits_scaling": 2.0,
-    },
-    "cohere2": SIZES | HEAD | WINDOW | {"logit_scale": 0.25, "sliding_window_pattern": 4},
-    "starcoder2": SIZES | {"norm_epsilon": 1e-5},
-}
-# Variants of these configs: name -> (model type, changes).
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama untied": ("llama", UNTIED),
-    "llama head_dim": ("llama", {"head_dim": 32}),
-    "llama biases": ("llama", BIASES),
-    "llama pairs": ("llama", {"rope_traditional": True}),
-    "llama llama3": ("llama", LLAMA3),
-    "llama linear": ("llama", LINEAR),
-    "llama yarn": ("llama", YARN),
-    "llama dynamic": ("llama", DYNAMIC),
-    "mixtral ignores scaling": ("mixtral", YARN),
-    "qwen2 yarn untied": ("qwen2", YARN | UNTIED),
-    "qwen3 yarn": ("qwen3", YARN),
-    "gemma3 untied": ("gemma3_text", UNTIED),
-    "gemma3 linear": ("gemma3_text", LINEAR),
-    "gemma3 pattern": ("gemma3_text", {"sliding_window_pattern": 3}),
-    "phi3 tied": ("phi3", {"tie_word_embeddings": True}),
-    "phi3 partial": ("phi3", {"partial_rotary_factor": 0.5}),
-    "phi3 longrope": ("phi3", LONGROPE),
-    "phi3 linear": ("phi3", {"rope_scaling": LINEAR["rope_scaling"] | {"long_factor": []}}),
-    "smollm3 yarn untied": ("smollm3", YARN | UNTIED),
-    "olmo2 tied": ("olmo2", {"tie_word_embeddings": True}),
-    "olmo2 yarn": ("olmo2", YARN),
-    "glm4 no biases": ("glm4", {"attention_bias": False}),
-    "internlm2 tied": ("internlm2", {"tie_word_embeddings": True}),
-    "internlm2 linear": ("internlm2", LINEAR),
-    "internlm3 biases": ("internlm3", {"bias": True, "qkv_bias": True}),
-    "internlm3 dynamic": ("internlm3", DYNAMIC),
-    "granite llama3 biases": ("granite", LLAMA3 | BIASES),
-    "granite untied": ("granite", UNTIED),
-    "cohere2 pattern": ("cohere2", {"sliding_window_pattern": 3}),
-    "starcoder2 untied": ("starcoder2", UNTIED),
-}
+CONFIGS: dict[str, dict[str, Any]] = (
+    configs_dense.CONFIGS | configs_experts.CONFIGS | configs_recurrent.CONFIGS
+)
+VARIANTS = configs_dense.VARIANTS | configs_experts.VARIANTS | configs_recurrent.VARIANTS
 # Model types that can be exported to PEFT but not to GGUF.
 OTHERS = {
     name: ZOO[name].config | {"vocab_size": VOCABULARY}

@@ -16,12 +16,13 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.lazy_model import LazyWeight
 from tests.interop import llama_cpp
-from tests.interop.gguf_models import LONGROPE as SCALING
+from tests.interop.configs_common import LONGROPE as SCALING
 from tests.interop.gguf_models import PROMPT, VOCABULARY, build, logits, save
 from tests.logit_comparison import relative_error
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 gguf_model = pytest.importorskip("nalora_mlx.export.gguf.model")
+writing = pytest.importorskip("nalora_mlx.export.gguf.writing")
 export_gguf = gguf_model.export_gguf
 
 
@@ -272,8 +273,8 @@ def test_progress_ends_at_the_total(qwen2, tmp_path):
 
 
 def test_full_disk_is_reported_before_writing(qwen2, tmp_path, monkeypatch):
-    usage = gguf_model.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(gguf_model.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = writing.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(InputError, match="GB are free"):
         export_gguf(qwen2[0], tmp_path / "model.gguf", "f16")
     assert list(tmp_path.iterdir()) == []
@@ -284,7 +285,7 @@ import re, sys
 from pathlib import Path
 from nalora_mlx.__main__ import main
 from nalora_mlx.export import modelfile, updates
-    from nalora_mlx.export.gguf import model as gguf_model
+from nalora_mlx.export.gguf import model as gguf_model
 import mlx_lm.utils, mlx_lm.models.llama, mlx_lm.tokenizer_utils
 
 def peak():

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.export.gguf.architectures import Architecture, config_problems, tensor_rows
+from nalora_mlx.export.gguf.architecture import Architecture, config_problems, place
 from nalora_mlx.export.gguf.model import (
     GgufResult,
-    check_output,
     find_architecture,
+    gguf_name,
     is_tied,
     tensor_name_map,
-    write_gguf,
 )
 from nalora_mlx.export.gguf.tensor_types import gguf
+from nalora_mlx.export.gguf.writing import check_output, write_gguf
 from nalora_mlx.export.lazy_model import LazyModel
 from nalora_mlx.export.updates import AdapterUpdates, LowRankUpdate, with_common_rank
 
@@ -74,16 +74,17 @@ def _adapter_tensors(
                 f"{path}: is both embedding and output head, which llama.cpp's adapters cannot change; "
                 "merge it: nalora export gguf --adapter-path"
             )
-        for lookup_name, rows in tensor_rows(arch, model.args, f"{path}.weight"):
-            name = names.get_name(lookup_name, try_suffixes=(".weight",))
-            if name is None:
+        for placement in place(arch, model.args, f"{path}.weight"):
+            name = gguf_name(names, placement.name)
+            if name is None or not placement.is_selection:
                 raise InputError(f"{path}: llama.cpp's {arch.name} cannot have an adapter here")
-            reordered = left if rows is None else left[..., rows, :]
+            rows = left if placement.rows is None else left[..., placement.rows, :]
+            columns = right if placement.columns is None else right[..., placement.columns]
             if is_embedding:
                 yield f"{name}.lora_a", left
                 yield f"{name}.lora_b", np.ascontiguousarray(right.T)
                 if not tied:
                     continue
                 name = "output.weight"
-            yield f"{name}.lora_a", right
-            yield f"{name}.lora_b", np.ascontiguousarray(reordered)
+            yield f"{name}.lora_a", np.ascontiguousarray(columns)
+            yield f"{name}.lora_b", np.ascontiguousarray(rows)

@@ -1,9 +1,6 @@
 """A model as one GGUF file, written tensor by tensor: each is read, dequantized, merged, converted and written."""
 
-import glob
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +11,16 @@ import mlx.core as mx
 import numpy as np
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.core.storage import flush
-from nalora_mlx.export.gguf.architectures import (
-    ARCHITECTURES,
+from nalora_mlx.export.gguf.architecture import (
     Architecture,
+    Placement,
     config_notes,
     config_problems,
+    place,
     rope_factors,
-    tensor_rows,
     write_metadata,
 )
+from nalora_mlx.export.gguf.architectures import ARCHITECTURES
 from nalora_mlx.export.gguf.tensor_types import (
     FILE_TYPES,
     byte_size,
@@ -35,6 +32,7 @@ from nalora_mlx.export.gguf.tensor_types import (
     quantize,
 )
 from nalora_mlx.export.gguf.tokenizer import Vocabulary, compare_with_mlx_lm, read_vocabulary
+from nalora_mlx.export.gguf.writing import check_output, write_gguf
 from nalora_mlx.export.lazy_model import LazyModel, LazyWeight, open_model, read_config
 from nalora_mlx.export.updates import AdapterUpdates, merge_updates
 
@@ -61,8 +59,7 @@ class PlannedTensor:
     path: str  # of the weight
     shape: tuple[int, ...]
     type: Any  # gguf.GGMLQuantizationType
-    rows: np.ndarray | None = None  # row indices of the weight, in order; None for all
-    offset: float = 0.0  # added to the values
+    placement: Placement  # which rows and columns of the weight, and what becomes of them
     use_llama_cpp: bool = False  # quantize with llama.cpp instead of gguf-py
 
     @property
@@ -74,23 +71,33 @@ class PlannedTensor:
         """Return the tensor's data as written to the file: uint8 [bytes]."""
         data = np.empty(self.bytes, np.uint8)
         done = 0
-        for index in self._chunks():
-            values = weight.read(index) + np.float32(self.offset)
+        for values in self._read(weight):
             self._check(values)
             part = quantize(values, self.type, self.use_llama_cpp)
             data[done : done + part.size] = part
             done += part.size
         return data
 
-    def _chunks(self) -> Iterator[tuple[Any, ...]]:
-        """Yield indices of runs of rows with about CHUNK elements, expert by expert."""
+    def _read(self, weight: LazyWeight) -> Iterator[np.ndarray]:
+        """Yield the tensor's values in runs of rows with about CHUNK elements, expert by expert; float32."""
+        place = self.placement
+        if place.shape is not None:  # a small tensor
+            values = weight.read((slice(None) if place.rows is None else mx.array(place.rows),))
+            yield self._change(values).reshape(place.shape)
+            return
         experts, columns = self.shape[:-2], self.shape[-1] if len(self.shape) > 1 else 1
         rows = self.shape[-2] if len(self.shape) > 1 else self.shape[0]
         step = max(1, CHUNK // columns)
         for expert in np.ndindex(*experts):
             for start in range(0, rows, step):
                 run = slice(start, start + step)
-                yield (*expert, run if self.rows is None else mx.array(self.rows[run]))
+                index = (*expert, run if place.rows is None else mx.array(place.rows[run]))
+                yield self._change(weight.read(index))
+
+    def _change(self, values: np.ndarray) -> np.ndarray:
+        place = self.placement
+        values = values if place.columns is None else values[..., place.columns]
+        return values if place.values is None else place.values(values)
 
     def _check(self, values: np.ndarray) -> None:
         largest = np.abs(values).max(initial=0.0)
@@ -156,7 +163,7 @@ def export_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_metadata(writer, arch, args, config)
     vocabulary.write(writer)
-    factors = rope_factors(arch, args)
+    factors = rope_factors(arch, args) | arch.extra_tensors(args)
     for factor_name, factor in factors.items():
         writer.add_tensor_info(factor_name, factor.shape, factor.dtype, factor.nbytes)
     for tensor in tensors:
@@ -185,14 +192,6 @@ def plan_gguf(model_dir: Path, type: str) -> ExportPlan:
     return ExportPlan(arch, model, tensors, vocabulary)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise InputError if the output is a directory, or a file that must not be overwritten."""
-    if output.is_dir():
-        raise InputError(f"{output}: is a directory; give the name of the file to write")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output}: exists; choose another name or overwrite it explicitly")
-
-
 def find_architecture(config: dict[str, Any]) -> Architecture:
     """Return the GGUF architecture of a model.
 
@@ -209,9 +208,27 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
 
 
 def tensor_name_map(arch: Architecture, args: Any) -> Any:
-    """Return gguf-py's map from Hugging Face's tensor names to those of GGUF."""
-    key = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch.name)
-    return gguf.get_tensor_name_map(key, args.num_hidden_layers)
+    """Return gguf-py's map from Hugging Face's tensor names to those of GGUF; None if it lacks the architecture."""
+    key = next((key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch.name), None)
+    return None if key is None else gguf.get_tensor_name_map(key, args.num_hidden_layers)
+
+
+def gguf_name(names: Any, name: str) -> str | None:
+    """Return GGUF's name for a placement's; None if there is none."""
+    if re.match(r"(blk\.\d+|token_embd|output|rope)[._]", name):
+        return name
+    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias")) if names else None
+    return found
+
+
+def _shape(weight: LazyWeight, placement: Placement) -> tuple[int, ...]:
+    if placement.shape is not None:
+        return placement.shape
+    *experts, rows, columns = (1, *weight.shape) if len(weight.shape) == 1 else weight.shape
+    if len(weight.shape) == 1:
+        return (columns if placement.rows is None else len(placement.rows),)
+    rows = rows if placement.rows is None else len(placement.rows)
+    return (*experts, rows, columns if placement.columns is None else len(placement.columns))
 
 
 def is_tied(weights: Mapping[str, LazyWeight]) -> bool:
@@ -234,30 +251,29 @@ def _plan_tensors(
     is_70b = layers == 80 and (arch.name == "qwen2" or (arch.name == "llama" and heads != kv_heads))
     tensors, problems = [], []
     for path, weight in weights.items():
-        for lookup_name, rows in tensor_rows(arch, args, path):
-            name = names.get_name(lookup_name, try_suffixes=(".weight", ".bias"))
+        for placement in place(arch, args, path):
+            name = gguf_name(names, placement.name)
             stem, _, leaf = (name or "").rpartition(".")
             if name is None or (leaf == "bias" and stem.rpartition(".")[2] not in arch.biases):
                 problems.append(f"llama.cpp's {arch.name} has no place for tensor {path}")
                 continue
-            shape = weight.shape if rows is None else (len(rows), *weight.shape[1:])
+            shape = _shape(weight, placement)
             targets = [name]
             if name == "token_embd.weight" and tied and arch.needs_output:
                 targets.append("output.weight")
             for target in targets:
-                tensor_type = choose_type(
-                    target,
-                    shape,
-                    type,
-                    tied=tied and not arch.needs_output,
-                    layers=layers,
-                    experts=experts,
-                    is_70b=is_70b,
-                )
-                offset = arch.norm_offset if stem.endswith("_norm") else 0.0
-                tensors.append(
-                    PlannedTensor(target, path, shape, tensor_type, rows, offset, is_k_quant(type))
-                )
+                tensor_type = gguf.GGMLQuantizationType.F32
+                if not placement.full_precision:
+                    tensor_type = choose_type(
+                        target,
+                        shape,
+                        type,
+                        tied=tied and not arch.needs_output,
+                        layers=layers,
+                        experts=experts,
+                        is_70b=is_70b,
+                    )
+                tensors.append(PlannedTensor(target, path, shape, tensor_type, placement, is_k_quant(type)))
     return tensors, problems
 
 
@@ -292,57 +308,3 @@ def _convert_tensors(
         if not uses[tensor.path]:
             del weights[tensor.path]
             mx.clear_cache()
-
-
-def write_gguf(
-    writer: Any,
-    output: Path,
-    data: Iterator[np.ndarray],
-    size: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Write a GGUF file under a temporary name, flush it to disk and rename it; remove it on any failure."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
-    if free < size:
-        raise InputError(f"{output}: needs {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free")
-    _remove_stale_files(output)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        writer.write_header_to_file(temporary)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        done = 0
-        for array in data:
-            writer.write_tensor_data(np.ascontiguousarray(array))
-            done += array.nbytes
-            del array  # frees it before the next one is converted
-            if progress:
-                progress(done, size)
-        writer.flush()
-        writer.close()
-        flush(temporary)
-        os.replace(temporary, output)
-        flush(output.parent)
-    except BaseException:
-        writer.close()
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _remove_stale_files(output: Path) -> None:
-    """Remove temporary files of killed exports to the same name, but not those of running processes."""
-    for file in output.parent.glob(f".{glob.escape(output.name)}.*.part"):
-        pid = file.name.split(".")[-2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            file.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
