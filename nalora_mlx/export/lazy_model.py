@@ -15,6 +15,9 @@ from nalora_mlx.adapters import layouts
 from nalora_mlx.adapters.targets import EMBEDDING
 from nalora_mlx.core import storage
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.models import loading
+from nalora_mlx.models.config_translation import as_read
+from nalora_mlx.models.model_class import TEXT_TYPES, find_model_class
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,15 @@ class LazyModel:
     """A model opened for reading. It does not keep the module, which would hold every weight that was read."""
 
     directory: Path
-    config: dict[str, Any]
-    args: Any  # mlx-lm's ModelArgs
+    config: dict[str, Any]  # as mlx-lm reads it, with the keys of the text model at the top level
+    args: Any  # mlx-lm's ModelArgs of the text model
     weights: dict[str, LazyWeight]  # by path
     layers: list[str]  # paths of the layers, first to last
     problems: list[str]  # tensors that are missing, unexpected or of another shape, one line each
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read a model's config.json.
+    """Read a model's config.json. Its `model_type` is the one under which mlx-lm has the model.
 
     Raises:
         InputError: the file does not exist or is not the config of an mlx-lm model.
@@ -77,7 +80,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = storage.read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{path}: has no model_type; give the directory of an mlx-lm model")
-    return config
+    return config | {"model_type": TEXT_TYPES.get(config["model_type"], config["model_type"])}
 
 
 def open_model(directory: Path) -> LazyModel:
@@ -88,41 +91,37 @@ def open_model(directory: Path) -> LazyModel:
     Raises:
         InputError: mlx-lm cannot open the model, or its config lacks required keys.
     """
-    from mlx_lm import utils
-
     config = read_config(directory)
-    try:
-        base, args_class = utils._get_classes(config)
-    except (ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{directory}: mlx-lm cannot open this model: {error}") from error
-    if missing := [key for key in _required_keys(args_class) if key not in config]:
-        raise InputError(f"{directory / 'config.json'}: has no {', '.join(missing)}")
     problems: list[str] = []
 
-    class CheckedModel(base):  # type: ignore[misc, valid-type]
-        """The model's class, whose loading records mismatches instead of raising at the first."""
+    def checked(base: Any) -> type:
+        class CheckedModel(base):
+            """The model's class, whose loading records mismatches instead of raising at the first."""
 
-        def load_weights(self, weights: Any, strict: bool = True) -> Any:
-            problems.extend(_mismatches(dict(tree_flatten(self.parameters())), dict(weights)))
-            return super().load_weights(weights, strict=False)
+            def load_weights(self, weights: Any, strict: bool = True) -> Any:
+                problems.extend(_mismatches(dict(tree_flatten(self.parameters())), dict(weights)))
+                return super().load_weights(weights, strict=False)
 
-    try:
-        model, _ = utils.load_model(
-            directory, lazy=True, get_model_classes=lambda config: (CheckedModel, args_class)
-        )
-    except Exception as error:  # an unusual config can make mlx-lm's classes raise anything
-        raise InputError(f"{directory}: mlx-lm cannot open this model: {error}") from error
+        return CheckedModel
+
+    translation = loading.translated(directory)
+    model, _ = loading.open_module(directory, lazy=True, wrap=checked)
     paths = {id(module): path for path, module in model.named_modules()}
     layers = [paths[id(layer)] for layer in model.layers]
-    return LazyModel(directory, config, model.args, _lazy_weights(model), layers, problems)
+    found = find_model_class(config)
+    args = model.args if found is None else text_args(model, found.text_args)
+    return LazyModel(directory, as_read(config, translation), args, _lazy_weights(model), layers, problems)
 
 
-def _required_keys(args_class: Any) -> list[str]:
-    return [
-        f.name
-        for f in dataclasses.fields(args_class)
-        if f.default is f.default_factory is dataclasses.MISSING
-    ]
+def text_args(model: nn.Module, cls: type) -> Any:
+    """Return the arguments of a model's language model, which are of a class; the model's own if there are none."""
+    for _, module in model.named_modules():
+        for value in vars(module).values():
+            held = vars(value).values() if dataclasses.is_dataclass(value) else ()
+            for candidate in (value, *held):
+                if isinstance(candidate, cls):
+                    return candidate
+    return getattr(model, "args", None)
 
 
 def _lazy_weights(model: nn.Module) -> dict[str, LazyWeight]:

@@ -24,7 +24,9 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     if stated is None:
         return None
     lengths = [stated]
-    for scaling in (config.get(key) for key in SCALING_KEYS):
+    given = [config[key] for key in SCALING_KEYS if isinstance(config.get(key), Mapping)]
+    per_layer_type = [value for scaling in given for value in scaling.values()]
+    for scaling in given + per_layer_type:
         if isinstance(scaling, Mapping) and _is_number(scaling.get("factor")):
             original = scaling.get("original_max_position_embeddings")
             lengths.append((original if _is_number(original) else stated) * scaling["factor"])

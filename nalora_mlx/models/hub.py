@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.paths import is_hub_name
 
 OUR_TAG = "nalora-mlx"  # in the model cards that we write
+SMALL_FILES = ["README.md", "LICEN[CS]E*", "NOTICE*", "*.model", "*.spm", "*.vocab"]
 
 
 def card_metadata(directory: Path) -> dict[str, Any]:
@@ -20,6 +22,17 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def fetch_small_files(name: str) -> None:
+    """Download what mlx-lm leaves out of a model on the Hub: its card, its license, and rarer tokenizer files.
+
+    Failures are ignored: without a network, the files that are there are used.
+    """
+    from huggingface_hub import snapshot_download
+
+    with suppress(Exception):
+        snapshot_download(name, allow_patterns=SMALL_FILES)
 
 
 def original_name(name: str, directory: Path, config: dict[str, Any]) -> str | None:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nalora_mlx.core.errors import InputError, RunError, first_line, is_out_of_memory
+from nalora_mlx.core.errors import InputError, RunError, first_line, is_out_of_memory, listed
 from nalora_mlx.core.paths import check_paths
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from nalora_mlx.models.config_translation import Translation
+
+INDEX = "model.safetensors.index.json"
+QUANTIZATION = ("quantization", "quantization_config")  # keys that mlx-lm rewrites when it loads a model
+
 
 def load_model(
-    name: str, trust_remote_code: bool = False, quantize: int | None = None
+    name: str,
+    trust_remote_code: bool = False,
+    quantize: int | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Load (model, tokenizer, config) from a local directory or a Hugging Face repo.
 
@@ -24,24 +34,32 @@ def load_model(
         name: directory or repo.
         trust_remote_code: run code that comes with the model.
         quantize: quantize the model to this many bits (affine, group size 64).
+        notify: called with each setting of config.json that mlx-lm does not apply; prints to stderr by default.
+
+    Returns:
+        The model, its tokenizer, and the content of config.json with the quantization that was applied.
 
     Raises:
-        InputError: the model does not exist, cannot be downloaded, or cannot be loaded by mlx-lm.
+        InputError: the model does not exist, cannot be downloaded, or mlx-lm cannot run it as its config says.
         RunError: there is not enough memory.
     """
-    model, config = load_module(name, trust_remote_code, quantize)
+    model, config = load_module(name, trust_remote_code, quantize, notify)
     return model, load_tokenizer(name, trust_remote_code), config
 
 
 def load_module(
-    name: str, trust_remote_code: bool = False, quantize: int | None = None
+    name: str,
+    trust_remote_code: bool = False,
+    quantize: int | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load (model, config) without the tokenizer; see `load_model`."""
     from mlx_lm import utils
 
     directory = check_files(name)
-    with _loading(name):
-        model, config = utils.load_model(directory, trust_remote_code=trust_remote_code)
+    for notice in translated(directory, name).notices:
+        (notify or print_notice)(notice)
+    model, config = open_module(directory, trust_remote_code, name=name)
     if quantize is not None:
         if is_quantized(config):
             raise InputError(f"--quantize {quantize}: {name} is already quantized; remove the flag")
@@ -50,6 +68,81 @@ def load_module(
         except ValueError as error:
             raise InputError(f"--quantize {quantize}: {error}") from None
     return model, config
+
+
+def print_notice(text: str) -> None:
+    """Print a notice to stderr."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def open_module(
+    directory: Path,
+    trust_remote_code: bool = False,
+    *,
+    name: str | None = None,
+    lazy: bool = False,
+    wrap: Callable[[type], type] = lambda base: base,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load (model, config) from a local directory. Every command loads models here.
+
+    Args:
+        directory: the model's directory.
+        trust_remote_code: run code that comes with the model.
+        name: how the user named the model, for messages.
+        lazy: leave the weights on disk until they are used.
+        wrap: returns a subclass of the model's class to load instead.
+
+    Returns:
+        The model, and the content of config.json with the quantization that was applied.
+
+    Raises:
+        InputError: mlx-lm cannot load the model, or not as its config says.
+        RunError: there is not enough memory.
+    """
+    from mlx_lm import utils
+
+    from nalora_mlx.core.storage import read_json
+
+    name = str(directory) if name is None else name
+    translation = translated(directory, name)
+    with _loading(name):
+
+        def classes(config: dict[str, Any]) -> tuple[type, type]:
+            model, args = utils._get_classes(config)
+            return wrap(model), args
+
+        model, loaded = utils.load_model(
+            directory,
+            lazy=lazy,
+            model_config=copy.deepcopy(translation.overrides),
+            get_model_classes=classes,
+            trust_remote_code=trust_remote_code,
+        )
+    config = read_json(directory / "config.json")
+    return model, config | {key: loaded[key] for key in QUANTIZATION if key in loaded}
+
+
+def translated(directory: Path, name: str | None = None) -> Translation:
+    """Return how the class that mlx-lm has for a model reads its config.
+
+    Raises:
+        InputError: names the keys that change results and that the class cannot apply.
+    """
+    from mlx_lm.utils import load_config
+
+    from nalora_mlx.core.storage import array_shapes
+    from nalora_mlx.models.config_translation import translate
+
+    name = str(directory) if name is None else name
+    with _loading(name):
+        config = load_config(directory)
+        weights = [array for path in directory.glob("*.safetensors") for array in array_shapes(path)]
+        translation = translate(config, weights)
+    if translation.problems:
+        raise InputError(
+            f"--model {name}: config.json: {listed(translation.problems)}; use another program or model"
+        )
+    return translation
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -66,13 +159,22 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 def _loading(name: str) -> Iterator[None]:
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise RunError(
                 f"--model {name}: out of memory while loading ({first_line(error)}); use a smaller model, or a "
                 "quantized one (mlx_lm.convert --quantize makes one)"
             ) from error
-        raise InputError(f"--model {name}: cannot be loaded: {first_line(error)}") from error
+        what, *names = (
+            line.strip(" ,.") for line in str(error).strip().splitlines() or [type(error).__name__]
+        )
+        what = (
+            f"{what} is missing in config.json or among the weights" if isinstance(error, KeyError) else what
+        )
+        what += f" {listed(names, ', ')}" if what.endswith(":") else ""  # mlx lists arrays one a line
+        raise InputError(f"--model {name}: cannot be loaded: {what}") from error
 
 
 def is_slow_on_cpu(model: nn.Module) -> bool:
@@ -131,6 +233,16 @@ def check_files(name: str) -> Path:
     config = read_json(directory / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"--model {name}: config.json has no model_type; give a model that mlx-lm can load")
+    index = directory / INDEX
+    named = read_json(index).get("weight_map") if index.exists() else {}
+    if not isinstance(named, dict) or any(Path(str(file)).name != file for file in named.values()):
+        raise InputError(f"--model {name}: {INDEX} must map names to files in the same directory")
+    if missing := sorted({file for file in named.values() if not (directory / file).exists()}):
+        raise InputError(
+            f"--model {name}: {listed(missing, ', ')} is missing, which {INDEX} lists; download the model again"
+        )
+    if not list(directory.glob("model*.safetensors")):
+        raise InputError(f"--model {name}: {_no_weights(directory)}")
     arrays = sum(len(array_shapes(path)) for path in directory.glob("*.safetensors"))
     for key, value in _settings(config):
         # mlx-lm builds all layers before it compares them with the weights.
@@ -138,11 +250,20 @@ def check_files(name: str) -> Path:
             raise InputError(
                 f"--model {name}: config.json has {key} {value}, the weights only {arrays} arrays"
             )
-    index = directory / "model.safetensors.index.json"
-    named = read_json(index).get("weight_map") if index.exists() else {}
-    if not isinstance(named, dict) or any(Path(str(file)).name != file for file in named.values()):
-        raise InputError(f"--model {name}: {index.name} must map names to files in the same directory")
     return directory
+
+
+def _no_weights(directory: Path) -> str:
+    """Say which weights a directory has instead of those that mlx-lm reads, and what to do."""
+    missing = "the directory has no model*.safetensors, which mlx-lm reads"
+    convert = (
+        "load it in transformers and save it: AutoModelForCausalLM.from_pretrained({}).save_pretrained(NEW)"
+    )
+    if list(directory.glob("*.bin")):
+        return f"{missing}, only *.bin; {convert.format('DIR')}"
+    if files := sorted(directory.glob("*.gguf")):
+        return f"{missing}, only GGUF; {convert.format(f'DIR, gguf_file={files[0].name!r}')}"
+    return f"{missing}; download the model again"
 
 
 def _settings(config: Any) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ wide enough for that, in half types and on GPUs that shorten float32 in matrix p
 more.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -27,17 +28,19 @@ GATED_MLP = Tolerance(2e-3, 5e-3, 4e-2)  # outputs of one rebuilt MLP
 PACKED_ROWS = Tolerance(2e-3, 5e-2, 5e-2)  # hidden states or logits of rows that are packed
 
 
-def relative_error(output: mx.array, expected: mx.array, only_finite: bool = False) -> float:
+def relative_error(output: mx.array, expected: mx.array) -> float:
     """Return max |output - expected| / max |expected|, computed in float32.
+
+    Some models give logits of -inf to unused tokens, so equal infinities count as equal. The error is infinite if
+    there is NaN, or another infinity, in either array.
 
     Args:
         output: an array of any shape and floating dtype.
         expected: an array of the same shape.
-        only_finite: compare only where `expected` is finite. Some models give logits of -inf to unused tokens.
     """
     output, expected = output.astype(mx.float32), expected.astype(mx.float32)
-    if only_finite:
-        finite = mx.isfinite(expected)
-        output, expected = mx.where(finite, output, 0), mx.where(finite, expected, 0)
-    size: Any = mx.maximum(mx.abs(expected).max(), 1e-30)
-    return (mx.abs(output - expected).max() / size).item()
+    difference = mx.where(output == expected, 0, mx.abs(output - expected))
+    if not mx.all(mx.isfinite(difference)).item():
+        return math.inf
+    size: Any = mx.maximum(mx.abs(mx.where(mx.isfinite(expected), expected, 0)).max(), 1e-30)
+    return (difference.max() / size).item()
