@@ -1,5 +1,6 @@
 """`nalora export gguf-lora`: llama.cpp gives the logits of base + adapter, from two GGUF files."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.utils import load
@@ -10,11 +11,12 @@ from nalora_mlx.adapters.files import adapter_config, adapter_weights
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export.gguf import adapter as gguf_adapter
-from nalora_mlx.export.gguf.architecture import Placement
 from nalora_mlx.export.gguf.architectures import ARCHITECTURES
+from nalora_mlx.export.gguf.placement import Placement
 from tests.conftest import random_adapters
-from tests.interop import llama_cpp
-from tests.interop.gguf_models import PROMPT, build, logits, save
+from tests.interop import configs_recurrent, llama_cpp
+from tests.interop.configs_experts import ADAPTED_LAYERS, IGNORED_LAYERS
+from tests.interop.gguf_models import PROMPT, VARIANTS, build, logits, prompt, save
 from tests.logit_comparison import close, effect_of, relative_error
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
@@ -24,8 +26,24 @@ UNTIED = {"tie_word_embeddings": False}
 HEAD = ("mlp.down_proj", "model.embed_tokens", "lm_head")
 TIED_OLMO2 = ("mlp.up_proj", "model.embed_tokens")
 # Case -> (model type, changes of its config, keys; None for all linear layers).
-CASES = {name: (name, {}, None) for name in ARCHITECTURES}
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+# llama.cpp applies no adapter to the other linear layers, see IGNORED.
+KEYS = (
+    ADAPTED_LAYERS
+    | configs_recurrent.ADAPTED_LAYERS
+    | {
+        "gemma3n": (
+            *MLP,
+            *(f"self_attn.{name}_proj" for name in "qkvo"),
+            *("laurel.linear_left", "laurel.linear_right", "per_layer_input_gate", "per_layer_projection"),
+        ),
+        "minicpm3": (*MLP, "self_attn.o_proj"),
+    }
+)
+CASES = {name: (name, {}, KEYS.get(name)) for name in ARCHITECTURES}
 CASES |= {
+    "nemotron_h with experts": (*VARIANTS["nemotron_h with experts"], None),
+    "gemma4 with experts": ("gemma4_text", VARIANTS["gemma4 large"][1], None),
     "untied embedding and head": ("llama", UNTIED, HEAD),
     "tied embedding with output.weight in GGUF": ("olmo2", {"tie_word_embeddings": True}, TIED_OLMO2),
     "eight experts": ("mixtral", {"num_local_experts": 8}, ("block_sparse_moe.switch_mlp.gate_proj",)),
@@ -36,7 +54,9 @@ def prepare(tmp_path, model_type, changes, keys, attach=adapt, seed=7):
     """Create a base model and an adapter; return their directories and the logits of base and base + adapter."""
     model, config = build(model_type, **changes)
     base = save(tmp_path / "base", model, config)
-    plain = logits(model)
+    ids = prompt(model_type)
+    plain = logits(model, ids)
+    mx.random.seed(seed)
     attach(model, NALoRAConfig(num_layers=-1, rank=4, scale=3.0, keys=keys))
     random_adapters(model, seed=seed, size=0.1)
     model.eval()
@@ -45,28 +65,35 @@ def prepare(tmp_path, model_type, changes, keys, attach=adapt, seed=7):
         "adapter_config.json": storage.json_writer(adapter_config(model)),
     }
     storage.write_directory(tmp_path / "adapter", files)
-    return base, tmp_path / "adapter", plain, logits(model)
+    return base, tmp_path / "adapter", plain, logits(model, ids)
 
 
 def export(format, base, output, *flags):
     return main(["export", format, "--model", str(base), "--output", str(output), *map(str, flags)])
 
 
-def llama_cpp_logits(tmp_path, base, adapter):
+def llama_cpp_logits(tmp_path, base, adapter, ids=PROMPT):
     """Return llama.cpp's logits for the base and for base + adapter."""
     assert export("gguf", base, tmp_path / "base.gguf", "--type", "f32") == 0
     assert export("gguf-lora", base, tmp_path / "lora.gguf", "--adapter-path", adapter) == 0
     with llama_cpp.Llama(tmp_path / "base.gguf") as llama:
-        alone = llama.logits(PROMPT)
+        alone = llama.logits(ids)
     with llama_cpp.Llama(tmp_path / "base.gguf", loras={tmp_path / "lora.gguf": 1.0}) as llama:
-        return alone, llama.logits(PROMPT)
+        return alone, llama.logits(ids)
 
 
-@pytest.mark.parametrize("case", CASES)
+# Cases that differ from others in their name only.
+SECONDARY = {"gemma4_unified", "iquestcoder", "llava", "pixtral", "qwen2_5_vl", "xverse"}
+SECONDARY |= configs_recurrent.SECONDARY
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SECONDARY else case for case in CASES]
+)
 def test_llama_cpp_gives_logits_of_base_plus_adapter(tmp_path, case):
     model_type, changes, keys = CASES[case]
     base, adapter, plain, tuned = prepare(tmp_path, model_type, changes, keys)
-    alone, both = llama_cpp_logits(tmp_path, base, adapter)
+    alone, both = llama_cpp_logits(tmp_path, base, adapter, prompt(model_type))
     tolerance = 1e-3 if ARCHITECTURES[model_type].gelu else 1e-5
     assert relative_error(alone, plain) < tolerance
     close(both, tuned, plain, tolerance)
@@ -105,7 +132,7 @@ def test_sum_of_two_adapters(tmp_path):
     [
         ("llama", {}, ("model.embed_tokens",), adapt, "both embedding and output head"),
         ("llama", {}, ("mlp.up_proj",), adapt_dora, "no dora adapters"),
-        ("seed_oss", {}, ("mlp.up_proj",), adapt, "cannot be exported to GGUF"),
+        ("iquestloopcoder", {}, ("mlp.up_proj",), adapt, "cannot be exported to GGUF"),
     ],
 )
 def test_unsupported_adapters_are_rejected(tmp_path, capsys, model_type, changes, keys, attach, message):
@@ -128,12 +155,43 @@ def test_merge_into_gguf_is_exact(tmp_path, attach):
         close(llama.logits(PROMPT), tuned, plain, 1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "internlm2", "phi3"])
+# Linear layers where llama.cpp would load an adapter and not apply it.
+IGNORED = [
+    ("gemma3n", "altup.modality_router", 1e-3),
+    ("gemma4_text", "model.per_layer_model_projection", 1e-3),
+    *((model_type, key, 1e-5) for model_type, key in IGNORED_LAYERS),
+    *(
+        ("minicpm3", f"self_attn.{name}", 1e-5)
+        for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_type", "key", "tolerance"), IGNORED)
+def test_adapters_that_llama_cpp_ignores_are_rejected(
+    tmp_path, monkeypatch, capsys, model_type, key, tolerance
+):
+    base, adapter, plain, tuned = prepare(tmp_path, model_type, {}, (key,))
+    flags = ["--adapter-path", adapter]
+    assert export("gguf-lora", base, tmp_path / "lora.gguf", *flags) == 2
+    assert "cannot have an adapter here" in capsys.readouterr().err
+    monkeypatch.setattr(Placement, "takes_lora", True)
+    alone, both = llama_cpp_logits(tmp_path, base, adapter)
+    assert relative_error(both, alone) == 0
+    assert export("gguf", base, tmp_path / "whole.gguf", "--type", "f32", *flags) == 0
+    with llama_cpp.Llama(tmp_path / "whole.gguf") as llama:
+        assert relative_error(llama.logits(PROMPT), tuned) < tolerance < relative_error(plain, tuned) / 10
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["mixtral", "internlm2", "phi3", "openelm", "lille-130m", "plamo", "gpt_neox", "nemotron-nas"],
+)
 def test_merge_of_experts_and_fused_projections_is_exact(tmp_path, model_type):
-    base, adapter, plain, tuned = prepare(tmp_path, model_type, {}, None)
+    base, adapter, plain, tuned = prepare(tmp_path, model_type, {}, KEYS.get(model_type))
     assert export("gguf", base, tmp_path / "whole.gguf", "--type", "f32", "--adapter-path", adapter) == 0
     with llama_cpp.Llama(tmp_path / "whole.gguf") as llama:
-        close(llama.logits(PROMPT), tuned, plain, 1e-5)
+        close(llama.logits(PROMPT), tuned, plain, 1e-3 if ARCHITECTURES[model_type].gelu else 1e-5)
 
 
 def test_fully_trained_weights_are_exported(tmp_path):

@@ -8,7 +8,6 @@ import pytest
 from mlx_lm.tokenizer_utils import load
 from tokenizers import (
     AddedToken,
-    Regex,
     Tokenizer,
     decoders,
     models,
@@ -19,104 +18,16 @@ from tokenizers import (
 )
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.export.gguf.pretokenizers import BYTE_LEVEL, DIGITS, PRE_TOKENIZERS
-from nalora_mlx.export.gguf.tokenizer import compare_with_mlx_lm, read_vocabulary
+from nalora_mlx.export.gguf.vocabulary.pretokenizer_table import BYTE_LEVEL, PRE_TOKENIZERS
+from nalora_mlx.export.gguf.vocabulary.tokenizer import read_vocabulary
+from nalora_mlx.export.gguf.vocabulary.tokenizer_check import compare_with_mlx_lm
 from tests.interop import llama_cpp
-from tests.interop.nasty_texts import ASCII, TEXT, TRAINING, UNCASED
+from tests.interop.gguf_tokenizers import CHAT, byte_level, same_tokens, vocabulary_file
+from tests.interop.nasty_texts import ASCII, SCRIPTS, TEXT, TRAINING, UNCASED
 
-gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
 llama_cpp.require()
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHAT = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n<tool> x <tool><|im_end|>"
-
-
-def vocabulary_file(tmp_path, size, **config):
-    """Write a GGUF with only the tokenizer in tmp_path; return its vocabulary and path."""
-    vocabulary = read_vocabulary(tmp_path, config, size)
-    return vocabulary, write(tmp_path, vocabulary)
-
-
-def write(tmp_path, vocabulary):
-    path = tmp_path / "vocabulary.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    vocabulary.write(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    return path
-
-
-def same_tokens(tmp_path, tokenizer, text, *, affixes=False):
-    """Assert that llama.cpp tokenizes `text` like `tokenizer`, and so does mlx-lm unless a note says otherwise."""
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    if not (tmp_path / "tokenizer_config.json").exists():
-        (tmp_path / "tokenizer_config.json").write_text("{}")
-    vocabulary, path = vocabulary_file(tmp_path, tokenizer.get_vocab_size())
-    expected = tokenizer.encode(text, add_special_tokens=affixes)
-    with llama_cpp.Llama(path, vocab_only=True) as llama:
-        actual = llama.tokenize(text, affixes=affixes)
-    if actual != expected.ids:
-        differing = next(i for i, (a, b) in enumerate(zip(actual, expected.ids, strict=False)) if a != b)
-        near = expected.offsets[differing][0]
-        pytest.fail(f"differ at {text[max(0, near - 10) : near + 10]!r}")
-    notes = compare_with_mlx_lm(tmp_path, vocabulary)
-    assert notes or load(tmp_path).encode(text, add_special_tokens=affixes) == expected.ids
-    vocabulary.notes += notes
-    return vocabulary
-
-
 # --- byte-level BPE ----------------------------------------------------------------------------------
-
-
-def pre_tokenizer(patterns):
-    steps = []
-    for pattern in patterns:
-        if pattern == BYTE_LEVEL:
-            steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
-        elif pattern == DIGITS:
-            steps.append(pre_tokenizers.Digits(individual_digits=True))
-        else:
-            steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
-    if BYTE_LEVEL not in patterns:
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    return pre_tokenizers.Sequence(steps)
-
-
-def byte_level(patterns, *, ignore_merges=False, size=1500):
-    """Train a byte-level BPE without splits, so that its merges cross word boundaries and every split has an effect."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizer(())
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TRAINING, trainer)
-    tokenizer.pre_tokenizer = pre_tokenizer(patterns)
-    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
-    return tokenizer
-
-
-@pytest.mark.parametrize("row", PRE_TOKENIZERS, ids=lambda row: f"{row.name}-{len(row.patterns[0])}")
-def test_every_pretokenizer_gives_the_same_tokens(tmp_path, row):
-    tokenizer = byte_level(row.patterns, ignore_merges=row.ignore_merges)
-    text = ASCII + UNCASED if row.note else CHAT
-    vocabulary = same_tokens(tmp_path, tokenizer, text)
-    assert vocabulary.pretokenizer == row.name
-    # The name of any other row gives different tokens, so the test text distinguishes them.
-    same_splits = {"dbrx", "llama-bpe"}
-    others = {other.name for other in PRE_TOKENIZERS} - (
-        same_splits if row.name in same_splits else {row.name}
-    )
-    expected = tokenizer.encode(text, add_special_tokens=False).ids
-    for other in others:
-        vocabulary.pretokenizer = other
-        with llama_cpp.Llama(write(tmp_path, vocabulary), vocab_only=True) as llama:
-            assert llama.tokenize(text) != expected, other
 
 
 def test_bos_and_eos_are_added_as_the_post_processor_says(tmp_path):
@@ -146,9 +57,8 @@ def test_special_tokens_come_from_the_tokenizer_before_the_config(tmp_path):
         assert [i for i in range(1600) if native.llama_vocab_is_eog(words, i)] == [0, 2]
         assert not native.llama_vocab_get_add_bos(words)
         assert native.llama_model_chat_template(llama.model, None) == b"{{ messages }}"
-        assert llama.tokenize("<|im_end|>", special=False) != [
-            2
-        ]  # user text is not parsed as a control token
+        # A user's text is not parsed as a control token.
+        assert llama.tokenize("<|im_end|>", special=False) != [2]
 
 
 def test_tokens_without_an_embedding_are_left_out(tmp_path):
@@ -156,46 +66,6 @@ def test_tokens_without_an_embedding_are_left_out(tmp_path):
     vocabulary, _ = vocabulary_file(tmp_path, 400)
     assert len(vocabulary.tokens) == 400
     assert "<tool>" in " ".join(vocabulary.notes)
-
-
-def test_normalizer_gives_a_note(tmp_path):
-    tokenizer = byte_level([BYTE_LEVEL])
-    tokenizer.normalizer = normalizers.NFC()
-    vocabulary = same_tokens(tmp_path, tokenizer, ASCII + UNCASED)
-    assert any("NFC" in note for note in vocabulary.notes)
-
-
-def test_ignore_merges_is_accepted_if_merges_reach_every_token(tmp_path):
-    qwen2 = next(row for row in PRE_TOKENIZERS if row.name == "qwen2")
-    assert same_tokens(tmp_path, byte_level(qwen2.patterns, ignore_merges=True), CHAT).pretokenizer == "qwen2"
-
-
-def test_ignore_merges_is_rejected_if_it_has_an_effect(tmp_path):
-    qwen2 = next(row for row in PRE_TOKENIZERS if row.name == "qwen2")
-    content = json.loads(byte_level(qwen2.patterns, ignore_merges=True).to_str())
-    content["model"]["merges"] = content["model"]["merges"][:-50]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="unknown pre-tokenizer"):
-        read_vocabulary(tmp_path, {}, 1600)
-
-
-def test_gguf_tokenizer_pre_is_used_for_unknown_patterns(tmp_path):
-    tokenizer = byte_level(["[a-z]+"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match=r"supported are .*gpt-2.*llama-bpe.*SentencePiece"):
-        read_vocabulary(tmp_path, {}, 1600)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"gguf_tokenizer_pre": "deepseek-llm"}))
-    vocabulary, path = vocabulary_file(tmp_path, 1600)
-    assert vocabulary.pretokenizer == "deepseek-llm"
-    with llama_cpp.Llama(path, vocab_only=True) as llama:
-        assert llama.tokenize("a")
-
-
-def test_known_patterns_override_gguf_tokenizer_pre(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"gguf_tokenizer_pre": "smollm"}))
-    vocabulary = same_tokens(tmp_path, byte_level([BYTE_LEVEL]), CHAT)
-    assert vocabulary.pretokenizer == "gpt-2"
-    assert any("smollm" in note for note in vocabulary.notes)
 
 
 # --- tokenizer classes of mlx-lm ---------------------------------------------------------------------
@@ -318,10 +188,96 @@ def test_sentencepiece_as_tokenizer_json_gives_the_same_tokens(tmp_path, style):
     _, processor = sentencepiece_model(user_defined_symbols=["<tool>"])
     vocabulary = same_tokens(tmp_path, converted(processor, style), TEXT)
     assert vocabulary.add_space_prefix == (style != "gemma")
-    chat = (
-        CHAT.replace("> x", ">x") if style == "metaspace" else CHAT
-    )  # Metaspace joins two spaces after a token
+    # Metaspace joins two spaces after a token.
+    chat = CHAT.replace("> x", ">x") if style == "metaspace" else CHAT
     same_tokens(tmp_path, converted(processor, style), chat)
+
+
+def with_gemmas_runs(tokenizer, longest=9):
+    """Add runs of line ends, tabs and spaces as Gemma has them: their merges come first, in an order of their own."""
+    content = json.loads(tokenizer.to_str())
+    model, characters = content["model"], "\n\u2581\t"
+    runs = {c * n for c in characters for n in range(1, longest + 1)}
+    merges = [merge for merge in model["merges"] if "".join(merge) not in runs]
+    sizes = [(left, right) for left in range(longest, 0, -1) for right in range(longest - left, 0, -1)]
+    model["merges"] = [[c * left, c * right] for left, right in sizes for c in characters] + merges
+    for run in sorted(runs):
+        model["vocab"].setdefault(run, len(model["vocab"]))
+    no_flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word", "normalized"), False)
+    content["added_tokens"] += [
+        {"id": model["vocab"][run], "content": run} | no_flags for run in sorted(runs) if len(run) > 1
+    ]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+RUNS = "".join(c * n + "x" for c in " \n\t" for n in range(1, 24)) + " \n \n\n  x\t\t y"
+
+
+def test_gemma_as_tokenizer_json_gives_the_same_tokens(tmp_path):
+    _, processor = sentencepiece_model(user_defined_symbols=["<tool>"])
+    tokenizer = with_gemmas_runs(converted(processor, "gemma"))
+    vocabulary = same_tokens(tmp_path, tokenizer, TEXT + RUNS + "".join(SCRIPTS.values()))
+    assert vocabulary.scores is not None  # the form that every version of llama.cpp reads
+    content = json.loads(tokenizer.to_str())
+    content["model"]["merges"].reverse()  # runs rank by length no more
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert read_vocabulary(tmp_path, {}, tokenizer.get_vocab_size()).scores is None
+
+
+def raw_bpe():
+    """Train a BPE of text with bytes for the rest, whose merges are not SentencePiece's, as Gemma 4 has."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=names, show_progress=False, limit_alphabet=150
+    )
+    tokenizer.train_from_iterator([text[:4000] for text in TRAINING], trainer)
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"] |= {"\n\n": 1500, "\n\n\n": 1501}
+    content["model"]["merges"] += [["\n", "\n"], ["\n\n", "\n"]]
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if not token["content"].startswith("<0x")
+    ]
+    spaces = {"id": content["model"]["vocab"]["\u2581\u2581"], "content": "\u2581\u2581"}
+    content["added_tokens"].append({**content["added_tokens"][0], "special": False, **spaces})
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return tokenizer
+
+
+def test_gemma4_gives_the_same_tokens(tmp_path):
+    settings = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = f"<|turn>user\n{TEXT}{''.join(SCRIPTS.values())}\n\n\n\nx\n\n<turn|>"
+    vocabulary = same_tokens(tmp_path, raw_bpe(), text, affixes=True)
+    assert (vocabulary.raw, vocabulary.scores, vocabulary.add_bos) == (True, None, True)
+    spaces = vocabulary.tokens.index("\u2581\u2581")
+    assert vocabulary.types[spaces] == 1  # an ordinary token, or llama.cpp would print \u2581 for spaces
+    assert any("tokenizer model gemma4" in note for note in vocabulary.notes)
+    same_tokens(tmp_path, raw_bpe(), text)
+
+
+def test_raw_bpe_whose_merges_cross_line_ends_is_rejected(tmp_path):
+    content = json.loads(raw_bpe().to_str())
+    content["model"]["vocab"]["\nx"] = len(content["model"]["vocab"])
+    content["model"]["merges"].append(["\n", "x"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="not made by SentencePiece"):
+        read_vocabulary(tmp_path, {}, 1503)
+
+
+def test_raw_bpe_that_adds_a_space_is_rejected(tmp_path):
+    tokenizer = raw_bpe()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = None, pre_tokenizers.Metaspace(split=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="not made by SentencePiece"):
+        read_vocabulary(tmp_path, {}, tokenizer.get_vocab_size())
 
 
 def test_bpe_not_made_by_sentencepiece_is_rejected(tmp_path):

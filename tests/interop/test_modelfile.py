@@ -1,5 +1,6 @@
 """Ollama Modelfiles: their syntax, and that their templates render like the models' own."""
 
+import json
 import re
 from pathlib import Path
 
@@ -141,8 +142,9 @@ def test_template_renders_like_the_models_own(tokenizer, tmp_path, name):
         assert render(found["TEMPLATE"], messages) == expected
         compared += 1
     assert compared >= 2
-    if "PARAMETER" in found:
-        parameter, _, value = found["PARAMETER"].partition(" ")
+    after = extract_chat_format(tokenizer).wrappers["assistant"][1].strip()
+    assert not after or ("PARAMETER", f'stop "{after}"') in parse(path.read_text())
+    for parameter, _, value in (v.partition(" ") for k, v in parse(path.read_text()) if k == "PARAMETER"):
         assert parameter in PARAMETERS
         assert re.fullmatch(r'"[^"\n]+"', value)
 
@@ -165,7 +167,8 @@ def test_complex_templates_are_omitted_with_a_note(tokenizer, tmp_path, name):
     tokenizer = with_template(tokenizer, NOT_SIMPLE[name])
     assert extract_chat_format(tokenizer) is None
     path, notes = write_modelfile(tmp_path / "model.gguf", tokenizer)
-    assert [instruction for instruction, _ in parse(path.read_text())] == ["FROM"]
+    end = tokenizer.eos_token
+    assert parse(path.read_text()) == [("FROM", "./model.gguf"), ("PARAMETER", f'stop "{end}"')]
     assert "Ollama" in notes[0]
 
 
@@ -187,9 +190,13 @@ def test_existing_modelfile_is_kept(tokenizer, tmp_path):
 def test_export_writes_a_modelfile(tmp_path, capsys):
     pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
     base = save(tmp_path / "base", *build("llama", num_hidden_layers=1))
+    ends = load(base).convert_tokens_to_ids(["<|begin|>", "<|im_end|>"])
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     where = ["--model", str(base), "--output", str(tmp_path / "model.gguf")]
     assert main(["export", "gguf", *where]) == 0
     assert "model.gguf.Modelfile" in capsys.readouterr().out
-    assert parse(Path(tmp_path / "model.gguf.Modelfile").read_text())[0] == ("FROM", "./model.gguf")
+    found = parse(Path(tmp_path / "model.gguf.Modelfile").read_text())
+    assert found[0] == ("FROM", "./model.gguf")
+    assert {value for key, value in found if key == "PARAMETER"} >= {'stop "<|begin|>"', 'stop "<|im_end|>"'}
     assert main(["export", "gguf", *where, "--overwrite"]) == 0
     assert "was not changed" in capsys.readouterr().out

@@ -1,22 +1,24 @@
 """An adapter as a GGUF file, for llama.cpp's --lora and Ollama's ADAPTER."""
 
+import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from nalora_mlx.core.errors import InputError
-from nalora_mlx.export.gguf.architecture import Architecture, config_problems, place
+from nalora_mlx.core.errors import InputError, listed
+from nalora_mlx.export.gguf.architecture import Architecture, arguments, config_problems, place
+from nalora_mlx.export.gguf.architectures import find_architecture
 from nalora_mlx.export.gguf.model import (
     GgufResult,
-    find_architecture,
     gguf_name,
     is_tied,
     tensor_name_map,
 )
 from nalora_mlx.export.gguf.tensor_types import gguf
 from nalora_mlx.export.gguf.writing import check_output, write_gguf
-from nalora_mlx.export.lazy_model import LazyModel
+from nalora_mlx.export.lazy_model import LazyModel, read_config
 from nalora_mlx.export.updates import AdapterUpdates, LowRankUpdate, with_common_rank
 
 
@@ -39,7 +41,8 @@ def export_gguf_lora(
         InputError: llama.cpp does not support the model or the adapter.
     """
     check_output(output, overwrite)
-    arch = find_architecture(model.config)
+    arch = find_architecture(read_config(model.directory))
+    model = dataclasses.replace(model, args=arguments(arch, model.args))
     if problems := config_problems(arch, model.args, model.config):
         raise InputError(f"{model.directory}: cannot be exported to GGUF: {'; '.join(problems)}")
     if updates.kind != "lora":
@@ -47,6 +50,11 @@ def export_gguf_lora(
             f"export gguf-lora: llama.cpp has no {updates.kind} adapters; merge it: nalora export gguf --adapter-path"
         )
     by_path, rank, scale = with_common_rank(updates.by_path)
+    if unsupported := _layers_without_lora(arch, model, by_path):
+        raise InputError(
+            f"{listed(unsupported, ', ')}: llama.cpp's {arch.name} cannot have an adapter here; "
+            "merge it: nalora export gguf --adapter-path"
+        )
     tensors = list(_adapter_tensors(arch, model, by_path))
     writer = gguf.GGUFWriter(None, arch.name)
     writer.add_type("adapter")
@@ -60,12 +68,28 @@ def export_gguf_lora(
     return GgufResult(output, output.stat().st_size, len(tensors), arch.name, "f32", [])
 
 
+def _layers_without_lora(
+    arch: Architecture, model: LazyModel, by_path: dict[str, LowRankUpdate]
+) -> list[str]:
+    """Return the adapted layers for which llama.cpp has no tensor, or to which it would not apply the adapter.
+
+    * stands for the numbers in their paths.
+    """
+    names = tensor_name_map(arch, model.args)
+
+    def takes_lora(path: str) -> bool:
+        found = place(arch, model.args, f"{path}.weight")
+        return all(p.takes_lora and gguf_name(names, p.name) is not None for p in found)
+
+    return sorted({re.sub(r"\.\d+(?=\.)", ".*", path) for path in by_path if not takes_lora(path)})
+
+
 def _adapter_tensors(
     arch: Architecture, model: LazyModel, by_path: dict[str, LowRankUpdate]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, data) of every tensor of the adapter."""
     names = tensor_name_map(arch, model.args)
-    tied = is_tied(model.weights)
+    tied = is_tied(arch, model.args, model.weights, names)
     for path, update in by_path.items():
         left, right = np.array(update.left), np.array(update.right)
         is_embedding = model.weights[f"{path}.weight"].kind == "embedding"
@@ -76,9 +100,11 @@ def _adapter_tensors(
             )
         for placement in place(arch, model.args, f"{path}.weight"):
             name = gguf_name(names, placement.name)
-            if name is None or not placement.is_selection:
-                raise InputError(f"{path}: llama.cpp's {arch.name} cannot have an adapter here")
+            assert name is not None
             rows = left if placement.rows is None else left[..., placement.rows, :]
+            if placement.expert_scale is not None:
+                scale_path = next(name for name in model.weights if name.endswith(placement.expert_scale))
+                rows = rows * model.weights[scale_path].read((slice(None),))[:, None, None]
             columns = right if placement.columns is None else right[..., placement.columns]
             if is_embedding:
                 yield f"{name}.lora_a", left

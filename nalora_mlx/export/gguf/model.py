@@ -1,8 +1,9 @@
 """A model as one GGUF file, written tensor by tensor: each is read, dequantized, merged, converted and written."""
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ import numpy as np
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.gguf.architecture import (
     Architecture,
-    Placement,
+    arguments,
     config_notes,
     config_problems,
     place,
     rope_factors,
     write_metadata,
 )
-from nalora_mlx.export.gguf.architectures import ARCHITECTURES
+from nalora_mlx.export.gguf.architectures import find_architecture
+from nalora_mlx.export.gguf.mxfp4 import copy_blocks, keeps_blocks
+from nalora_mlx.export.gguf.placement import Placement, layer_and_rest
 from nalora_mlx.export.gguf.tensor_types import (
     FILE_TYPES,
     byte_size,
@@ -31,7 +34,8 @@ from nalora_mlx.export.gguf.tensor_types import (
     is_k_quant,
     quantize,
 )
-from nalora_mlx.export.gguf.tokenizer import Vocabulary, compare_with_mlx_lm, read_vocabulary
+from nalora_mlx.export.gguf.vocabulary.tokenizer import Vocabulary, read_vocabulary
+from nalora_mlx.export.gguf.vocabulary.tokenizer_check import compare_with_mlx_lm
 from nalora_mlx.export.gguf.writing import check_output, write_gguf
 from nalora_mlx.export.lazy_model import LazyModel, LazyWeight, open_model, read_config
 from nalora_mlx.export.updates import AdapterUpdates, merge_updates
@@ -53,13 +57,13 @@ class GgufResult:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the file and the weight it is made from."""
+    """One tensor of the file and the weights it is made from."""
 
     name: str  # in GGUF
-    path: str  # of the weight
     shape: tuple[int, ...]
     type: Any  # gguf.GGMLQuantizationType
-    placement: Placement  # which rows and columns of the weight, and what becomes of them
+    # By path, which rows and columns of the weight, and what becomes of them. Several weights are stacked.
+    parts: dict[str, Placement]
     use_llama_cpp: bool = False  # quantize with llama.cpp instead of gguf-py
 
     @property
@@ -67,44 +71,46 @@ class PlannedTensor:
         """Size of the tensor's data in the file."""
         return byte_size(self.shape, self.type)
 
-    def convert(self, weight: LazyWeight) -> np.ndarray:
+    def convert(self, weights: Mapping[str, LazyWeight]) -> np.ndarray:
         """Return the tensor's data as written to the file: uint8 [bytes]."""
+        if self.type == gguf.GGMLQuantizationType.MXFP4:
+            return copy_blocks(weights[path := next(iter(self.parts))], path)
         data = np.empty(self.bytes, np.uint8)
         done = 0
-        for values in self._read(weight):
-            self._check(values)
-            part = quantize(values, self.type, self.use_llama_cpp)
-            data[done : done + part.size] = part
-            done += part.size
+        for path, placement in self.parts.items():
+            for values in self._read(weights[path], placement):
+                self._check(values, path)
+                part = quantize(values, self.type, self.use_llama_cpp)
+                data[done : done + part.size] = part
+                done += part.size
         return data
 
-    def _read(self, weight: LazyWeight) -> Iterator[np.ndarray]:
-        """Yield the tensor's values in runs of rows with about CHUNK elements, expert by expert; float32."""
-        place = self.placement
-        if place.shape is not None:  # a small tensor
-            values = weight.read((slice(None) if place.rows is None else mx.array(place.rows),))
-            yield self._change(values).reshape(place.shape)
+    def _read(self, weight: LazyWeight, placement: Placement) -> Iterator[np.ndarray]:
+        """Yield a part's values in runs of rows with about CHUNK elements, expert by expert; float32."""
+        if placement.shape is not None:  # a small tensor
+            values = weight.read((slice(None) if placement.rows is None else mx.array(placement.rows),))
+            yield _change(values, placement).reshape(placement.shape)
             return
-        experts, columns = self.shape[:-2], self.shape[-1] if len(self.shape) > 1 else 1
-        rows = self.shape[-2] if len(self.shape) > 1 else self.shape[0]
+        shape = _shape(weight, placement)
+        *experts, rows, columns = (*shape, 1) if len(shape) == 1 else shape
         step = max(1, CHUNK // columns)
         for expert in np.ndindex(*experts):
             for start in range(0, rows, step):
                 run = slice(start, start + step)
-                index = (*expert, run if place.rows is None else mx.array(place.rows[run]))
-                yield self._change(weight.read(index))
+                index = (*expert, run if placement.rows is None else mx.array(placement.rows[run]))
+                yield _change(weight.read(index), placement)
 
-    def _change(self, values: np.ndarray) -> np.ndarray:
-        place = self.placement
-        values = values if place.columns is None else values[..., place.columns]
-        return values if place.values is None else place.values(values)
-
-    def _check(self, values: np.ndarray) -> None:
+    def _check(self, values: np.ndarray, path: str) -> None:
         largest = np.abs(values).max(initial=0.0)
         if not np.isfinite(largest):
-            raise InputError(f"{self.path}: has NaN or infinite values; the model is damaged")
+            raise InputError(f"{path}: has NaN or infinite values; the model is damaged")
         if self.type == gguf.GGMLQuantizationType.F16 and largest > np.finfo(np.float16).max:
-            raise InputError(f"{self.path}: {largest:g} is too large for f16; choose --type bf16 or f32")
+            raise InputError(f"{path}: {largest:g} is too large for f16; choose --type bf16 or f32")
+
+
+def _change(values: np.ndarray, placement: Placement) -> np.ndarray:
+    values = values if placement.columns is None else np.take(values, placement.columns, axis=-1)
+    return values if placement.values is None else placement.values(values)
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ def export_gguf(
         vocabulary.replace_chat_template(chat_template)
     if updates is not None:
         weights = merge_updates(weights, updates(plan.model))
+        tensors, _ = _plan_tensors(arch, args, weights, type)  # merging changes which blocks are kept
     del plan  # it holds the weights too, which are freed one by one below
 
     writer = gguf.GGUFWriter(None, arch.name)
@@ -162,6 +169,7 @@ def export_gguf(
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[type][0]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_metadata(writer, arch, args, config)
+    _write_scalars(writer, arch, weights)
     vocabulary.write(writer)
     factors = rope_factors(arch, args) | arch.extra_tensors(args)
     for factor_name, factor in factors.items():
@@ -184,6 +192,7 @@ def plan_gguf(model_dir: Path, type: str) -> ExportPlan:
     check_type(type)
     arch = find_architecture(read_config(model_dir))
     model = open_model(model_dir)
+    model = dataclasses.replace(model, args=arguments(arch, model.args))
     tensors, unmapped = _plan_tensors(arch, model.args, model.weights, type)
     if problems := model.problems + config_problems(arch, model.args, model.config) + unmapped:
         raise InputError(f"{model_dir}: cannot be exported to GGUF: {'; '.join(problems)}")
@@ -192,32 +201,23 @@ def plan_gguf(model_dir: Path, type: str) -> ExportPlan:
     return ExportPlan(arch, model, tensors, vocabulary)
 
 
-def find_architecture(config: dict[str, Any]) -> Architecture:
-    """Return the GGUF architecture of a model.
-
-    Raises:
-        InputError: the config's model_type cannot be exported; the message lists those that can.
-    """
-    arch = ARCHITECTURES.get(config["model_type"])
-    if arch is None:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise InputError(
-            f"model_type {config['model_type']}: cannot be exported to GGUF; supported are {known}"
-        )
-    return arch
+def _write_scalars(writer: Any, arch: Architecture, weights: Mapping[str, LazyWeight]) -> None:
+    for name, method in arch.scalars.items():
+        layers = {layer: path for path in weights for layer, rest in [layer_and_rest(path)] if rest == name}
+        getattr(writer, method)([float(weights[path].read(()).item()) for _, path in sorted(layers.items())])
 
 
 def tensor_name_map(arch: Architecture, args: Any) -> Any:
-    """Return gguf-py's map from Hugging Face's tensor names to those of GGUF; None if it lacks the architecture."""
-    key = next((key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch.name), None)
-    return None if key is None else gguf.get_tensor_name_map(key, args.num_hidden_layers)
+    """Return gguf-py's map from Hugging Face's tensor names to GGUF's, that of Llama if it lacks the architecture."""
+    keys = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(keys.get(arch.name, gguf.MODEL_ARCH.LLAMA), args.num_hidden_layers)
 
 
 def gguf_name(names: Any, name: str) -> str | None:
     """Return GGUF's name for a placement's; None if there is none."""
     if re.match(r"(blk\.\d+|token_embd|output|rope)[._]", name):
         return name
-    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias")) if names else None
+    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
     return found
 
 
@@ -231,9 +231,10 @@ def _shape(weight: LazyWeight, placement: Placement) -> tuple[int, ...]:
     return (*experts, rows, columns if placement.columns is None else len(placement.columns))
 
 
-def is_tied(weights: Mapping[str, LazyWeight]) -> bool:
-    """Return whether the embedding is also the output head."""
-    return not any(path in weights for path in ("lm_head.weight", "output.weight"))
+def is_tied(arch: Architecture, args: Any, weights: Iterable[str], names: Any) -> bool:
+    """Return whether the embedding is also the output head: no weight has its place there."""
+    places = (placement.name for path in weights for placement in place(arch, args, path))
+    return all(gguf_name(names, name) != "output.weight" for name in places)
 
 
 def _plan_tensors(
@@ -244,12 +245,17 @@ def _plan_tensors(
     Returns:
         The tensors, and problems with weights that have no place in the file.
     """
-    names, tied = tensor_name_map(arch, args), is_tied(weights)
-    layers, heads, kv_heads = args.num_hidden_layers, args.num_attention_heads, args.num_key_value_heads
+    names = tensor_name_map(arch, args)
+    tied = is_tied(arch, args, weights, names)
+    layers = args.num_hidden_layers
     experts = getattr(args, "num_local_experts", None) or getattr(args, "num_experts", None) or 0
     # llama.cpp recognizes a 70B model by its number of layers.
-    is_70b = layers == 80 and (arch.name == "qwen2" or (arch.name == "llama" and heads != kv_heads))
-    tensors, problems = [], []
+    is_70b = layers == 80 and (
+        arch.name == "qwen2"
+        or (arch.name == "llama" and args.num_attention_heads != args.num_key_value_heads)
+    )
+    tensors: dict[str, PlannedTensor] = {}
+    problems = []
     for path, weight in weights.items():
         for placement in place(arch, args, path):
             name = gguf_name(names, placement.name)
@@ -257,13 +263,18 @@ def _plan_tensors(
             if name is None or (leaf == "bias" and stem.rpartition(".")[2] not in arch.biases):
                 problems.append(f"llama.cpp's {arch.name} has no place for tensor {path}")
                 continue
+            if placement.part is not None and name in tensors:
+                tensors[name] = _with_part(tensors[name], path, placement)
+                continue
             shape = _shape(weight, placement)
             targets = [name]
             if name == "token_embd.weight" and tied and arch.needs_output:
                 targets.append("output.weight")
             for target in targets:
                 tensor_type = gguf.GGMLQuantizationType.F32
-                if not placement.full_precision:
+                if type != "f32" and keeps_blocks(weight, placement):
+                    tensor_type = gguf.GGMLQuantizationType.MXFP4
+                elif not placement.full_precision:
                     tensor_type = choose_type(
                         target,
                         shape,
@@ -273,8 +284,18 @@ def _plan_tensors(
                         experts=experts,
                         is_70b=is_70b,
                     )
-                tensors.append(PlannedTensor(target, path, shape, tensor_type, placement, is_k_quant(type)))
-    return tensors, problems
+                if placement.part is not None:
+                    shape = (1, *shape)
+                tensors[target] = PlannedTensor(
+                    target, shape, tensor_type, {path: placement}, is_k_quant(type)
+                )
+    return list(tensors.values()), problems
+
+
+def _with_part(tensor: PlannedTensor, path: str, placement: Placement) -> PlannedTensor:
+    """Return a stacked tensor with one more part."""
+    parts = sorted((tensor.parts | {path: placement}).items(), key=lambda part: part[1].part or 0)
+    return dataclasses.replace(tensor, shape=(len(parts), *tensor.shape[1:]), parts=dict(parts))
 
 
 def _safe_name(name: str, arch: Architecture, vocabulary: Vocabulary) -> str:
@@ -301,10 +322,11 @@ def _convert_tensors(
 ) -> Iterator[np.ndarray]:
     """Yield each tensor's data in the order of the file, and free every weight after its last use."""
     yield from factors.values()
-    uses = Counter(tensor.path for tensor in tensors)
+    uses = Counter(path for tensor in tensors for path in tensor.parts)
     for tensor in tensors:
-        yield tensor.convert(weights[tensor.path])
-        uses[tensor.path] -= 1
-        if not uses[tensor.path]:
-            del weights[tensor.path]
-            mx.clear_cache()
+        yield tensor.convert(weights)
+        for path in tensor.parts:
+            uses[path] -= 1
+            if not uses[path]:
+                del weights[path]
+                mx.clear_cache()

@@ -65,7 +65,7 @@ def choose_type(
         experts: number of experts of the model; 0 if it has none.
         is_70b: whether llama.cpp takes the model for a 70B model with grouped-query attention.
     """
-    if len(shape) == 1 or ".ffn_gate_inp." in name:
+    if len(shape) == 1 or ".ffn_gate_inp" in name:
         return Type.F32
     chosen, columns = FILE_TYPES[type][1], shape[-1]
     is_head = name == "output.weight" or (tied and name == "token_embd.weight")
@@ -116,7 +116,11 @@ def fallback_notes(tensors: Sequence[tuple[tuple[int, ...], Any]], type: str) ->
     """Return notes on matrices, given as (shape, type), that have another type than the requested one."""
     requested = FILE_TYPES[type][1].name
     others = Counter(t.name for shape, t in tensors if len(shape) > 1 and t.name not in (requested, "F32"))
-    return [
+    blocks = others.pop(Type.MXFP4.name, 0)
+    kept = [
+        f"{blocks} of {len(tensors)} tensors keep the MXFP4 values of the model, as with every type but f32"
+    ]
+    return (kept if blocks else []) + [
         f"{count} of {len(tensors)} tensors are {other} instead of {requested}"
         for other, count in others.items()
     ]

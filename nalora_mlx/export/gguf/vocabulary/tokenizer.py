@@ -1,16 +1,24 @@
 """Tokenizers in GGUF: byte-level BPE or SentencePiece BPE, special tokens and chat template.
 
-tokenizer.json takes precedence over tokenizer.model, as in mlx-lm.
+tokenizer.json takes precedence over other files, as in mlx-lm.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core import storage
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.export.gguf.pieces import (
+from nalora_mlx.export.gguf.vocabulary.declared_tokens import (
+    AddedToken,
+    DeclaredTokens,
+    read_declared_tokens,
+    read_optional_json,
+)
+from nalora_mlx.export.gguf.vocabulary.ends import assign_ends, configured_ends
+from nalora_mlx.export.gguf.vocabulary.pieces import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -22,15 +30,13 @@ from nalora_mlx.export.gguf.pieces import (
     pieces_from_json,
     pieces_from_proto,
 )
-from nalora_mlx.export.gguf.pretokenizers import flatten_steps, identify_pretokenizer, unsupported_tokenizer
-
-# Texts on which tokenizers disagree: spaces, digits, case, code, and letters of one or two code points.
-PROBE_TEXTS = (
-    *("a", " a", "a  b\t\tc\n\n  d \r\n e ", "2024 10.5 1,000", "I'LL don't WE'RE", "f(x)=[1]; //!?... a_b"),
-    "Stra\u00dfe \u00c5 e\u0301",
-    "\u65e5\u672c\u8a9e\u3002 \ud55c \u0e44\u0e17\u0e22",
-    "\U0001f642\u200d\u00a0",
+from nalora_mlx.export.gguf.vocabulary.pretokenizers import (
+    flatten_steps,
+    identify_pretokenizer,
+    unsupported_tokenizer,
 )
+from nalora_mlx.export.gguf.vocabulary.rank_files import read_tekken, read_tiktoken
+from nalora_mlx.models.model_files import TEMPLATE_FILE
 
 NO_CHAT_TEMPLATE = "the model has no chat template: programs will guess one"
 
@@ -42,12 +48,14 @@ class Vocabulary:
     tokens: list[str]
     types: list[int]
     pretokenizer: str = "default"
-    merges: list[str] | None = None  # of a byte-level BPE
+    merges: list[str] | None = None  # of a BPE that is not in SentencePiece's form
     scores: list[float] | None = None  # of a SentencePiece BPE
+    raw: bool = False  # whether a BPE with merges works on text, with spaces as ▁, instead of bytes
     add_space_prefix: bool = False
     prefix: list[str] = field(default_factory=list)  # special tokens that mlx-lm adds before every text
     suffix: list[str] = field(default_factory=list)  # and after it
-    special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad, eot -> id
+    special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad, eot, eom -> id
+    ends: list[int] = field(default_factory=list)  # tokens that end an answer
     add_bos: bool = False
     add_eos: bool = False
     strips_right: bool = False  # whether an added token strips the spaces after it
@@ -61,7 +69,7 @@ class Vocabulary:
 
     def write(self, writer: Any) -> None:
         """Write the vocabulary to the metadata of a GGUFWriter."""
-        writer.add_tokenizer_model("llama" if self.merges is None else "gpt2")
+        writer.add_tokenizer_model("llama" if self.merges is None else "gemma4" if self.raw else "gpt2")
         writer.add_tokenizer_pre(self.pretokenizer)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
@@ -72,6 +80,8 @@ class Vocabulary:
             writer.add_add_space_prefix(self.add_space_prefix)
         for name, token in sorted(self.special.items()):
             getattr(writer, f"add_{name}_token_id")(token)
+        if len(self.ends) > 1:
+            writer.add_array("tokenizer.ggml.eos_token_ids", self.ends)  # Ollama reads this
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         if self.chat_template:
@@ -89,22 +99,17 @@ def read_vocabulary(model_dir: Path, config: dict[str, Any], size: int) -> Vocab
     Raises:
         InputError: a file is missing or damaged, or llama.cpp has no such tokenizer.
     """
-    settings = _read_optional_json(model_dir / "tokenizer_config.json")
-    path = model_dir / "tokenizer.json"
-    if path.exists():
-        vocabulary = _from_json(path, storage.read_json(path), settings)
-    elif (path := model_dir / "tokenizer.model").exists():
-        vocabulary = _from_proto(path, settings)
-    else:
-        raise InputError(
-            f"{model_dir}: has no tokenizer.json and no tokenizer.model; copy them from the base model"
-        )
+    path, content = read_vocabulary_file(model_dir)
+    declared = read_declared_tokens(model_dir, (content or {}).get("added_tokens") or [])
+    vocabulary = _from_proto(path, declared) if content is None else _from_json(path, content, declared)
     _fit_to_embedding(vocabulary, size)
-    _set_special_tokens(
-        vocabulary, settings, config, _read_optional_json(model_dir / "generation_config.json")
-    )
-    jinja = model_dir / "chat_template.jinja"
-    vocabulary.chat_template = jinja.read_text("utf-8") if jinja.exists() else settings.get("chat_template")
+    generation = read_optional_json(model_dir / "generation_config.json")
+    _set_special_tokens(vocabulary, declared.names, config, generation)
+    jinja = model_dir / TEMPLATE_FILE
+    template = declared.settings.get("chat_template")
+    if isinstance(template, dict):  # of named templates; gguf-py takes them as a list
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    vocabulary.chat_template = jinja.read_text("utf-8") if jinja.exists() else template
     if not vocabulary.chat_template:
         vocabulary.notes.append(NO_CHAT_TEMPLATE)
     token, count = Counter(vocabulary.tokens).most_common(1)[0]
@@ -113,46 +118,23 @@ def read_vocabulary(model_dir: Path, config: dict[str, Any], size: int) -> Vocab
     return vocabulary
 
 
-def _read_optional_json(path: Path) -> dict[str, Any]:
-    return storage.read_json(path) if path.exists() else {}
+def read_vocabulary_file(model_dir: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Return the file that holds a model's vocabulary, and its content as in a tokenizer.json unless it is a proto."""
+    readers = {
+        "tokenizer.json": storage.read_json,
+        "tekken.json": read_tekken,
+        "tiktoken.model": read_tiktoken,
+    }
+    for name, read in readers.items():
+        if (path := model_dir / name).exists():
+            return path, read(path)
+    if (path := model_dir / "tokenizer.model").exists():
+        return path, None
+    names = ", ".join(readers)
+    raise InputError(f"{model_dir}: has no {names} or tokenizer.model; copy it from the base model")
 
 
-def compare_with_mlx_lm(model_dir: Path, vocabulary: Vocabulary) -> list[str]:
-    """Return a note if mlx-lm tokenizes a text differently from the tokenizer file, with an example.
-
-    mlx-lm creates the tokenizer class that tokenizer_config.json names, and some classes use only the vocabulary and
-    the merges of tokenizer.json.
-    """
-    from mlx_lm.tokenizer_utils import load
-
-    path = model_dir / "tokenizer.json"
-    special = [t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL]
-    try:
-        tokenizer = load(model_dir)
-        if path.exists():
-            from tokenizers import Tokenizer
-
-            texts = [*PROBE_TEXTS, *(f"{token}a {token} a" for token in special[:8])]
-            expected = [encoding.ids for encoding in Tokenizer.from_file(str(path)).encode_batch(texts)]
-            actual = [list(tokenizer.encode(text)) for text in texts]
-        else:
-            from sentencepiece import SentencePieceProcessor
-
-            path, texts = model_dir / "tokenizer.model", list(PROBE_TEXTS)
-            expected = SentencePieceProcessor(str(path)).encode(texts)
-            actual = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-    except Exception:  # the tokenizer needs remote code or a missing package: nothing to compare
-        return []
-    for text, ours, theirs in zip(texts, actual, expected, strict=True):
-        if ours != theirs:
-            return [
-                f"mlx-lm's {type(tokenizer._tokenizer).__name__} tokenizes some texts differently from {path.name}, "
-                f"for example {text!r}; the GGUF follows {path.name}"
-            ]
-    return []
-
-
-def _from_json(path: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) -> Vocabulary:
+def _from_json(path: Path, tokenizer: dict[str, Any], declared: DeclaredTokens) -> Vocabulary:
     model = tokenizer.get("model") or {}
     steps = flatten_steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
     if model.get("type") != "BPE":
@@ -160,7 +142,9 @@ def _from_json(path: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) 
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise unsupported_tokenizer(path, "marks subwords or word ends")
     if any(step["type"] == "ByteLevel" for step in steps):
-        pretokenizer, notes = identify_pretokenizer(path, tokenizer, settings.get("gguf_tokenizer_pre"))
+        pretokenizer, notes = identify_pretokenizer(
+            path, tokenizer, declared.settings.get("gguf_tokenizer_pre")
+        )
         tokens = [""] * (1 + max(model["vocab"].values()))
         for token, i in model["vocab"].items():
             tokens[i] = token
@@ -173,7 +157,7 @@ def _from_json(path: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) 
         raise unsupported_tokenizer(
             path, "is a BPE without bytes (no ByteLevel pre-tokenizer, no byte_fallback)"
         )
-    _add_tokens(vocabulary, tokenizer.get("added_tokens") or [])
+    _add_tokens(vocabulary, declared.added)
     for step in flatten_steps(tokenizer.get("post_processor"), "processors"):
         if step["type"] == "TemplateProcessing":
             _read_prefix_and_suffix(vocabulary, step["single"])
@@ -182,45 +166,51 @@ def _from_json(path: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) 
     return vocabulary
 
 
-def _from_proto(path: Path, settings: dict[str, Any]) -> Vocabulary:
+def _from_proto(path: Path, declared: DeclaredTokens) -> Vocabulary:
     vocabulary = _from_pieces(pieces_from_proto(path))
-    added = _read_optional_json(path.with_name("added_tokens.json"))
-    tokens = [{"id": i, "content": content, "special": True} for content, i in added.items()]
-    tokens += [{"id": int(i), **token} for i, token in settings.get("added_tokens_decoder", {}).items()]
-    _add_tokens(vocabulary, tokens)
+    _add_tokens(vocabulary, declared.added)
     for name, affix, default in (("bos", vocabulary.prefix, True), ("eos", vocabulary.suffix, False)):
-        token = _token_text(settings.get(f"{name}_token"))
-        if token and settings.get(f"add_{name}_token", default):
-            affix.append(token)
+        token_text = declared.names.get(name)
+        if token_text and declared.settings.get(f"add_{name}_token", default):
+            affix.append(token_text)
     return vocabulary
 
 
 def _from_pieces(pieces: Pieces) -> Vocabulary:
+    merges = None if pieces.merges is None else [f"{left} {right}" for left, right in pieces.merges]
     return Vocabulary(
         pieces.tokens,
         pieces.types,
+        pretokenizer="default" if merges is None else "gemma4",
+        merges=merges,
         scores=pieces.scores,
+        raw=merges is not None,
         add_space_prefix=pieces.add_space_prefix,
         notes=pieces.notes,
     )
 
 
-def _add_tokens(vocabulary: Vocabulary, added: list[dict[str, Any]]) -> None:
-    """Set the text and type of every added token."""
-    strips_left = False
+def _add_tokens(vocabulary: Vocabulary, added: Sequence[AddedToken]) -> None:
+    """Set the text and type of every added token; one with the id of another token renames that.
+
+    llama.cpp matches control tokens only where text may contain them (chat templates), user-defined ones everywhere.
+    """
+    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     for token in added:
-        i, content = token["id"], token["content"]
+        content = token.content
+        i = ids.get(content, len(vocabulary.tokens)) if token.id is None else token.id
         _extend(vocabulary, i + 1)
-        vocabulary.strips_right |= bool(token.get("rstrip"))
-        strips_left |= bool(token.get("lstrip") or token.get("single_word"))
-        if vocabulary.scores is not None and "▁" in content and not token.get("special"):
-            if not token.get("normalized"):
+        vocabulary.strips_right |= "rstrip" in token.flags
+        spm = vocabulary.scores is not None or vocabulary.raw
+        if spm and "▁" in content and not token.special:
+            if "normalized" not in token.flags:
+                vocabulary.tokens[i] = content
                 continue  # matches only text that contains ▁ itself: for text with spaces, an ordinary piece
             content = content.replace("▁", " ")  # llama.cpp matches it before spaces become ▁
         vocabulary.tokens[i] = content
         if vocabulary.types[i] not in (UNKNOWN, BYTE):
-            vocabulary.types[i] = CONTROL if token.get("special") else USER_DEFINED
-    if strips_left:
+            vocabulary.types[i] = CONTROL if token.special else USER_DEFINED
+    if any({"lstrip", "single_word"} & token.flags for token in added):
         vocabulary.notes.append(
             "mlx-lm strips the spaces before some special tokens of this model, llama.cpp does not"
         )
@@ -256,24 +246,22 @@ def _read_prefix_and_suffix(vocabulary: Vocabulary, template: list[dict[str, Any
 
 
 def _set_special_tokens(
-    vocabulary: Vocabulary, settings: dict[str, Any], config: dict[str, Any], generation: dict[str, Any]
+    vocabulary: Vocabulary, names: dict[str, str], config: dict[str, Any], generation: dict[str, Any]
 ) -> None:
     """Set the ids of special tokens, from the tokenizer's config or else the model's, and which are added to texts."""
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
-    end_ids: list[int] = []
-    for name in ("bos", "eos", "unk", "pad"):
+    for name in ("bos", "unk", "pad"):
         key = f"{name}_token_id"
         config_ids = _valid_ids(config.get(key), len(ids)) + _valid_ids(generation.get(key), len(ids))
-        token = _token_text(settings.get(f"{name}_token"))
-        if token in ids:
-            vocabulary.special[name] = ids[token]
+        if names.get(name) in ids:
+            vocabulary.special[name] = ids[names[name]]
         elif config_ids:
             vocabulary.special[name] = config_ids[0]
-        if name == "eos":
-            end_ids = config_ids
-    # Chat models may have several end tokens. GGUF stores a second one; llama.cpp knows further common ones by name.
-    if others := [i for i in end_ids if i != vocabulary.special["eos"]]:
-        vocabulary.special["eot"] = others[0]
+    eos = ids.get(names.get("eos", ""))
+    configured = configured_ends(config, generation)
+    vocabulary.ends, keys, notes = assign_ends(vocabulary.tokens, vocabulary.types, eos, configured)
+    vocabulary.special |= keys
+    vocabulary.notes += notes
     for name, affix in (("bos", vocabulary.prefix), ("eos", vocabulary.suffix)):
         token = vocabulary.tokens[vocabulary.special[name]] if name in vocabulary.special else None
         if affix == [token]:
@@ -281,6 +269,10 @@ def _set_special_tokens(
         elif affix:
             side = "before" if name == "bos" else "after"
             vocabulary.notes.append(f"mlx-lm adds {''.join(affix)} {side} every text, llama.cpp does not")
+    if vocabulary.raw and not vocabulary.add_bos:
+        vocabulary.notes.append(
+            "llama.cpp adds the beginning-of-sequence token to every text, mlx-lm does not"
+        )
 
 
 def _valid_ids(value: Any, size: int) -> list[int]:
@@ -288,7 +280,3 @@ def _valid_ids(value: Any, size: int) -> list[int]:
     return [
         i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int) and 0 <= i < size
     ]
-
-
-def _token_text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token

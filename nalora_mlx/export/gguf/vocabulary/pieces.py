@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.export.gguf.pretokenizers import flatten_steps, unsupported_tokenizer
+from nalora_mlx.export.gguf.vocabulary.pretokenizers import flatten_steps, unsupported_tokenizer
 
 # Token types, with the same numbers in SentencePiece and GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _NORMALIZATION_NOTE = (
     "the tokenizer normalizes text and llama.cpp does not: unusual characters or spaces may split differently"
 )
+_RAW_BPE_NOTE = "the tokenizer needs llama.cpp's tokenizer model gemma4, which versions before 2026 lack"
 _SPACE_NOTE = "llama.cpp adds a space before text that follows a special token, mlx-lm does not"
 
 
@@ -23,9 +24,10 @@ class Pieces:
 
     tokens: list[str]
     types: list[int]
-    scores: list[float]
+    scores: list[float] | None  # None if only merges reproduce the tokens
     add_space_prefix: bool  # whether text gets a leading space
     notes: list[str]
+    merges: list[tuple[str, str]] | None = None
 
 
 # --- tokenizer.json ----------------------------------------------------------------------------------
@@ -69,7 +71,13 @@ def pieces_from_json(path: Path, tokenizer: dict[str, Any]) -> Pieces:
         tokens[i] = token
     added = {token["content"] for token in tokenizer.get("added_tokens") or []}
     types = [_token_type(token, model.get("unk_token")) for token in tokens]
-    return Pieces(tokens, types, _recover_scores(path, tokens, merge_pairs(model), added), prefix, notes)
+    merges = merge_pairs(model)
+    try:
+        return Pieces(tokens, types, _recover_scores(path, tokens, merges, added), prefix, notes)
+    except InputError:
+        if prefix or any("\n" in left + right and {*left, *right} != {"\n"} for left, right in merges):
+            raise  # llama.cpp's BPE of raw text adds no space before a text, and cuts it at line ends
+        return Pieces(tokens, types, None, False, [*notes, _RAW_BPE_NOTE], merges)
 
 
 def merge_pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
@@ -94,24 +102,39 @@ def _recover_scores(
     SentencePiece joins the neighbours whose text is the best-scored token. Scores can therefore replace merges only if
     1. all merges that make a token follow one another, and
     2. every split of a token into two tokens is a merge.
-    Both hold for converted SentencePiece models, but not for BPE in general.
+    Both hold for converted SentencePiece models, but not for BPE in general. The first need not hold for runs of one
+    character (Gemma's line ends and spaces) if longer runs have better ranks: a run then only grows from the left, by
+    one character at a time.
     """
     rank: dict[str, int] = {}
+    runs: set[str] = set()  # characters
     previous = ""
     reason = "is a BPE with byte_fallback that was not made by SentencePiece"
-    for left, right in merges:
+    for i, (left, right) in enumerate(merges):
         joined = left + right
         if joined in rank and joined != previous:
-            raise unsupported_tokenizer(path, f"{reason} (the merges of token {joined!r} are not adjacent)")
-        rank.setdefault(joined, len(rank))
+            if len(set(joined)) > 1:
+                raise unsupported_tokenizer(
+                    path, f"{reason} (the merges of token {joined!r} are not adjacent)"
+                )
+            runs.add(joined[0])
+        rank.setdefault(joined, i)
         previous = joined
+    length = dict.fromkeys(runs, 1)
+    for left, right in reversed(merges):
+        if right in runs and set(left) == {right}:
+            if len(left) != length[right]:
+                raise unsupported_tokenizer(
+                    path, f"{reason} (token {left + right!r} does not rank by its length)"
+                )
+            length[right] += 1
     known, vocab = set(merges), set(tokens) - added
     for token in vocab:
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
             if left in vocab and right in vocab and (left, right) not in known:
                 raise unsupported_tokenizer(path, f"{reason} (no merge of {left!r} and {right!r})")
-    return [-float(rank.get(token, len(rank))) for token in tokens]
+    return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
 # --- tokenizer.model ---------------------------------------------------------------------------------
