@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 from unittest import mock
 
+import mlx.core as mx
 import pytest
 from mlx_lm.utils import load
 
@@ -150,6 +151,7 @@ def test_bad_input_is_one_line(model_directory, tmp_path):
     refused([serve, *model, "--host", "192.0.2.1"], "--host 192.0.2.1: not an address of this machine")
     refused([serve, *model, "--chat-template-args", "{x"], "--chat-template-args: not valid JSON")
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"weight": mx.zeros((1,))})
     refused(
         [serve, "--model", tmp_path, "--port", free_port()],
         f"--model {re.escape(str(tmp_path))}: cannot be served",
@@ -157,7 +159,7 @@ def test_bad_input_is_one_line(model_directory, tmp_path):
 
 
 def test_serve_has_every_flag_of_mlx_lm():
-    from nalora_mlx.serve import HOST, PORT, build_parser
+    from nalora_mlx.serve.__main__ import HOST, PORT, build_parser
 
     class Seen(Exception):
         pass

@@ -1,4 +1,4 @@
-"""`nalora serve`: mlx-lm's OpenAI-compatible server for one model, with or without an adapter."""
+"""`nalora serve`: mlx-lm's OpenAI-compatible server for one model, with or without adapters."""
 
 import argparse
 import errno
@@ -6,7 +6,7 @@ import importlib
 import signal
 import socket
 import sys
-from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -16,18 +16,19 @@ from nalora_mlx.cli import (
     add_forwarded,
     check_forwarded,
     forwarded_argv,
-    loading_configured,
+    note_merged,
     prepare_forwarded,
 )
-from nalora_mlx.core.errors import InputError, first_line
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.paths import check_paths
 from nalora_mlx.core.signals import Stopped
+from nalora_mlx.serve.model_names import ServedModels, parse_adapters
 
 HOST, PORT = "127.0.0.1", 8080  # defaults of mlx_lm.server; reachable from this machine only
 
 # The flags of mlx_lm.server: (names, help, type). All are forwarded unchanged; a test checks that the list is complete
-# but for those of the chat template.
+# but for --adapter-path and those of the chat template.
 VALUES = (
-    (("--adapter-path",), "directory of a trained adapter", str),
     (
         ("--host",),
         f"address to listen on; 0.0.0.0 accepts connections from other machines (default: {HOST}, this machine only)",
@@ -63,10 +64,19 @@ def build_parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="Start mlx-lm's OpenAI-compatible HTTP server (/v1/chat/completions and others) for one model. "
-        "Every request is answered by this model and adapter, whatever model it names.",
+        "Every request is answered by this model and adapter, whatever model it names. With several adapters, or one "
+        "that has a NAME, a request's model chooses: a NAME, or the base model (its name, base, or none given).",
     )
     parser.add_argument(
         "--model", required=True, metavar="X", help="local model directory or Hugging Face repo"
+    )
+    parser.add_argument(
+        "--adapter-path",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="directory of a trained adapter; repeat it to serve several on one base model (default NAME: the last "
+        "part of DIR)",
     )
     add_forwarded(parser, VALUES, (), SWITCHES)
     add_chat_flags(parser)
@@ -74,13 +84,21 @@ def build_parser(prog: str) -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the flags, load the model and serve until Ctrl-C or SIGTERM."""
+    """Check the flags, load the models and serve until Ctrl-C or SIGTERM."""
     given = vars(args)
     host, port = given.get("host", HOST), given.get("port", PORT)
+    served = parse_adapters(given["model"], given.pop("adapter_path"))
     check_forwarded(given)
+    for directory in _directories(served):
+        check_paths(None, directory)
     _check_address(host, port)
     given = prepare_forwarded(given)
-    server = importlib.import_module("mlx_lm.server")
+    _check_adapters(served)
+    settings = {name: given.pop(name) for name in ("chat_template", "chat_template_args")}
+    mlx_lm_server = importlib.import_module("mlx_lm.server")
+    from nalora_mlx.serve.server import check_mlx_lm, patches
+
+    check_mlx_lm()
     stopped_by = []
 
     def stop(number: int, _frame: Any) -> NoReturn:
@@ -89,59 +107,37 @@ def run(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    load = loading_configured(server.load, given)
-    provider = _one_model(server.ModelProvider, given, f"http://{host}:{port}/v1")
     with (
         mock.patch.object(sys, "argv", ["nalora serve", *forwarded_argv(given)]),
-        mock.patch.object(server, "ModelProvider", provider),
-        mock.patch.object(server, "load", load),
-        mock.patch.object(server, "scan_cache_dir", partial(_scan_cache, given["model"])),
+        mock.patch.multiple(mlx_lm_server, **patches(served, settings, f"http://{host}:{port}/v1")),
     ):
-        server.main()
+        mlx_lm_server.main()
     if stopped_by:
         raise Stopped(signal.SIGTERM, "stopped by SIGTERM")
     raise KeyboardInterrupt  # main() returns after nothing else
 
 
-def _one_model(provider: type, given: dict[str, Any], address: str) -> type:
-    """Return a subclass of mlx-lm's model provider that loads one model at once and serves no other."""
-    import mlx.core as mx
+def _directories(served: ServedModels) -> list[str]:
+    return [*served.adapters.values(), *([served.adapter] if served.adapter is not None else [])]
 
-    class OneModel(provider):
-        def __init__(self, args: argparse.Namespace):
-            super().__init__(args)
-            try:
-                self.load_default()
-                # Another thread generates, and only this one can evaluate what is still lazy here.
-                mx.eval([model.state for model in (self.model, self.draft_model) if model is not None])
-            except InputError:
-                raise
-            except Exception as error:
-                raise InputError(
-                    f"--model {given['model']}: cannot be served: {first_line(error)}"
-                ) from error
-            adapter = f" with {given['adapter_path']}" if "adapter_path" in given else ""
-            print(
-                f"serving {given['model']}{adapter} at {address} (Ctrl-C stops)", file=sys.stderr, flush=True
+
+def _check_adapters(served: ServedModels) -> None:
+    """Check the files of the adapters before anything is loaded.
+
+    Raises:
+        InputError: a file is missing or damaged, or one of several adapters holds full weights.
+    """
+    from nalora_mlx.adapters.files import check_adapter, read_adapter_config
+
+    for directory in _directories(served):
+        check_adapter(directory)
+        note_merged(served.base, directory)
+    for name, directory in served.adapters.items():
+        if read_adapter_config(Path(directory)).get("fine_tune_type") == "full":
+            raise InputError(
+                f"--adapter-path {name}={directory}: holds fully trained weights, which cannot share the base model's; "
+                f"serve them alone (--adapter-path {directory}), or merge them with nalora fuse"
             )
-
-        def load(self, *_requested: Any) -> tuple[Any, Any]:
-            # mlx-lm would replace our model with any model or adapter that a request names.
-            return super().load("default_model", None, "default_model")
-
-    return OneModel
-
-
-def _scan_cache(name: str) -> argparse.Namespace:
-    """Return the Hub cache's entries for the served model; mlx-lm's own scan lists all and fails without a cache."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repos = scan_cache_dir().repos
-    except CacheNotFound:
-        repos = frozenset()
-    return argparse.Namespace(repos=[repo for repo in repos if repo.repo_id == name])
 
 
 def _check_address(host: str, port: int) -> None:
