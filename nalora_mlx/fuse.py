@@ -5,14 +5,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nalora_mlx.cli import Parser, add_chat_flags, configure_chats
-from nalora_mlx.core.errors import InputError, RunError, first_line
+from nalora_mlx.cli import Parser, add_chat_flags, configure_chats, note_merged
+from nalora_mlx.core.errors import InputError, RunError
 from nalora_mlx.core.paths import check_paths
+from nalora_mlx.export.upload import check_upload, upload_directory
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
     from nalora_mlx.adapters.merge_quality import MergeQuality
+    from nalora_mlx.export.merged_model import KeptNames, MergedModel
+    from nalora_mlx.models.model_files import ModelFiles
+    from nalora_mlx.models.stored_tensors import StoredTensors
 
 
 def build_parser(prog: str) -> Parser:
@@ -24,7 +28,12 @@ def build_parser(prog: str) -> Parser:
     )
     add("--save-path", default="fused_model", help="directory to write (default: fused_model)")
     add("--adapter-path", default="adapters", help="directory of the adapter (default: adapters)")
-    add("--upload-repo", help="Hugging Face repo to upload the merged model to")
+    add(
+        "--upload-repo",
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="Hugging Face repo to upload the merged model to",
+    )
     add(
         "--bits",
         default="8",
@@ -32,6 +41,11 @@ def build_parser(prog: str) -> Parser:
         "update (default: 8)",
     )
     add("--dequantize", action="store_true", help="write a model without quantized layers")
+    add(
+        "--keep-all",
+        action="store_true",
+        help="keep the base's names of tensors and those that mlx-lm does not use, such as a vision tower",
+    )
     add("--force", action="store_true", help="write the model even if it loses most of the adapter's effect")
     add("--export-gguf", action="store_true", help="also write the merged model as GGUF (f16)")
     add(
@@ -49,37 +63,49 @@ def run(args: argparse.Namespace) -> None:
     """Load the model and its adapter, merge them, measure what the merge keeps, and write the result."""
     target = Path(args.save_path).expanduser().resolve()
     _check(args, target)
-    from mlx_lm.utils import save
-
     from nalora_mlx.adapters.files import load_any_adapter
-    from nalora_mlx.adapters.merge import check_bits, dequantize_scaled_experts
-    from nalora_mlx.core.storage import new_directory
-    from nalora_mlx.models.chat_templates import format_args
+    from nalora_mlx.adapters.merge import check_bits, check_finite_layers, dequantize_scaled_experts
+    from nalora_mlx.export.merged_model import MergedModel
+    from nalora_mlx.models.chat_templates import OWN, format_args, own_templates
+    from nalora_mlx.models.hub import fetch_small_files
     from nalora_mlx.models.loading import load_model, local_directory
+    from nalora_mlx.models.model_files import model_files
+    from nalora_mlx.models.stored_tensors import find_stored_tensors
 
     bits = None if args.bits == "same" else int(args.bits)
-    model, tokenizer, config = load_model(args.model, args.trust_remote_code)
+    adapter = Path(args.adapter_path).expanduser()
+    model, tokenizer, _ = load_model(args.model, args.trust_remote_code)
     source = local_directory(args.model)
+    if not Path(args.model).expanduser().exists():
+        fetch_small_files(args.model)
     if args.export_gguf:
         _check_gguf(target, args.gguf_path, source)
+    check_finite_layers({"": model}, f"--model {args.model}: weights are NaN or infinite")
+    stored = find_stored_tensors(model, source)
+    quantized = [path for path, module in model.named_modules() if "scales" in module]
     if args.dequantize:
         dequantize_scaled_experts(model)
-    load_any_adapter(model, Path(args.adapter_path).expanduser())
+    load_any_adapter(model, adapter)
+    note_merged(args.model, args.adapter_path)
+    own_template = own_templates(tokenizer).get(OWN)
     chat = configure_chats(tokenizer, args.chat_template, args.chat_template_args, args.adapter_path)
     if not args.dequantize:
         check_bits(model, bits)
+    kept = _keep_names(args, model, stored, quantized) if args.keep_all else None
+    template = None if chat.template == own_template else chat.template
+    files = model_files(source, stored.file_names, template, keeps_quantization=args.keep_all)
     model.eval()
     print("merging, and comparing answers before and after; this may take a minute", flush=True)
-    model, merged, quality = _merge(model, tokenizer, config, bits, args.dequantize)
+    model, merged, quality = _merge(model, tokenizer, bits, args.dequantize)
     if quality:
         print(f"kept: {quality}")
         if quality.mostly_lost and not args.force:
-            raise InputError(_lost_message(args, quality, "quantization" in config))
-    with new_directory(target) as temporary:
-        save(temporary, source, model, tokenizer, config, donate_model=False)
-        _write_card(args, temporary, source, str(quality) if quality else None)
+            raise InputError(_lost_message(args, quality, bool(quantized)))
+    _write(args, target, MergedModel(source, model, merged, files, kept), quality)
     done = f"merged {len(merged)} layers into" if merged else "wrote the fully trained weights to"
     print(f"{done} {args.save_path}")
+    for note in _notes(source, stored, files, args.keep_all):
+        print(f"note: {note}")
     if chat.args:
         print(
             f"note: a model cannot hold arguments of its chat template; use it with {format_args(chat.args)}"
@@ -87,20 +113,47 @@ def run(args: argparse.Namespace) -> None:
     if args.export_gguf:
         _export_gguf(target, args.gguf_path, tokenizer)
     if args.upload_repo:
-        _upload(target, args.upload_repo)
+        upload_directory(target, args.upload_repo, f"the model is in {target}", "fuse")
+
+
+def _keep_names(
+    args: argparse.Namespace, model: "nn.Module", stored: "StoredTensors", quantized: list[str]
+) -> "KeptNames":
+    """Return where the arrays that the merge will change belong in the base's files.
+
+    Raises:
+        InputError: some cannot be written back, or kept tensors are quantized in spite of --dequantize.
+    """
+    from nalora_mlx.adapters.files import ADAPTER_FILE
+    from nalora_mlx.core.storage import array_shapes
+    from nalora_mlx.export.merged_model import keep_names
+
+    layers = {path for path, module in model.named_modules() if "lora_a" in module}
+    arrays = [] if layers else list(array_shapes(Path(args.adapter_path).expanduser() / ADAPTER_FILE))
+    if args.dequantize:
+        if still := [name for name in stored.unused if name.endswith(".scales")]:
+            raise InputError(
+                f"--keep-all: {still[0].removesuffix('.scales')} is quantized and kept, so that --dequantize would "
+                "make only a part of the model dense; leave one of the two out"
+            )
+        layers |= set(quantized)
+    return keep_names(stored, sorted(layers), arrays)
 
 
 def _merge(
-    model: "nn.Module", tokenizer: Any, config: dict[str, Any], bits: int | None, dequantize: bool
+    model: "nn.Module", tokenizer: Any, bits: int | None, dequantize: bool
 ) -> "tuple[nn.Module, dict[str, nn.Module], MergeQuality | None]":
-    """Merge the adapters of a model and describe the result in its config, both in place.
+    """Merge the adapters of a model in place.
 
     Returns:
         The model, the merged layers by path, and the merge's quality; None if the model has no adapters.
+
+    Raises:
+        InputError: weights are not finite after the merge.
     """
     from mlx_lm.utils import dequantize_model
 
-    from nalora_mlx.adapters.merge import fuse_model, record_bits
+    from nalora_mlx.adapters.merge import check_finite_layers, fuse_model
     from nalora_mlx.adapters.merge_quality import take_reference
 
     adapted = any("lora_a" in module for _, module in model.named_modules())
@@ -108,11 +161,63 @@ def _merge(
     merged = fuse_model(model, bits, dequantize)
     if dequantize:
         model = dequantize_model(model)
-        config.pop("quantization", None)
-        config.pop("quantization_config", None)
-    else:
-        record_bits(config, merged)
+    check_finite_layers(
+        merged or {"": model},
+        "the merged weights are NaN or infinite, which happens if they exceed float16's 65504; use a bfloat16 or "
+        "float32 base",
+    )
     return model, merged, reference.compare(model) if reference else None
+
+
+def _write(
+    args: argparse.Namespace, target: Path, merged: "MergedModel", quality: "MergeQuality | None"
+) -> None:
+    """Write the merged model's directory, which is complete or absent.
+
+    Raises:
+        RunError: the disk is full, or the directory is not writable.
+    """
+    from nalora_mlx.adapters.merge_record import RECORD_FILE, merge_record
+    from nalora_mlx.core.storage import free_space, json_writer, new_directory
+    from nalora_mlx.models.stored_tensors import format_bytes
+
+    needed, free = merged.nbytes(), free_space(target)
+    if free < needed:
+        raise RunError(
+            f"--save-path {args.save_path}: {format_bytes(free)} free, but the model takes {format_bytes(needed)}; "
+            "free some disk space, or choose another directory"
+        )
+    try:
+        with new_directory(target) as temporary:
+            merged.write(temporary)
+            record = merge_record(merged.base, Path(args.adapter_path).expanduser())
+            json_writer(record)(temporary / RECORD_FILE)
+            _write_card(args, temporary, merged.base, str(quality) if quality else None)
+    except OSError as error:
+        raise RunError(
+            f"--save-path {args.save_path}: the model could not be written ({error.strerror or error}); choose "
+            "another directory"
+        ) from error
+
+
+def _notes(source: Path, stored: "StoredTensors", files: "ModelFiles", keep_all: bool) -> list[str]:
+    """Say what the merged model lacks of its base, and what differs."""
+    from nalora_mlx.core.storage import read_json
+    from nalora_mlx.models.config_translation import mlx_lm_ignores_rope
+
+    notes = []
+    if not keep_all and (unused := stored.describe_unused()):
+        notes.append(f"not copied, because mlx-lm does not use it: {unused}; --keep-all keeps it")
+    if left := files.describe_left_behind():
+        notes.append(f"not copied: {left}")
+    if files.written:
+        names = " and ".join(sorted(files.written))
+        notes.append(f"the chat template is the one that the adapter was trained with, in {names}")
+    if mlx_lm_ignores_rope(read_json(source / "config.json")):
+        notes.append(
+            "as with the base, mlx-lm's own commands ignore rope_parameters in config.json; use nalora's"
+        )
+    return notes
 
 
 def _check(args: argparse.Namespace, target: Path) -> None:
@@ -122,24 +227,29 @@ def _check(args: argparse.Namespace, target: Path) -> None:
     _check_target(target, args)
     check_paths(args.model, args.adapter_path)
     if args.upload_repo:
-        from huggingface_hub import get_token
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-        try:
-            validate_repo_id(args.upload_repo)
-        except HFValidationError as error:
-            raise InputError(f"--upload-repo {args.upload_repo}: {error}") from None
-        if get_token() is None:
-            raise InputError("--upload-repo: you are not logged in to Hugging Face; run hf auth login first")
+        check_upload(args.upload_repo, "--upload-repo")
 
 
 def _check_target(target: Path, args: argparse.Namespace) -> None:
-    """Raise InputError if the output directory exists, unless it is a model and --overwrite is given."""
+    """Raise InputError if the output directory exists, unless it is a model and --overwrite is given.
+
+    Raises:
+        InputError: also if the directory cannot be made or replaced.
+    """
+    from nalora_mlx.core.storage import check_writable
+
+    try:
+        check_writable(target.parent)
+    except InputError as error:
+        raise InputError(f"--save-path {args.save_path}: {error}") from None
     if not target.exists():
         return
     if not args.overwrite:
         raise InputError(f"--save-path {args.save_path}: exists; choose another, or give --overwrite")
-    if not (target / "config.json").is_file() or any(path.is_dir() for path in target.iterdir()):
+    from nalora_mlx.models.model_files import TEMPLATE_DIRECTORY
+
+    directories = {path.name for path in target.iterdir() if path.is_dir()}
+    if not (target / "config.json").is_file() or directories - {TEMPLATE_DIRECTORY}:
         raise InputError(
             f"--save-path {args.save_path}: holds more than a model and is not overwritten; choose another"
         )
@@ -198,21 +308,6 @@ def _export_gguf(model: Path, name: str, tokenizer: Any) -> None:
     for note in report.notes + notes:
         print(f"note: {note}")
     print(f"wrote {report.path} and {modelfile.name}")
-
-
-def _upload(directory: Path, repo: str) -> None:
-    """Upload a model to the Hub; the local copy stays even if the upload fails."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        api.create_repo(repo_id=repo, exist_ok=True)
-        api.upload_folder(folder_path=directory, repo_id=repo, commit_message="Upload with nalora fuse")
-    except Exception as error:
-        raise RunError(
-            f"uploading to {repo} failed ({first_line(error)}); the model is in {directory}"
-        ) from error
-    print(f"uploaded to https://huggingface.co/{repo}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from mlx.utils import tree_unflatten
 
 from nalora_mlx.adapters.files import load_any_adapter
 from nalora_mlx.adapters.merge import base_layer
-from nalora_mlx.models.loading import local_directory
+from nalora_mlx.models.loading import local_directory, open_module
 
 
 def load_tuned(base: nn.Module, name: str, adapter: str | Path, trust_remote_code: bool = False) -> nn.Module:
@@ -32,10 +32,8 @@ def load_tuned(base: nn.Module, name: str, adapter: str | Path, trust_remote_cod
 
 def share_weights(model: nn.Module, name: str, trust_remote_code: bool = False) -> nn.Module:
     """Return a second model with the same arrays; changing the modules of one does not affect the other."""
-    from mlx_lm import utils
-
     # Lazy: the arrays in the files are never read.
-    twin, _ = utils.load_model(local_directory(name), lazy=True, trust_remote_code=trust_remote_code)
+    twin, _ = open_module(local_directory(name), trust_remote_code, name=name, lazy=True)
     twin.update(model.parameters())
     return twin
 

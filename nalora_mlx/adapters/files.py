@@ -173,13 +173,9 @@ def check_adapter(path: str | Path) -> None:
     """Check an adapter's files before mlx-lm loads them, and before memory is allocated as they say.
 
     Raises:
-        InputError: A file is missing or damaged, a setting is invalid, or the rank is not that of the weights.
+        InputError: See `read_adapter`.
     """
-    directory = Path(path).expanduser()
-    config = _read_config(directory)
-    shapes = storage.array_shapes(directory / ADAPTER_FILE)
-    if config.lora is not None:
-        _check_rank(config.path, config.lora.rank, shapes)
+    read_adapter(Path(path).expanduser())
 
 
 def read_chat_settings(directory: Path) -> ChatSettings:
@@ -191,16 +187,47 @@ def read_chat_settings(directory: Path) -> ChatSettings:
     return _parse_chat(read_adapter_config(directory), directory / ADAPTER_CONFIG)
 
 
-def _read_config(directory: Path) -> AdapterConfig:
-    return parse_adapter_config(read_adapter_config(directory), directory / ADAPTER_CONFIG)
+def read_adapter(directory: Path) -> tuple[AdapterConfig, dict[str, mx.array]]:
+    """Read an adapter's two files, and check all that can be checked without the model.
+
+    Raises:
+        InputError: A file is missing or damaged, a setting is invalid, the rank is not that of the weights, or weights
+            are NaN or infinite.
+    """
+    config = parse_adapter_config(read_adapter_config(directory), directory / ADAPTER_CONFIG)
+    weights = read_weights(directory / ADAPTER_FILE)
+    if config.lora is not None:
+        _check_rank(config.path, config.lora.rank, weights)
+    check_finite(weights, directory / ADAPTER_FILE)
+    return config, weights
 
 
-def _check_rank(path: Path, rank: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_rank(path: Path, rank: int, weights: Mapping[str, mx.array]) -> None:
     """Raise InputError if the rank in a config is not that of all lora_a: [D, r], or [E, r, D] with experts."""
-    lora_a = [shape for name, shape in shapes.items() if name.endswith("lora_a") and len(shape) > 1]
-    ranks = {shape[-1 if len(shape) == 2 else 1] for shape in lora_a}
-    if ranks != {rank}:
-        raise InputError(f"{path}: rank is {rank}, but the weights have {sorted(ranks)}")
+    ranks = {
+        name: array.shape[-1 if array.ndim == 2 else 1]
+        for name, array in weights.items()
+        if name.endswith("lora_a") and array.ndim > 1
+    }
+    wrong = sorted(name.removesuffix(".lora_a") for name, found in ranks.items() if found != rank)
+    if wrong or not ranks:
+        where = f" ({listed(wrong, ', ')})" if wrong else ""
+        raise InputError(f"{path}: rank is {rank}, but the weights have {sorted({*ranks.values()})}{where}")
+
+
+def check_finite(arrays: Mapping[str, mx.array], path: Path) -> None:
+    """Raise InputError if arrays of a file hold NaN or infinity; the message names them."""
+    if wrong := not_finite(arrays):
+        raise InputError(
+            f"{path}: NaN or infinite values in {listed(wrong, ', ')}; use an earlier checkpoint, or train again"
+        )
+
+
+def not_finite(arrays: Mapping[str, mx.array]) -> list[str]:
+    """Return the names of arrays that hold NaN or infinity."""
+    finite = {name: mx.all(mx.isfinite(array)) for name, array in arrays.items()}
+    mx.eval(finite)  # all at once: each evaluation waits for the device
+    return sorted(name for name, is_finite in finite.items() if not is_finite.item())
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -216,10 +243,10 @@ def load_adapter(model: nn.Module, directory: str | Path) -> AdaptResult:
     Raises:
         InputError: A file is missing or invalid, the adapter is not LoRA, or it does not fit the model.
     """
-    config = _read_config(Path(directory))
+    config, weights = read_adapter(Path(directory))
     if config.fine_tune_type != "lora":
         raise InputError(f"{config.path}: fine_tune_type is {config.fine_tune_type!r}, not 'lora'")
-    return _attach(model, config)
+    return _attach(model, config, weights)
 
 
 def load_any_adapter(model: nn.Module, directory: Path) -> None:
@@ -228,12 +255,12 @@ def load_any_adapter(model: nn.Module, directory: Path) -> None:
     Raises:
         InputError: A file is missing or invalid, or does not fit the model.
     """
-    config = _read_config(directory)
+    config, weights = read_adapter(directory)
     if config.fine_tune_type == "full":
-        path = directory / ADAPTER_FILE
-        _assign(model, path, read_weights(path), dict(tree_flatten(model.parameters())), require_all=False)
+        expected = dict(tree_flatten(model.parameters()))
+        _assign(model, directory / ADAPTER_FILE, weights, expected, require_all=False)
     else:
-        _attach(model, config)
+        _attach(model, config, weights)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -256,15 +283,12 @@ def read_weights(path: Path) -> dict[str, mx.array]:
     return storage.read_arrays(path)
 
 
-def _attach(model: nn.Module, config: AdapterConfig) -> AdaptResult:
+def _attach(model: nn.Module, config: AdapterConfig, weights: Mapping[str, mx.array]) -> AdaptResult:
     """Adapt a base model as a config of LoRA or DoRA says, and load the weights."""
     settings = config.nalora_config()
-    path = config.path.parent / ADAPTER_FILE
-    weights = read_weights(path)
-    # Before anything of this rank is allocated.
-    _check_rank(config.path, settings.rank, {name: array.shape for name, array in weights.items()})
     settings = replace(settings, keys=settings.keys or tuple(_keys_of(model, weights)))
     result = (adapt_dora if config.fine_tune_type == "dora" else adapt)(model, settings)
+    path = config.path.parent / ADAPTER_FILE
     _assign(model, path, weights, adapter_weights(model), require_all=True)
     return result
 
@@ -286,7 +310,7 @@ def _assign(
     expected: Mapping[str, mx.array],
     require_all: bool,
 ) -> None:
-    """Load the arrays of a file into a model, in its dtypes, if names and shapes agree with the model's."""
+    """Load the arrays of a file into a model, in its dtypes, if names and shapes agree and all values are finite."""
     problems = [f"{name} is missing" for name in expected if name not in weights and require_all]
     for name, array in weights.items():
         if name not in expected:
@@ -299,5 +323,6 @@ def _assign(
         raise InputError(
             f"{path} does not fit the model (same --rank, --keys and --num-layers?): {listed(problems)}"
         )
-    arrays = [(name, array.astype(expected[name].dtype)) for name, array in weights.items()]
-    model.load_weights(arrays, strict=False)
+    arrays = {name: array.astype(expected[name].dtype) for name, array in weights.items()}
+    check_finite(arrays, path)  # also of what a narrower dtype cannot hold
+    model.load_weights(list(arrays.items()), strict=False)

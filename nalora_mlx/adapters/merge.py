@@ -1,15 +1,17 @@
 """Merging adapters into the weights of a model, and what the merged layers look like in its config."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from nalora_mlx.adapters.attach import adapt_result, gated_mlps, replace_module
 from nalora_mlx.adapters.gated_mlps import GatedMLP
 from nalora_mlx.adapters.layers import QUANTIZED, dequantized, quantized_like
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.errors import InputError, listed
 
 
 def fuse_model(model: nn.Module, bits: int | None = 8, dequantize: bool = False) -> dict[str, nn.Module]:
@@ -98,11 +100,56 @@ def check_bits(model: nn.Module, bits: int | None) -> None:
             )
 
 
-def record_bits(config: dict[str, Any], merged: dict[str, nn.Module]) -> None:
-    """Write the bits of merged layers into a model's config, in place, so that mlx-lm can load the model."""
-    quantization = config.get("quantization")
-    if not quantization:
-        return
-    for path, layer in merged.items():
-        if "scales" in layer:
-            quantization[path] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+def merged_quantization(
+    quantization: Mapping[str, Any] | None, model: nn.Module, merged: Mapping[str, nn.Module]
+) -> dict[str, Any] | None:
+    """Return what a merged model's config must say under "quantization", so that mlx-lm can load the model.
+
+    Args:
+        quantization: what the base's config says there; None if nothing, as in formats that mlx-lm converts (AWQ).
+        model: the merged model.
+        merged: the merged layers by path.
+
+    Returns:
+        The entry, with the bits of merged layers by path where they differ; None if no layer is quantized.
+    """
+    found = {path: _bits(module) for path, module in model.named_modules() if "scales" in module}
+    if not found:
+        return None
+    if quantization is None:
+        default = max(found.values(), key=list(found.values()).count)
+        return default | {path: bits for path, bits in found.items() if bits != default}
+    default = {"mode": "affine"} | {
+        name: quantization[name] for name in ("group_size", "bits", "mode") if name in quantization
+    }
+    said = {path: dict(bits) for path, bits in quantization.items() if isinstance(bits, Mapping)}
+    return dict(quantization) | {
+        path: found[path]
+        for path in merged
+        if path in found and {"mode": "affine"} | said.get(path, default) != found[path]
+    }
+
+
+def _bits(layer: nn.Module) -> dict[str, Any]:
+    """Return how a layer is quantized, as configs say it."""
+    special = {"global_scale": True} if layer.get("global_scale") is not None else {}
+    return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode} | special
+
+
+def check_finite_layers(layers: Mapping[str, nn.Module], problem: str) -> None:
+    """Raise InputError if weights are NaN or infinite.
+
+    Args:
+        layers: what to check, by path; the path of a whole model is empty.
+        problem: the message, which the names of the arrays follow.
+    """
+    wrong = []
+    for path, layer in layers.items():
+        arrays = tree_flatten(layer.parameters())
+        if isinstance(layer, QUANTIZED) and layer.mode != "affine":
+            arrays.append(("weight", dequantized(layer)))  # its scales are bytes, some of which mean NaN
+        for name, array in arrays:
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+                wrong.append(f"{path}.{name}".lstrip("."))
+    if wrong:
+        raise InputError(f"{problem}: {listed(wrong, ', ')}")

@@ -5,6 +5,7 @@
    merged model and of the base alone (q): KL(p || q), and whether both rank the same token first.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nalora_mlx.adapters.comparison import without_adapters
+from nalora_mlx.core.errors import RunError
 from nalora_mlx.models.conversation import greedy_answer, render_prompt
 
 # Of several kinds, so that some are close to what an adapter was trained for.
@@ -59,7 +61,9 @@ class MergeQuality:
     @property
     def mostly_lost(self) -> bool:
         """Whether the merge loses most of the adapter's effect; False if the effect is too small to measure."""
-        return self.effect > MIN_EFFECT and self.loss > MAX_LOST * self.effect
+        if self.effect <= MIN_EFFECT:
+            return False
+        return not (math.isfinite(self.loss) and self.loss <= MAX_LOST * self.effect)  # NaN is lost too
 
     def __str__(self) -> str:
         if self.effect <= MIN_EFFECT:
@@ -109,18 +113,28 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def log_probabilities(model: nn.Module, samples: list[Sample]) -> list[mx.array]:
-    """Return next-token log-probabilities over each answer: float32 [answer tokens, vocabulary] per sample."""
+    """Return next-token log-probabilities over each answer: float32 [answer tokens, vocabulary] per sample.
+
+    Raises:
+        RunError: a logit is NaN, or all logits of a position are infinite.
+    """
     found = []
     for sample in samples:
         logits = model(mx.array([sample.tokens]))[0, sample.prompt_length - 1 : -1].astype(mx.float32)
         found.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        mx.eval(found[-1])
+        if mx.isnan(found[-1]).any().item():
+            raise RunError(
+                "the model computes NaN for a prompt, so that its answers before and after the merge cannot be "
+                "compared; activations may overflow in float16: use a bfloat16 or float32 base"
+            )
     return found
 
 
 def _distance(tuned: list[mx.array], other: list[mx.array]) -> tuple[float, float]:
     """Return the mean KL divergence and the share of equal top tokens, over all positions."""
     pairs = list(zip(tuned, other, strict=True))
-    divergence = mx.concatenate([(mx.exp(p) * (p - q)).sum(axis=-1) for p, q in pairs]).mean()
+    # Some models give logits of -inf to unused tokens. A token of probability 0 adds nothing.
+    terms = [mx.where(mx.isneginf(p), 0, mx.exp(p) * (p - q)) for p, q in pairs]
+    divergence = mx.concatenate([term.sum(axis=-1) for term in terms]).mean()
     same = mx.concatenate([p.argmax(axis=-1) == q.argmax(axis=-1) for p, q in pairs]).mean()
     return float(mx.maximum(divergence, 0)), float(same)  # rounding can make zero slightly negative

@@ -149,6 +149,9 @@ class RunConfig(TrainingConfig, DataConfig):
         None, "services to report metrics to, separated by commas: wandb, swanlab, tensorboard"
     )
     project_name: str | None = setting(None, "project name for these services")
+    push_to_hub: str | None = setting(
+        None, "Hugging Face repo to upload the adapter to after training", metavar="OWNER/NAME"
+    )
     trust_remote_code: bool = setting(False, "run code that comes with a model or tokenizer")
 
     def __post_init__(self) -> None:

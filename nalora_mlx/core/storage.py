@@ -130,8 +130,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
-            flush(file)
+        for inner in temporary.rglob("*"):
+            flush(inner)
         flush(temporary)
         if path.exists():
             path.rename(old)

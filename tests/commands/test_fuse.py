@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import generate
-from mlx_lm.models import llama, qwen3_moe
+from mlx_lm.models import llama, nanochat, qwen3_moe
 from mlx_lm.utils import dequantize_model, load
 
 from nalora_mlx.__main__ import main
@@ -422,28 +421,6 @@ def test_the_model_card_shows_the_last_part_of_a_path(value, shown):
 # --- the Hub -----------------------------------------------------------------------------------------
 
 
-class FakeApi:
-    """Records what would be uploaded."""
-
-    calls: ClassVar[list] = []
-
-    def create_repo(self, repo_id, exist_ok):
-        self.calls.append(("create", repo_id, exist_ok))
-
-    def upload_folder(self, folder_path, repo_id, commit_message):
-        self.calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    import huggingface_hub
-
-    monkeypatch.setattr(FakeApi, "calls", [])
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
-    return FakeApi
-
-
 def test_upload(whole, tmp_path, hub, capsys):
     assert fuse(*whole, tmp_path / "fused", "--upload-repo", "me/tuned") == 0
     assert hub.calls[0] == ("create", "me/tuned", True)
@@ -480,11 +457,13 @@ def test_an_impossible_upload_is_refused_first(whole, tmp_path, hub, monkeypatch
 def test_gguf_of_an_unsupported_architecture_is_refused_before_writing(whole, tmp_path, capsys):
     pytest.importorskip("gguf")
     base, adapter = whole
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"model_type": "seed_oss", "head_dim": 8}))
-    assert fuse(base, adapter, tmp_path / "fused", "--export-gguf") == 2
-    assert "model_type seed_oss: cannot be exported to GGUF" in capsys.readouterr().err
-    (base / "config.json").write_text(json.dumps(config))
+    other = shutil.copytree(base, tmp_path / "other")
+    args = llama_args(model_type="nanochat")
+    weights = dict(tree_flatten(build_model(module=nanochat, args=args).parameters()))
+    mx.save_safetensors(str(other / "model.safetensors"), weights)
+    (other / "config.json").write_text(json.dumps(args))
+    assert fuse(other, adapter, tmp_path / "fused", "--export-gguf") == 2
+    assert "model_type nanochat: cannot be exported to GGUF" in capsys.readouterr().err
     (tmp_path / "mine.gguf").write_text("mine")
     flags = ["--export-gguf", "--gguf-path", str(tmp_path / "mine.gguf")]
     assert fuse(base, adapter, tmp_path / "fused", *flags) == 2
