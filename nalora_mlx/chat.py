@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nalora_mlx.cli import Parser, add_chat_flags, configure_chats
+from nalora_mlx.cli import Parser, add_chat_flags, configure_chats, note_merged
 from nalora_mlx.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -273,6 +273,7 @@ def _load(args: argparse.Namespace) -> "tuple[Conversation, Conversation | None]
     settings = (tokenizer, args.system_prompt, args.max_kv_size)
     if not args.adapter_path:
         return Conversation(base, *settings), None
+    note_merged(args.model, args.adapter_path)
     tuned = load_tuned(base, args.model, args.adapter_path, args.trust_remote_code)
     return Conversation(tuned, *settings), Conversation(base, *settings)
 

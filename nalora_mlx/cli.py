@@ -34,7 +34,7 @@ COMMANDS = {
     "doctor": "check the machine, and a run before it starts",
     "completion": "print a completion script for a shell",
 }
-PACKAGES = ("export", "report")  # commands that are packages
+PACKAGES = ("export", "report", "serve")  # commands that are packages
 
 
 def command(name: str) -> ModuleType:
@@ -258,21 +258,45 @@ def prepare_forwarded(given: Mapping[str, Any]) -> dict[str, Any]:
     ):
         if name in given:
             check(given[name])
+    if {"model", "adapter_path"} <= given.keys():
+        note_merged(given["model"], given["adapter_path"])
     paths = ("model", "adapter_path", "draft_model")
     return {name: str(expanded(value)) if name in paths else value for name, value in given.items()}
 
 
+def note_merged(model: str, adapter: str | Path | None) -> None:
+    """Print a notice if `nalora fuse` merged an adapter into a model before.
+
+    Args:
+        model: directory or Hugging Face repo of the model.
+        adapter: directory of the adapter, or the file of its weights; None without one.
+    """
+    from nalora_mlx.adapters.merge_record import contains_adapter
+    from nalora_mlx.models.loading import local_directory
+
+    if adapter is not None and contains_adapter(local_directory(model), Path(adapter).expanduser()):
+        print(f"note: {model} already contains {adapter}, which is applied twice now", file=sys.stderr)
+
+
 def loading_configured(load: Callable[..., Any], given: dict[str, Any]) -> Callable[..., Any]:
-    """Return mlx-lm's `load` so that the tokenizer renders chats as the flags in `given` say; remove them there."""
+    """Return mlx-lm's `load`, which reads configs as `load_model` does and renders chats as the flags in `given` say.
+
+    The flags are removed from `given`.
+    """
     from mlx_lm.utils import load_tokenizer
 
     from nalora_mlx.models.chat_templates import configure_chat_template
+    from nalora_mlx.models.loading import check_files, print_notice, translated
 
     template, args = given.pop("chat_template"), given.pop("chat_template_args")
     adapter = given.get("adapter_path")
 
     def load_configured(name: str, **options: Any) -> Any:
-        loaded = load(name, **options)
+        translation = translated(check_files(name), name)
+        for notice in translation.notices:
+            print_notice(notice)
+        model_config = {**translation.overrides, **(options.pop("model_config", None) or {})}
+        loaded = load(name, model_config=model_config, **options)
         if "tokenizer_config" not in options:  # the draft model
             return loaded
         model, tokenizer, config = loaded

@@ -172,7 +172,7 @@ def _check_model(
     from nalora_mlx.core.trees import nbytes
     from nalora_mlx.models.loading import load_model
 
-    model, tokenizer, model_config = load_model(name, trust_remote_code, config.quantize)
+    model, tokenizer, model_config = load_model(name, trust_remote_code, config.quantize, page.finding)
     size = nbytes(model.parameters())
     page.good(f"loaded: {len(model.layers)} layers, {size / 1e9:.2f} GB of weights")
     wanted = config.lora_config()

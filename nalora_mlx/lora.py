@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nalora_mlx.cli import Parser, add_settings
+from nalora_mlx.cli import Parser, add_settings, note_merged
+from nalora_mlx.core.background import in_background
 from nalora_mlx.core.config import METHOD_LABELS, NALoRAConfig, NAParameters, RunConfig, load_run_config
 from nalora_mlx.core.errors import InputError, listed
+from nalora_mlx.core.power import keep_awake
 from nalora_mlx.core.settings_without_effect import without_effect
+from nalora_mlx.export.upload import uploading
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -51,12 +54,10 @@ def run(args: argparse.Namespace) -> None:
     config.check()
     if config.plan:
         config.train, config.test = True, False  # --plan does all that precedes training, and nothing else
-    from nalora_mlx.core.background import in_background
-    from nalora_mlx.core.power import keep_awake
-
-    with open_display() as display, keep_awake():
+    with keep_awake(), uploading(config), open_display() as display:
         display.notices(without_effect(config))
         rows = read_data(config, display)
+        from nalora_mlx.adapters.files import load_any_adapter
         from nalora_mlx.data.checks import tokenize
         from nalora_mlx.models.context_length import context_notices
         from nalora_mlx.models.loading import is_quantized, is_slow_on_cpu, load_module, load_tokenizer
@@ -65,17 +66,21 @@ def run(args: argparse.Namespace) -> None:
         from nalora_mlx.training.optimizers import configured_optimizer
         from nalora_mlx.training.out_of_memory import explain_out_of_memory
 
+        def notify(text: str) -> None:
+            display.notices([text])
+
         if config.train:
             configured_optimizer(config)  # what it refuses, it refuses before the model is loaded
         start = find_start(config, output_directory(config)) if config.train else None
         display.note(f"loading {config.model}")
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        chat = configure_run_chats(config, tokenizer, start, lambda text: display.note(f"note: {text}"))
+        chat = configure_run_chats(config, tokenizer, start, notify)
         tokenized = in_background(lambda: tokenize(rows, tokenizer, config.max_seq_length))
-        model, model_config = load_module(config.model, config.trust_remote_code, config.quantize)
+        model, model_config = load_module(config.model, config.trust_remote_code, config.quantize, notify)
+        note_merged(config.model, start if config.train else config.adapter_path)
         if is_slow_on_cpu(model):
-            display.note(
-                "note: half-precision weights are about fifty times slower than float32 on a CPU; "
+            notify(
+                "half-precision weights are about fifty times slower than float32 on a CPU; "
                 "mlx_lm.convert --dtype float32 makes a float32 copy"
             )
         splits = check_splits(config, tokenized(), tokenizer, display)
@@ -87,8 +92,6 @@ def run(args: argparse.Namespace) -> None:
             if config.train:
                 loss = train_model(config, model, splits, display, start, started, chat)
             elif config.adapter_path:
-                from nalora_mlx.adapters.files import load_any_adapter
-
                 load_any_adapter(model, Path(config.adapter_path).expanduser())
             if config.test:
                 test_model(config, model, splits["test"], display, loss)

@@ -1,15 +1,18 @@
-"""Write docs/models.md, a table of the gated MLPs in every model of mlx-lm and whether NA-LoRA supports them.
+"""Write docs/models.md: what can be done with well-known models, and the gated MLPs in every model of mlx-lm.
 
 Usage: python scripts/model_table.py [--check]
 
-Builds the miniature of each model in tests/miniatures and adapts it. With --check, writes nothing and fails if the
-page is out of date.
+Builds the miniature of each model in tests/miniatures and adapts it; the rest is read from the exporters' tables. With
+--check, writes nothing and fails if the page is out of date.
 """
 
 import importlib.metadata
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from mlx_lm.utils import MODEL_REMAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,17 +20,166 @@ sys.path.insert(0, str(ROOT))
 from nalora_mlx.adapters.attach import adapt  # noqa: E402
 from nalora_mlx.core.config import NALoRAConfig  # noqa: E402
 from nalora_mlx.core.errors import InputError  # noqa: E402
+from nalora_mlx.export.gguf.architectures import ARCHITECTURES, UNSUPPORTED  # noqa: E402
+from nalora_mlx.export.peft_names import MODEL_TYPES  # noqa: E402
 from tests.adapters.test_miniatures import ZOO, build  # noqa: E402
 
+# Model types whose recurrence mlx-lm computes token by token in training.
+TOKEN_LOOPS = {
+    *("qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid", "prism_hadamard_qwen35", "bailing_moe_v3"),
+    *("kimi_linear", "kimi_k3", "mamba", "rwkv7", "jamba", "bailing_moe_linear"),
+}
 PAGE = ROOT / "docs" / "models.md"
-HEAD = """# Gated MLPs in mlx-lm {version}
+HEAD = """# Models
 
-The gated MLPs in every model of mlx-lm, and whether NA-LoRA supports them ("yes"). `scripts/model_table.py` generates
-this page by adapting a miniature of each model. The tests compare each row with mlx-lm's own adapters.
+What can be done with well-known models. `model_type` is the one in config.json. The exporters refuse what they do not
+support, with the reason. `scripts/model_table.py` generates this page from their tables, and by adapting a miniature of
+each model. The tests compare the logits of every row with those of llama.cpp and of transformers with PEFT.
+
+- **Trains:** "short rows" means that mlx-lm computes the recurrence token by token while training, so that time and
+  memory grow steeply with length.
+- **NA-LoRA acts on:** the layers whose updates are masked. All other adapted layers get plain LoRA.
+- **GGUF:** the architecture in llama.cpp. If the model can also see or hear, this is its text part.
+- **GGUF LoRA, PEFT:** adapters in these formats. Layers named with "not" must be merged instead.
+
+Every key of config.json is accounted for when a model is loaded. What transformers 5 writes differently
+(`rope_parameters`) is translated. A setting that mlx-lm cannot apply and that would change results ends the load, and
+is named. Unknown keys, and smaller differences such as a sliding window, are named in a note; `nalora doctor --model
+MODEL` lists them.
+
+| model | model_type | trains | NA-LoRA acts on | GGUF | GGUF LoRA | PEFT |
+|---|---|---|---|---|---|---|
+"""
+EXPORT_HEAD = """
+## Exports of every model type
+
+| model_type | GGUF | PEFT |
+|---|---|---|
+"""
+GATED_HEAD = """
+## Gated MLPs in mlx-lm {version}
+
+The gated MLPs in every model of mlx-lm, and whether NA-LoRA supports them ("yes"). The tests compare each row with
+mlx-lm's own adapters.
 
 | model | gated MLPs | layout | activation | experts | NA-LoRA |
 |---|---|---|---|---|---|
 """
+# Layers for which llama.cpp ignores or refuses an adapter; see tests/interop/test_gguf_lora.py.
+_MLA = "not attention's q and kv"
+WITHOUT_LORA = {
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k2", "mistral4"), _MLA
+    ),
+    "gemma3n": "not AltUp",
+    "gemma4": "not the per-layer embedding's",
+    "kimi_linear": "not attention and head",
+    "nemotron_h": "not latent projections",
+    "rwkv7": "not its own low-rank modules",
+}
+# Layers for which PEFT refuses an adapter, besides the MLPs of models with experts.
+WITHOUT_PEFT = {"falcon_h1": "not Mamba's out_proj", "nemotron_h": "not Mamba's out_proj and experts"}
+# Further architectures of a model type, which depend on its config.
+OTHER_NAMES = {
+    "bailing_moe": ("bailingmoe",),
+    "granitemoehybrid": ("granite", "granitemoe"),
+    "mistral3": ("mistral3", "mistral4"),
+    "nemotron_h": ("nemotron_h_moe",),
+    "qwen3_5": ("qwen35moe",),
+    "qwen3_5_moe": ("qwen35moe",),
+}
+# Names that people know -> model_type. A wrapper of a text model has the type of its text model after a slash.
+NAMES = {
+    "Qwen3.5 0.8B to 27B": "qwen3_5",
+    "Qwen3.5 35B-A3B and larger": "qwen3_5_moe",
+    "Qwen3 0.6B to 32B": "qwen3",
+    "Qwen3 30B-A3B, 235B-A22B; Qwen3-Coder": "qwen3_moe",
+    "Qwen3-Next 80B-A3B": "qwen3_next",
+    "Qwen2.5, DeepSeek-R1-Distill-Qwen": "qwen2",
+    "Llama 3, 3.1, 3.2, 3.3; SmolLM2; DeepSeek-R1-Distill-Llama": "llama",
+    "Llama 4 Scout, Maverick": "llama4",
+    "Gemma 4": "gemma4",
+    "Gemma 3n": "gemma3n",
+    "Gemma 3 270M, 1B": "gemma3_text",
+    "Gemma 3 4B to 27B": "gemma3",
+    "Gemma 2": "gemma2",
+    "gpt-oss 20B, 120B": "gpt_oss",
+    "Ministral 3": "mistral3/ministral3",
+    "Mistral Small 4": "mistral3/mistral4",
+    "Mistral Small 3.1, 3.2": "mistral3/mistral",
+    "Mistral 7B, Nemo, Small 3": "mistral",
+    "Mixtral": "mixtral",
+    "DeepSeek V3, V3.1, R1": "deepseek_v3",
+    "Kimi K2": "kimi_k2",
+    "DeepSeek V3.2": "deepseek_v32",
+    "DeepSeek V2 Lite, Coder V2 Lite": "deepseek_v2",
+    "GLM-4 9B, 32B": "glm4",
+    "GLM-4.5, 4.6, 4.7": "glm4_moe",
+    "GLM-4.7-Flash": "glm4_moe_lite",
+    "Kimi Linear 48B-A3B": "kimi_linear",
+    "MiniMax M2": "minimax_m2",
+    "LFM2 350M to 2.6B": "lfm2",
+    "LFM2 8B-A1B": "lfm2_moe",
+    "Nemotron 3 Nano 30B-A3B": "nemotron_h",
+    "Granite 3": "granite",
+    "Granite 4": "granitemoehybrid",
+    "Phi-3, Phi-4": "phi3",
+    "SmolLM3": "smollm3",
+    "OLMo 2": "olmo2",
+    "OLMo 3": "olmo3",
+    "EXAONE 4": "exaone4",
+    "Hunyuan 0.5B to 7B": "hunyuan_v1_dense",
+    "Hunyuan A13B": "hunyuan",
+    "Seed-OSS 36B": "seed_oss",
+    "ERNIE 4.5 0.3B": "ernie4_5",
+    "ERNIE 4.5 21B-A3B": "ernie4_5_moe",
+    "Command R7B, Command A": "cohere2",
+    "Command R, R+": "cohere",
+    "Ling, Ring (Lite)": "bailing_moe",
+    "Falcon-H1": "falcon_h1",
+    "Apertus": "apertus",
+    "Jamba": "jamba",
+    "Mamba 2": "mamba2",
+    "RWKV-7": "rwkv7",
+    "StarCoder2": "starcoder2",
+    "InternLM3": "internlm3",
+}
+
+
+def known_rows() -> Iterator[tuple[str, ...]]:
+    """Yield the table rows of well-known models."""
+    for name, types in NAMES.items():
+        model_type = types.rpartition("/")[2]
+        arch = ARCHITECTURES.get(model_type)
+        miniature = ZOO[MODEL_REMAPPING.get(model_type, model_type)]
+        experts = any(kind.experts for kind in miniature.gated)
+        yield (
+            name,
+            types.partition("/")[0],
+            "short rows" if model_type in TOKEN_LOOPS else "yes",
+            acts_on(model_type),
+            arch.other_name(miniature.config) or arch.name if arch else f"no: {UNSUPPORTED[model_type]}",
+            WITHOUT_LORA.get(model_type, "yes") if arch else "no",
+            WITHOUT_PEFT.get(model_type, "not MLPs and experts" if experts else "yes")
+            if model_type in MODEL_TYPES
+            else "no",
+        )
+
+
+def export_rows() -> Iterator[tuple[str, ...]]:
+    """Yield what can be exported of every model type. Some types have several architectures, chosen by the config."""
+    for model_type in sorted(ARCHITECTURES | UNSUPPORTED | dict.fromkeys(MODEL_TYPES), key=str.lower):
+        arch = ARCHITECTURES.get(model_type)
+        names = dict.fromkeys((arch.name, *OTHER_NAMES.get(model_type, ()))) if arch else ()
+        gguf = ", ".join(names) if arch else f"no: {UNSUPPORTED[model_type]}"
+        yield model_type, gguf, "yes" if model_type in MODEL_TYPES else "no"
+
+
+def acts_on(model_type: str) -> str:
+    """Return in words which MLPs NA-LoRA acts on."""
+    table = [row for row in rows(MODEL_REMAPPING.get(model_type, model_type)) if row[5] == "yes"]
+    kinds = dict.fromkeys("experts" if row[4] else "MLPs" for row in sorted(table, key=lambda row: row[4]))
+    return " and ".join(kinds) or "none: plain LoRA"
 
 
 def rows(name: str) -> list[tuple[str, ...]]:
@@ -60,11 +212,24 @@ def without_indices(path: str) -> str:
 
 def page() -> str:
     table = [row for name in sorted(ZOO, key=str.lower) for row in rows(name)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     supported = {row[0] for row in table if row[5] == "yes"}
     gated = {name for name, row in ZOO.items() if row.gated}
     totals = f"\n{len(ZOO)} models, {len(gated)} with gated MLPs, {len(supported)} supported by NA-LoRA.\n"
-    return HEAD.format(version=importlib.metadata.version("mlx-lm")) + "\n".join(lines) + "\n" + totals
+    gated_head = GATED_HEAD.format(version=importlib.metadata.version("mlx-lm"))
+    return (
+        HEAD
+        + as_lines(known_rows())
+        + EXPORT_HEAD
+        + as_lines(export_rows())
+        + gated_head
+        + as_lines(table)
+        + totals
+    )
+
+
+def as_lines(table: Iterable[tuple[str, ...]]) -> str:
+    """Return the rows of a Markdown table."""
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in table)
 
 
 if __name__ == "__main__":

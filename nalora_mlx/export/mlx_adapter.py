@@ -5,11 +5,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, chat_entry
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, chat_entry, not_finite
+from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.storage import arrays_writer, json_writer, write_directory
 from nalora_mlx.export.lazy_model import LazyModel, LazyWeight
-from nalora_mlx.export.updates import AdapterUpdates, LowRankUpdate, with_common_rank
+from nalora_mlx.export.updates import (
+    AdapterUpdates,
+    LowRankUpdate,
+    reject_full_weights,
+    with_common_rank,
+)
 from nalora_mlx.models.chat_templates import ChatSettings
 
 
@@ -29,12 +34,9 @@ def export_mlx(model: LazyModel, updates: AdapterUpdates, output: Path, chat: Ch
         The number of modules with an update.
 
     Raises:
-        InputError: the weights were fully trained, so there is no adapter.
+        InputError: the weights were fully trained, so there is no adapter, or weights of the model are not finite.
     """
-    if updates.kind == "full":
-        raise InputError(
-            "export mlx: these are fully trained weights, not an adapter; write a model with nalora fuse"
-        )
+    reject_full_weights(updates, "mlx")
     by_path, rank, scale = with_common_rank(updates.by_path)
     keys, num_layers = _adapted_keys(model, by_path)
     candidates = {f"{layer}.{key}" for layer in model.layers[-num_layers:] for key in keys}
@@ -44,6 +46,10 @@ def export_mlx(model: LazyModel, updates: AdapterUpdates, output: Path, chat: Ch
         weight = model.weights[f"{path}.weight"]
         update = by_path.get(path) or _zero_update(weight, rank, updates.kind)
         arrays |= {f"{path}.{leaf}": array for leaf, array in _to_mlx_lm(update, weight.kind).items()}
+    if wrong := not_finite(arrays):  # magnitudes that were computed from the model's weights
+        raise InputError(
+            f"{model.directory}: NaN or infinite weights in {listed(wrong, ', ')}; the model is damaged"
+        )
     config: dict[str, Any] = {
         "fine_tune_type": updates.kind,
         "num_layers": num_layers,

@@ -1,10 +1,12 @@
-"""The model card (README.md) of a merged model: its base, its training, and what was measured."""
+"""Model cards (README.md) of merged models and of adapters: their base, their training, and what was measured."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx import __version__
+from nalora_mlx.adapters.files import ADAPTER_CONFIG, NA_KEY
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import METHOD_LABELS
 from nalora_mlx.core.errors import InputError
@@ -50,29 +52,18 @@ def write_card(
         adapter_config: content of its adapter_config.json.
         merge_quality: how close the merged model is to base + adapter, as a phrase.
     """
-    from huggingface_hub import ModelCardData
-
-    kind = adapter_config.get("fine_tune_type", "lora")
-    if kind == "lora" and "na_lora" in adapter_config:  # for mlx-lm, an NA-LoRA adapter is a LoRA
-        kind = "na-lora"
-    method = METHOD_LABELS.get(kind, METHOD_LABELS["lora"])
-    metadata = ModelCardData(
-        library_name="mlx",
-        pipeline_tag="text-generation",
-        base_model=base,
-        tags=["mlx", OUR_TAG, *(["lora"] if kind not in ("dora", "full") else [])],
-        **{key: inherited[key] for key in INHERITED_METADATA if key in inherited},
-    )
+    kind = _fine_tune_type(adapter_config)
+    metadata = _metadata("mlx", base, inherited, kind)
     origin = f"[{base}](https://huggingface.co/{base})" if base else "its base model"
     merged = "" if kind == "full" else " The adapter is merged into the weights."
     sections = [
-        f"---\n{metadata.to_yaml()}\n---\n",
+        metadata,
         f"# {title}\n",
-        f"This model was fine-tuned from {origin} with {method}, by nalora-mlx {__version__}.{merged} "
+        f"This model was fine-tuned from {origin} with {METHOD_LABELS[kind]}, by nalora-mlx {__version__}.{merged} "
         "It runs in mlx-lm like any other model.\n",
         f'```bash\nmlx_lm.generate --model {title} --prompt "Hello"\n```\n',
         "## Training\n",
-        _format_table(_training_settings(adapter_config, _read_run_record(adapter / RECORD_FILE))),
+        _format_table(_training_settings(adapter_config, _read_json(adapter / RECORD_FILE))),
     ]
     if losses := _read_losses(adapter / METRICS_FILE):
         sections += ["## Results\n", _format_table(losses)]
@@ -81,8 +72,101 @@ def write_card(
     (directory / "README.md").write_text("\n".join(sections), encoding="utf-8")
 
 
-def _read_run_record(path: Path) -> dict[str, Any]:
-    """Read run.json; return nothing if it is missing or damaged."""
+def adapter_card(
+    repo: str,
+    *,
+    base: str | None,
+    inherited: dict[str, Any],
+    config: dict[str, Any],
+    run: Path | None,
+    losses: bool = True,
+) -> str:
+    """Return the card of an adapter. It contains no path of this machine.
+
+    Args:
+        repo: name of the adapter on the Hub.
+        base: name of the base model on the Hub; None if unknown.
+        inherited: metadata of the base model's card. The license and languages are copied.
+        config: content of adapter_config.json, mlx-lm's or PEFT's.
+        run: directory of the run that trained it, whose records are read if they exist; None if unknown.
+        losses: whether the losses of the run are those of this adapter.
+    """
+    is_peft = "peft_type" in config
+    settings = _settings_of_peft(config) if is_peft else config
+    trained = _read_json(run / ADAPTER_CONFIG) if run else {}
+    kind = _fine_tune_type(trained or settings)
+    origin = f"[{base}](https://huggingface.co/{base})" if base else "its base model"
+    what = "The trained weights of" if kind == "full" else "An adapter for"
+    relation = None if kind == "full" else "adapter"
+    sections = [
+        _metadata("peft" if is_peft else "mlx", base, inherited, kind, base_model_relation=relation),
+        f"# {repo}\n",
+        f"{what} {origin}, trained with {METHOD_LABELS[kind]}, by nalora-mlx {__version__}.\n",
+        _peft_usage(repo, base or "BASE") if is_peft else _mlx_usage(repo, base or "BASE"),
+        "## Training\n",
+        _format_table(
+            _training_settings({**trained, **settings}, _read_json(run / RECORD_FILE) if run else {})
+        ),
+    ]
+    if run and losses and (rows := _read_losses(run / METRICS_FILE)):
+        sections += ["## Results\n", _format_table(rows)]
+    return "\n".join(sections)
+
+
+def _fine_tune_type(adapter_config: dict[str, Any]) -> str:
+    """Return a key of METHOD_LABELS for the content of adapter_config.json."""
+    kind = adapter_config.get("fine_tune_type", "lora")
+    if kind == "lora" and NA_KEY in adapter_config:  # for mlx-lm, an NA-LoRA adapter is a LoRA
+        kind = "na-lora"
+    return kind if kind in METHOD_LABELS else "lora"
+
+
+def _metadata(library: str, base: str | None, inherited: dict[str, Any], kind: str, **entries: Any) -> str:
+    """Return the YAML head of a card."""
+    from huggingface_hub import ModelCardData
+
+    metadata = ModelCardData(
+        library_name=library,
+        pipeline_tag="text-generation",
+        base_model=base,
+        tags=[*(["mlx"] if library == "mlx" else []), OUR_TAG, *(["lora"] if "lora" in kind else [])],
+        **{key: inherited[key] for key in INHERITED_METADATA if key in inherited},
+        **(entries if base else {}),
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n"
+
+
+def _settings_of_peft(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a PEFT adapter under mlx-lm's names."""
+    rank = config["r"]
+    # The modules within a layer, as mlx-lm's keys name them.
+    keys = {re.sub(r".*layers\.\d+\.", "", module) for module in config["target_modules"]}
+    names = {
+        "rank": rank,
+        "scale": config["lora_alpha"] / rank,
+        "dropout": 0.0,
+        "keys": sorted(keys),
+    }
+    return {"fine_tune_type": "dora" if config.get("use_dora") else "lora", "lora_parameters": names}
+
+
+def _mlx_usage(repo: str, base: str) -> str:
+    name = repo.rpartition("/")[2]
+    return (
+        f"```bash\nhf download {repo} --local-dir {name}\n"
+        f'mlx_lm.generate --model {base} --adapter-path {name} --prompt "Hello"\n```\n'
+    )
+
+
+def _peft_usage(repo: str, base: str) -> str:
+    return (
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo}")\n```\n'
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; return nothing if the file is missing or damaged."""
     try:
         return storage.read_json(path)
     except InputError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.storage import write_file
+from nalora_mlx.export.gguf.vocabulary.ends import end_texts
 
 # Contents of messages that no template contains, to see what it puts around them.
 _MARKERS = tuple(f"nalora{i}mark" for i in range(5))
@@ -56,6 +57,11 @@ class ChatFormat:
         return f"{start}{{{{ range .Messages }}}}{{{{ {cases}end }}}}{{{{ end }}}}{self.generation_prompt}"
 
 
+def modelfile_path(gguf: Path) -> Path:
+    """Return the path of the Modelfile that belongs to a GGUF file."""
+    return gguf.with_name(f"{gguf.name}.Modelfile")
+
+
 def write_modelfile(gguf: Path, tokenizer: Any, base: str | None = None) -> tuple[Path, list[str]]:
     """Write GGUF.Modelfile for `ollama create NAME -f FILE`, unless it exists.
 
@@ -67,7 +73,7 @@ def write_modelfile(gguf: Path, tokenizer: Any, base: str | None = None) -> tupl
     Returns:
         The path of the Modelfile, and notes for the user.
     """
-    path = gguf.with_name(f"{gguf.name}.Modelfile")
+    path = modelfile_path(gguf)
     if path.exists():
         return path, [f"{path.name} exists and was not changed"]
     lines, notes = [f"# ollama create NAME -f {path.name}"], []
@@ -81,17 +87,23 @@ def write_modelfile(gguf: Path, tokenizer: Any, base: str | None = None) -> tupl
         lines.append(f'TEMPLATE """{chat_format.go_template()}"""')
         if chat_format.default_system is not None:
             lines.append(f'SYSTEM """{chat_format.default_system}"""')
-        stop = chat_format.wrappers["assistant"][1].strip()
-        if stop and not {'"', "\n"} & set(stop):
-            lines.append(f'PARAMETER stop "{stop}"')
     elif getattr(tokenizer, "chat_template", None):
         lines.append("# No TEMPLATE: Ollama cannot express the chat template, and guesses one.")
         notes.append("Ollama cannot express the model's chat template and guesses one; check its answers")
     else:
         lines.append("# No TEMPLATE: the model has no chat template, so Ollama passes prompts on unchanged.")
+    lines += [f'PARAMETER stop "{stop}"' for stop in _stop_words(tokenizer, chat_format)]
     text = "\n".join(lines) + "\n"
     write_file(path, lambda temporary: _write_text(temporary, text))
     return path, notes
+
+
+def _stop_words(tokenizer: Any, chat_format: ChatFormat | None) -> list[str]:
+    """Return the texts of all end tokens, and what the template puts after an answer."""
+    words = end_texts(tokenizer) if tokenizer is not None else []
+    if chat_format is not None:
+        words.append(chat_format.wrappers["assistant"][1].strip())
+    return [word for word in dict.fromkeys(words) if word and not {'"', "\n"} & set(word)]
 
 
 def _write_text(path: Path, text: str) -> None:

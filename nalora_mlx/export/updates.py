@@ -1,13 +1,13 @@
 """Adapters as low-rank updates of weights: read from mlx-lm's files, scaled, summed, and merged on the fly."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config, read_weights
+from nalora_mlx.adapters.files import not_finite, read_adapter
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.export.lazy_model import LazyWeight
 
@@ -46,18 +46,19 @@ class AdapterUpdates:
     kind: str  # lora, dora or full
     by_path: dict[str, LowRankUpdate]
     full_weights: dict[str, mx.array]
+    notes: list[str] = field(default_factory=list)  # what the reader left out, for the user
 
 
 def read_updates(directory: Path, weights: Mapping[str, LazyWeight]) -> AdapterUpdates:
     """Read an adapter in mlx-lm's format and check it against the model's weights.
 
     Raises:
-        InputError: a file or setting is missing, or arrays do not fit the model; the message lists them.
+        InputError: a file or setting is missing or invalid, or arrays are not finite or do not fit the model; the
+            message lists them.
     """
-    config = read_adapter_config(directory)
-    kind = config.get("fine_tune_type", "lora")
-    arrays = {name: a.astype(mx.float32) for name, a in read_weights(directory / ADAPTER_FILE).items()}
-    if kind == "full":
+    config, arrays = read_adapter(directory)
+    kind = config.fine_tune_type
+    if config.lora is None:
         check_fit(
             directory,
             [
@@ -67,25 +68,17 @@ def read_updates(directory: Path, weights: Mapping[str, LazyWeight]) -> AdapterU
             ],
         )
         return AdapterUpdates(kind, {}, arrays)
-    path = directory / ADAPTER_CONFIG
-    if kind not in ("lora", "dora"):
-        raise InputError(f"{path}: fine_tune_type is {kind!r}; expected lora, dora or full")
-    try:
-        scale = float(config["lora_parameters"]["scale"])
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{path}: lora_parameters has no scale; mlx-lm cannot load this adapter either"
-        ) from None
     expected = {"lora_a", "lora_b", "m"} if kind == "dora" else {"lora_a", "lora_b"}
     problems, by_path = [], {}
     for module, leaves in _group_by_module(arrays).items():
+        leaves = {name: array.astype(mx.float32) for name, array in leaves.items()}
         weight = weights.get(f"{module}.weight")
         if leaves.keys() != expected:
             problems.append(f"{module} has {', '.join(sorted(leaves))}, not {', '.join(sorted(expected))}")
         elif weight is None or weight.kind == "other":
             problems.append(f"{module} is not a linear or embedding layer of the model")
         else:
-            update = _from_mlx_lm(leaves, weight.kind, scale)
+            update = _from_mlx_lm(leaves, weight.kind, config.lora.scale)
             if problem := shape_problem(update, weight):
                 problems.append(f"{module} {problem}")
             by_path[module] = update
@@ -129,6 +122,14 @@ def check_fit(directory: Path, problems: Sequence[str]) -> None:
         raise InputError(f"{directory}: does not fit --model: {listed(problems)}")
 
 
+def reject_full_weights(updates: AdapterUpdates, format: str) -> None:
+    """Raise InputError if the weights were fully trained, so that there is no adapter to export."""
+    if updates.kind == "full":
+        raise InputError(
+            f"export {format}: these are fully trained weights, not an adapter; write a model with nalora fuse"
+        )
+
+
 def weighted_sum(adapters: Sequence[AdapterUpdates], factors: Sequence[float]) -> AdapterUpdates:
     """Return the sum over adapters of factor * scale * left @ right, exact by concatenating along the rank.
 
@@ -162,11 +163,18 @@ def with_common_rank(by_path: Mapping[str, LowRankUpdate]) -> tuple[dict[str, Lo
 
     Returns:
         The updates, their rank and their scale.
+
+    Raises:
+        InputError: an update is too large for float32, as sums and scaled adapters can be.
     """
     rank = max(update.rank for update in by_path.values())
     scales = {update.scale for update in by_path.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
-    return {path: _pad(update, rank, scale) for path, update in by_path.items()}, rank, scale
+    padded = {path: _pad(update, rank, scale) for path, update in by_path.items()}
+    factors = {path: update.left for path, update in padded.items()} | {"the scale": mx.array(scale * rank)}
+    if wrong := not_finite(factors):
+        raise InputError(f"{listed(wrong, ', ')}: too large for float32; give a smaller --scale or --weight")
+    return padded, rank, scale
 
 
 def _pad(update: LowRankUpdate, rank: int, scale: float) -> LowRankUpdate:

@@ -261,7 +261,7 @@ def test_the_settings_survive_an_export_to_mlx(model_directory, adapter, tmp_pat
 def test_a_gguf_has_the_adapters_template(model_directory, adapter, tmp_path, capsys, monkeypatch):
     gguf = pytest.importorskip("gguf")
     import nalora_mlx.export.gguf.model as gguf_model
-    from nalora_mlx.export.gguf.tokenizer import Vocabulary
+    from nalora_mlx.export.gguf.vocabulary.tokenizer import Vocabulary
 
     # The tests' word-level tokenizer has no form in GGUF.
     vocabulary = Vocabulary([f"w{i}" for i in range(64)], [1] * 64, merges=[], notes=[])

@@ -1,10 +1,13 @@
 """`nalora export mlx` and `peft`: scaling, summing and converting adapters, rejected input, and interruption."""
 
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +21,10 @@ from mlx_lm.utils import load
 
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters.attach import adapt, adapt_dora
-from nalora_mlx.adapters.files import adapter_config, adapter_weights, load_any_adapter
+from nalora_mlx.adapters.files import adapter_config, adapter_weights, load_any_adapter, load_weights
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
+from nalora_mlx.core.errors import InputError
 from nalora_mlx.export import updates
 from nalora_mlx.export.lazy_model import open_model
 from tests.conftest import build_model, llama_args, random_adapters
@@ -254,7 +258,11 @@ def peft_adapter(directory, base, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        *(
+            ({"peft_type": name}, f"peft_type is '{name}'")
+            for name in ("IA3", "LOKR", "VERA", "ADALORA", "XLORA")
+        ),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}, "peft_type is 'PROMPT_TUNING'"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
@@ -262,6 +270,18 @@ def peft_adapter(directory, base, **changes):
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"bias": "all", "use_qalora": True}, "bias is 'all'; use_qalora is True"),
+        ({"use_next_year": {"a": 1}}, "use_next_year is {'a': 1}, a setting unknown here"),
+        ({"power": 0.5}, "power is 0.5, a setting unknown here"),
+        ({"r": 5}, "model.layers.0.mlp.up_proj has rank 4, adapter_config.json says 5"),
+        (
+            {"rank_pattern": {"1.mlp.up_proj": 2}},
+            "model.layers.1.mlp.up_proj has rank 4, adapter_config.json says 2",
+        ),
+        ({"use_dora": True}, "model.layers.0.mlp.up_proj has no lora_magnitude_vector"),
     ],
 )
 def test_unsupported_peft_settings_are_rejected(model_directory, tmp_path, capsys, changes, message):
@@ -271,10 +291,49 @@ def test_unsupported_peft_settings_are_rejected(model_directory, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("initialization", [True, False, "gaussian", "eva", "orthogonal"])
-def test_initializations_that_keep_the_base_are_accepted(model_directory, tmp_path, initialization):
-    adapter = peft_adapter(tmp_path, model_directory, init_lora_weights=initialization)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"init_lora_weights": value} for value in (True, False, "gaussian", "eva", "orthogonal", "mica")),
+        {"use_next_year": None, "and_the_next": False, "sizes": {}, "names": []},
+        {"lora_dropout": 0.1, "layers_to_transform": [0, 1], "auto_mapping": {"base_model_class": "X"}},
+    ],
+)
+def test_settings_without_effect_are_accepted(model_directory, tmp_path, changes):
+    adapter = peft_adapter(tmp_path, model_directory, **changes)
     assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 0
+
+
+def test_every_setting_of_peft_is_known():
+    """A new version of PEFT may add settings; each must be read, refused or known to be irrelevant."""
+    peft = pytest.importorskip("peft", reason="needs PEFT: see CONTRIBUTING.md")
+    from nalora_mlx.export.peft_config import IRRELEVANT, PLAIN_VALUES, READ
+
+    fields = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields.keys() <= READ | IRRELEVANT | PLAIN_VALUES.keys()
+    for name, plain in PLAIN_VALUES.items():
+        assert name == "peft_type" or fields[name].default in plain, name
+
+
+def test_adapters_in_subdirectories(model_directory, tmp_path, capsys):
+    """PEFT saves adapters that are not named default in subdirectories."""
+    adapter = peft_adapter(tmp_path, model_directory)
+    place = tmp_path / "several"
+    shutil.copytree(adapter, place / "first")
+    shutil.copytree(adapter, place / "second")
+    assert export(model_directory, tmp_path / "out", "--from-peft", place) == 2
+    assert "give one of the adapters in it: first, second" in capsys.readouterr().err
+    shutil.copytree(adapter, place, dirs_exist_ok=True)
+    assert export(model_directory, tmp_path / "out", "--from-peft", place) == 0
+    printed = capsys.readouterr().out
+    assert "note: first is another adapter" in printed
+    assert "note: second is another adapter" in printed
+
+
+def test_ours_is_not_a_peft_adapter(model_directory, tmp_path, capsys):
+    adapter = make(model_directory, tmp_path / "a")
+    assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 2
+    assert "has no peft_type" in capsys.readouterr().err
 
 
 def test_peft_adapter_that_does_not_fit_is_rejected(model_directory, moe, tmp_path, capsys):
@@ -290,7 +349,9 @@ def test_peft_adapter_that_does_not_fit_is_rejected(model_directory, moe, tmp_pa
     assert "embedding is also its output head" in capsys.readouterr().err
     path.rename(adapter / "adapter_model.bin")
     assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 2
-    assert "pickled" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "pickled" in error
+    assert "save_pretrained" in error
 
 
 @pytest.mark.parametrize(
@@ -367,16 +428,152 @@ def test_dora_and_full_weights_cannot_be_summed(model_directory, tmp_path, capsy
     dora = make(model_directory, tmp_path / "dora", adapt_dora, keys=("mlp.up_proj",))
     assert export(model_directory, tmp_path / "out", "--adapter-path", dora, "--scale", "0.5") == 2
     assert "a dora adapter cannot be scaled or summed" in capsys.readouterr().err
-    full = tmp_path / "full"
-    name = "model.layers.0.mlp.up_proj.weight"
-    files = {
-        "adapters.safetensors": storage.arrays_writer({name: mx.zeros((48, 32))}),
-        "adapter_config.json": storage.json_writer({"fine_tune_type": "full", "num_layers": 3}),
-    }
-    storage.write_directory(full, files)
+    full = fully_trained(tmp_path / "full", "model.layers.0.mlp.up_proj.weight", mx.zeros((48, 32)))
     for format in ("mlx", "peft"):
         assert export(model_directory, tmp_path / "out", "--adapter-path", full, format=format) == 2
         assert "fully trained weights, not an adapter" in capsys.readouterr().err
+
+
+# --- NaN and wrong ranks -----------------------------------------------------------------------------
+
+NAME = "model.layers.1.mlp.up_proj.lora_b"
+
+
+def damage(path, name, value=math.nan):
+    """Replace one value of one array of a file."""
+    arrays = dict(mx.load(str(path)))
+    flat = arrays[name].flatten()
+    flat[flat.size // 2] = value
+    arrays[name] = flat.reshape(arrays[name].shape)
+    mx.save_safetensors(str(path), arrays)
+
+
+def fully_trained(directory, name, array):
+    files = {
+        "adapters.safetensors": storage.arrays_writer({name: array}),
+        "adapter_config.json": storage.json_writer({"fine_tune_type": "full", "num_layers": 3}),
+    }
+    storage.write_directory(directory, files)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def gguf_directory(tmp_path_factory):
+    """Return the directory of a model that can be exported to GGUF."""
+    pytest.importorskip("gguf")
+    return gguf_models.save(tmp_path_factory.mktemp("gguf") / "model", *gguf_models.build("llama"))
+
+
+@pytest.fixture
+def base(request, model_directory):
+    """Return the base model for the format of a test."""
+    name = next(
+        request.node.callspec.params[name] for name in ("reader", "format") if name in request.fixturenames
+    )
+    return request.getfixturevalue("gguf_directory") if "gguf" in name else model_directory
+
+
+READERS = {
+    "export mlx": ("export", "mlx", "--output", "OUT"),
+    "export peft": ("export", "peft", "--output", "OUT"),
+    "export gguf-lora": ("export", "gguf-lora", "--output", "OUT"),
+    "export gguf": ("export", "gguf", "--output", "OUT"),
+    "fuse": ("fuse", "--save-path", "OUT"),
+    "generate": ("generate", "--prompt", "the cat"),
+    "chat": ("chat",),
+    "serve": ("serve", "--port", "PORT"),
+    "lora --test": ("lora", "--test", "--data", "DATA"),
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("reader", READERS)
+def test_nan_is_refused_and_named(tmp_path, base, capsys, monkeypatch, reader, kind):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("chat started"))
+    name = {
+        "lora": NAME,
+        "dora": "model.layers.1.mlp.up_proj.m",
+        "full": "model.layers.1.mlp.up_proj.weight",
+    }[kind]
+    if kind == "full":
+        adapter = fully_trained(tmp_path / "a", name, open_model(base).weights[name].weight)
+    else:
+        attach = adapt if kind == "lora" else adapt_dora
+        adapter = make(base, tmp_path / "a", attach, keys=("mlp.up_proj",))
+    damage(adapter / "adapters.safetensors", name, math.inf if reader == "fuse" else math.nan)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text(json.dumps({"text": "the cat is red"}) + "\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    replaced = {"OUT": str(tmp_path / "out"), "DATA": str(tmp_path / "data"), "PORT": str(port)}
+    command = [replaced.get(word, word) for word in READERS[reader]]
+    assert main([*command, "--model", str(base), "--adapter-path", str(adapter)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert f"adapters.safetensors: NaN or infinite values in {name};" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_a_peft_adapter(model_directory, tmp_path, capsys):
+    adapter = peft_adapter(tmp_path, model_directory)
+    name = "base_model.model.model.layers.2.mlp.up_proj.lora_A.weight"
+    damage(adapter / "adapter_model.safetensors", name)
+    assert export(model_directory, tmp_path / "out", "--from-peft", adapter) == 2
+    assert f"NaN or infinite values in {name}" in capsys.readouterr().err
+
+
+def test_values_that_a_narrow_model_cannot_hold(model_directory, tmp_path):
+    """Full fine-tuning in float32 can give values beyond float16."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    model, _ = load(str(model_directory))
+    model.set_dtype(mx.float16)
+    with pytest.raises(InputError, match=f"NaN or infinite values in {name}"):
+        load_any_adapter(model, fully_trained(tmp_path / "a", name, mx.full((48, 32), 1e6)))
+
+
+def test_resumed_weights_must_be_finite(model_directory, tmp_path):
+    adapter = make(model_directory, tmp_path / "a", keys=("mlp.up_proj",))
+    model, _ = load(str(model_directory))
+    load_any_adapter(model, adapter)
+    damage(adapter / "adapters.safetensors", NAME)
+    with pytest.raises(InputError, match=f"NaN or infinite values in {NAME}"):
+        load_weights(model, adapter / "adapters.safetensors")
+    assert mx.isfinite(adapter_weights(model)[NAME]).all().item()
+
+
+@pytest.mark.parametrize("format", ["mlx", "peft", "gguf-lora"])
+@pytest.mark.parametrize(("weight", "scale"), [("1e38", "1e38"), ("1e39", "1"), ("1e30", "1e200")])
+def test_sums_beyond_float32_are_rejected(base, tmp_path, capsys, format, weight, scale):
+    adapter = make(base, tmp_path / "a", keys=("mlp.up_proj",))
+    flags = ["--adapter-path", adapter, "--weight", weight, "--scale", scale]
+    assert export(base, tmp_path / "out", *flags, format=format) == 2
+    assert "too large for float32; give a smaller --scale or --weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_magnitudes_of_a_damaged_model(model_directory, tmp_path, capsys):
+    """A DoRA of fewer modules than mlx-lm adapts gets magnitudes from the model's weights."""
+    adapter = make(model_directory, tmp_path / "a", adapt_dora, keys=("mlp.up_proj",))
+    arrays = dict(mx.load(str(adapter / "adapters.safetensors")))
+    rest = {name: array for name, array in arrays.items() if ".1." not in name}
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), rest)
+    base = shutil.copytree(model_directory, tmp_path / "base")
+    damage(base / "model.safetensors", "model.layers.1.mlp.up_proj.weight")
+    assert export(base, tmp_path / "out", "--adapter-path", adapter) == 2
+    assert "NaN or infinite weights in model.layers.1.mlp.up_proj.m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["mlx", "peft", "gguf-lora", "gguf"])
+def test_wrong_rank_is_rejected(base, tmp_path, capsys, format):
+    adapter = make(base, tmp_path / "a", keys=("mlp.up_proj",))
+    path = adapter / "adapter_config.json"
+    content = json.loads(path.read_text())
+    content["lora_parameters"]["rank"] = 6
+    path.write_text(json.dumps(content))
+    assert export(base, tmp_path / "out", "--adapter-path", adapter, format=format) == 2
+    error = capsys.readouterr().err
+    assert "rank is 6, but the weights have [4] (model.layers.0.mlp.up_proj, " in error
+    assert not (tmp_path / "out").exists()
 
 
 # --- interruption ------------------------------------------------------------------------------------
@@ -470,11 +667,14 @@ def test_documented_commands_parse(line):
 def test_documentation_lists_all_types_and_models():
     from nalora_mlx.export.__main__ import FORMATS, TYPES
     from nalora_mlx.export.gguf.architectures import ARCHITECTURES
-    from nalora_mlx.export.peft import MODEL_TYPES
+    from nalora_mlx.export.peft_names import MODEL_TYPES
 
-    words = set(re.findall(r"[\w-]+", PAGE))
-    assert set(TYPES) | set(FORMATS) | set(ARCHITECTURES) | set(MODEL_TYPES) <= words
-    listed = PAGE.split("Model types: ")[1].split(";")[0]
-    assert set(re.findall(r"\w+", listed)) == set(ARCHITECTURES)
-    more = {"ernie4_5", "helium", "hunyuan_v1_dense", "nemotron", "stablelm"}
-    assert set(MODEL_TYPES) == set(ARCHITECTURES) - {"internlm2", "internlm3"} | more
+    assert set(TYPES) | set(FORMATS) <= set(re.findall(r"[\w-]+", PAGE))
+    models = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    table = models.split("## Exports of every model type")[1].split("##")[0]
+    rows = {
+        name: (gguf, peft)
+        for name, gguf, peft in re.findall(r"^\| (\S+) \| (.+) \| (yes|no) \|$", table, re.M)
+    }
+    assert {name for name, (gguf, _) in rows.items() if not gguf.startswith("no: ")} == set(ARCHITECTURES)
+    assert {name for name, (_, peft) in rows.items() if peft == "yes"} == set(MODEL_TYPES)

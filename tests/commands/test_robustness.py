@@ -180,6 +180,12 @@ LINES = st.sampled_from(ROWS).flatmap(
 )
 
 
+def joined(content):
+    """Return the text of a message's content, which can be a list of strings."""
+    is_list = isinstance(content, list) and all(isinstance(part, str) for part in content)
+    return "".join(content) if is_list else content
+
+
 @mutations(200)
 @given(line=LINES, mask=st.booleans())
 def test_data_lines(line, mask, tmp_path, tokenizer):
@@ -197,10 +203,15 @@ def test_data_lines(line, mask, tmp_path, tokenizer):
         assert not refused
         row = json.loads(line)
         assert isinstance(row, dict)
+        row = {key.lower(): value for key, value in row.items()}  # capitals do not matter
         messages = row.get("messages")
         if {"prompt", "completion"} <= row.keys():
             pair = (("user", row["prompt"]), ("assistant", row["completion"]))
             messages = [{"role": role, "content": text} for role, text in pair]
+        # A list of strings is read as one text, which the template would write as a list.
+        messages = [{**m, "content": joined(m.get("content"))} for m in messages]
+        while messages[-1]["role"] != "assistant":  # nothing after the last answer is trained
+            del messages[-1]
         want = tokenizer.apply_chat_template(messages, tools=row.get("tools"), return_dict=False)[:64]
         assert by_source["2"].tokens.tolist() == list(want)
     elif not refused and line.strip():
