@@ -278,10 +278,12 @@ def note_merged(model: str, adapter: str | Path | None) -> None:
         print(f"note: {model} already contains {adapter}, which is applied twice now", file=sys.stderr)
 
 
-def loading_configured(load: Callable[..., Any], given: dict[str, Any]) -> Callable[..., Any]:
+def loading_configured(
+    load: Callable[..., Any], given: dict[str, Any], notices: bool = True
+) -> Callable[..., Any]:
     """Return mlx-lm's `load`, which reads configs as `load_model` does and renders chats as the flags in `given` say.
 
-    The flags are removed from `given`.
+    The flags are removed from `given`. With `notices`, settings of config.json that mlx-lm does not apply are printed.
     """
     from mlx_lm.utils import load_tokenizer
 
@@ -293,7 +295,7 @@ def loading_configured(load: Callable[..., Any], given: dict[str, Any]) -> Calla
 
     def load_configured(name: str, **options: Any) -> Any:
         translation = translated(check_files(name), name)
-        for notice in translation.notices:
+        for notice in translation.notices if notices else ():
             print_notice(notice)
         model_config = {**translation.overrides, **(options.pop("model_config", None) or {})}
         loaded = load(name, model_config=model_config, **options)

@@ -208,6 +208,11 @@ def _notes(source: Path, stored: "StoredTensors", files: "ModelFiles", keep_all:
     notes = []
     if not keep_all and (unused := stored.describe_unused()):
         notes.append(f"not copied, because mlx-lm does not use it: {unused}; --keep-all keeps it")
+    if not keep_all and stored.has_own_layout:
+        notes.append(
+            "tensors have the names and forms of mlx-lm, which differ from the base's, so that only programs based on "
+            "mlx-lm load the model; --keep-all writes those of the base"
+        )
     if left := files.describe_left_behind():
         notes.append(f"not copied: {left}")
     if files.written:

@@ -226,7 +226,8 @@ def _describe_gguf(args: argparse.Namespace, directory: Path) -> None:
         _read_adapters(args, plan.model)
     size = f"{len(plan.tensors)} tensors, {sum(tensor.bytes for tensor in plan.tensors) / 1e6:.0f} MB"
     print(f"would write {args.output}: {plan.arch.name}, {args.type}, {size}")
-    print(*args.destination.describe(modelfile_path(args.output)), sep="\n")
+    for line in args.destination.describe(modelfile_path(args.output)):
+        print(line)
 
 
 def _export_gguf_lora(args: argparse.Namespace, directory: Path) -> None:

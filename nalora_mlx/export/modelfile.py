@@ -5,6 +5,7 @@ Modelfile therefore contains the template in Ollama's language, if it can be exp
 rendered independently, between two fixed texts for its role.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def write_modelfile(gguf: Path, tokenizer: Any, base: str | None = None) -> tupl
     path = modelfile_path(gguf)
     if path.exists():
         return path, [f"{path.name} exists and was not changed"]
-    lines, notes = [f"# ollama create NAME -f {path.name}"], []
+    lines, notes = [f"# ollama create NAME -f {shlex.quote(path.name)}"], []
     if base is None:
         lines.append(f"FROM ./{gguf.name}")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ def account(
     if unknown:
         notices.append(
             f"config.json: not read by mlx-lm's {model.text_name}, and not known to be irrelevant: "
-            f"{', '.join(sorted(set(unknown)))}"
+            f"{', '.join(map(_shown, sorted(set(unknown))))}"
         )
     difference = config_keys.DIFFERENCES.get(model.text_name)
     if difference is not None and difference.when(text):
@@ -65,6 +66,10 @@ def account(
             "because layer_types is absent"
         )
     return problems, notices + list(rope_config.differences(text, model))
+
+
+def _shown(key: str) -> str:
+    return key if re.fullmatch(r"[\w.-]+", key) else repr(key)
 
 
 def _reads_elsewhere(key: str, model: ModelClass) -> bool:

@@ -19,7 +19,7 @@ IRRELEVANT = {
         model_type architectures model_file quantization quantization_config quantize_activations text_config
     """,
     "describes the file, or the program that wrote it": r"""
-        _?name_or_path model_name _commit_hash transformers_version transformers\.js_config (torch_)?dtype
+        _.* name_or_path model_name transformers_version transformers\.js_config (torch_)?dtype
         auto_map (tokenizer|processor|feature_extractor)_class license language tags library_name
         unsloth_(fixed|version) finetuning_task task_specific_params problem_type prefix id2label label2id
         num_labels tf_legacy_loss torchscript use_bfloat16 (use_)?return_dict fp16 bf16 fp32 compression_config
@@ -27,11 +27,11 @@ IRRELEVANT = {
         order_of_interleaved_layers use_parallel_embedding
     """,
     "chooses how a thing is computed, not what": r"""
-        _?attn_implementation(_\w+)? (use_)?flash_attn(_\w+)? use_flash_attention(_2)?
+        attn_implementation(_\w+)? (use_)?flash_attn(_\w+)? use_flash_attention(_2)?
         use_cache_(kernel|quantization) use_(mamba_kernels|mambapy|associative_scan|sdpa) fused_\w+
         use_fused_\w+ (\w+_)?in_fp32 mamba_ssm_cache_dtype ssm_dtype reorder_and_upcast_attn (mamba_)?chunk_size
         chunk_size_feed_forward block_size pretraining_tp ep_size moe_shared_expert_overlap seq_length
-        max_seq_len model_max_length _experts_implementation mamba_ssm_dtype
+        max_seq_len model_max_length mamba_ssm_dtype
     """,
     "belongs to generation": r"""
         (\w+_)?(bos|eos|pad|sep|unk|eod|eot|decoder_start|image|video|audio|im|boa|eoa|boi|eoi|mask|start|end)_token(_id|_ids)?
@@ -292,7 +292,7 @@ RULES = (
     # Settings of the keys above, or read by `rope_config` and `config_translation`.
     Rule(
         r"rope_parameters|rope_scaling|partial_rotary_factor|tie_word_embeddings|use_sliding_window|max_window_layers"
-        r"|_?sliding_window_pattern|floor_scale|attn_scale|position_embedding_type|rotary_pct|swiglu_limits?\w*",
+        r"|sliding_window_pattern|floor_scale|attn_scale|position_embedding_type|rotary_pct|swiglu_limits?\w*",
         lambda value, text, model: True,
         "",
     ),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-import re
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nalora_mlx.core.errors import listed
 from nalora_mlx.models import rope_config
 from nalora_mlx.models.config_check import account
+from nalora_mlx.models.config_head import HEAD, TIED
+from nalora_mlx.models.config_values import invalid_values
 from nalora_mlx.models.model_class import (
     TEXT,
     TEXT_TYPES,
@@ -20,8 +23,6 @@ from nalora_mlx.models.model_class import (
     text_part,
 )
 
-TIED = "tie_word_embeddings"
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|scales)$|^output\.(weight|scales)$")
 # Keys that a class may need, and the names under which a config can have them instead.
 _RENAMED: dict[str, tuple[str, ...]] = {
     "block_dim": ("hidden_size",),
@@ -55,6 +56,8 @@ _ALWAYS: dict[str, dict[str, Any]] = {
     "minimax": {"shared_intermediate_size": 0},
     "qwen3_vl_moe": {"norm_topk_prob": True},
 }
+# Defaults of transformers where those of a class differ.
+_DEFAULTS: dict[str, dict[str, Any]] = {"granitemoehybrid": {"time_step_limit": [0.0, math.inf]}}
 # Keys with a default that transformers derives from other keys instead.
 _DERIVED = {"falcon_h1": "head_dim"}
 # Names of layer types: those of transformers 5, and those that a class knows.
@@ -87,8 +90,11 @@ def translate(config: Mapping[str, Any], weights: Iterable[str] = ()) -> Transla
         weights: names of the tensors.
 
     Raises:
-        ValueError: mlx-lm has no model of this type.
+        ValueError: mlx-lm has no model of this type, or a value is invalid.
     """
+    weights = list(weights)
+    if invalid := invalid_values(config, weights):
+        raise ValueError(f"config.json: {listed(invalid)}")
     model = find_model_class(config)
     if model is None:
         return Translation({}, [], [])
@@ -97,6 +103,8 @@ def translate(config: Mapping[str, Any], weights: Iterable[str] = ()) -> Transla
     changes, problems = rope_config.translate(text, model)
     text |= changes
     text |= _layer_types(text, model)
+    text |= _global_heads(text, model, problems)
+    text |= {key: value for key, value in _DEFAULTS.get(model.text_name, {}).items() if key not in text}
     if model.text_name == "granitemoehybrid" and text.get("position_embedding_type", "") is None:
         text["position_embedding_type"] = "nope"  # the class takes None for its default, RoPE
     text |= _layer_pattern(text, model, problems)
@@ -181,6 +189,36 @@ def _layer_types(text: Mapping[str, Any], model: ModelClass) -> dict[str, Any]:
     return {} if text.get(key) == types or (key != "layer_types" and text.get(key)) else {key: types}
 
 
+def _global_heads(text: Mapping[str, Any], model: ModelClass, problems: list[str]) -> dict[str, Any]:
+    """Return the sizes of heads in full attention, which transformers 5 writes layer by layer."""
+    given, types = text.get("per_layer_config"), text.get("layer_types")
+    if not given or "global_head_dim" not in field_names(model.text_args):
+        return {}
+    names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    entries = list(given.values()) if isinstance(given, Mapping) else [None]
+    full = (
+        [str(i) for i, kind in enumerate(types) if kind == rope_config.FULL]
+        if isinstance(types, list)
+        else []
+    )
+    first = entries[0]
+    if (
+        not isinstance(first, Mapping)
+        or any(entry != first for entry in entries)
+        or first.keys() - names.keys()
+        or {str(layer) for layer in given} != set(full)
+    ):
+        problems.append(
+            f"per_layer_config is not the same for all layers of {rope_config.FULL} or has more than "
+            f"{' and '.join(names)}, and mlx-lm's {model.text_name} reads one setting for them"
+        )
+        return {}
+    changes = {names[key]: value for key, value in first.items()}
+    if clashing := [key for key, value in changes.items() if text.get(key) not in (None, value)]:
+        problems.append(f"per_layer_config differs from {' and '.join(clashing)}")
+    return {"global_head_dim": text.get("head_dim"), **changes} if "global_head_dim" not in text else changes
+
+
 def _layer_pattern(text: Mapping[str, Any], model: ModelClass, problems: list[str]) -> dict[str, Any]:
     """Return the period of full attention for a class that reads it instead of `layer_types`."""
     fields, types = field_names(model.text_args), text.get("layer_types")
@@ -204,7 +242,7 @@ def _tied(
     """Return whether embedding and output head are tied, for a config that does not say it where the class reads it."""
     if TIED not in field_names(model.text_args):
         return {}
-    has_head = any(_HEAD.search(name) for name in weights)
+    has_head = any(HEAD.search(name) for name in weights)
     said, above = text.get(TIED), config.get(TIED)
     if said is None:
         tied = False if has_head else above if isinstance(above, bool) else None

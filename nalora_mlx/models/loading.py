@@ -131,13 +131,15 @@ def translated(directory: Path, name: str | None = None) -> Translation:
     from mlx_lm.utils import load_config
 
     from nalora_mlx.core.storage import array_shapes
-    from nalora_mlx.models.config_translation import translate
+    from nalora_mlx.models.config_head import unused_head
+    from nalora_mlx.models.config_translation import as_read, translate
 
     name = str(directory) if name is None else name
     with _loading(name):
         config = load_config(directory)
         weights = [array for path in directory.glob("*.safetensors") for array in array_shapes(path)]
         translation = translate(config, weights)
+        translation.notices.extend(unused_head(directory, as_read(config, translation)))
     if translation.problems:
         raise InputError(
             f"--model {name}: config.json: {listed(translation.problems)}; use another program or model"

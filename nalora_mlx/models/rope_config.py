@@ -77,13 +77,17 @@ def translate(text: Mapping[str, Any], model: ModelClass) -> tuple[dict[str, Any
     problems: list[str] = []
     fields = field_names(model.text_args)
     given = text.get(NEW)
+    if isinstance(given, Mapping) and (entries := _entries(given, text, problems)) is not None:
+        changes[NEW] = given = entries
+    problems += _contradictions(text)
     if isinstance(given, Mapping) and given:
         by_type = _per_layer_type(given)
         if by_type is None and model.text_name in _PER_TYPE:
             changes[NEW] = {name: dict(given) for name in text.get("layer_types") or (FULL, SLIDING)}
         elif by_type is None or model.text_name not in _PER_TYPE:
-            full, sliding, problems = _full_and_sliding(given, by_type, fields, model)
-            changes = _old_form(full, sliding, text, fields, model)
+            full, sliding, differing = _full_and_sliding(given, by_type, fields, model)
+            problems += differing
+            changes |= _old_form(full, sliding, text, fields, model)
             if NEW in fields and by_type is not None:
                 changes[NEW] = dict(full)
     elif NEW not in text and "rope_theta" in text and _prefers_new_form(model):
@@ -101,6 +105,44 @@ def translate(text: Mapping[str, Any], model: ModelClass) -> tuple[dict[str, Any
     if model.text_name in _WITHOUT_EFFECT and not changes.get(OLD, text.get(OLD)):
         changes[OLD] = _WITHOUT_EFFECT[model.text_name](text)
     return changes, problems + list(_not_applied({**text, **changes}, model))
+
+
+def _entries(
+    given: Mapping[str, Any], text: Mapping[str, Any], problems: list[str]
+) -> dict[str, dict[str, Any]] | None:
+    """Return what `rope_parameters` has per layer type if it has more than that beside; None if not.
+
+    As in transformers, an entry for a type of `layer_types` makes the others irrelevant, and a base outside completes
+    the entries.
+    """
+    types = text.get("layer_types") or ()
+    named = {name: value for name, value in given.items() if name in (types or (FULL, SLIDING))}
+    if not named or all(isinstance(value, Mapping) for value in given.values()):
+        return None
+    for name in (name for name, value in named.items() if not isinstance(value, Mapping)):
+        problems.append(f"{NEW}.{name} is {named[name]!r}; give the settings of these layers, or remove it")
+    if not types and given.keys() != named.keys():
+        problems.append(
+            f"{NEW} has settings for {' and '.join(named)} beside others, and there are no layer_types"
+        )
+    base = {"rope_theta": text["rope_theta"]} if text.get("rope_theta") is not None else {}
+    return {name: {**base, **value} for name, value in named.items() if isinstance(value, Mapping)}
+
+
+def _contradictions(text: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where `rope_scaling` and `rope_parameters` contradict each other."""
+    new, old = text.get(NEW), text.get(OLD)
+    if not isinstance(new, Mapping) or not isinstance(old, Mapping) or not new or not old:
+        return
+    ignored = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+    parts = [
+        (_rope_type(part), {k: v for k, v in part.items() if v is not None and k not in ignored})
+        for part in (new, old)
+    ]
+    if _per_layer_type(new) is None and parts[0] != parts[1]:
+        yield f"{NEW} and {OLD} contradict each other; remove one of them"
+    elif text.get("rope_theta") not in (None, new.get("rope_theta", text.get("rope_theta"))):
+        yield f"rope_theta and {NEW}.rope_theta contradict each other; remove one of them"
 
 
 def _per_layer_type(given: Mapping[str, Any]) -> dict[str, Mapping[str, Any]] | None:
@@ -184,7 +226,7 @@ def _normalized(scaling: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str
     kind = _rope_type(scaling)
     if kind == DEFAULT and "mrope_section" not in scaling:
         return None
-    normal: dict[str, Any] = {"type": kind, "rope_type": kind, **scaling}
+    normal: dict[str, Any] = {**scaling, "type": kind, "rope_type": kind}
     if isinstance(factor := scaling.get("factor"), int) and not isinstance(factor, bool):
         normal["factor"] = float(factor)
     if kind in ("yarn", "longrope", "llama3") and "original_max_position_embeddings" not in scaling:

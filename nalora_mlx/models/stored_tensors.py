@@ -43,6 +43,12 @@ class StoredTensors:
         """The names of the files."""
         return {file.path.name for file in self.files}
 
+    @property
+    def has_own_layout(self) -> bool:
+        """Whether mlx-lm keeps some of the tensors under other names, or in another form."""
+        used = {name for file in self.files for name in file.tensors} - set(self.unused)
+        return any(self.names.get(name) != name for name in used)
+
     def describe_unused(self) -> str:
         """Return the unused tensors by prefix, with count and size; an empty text if all are used."""
         sizes = {name: file.nbytes(name) for file in self.files for name in file.tensors}

@@ -87,7 +87,7 @@ class Loader:
             self._draft = self._draft or self._load(name, **options)
             return self._draft
         adapter = {} if adapter_path is None else {"adapter_path": adapter_path}
-        load = loading_configured(self._load, {**self._settings, **adapter})
+        load = loading_configured(self._load, {**self._settings, **adapter}, notices=self._base is None)
         if self._base is None:
             loaded = load(name, **adapter, **options)
             self._base = loaded[0]

@@ -112,7 +112,9 @@ def test_all_other_files_are_the_bases_byte_for_byte(base, tmp_path, capsys):
     assert {name for name in after if after[name] != before.get(name)} == new
     assert before.keys() - after.keys() == {*LEFT_BEHIND, ".gitattributes", ".cache/y"}
     assert after["config.json"] == config
-    note = next(line for line in capsys.readouterr().out.splitlines() if "note: not copied" in line)
+    out = capsys.readouterr().out
+    assert "only programs based on mlx-lm" not in out
+    note = next(line for line in out.splitlines() if "note: not copied" in line)
     for name, reason in LEFT_BEHIND.items():
         group = next(group for group in note.split("; ") if reason in group)
         assert name.partition("/")[0] in group

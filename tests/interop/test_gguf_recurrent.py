@@ -9,7 +9,7 @@ from mlx_lm.utils import quantize_model
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.gguf.architecture import Architecture, arguments
-from nalora_mlx.export.gguf.architectures import ARCHITECTURES, find_architecture
+from nalora_mlx.export.gguf.architectures import ARCHITECTURES, find_architecture, for_config
 from nalora_mlx.export.gguf.placement import Placement
 from tests.interop import llama_cpp
 from tests.interop.configs_recurrent import CONFIGS, IGNORED_LAYERS, NEMOTRON_EXPERTS, SECONDARY, VARIANTS
@@ -60,7 +60,7 @@ def broken(placement, field):
 def test_every_transform_is_needed(tmp_path, monkeypatch, case):
     exporter, place = Exporter(tmp_path, monkeypatch, *CASES[case]), gguf_model.place
     opened = open_model(exporter.directory)
-    arch = find_architecture(opened.config)
+    arch = for_config(find_architecture(opened.config), opened.config)
     args = arguments(arch, opened.args)
     transforms = {
         (placement.name.partition(".")[2].lstrip("0123456789."), field)
@@ -179,7 +179,18 @@ def test_adapters_that_llama_cpp_ignores_are_refused(tmp_path, monkeypatch, caps
 )
 def test_name_of_the_architecture_follows_the_config(case, name):
     model_type, changes = CASES[case]
-    assert find_architecture(CONFIGS[model_type] | {"model_type": model_type} | changes).name == name
+    config = CONFIGS[model_type] | {"model_type": model_type} | changes
+    assert for_config(find_architecture(config), config).name == name
+
+
+def test_layers_under_the_names_of_transformers_5(tmp_path, monkeypatch):
+    exporter = Exporter(tmp_path, monkeypatch, "granitemoehybrid", {})
+    path = exporter.directory / "config.json"
+    text = path.read_text()
+    renamed = text.replace('"mamba"', '"linear_attention"').replace('"attention"', '"full_attention"')
+    assert renamed != text
+    path.write_text(renamed)
+    assert exporter.error() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.export.gguf.architecture import Architecture, arguments, config_problems, place
-from nalora_mlx.export.gguf.architectures import find_architecture
+from nalora_mlx.export.gguf.architectures import find_architecture, for_config
 from nalora_mlx.export.gguf.model import (
     GgufResult,
     gguf_name,
@@ -41,7 +41,7 @@ def export_gguf_lora(
         InputError: llama.cpp does not support the model or the adapter.
     """
     check_output(output, overwrite)
-    arch = find_architecture(read_config(model.directory))
+    arch = for_config(find_architecture(read_config(model.directory)), model.config)
     model = dataclasses.replace(model, args=arguments(arch, model.args))
     if problems := config_problems(arch, model.args, model.config):
         raise InputError(f"{model.directory}: cannot be exported to GGUF: {'; '.join(problems)}")

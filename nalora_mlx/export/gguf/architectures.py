@@ -49,6 +49,11 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
     if arch is None:
         reason = UNSUPPORTED.get(model_type) or f"supported are {', '.join(sorted(ARCHITECTURES))}"
         raise InputError(f"model_type {model_type}: cannot be exported to GGUF: {reason}")
+    return arch
+
+
+def for_config(arch: Architecture, config: dict[str, Any]) -> Architecture:
+    """Return an architecture under the name that it has for a config, which must be translated for mlx-lm."""
     name = arch.other_name(config)
     return dataclasses.replace(arch, name=name) if name else arch
 

@@ -21,7 +21,7 @@ from nalora_mlx.export.gguf.architecture import (
     rope_factors,
     write_metadata,
 )
-from nalora_mlx.export.gguf.architectures import find_architecture
+from nalora_mlx.export.gguf.architectures import find_architecture, for_config
 from nalora_mlx.export.gguf.mxfp4 import copy_blocks, keeps_blocks
 from nalora_mlx.export.gguf.placement import Placement, layer_and_rest
 from nalora_mlx.export.gguf.tensor_types import (
@@ -192,6 +192,7 @@ def plan_gguf(model_dir: Path, type: str) -> ExportPlan:
     check_type(type)
     arch = find_architecture(read_config(model_dir))
     model = open_model(model_dir)
+    arch = for_config(arch, model.config)
     model = dataclasses.replace(model, args=arguments(arch, model.args))
     tensors, unmapped = _plan_tensors(arch, model.args, model.weights, type)
     if problems := model.problems + config_problems(arch, model.args, model.config) + unmapped:

@@ -12,7 +12,6 @@ from typing import Any
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.gguf.vocabulary.pretokenizer_table import (
-    ALIASES,
     BYTE_LEVEL,
     DIFFERENCES,
     DIGITS,
@@ -73,11 +72,6 @@ def identify_pretokenizer(
         if given_name == closer:
             return closer, notes + [DIFFERENCES[key] for key in differs_less]
         remedy = f' ("gguf_tokenizer_pre": "{closer}" in tokenizer_config.json avoids it in recent llama.cpp)'
-    if given_name and given_name != name and given_name not in ALIASES.get(name, ()):
-        notes.append(
-            f"the pre-tokenizer is taken from tokenizer.json ({name}), as in mlx-lm, and not from "
-            f"gguf_tokenizer_pre ({given_name}); nothing to do"
-        )
     if not _joins_digits(tokenizer["model"]["vocab"]):
         differs = tuple(key for key in differs if key != "digits")
     return name, notes + [DIFFERENCES[key] + remedy * (key == "marks") for key in differs]
