@@ -58,12 +58,8 @@ def invalid_values(config: Mapping[str, Any], weights: Iterable[str]) -> list[st
 def _of_part(prefix: str, part: Mapping[str, Any]) -> Iterator[str]:
     kinds: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
         (_SIZES, _is_size, "a positive integer"),
-        # 0 where all layers have experts instead
-        (
-            ("intermediate_size",),
-            lambda value: value == 0 or _is_size(value),
-            "an integer that is not negative",
-        ),
+        # 0 if all layers have experts instead.
+        (("intermediate_size",), lambda v: v == 0 or _is_size(v), "an integer that is not negative"),
         (_POSITIVE, _is_positive, "a positive number"),
         (_EPSILONS, lambda value: _is_number(value) and value >= 0, "a number that is not negative"),
         (("tie_word_embeddings",), lambda value: isinstance(value, bool), "true or false"),
@@ -71,9 +67,7 @@ def _of_part(prefix: str, part: Mapping[str, Any]) -> Iterator[str]:
     for keys, valid, description in kinds:
         for key in keys:
             value = part.get(key)
-            values = (
-                value if isinstance(value, list) and "integer" in description else [value]
-            )  # one for each layer
+            values = value if isinstance(value, list) else [value]  # some models have one for each layer
             if value is not None and not all(valid(item) for item in values if item is not None):
                 yield _must_be(prefix + key, value, description)
     types, layers = part.get("layer_types"), part.get("num_hidden_layers")
