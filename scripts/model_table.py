@@ -44,8 +44,8 @@ each model. The tests compare the logits of every row with those of llama.cpp an
 
 Every key of config.json is accounted for when a model is loaded. What transformers 5 writes differently
 (`rope_parameters`) is translated. A setting that mlx-lm cannot apply and that would change results ends the load, and
-is named. Unknown keys, and smaller differences such as a sliding window, are named in a note; `nalora doctor --model
-MODEL` lists them.
+is named, as is a value that no model can have. Unknown keys, and smaller differences such as a sliding window, are
+named in a note; `nalora doctor --model MODEL` lists them.
 
 | model | model_type | trains | NA-LoRA acts on | GGUF | GGUF LoRA | PEFT |
 |---|---|---|---|---|---|---|
