@@ -225,7 +225,7 @@ def test_quantized_base_is_exported(tmp_path, model_type):
 @pytest.mark.parametrize(
     ("model_type", "changes", "note"),
     [
-        ("granitemoehybrid", {}, "keeps Mamba's step sizes above 0.001"),
+        ("granitemoehybrid", {"time_step_limit": [0.001, 100.0]}, "keeps Mamba's step sizes above 0.001"),
         ("falcon_mamba", {"mixer_rms_eps": 1e-6}, "uses the epsilon 1e-05 in all norms"),
     ],
 )
