@@ -4,9 +4,7 @@ import argparse
 import math
 import os
 import platform
-import re
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,6 +167,7 @@ def _check_model(
 ) -> tuple["nn.Module", Any, dict[str, Any]]:
     """Load and adapt a model, and report what is adapted; return it, its tokenizer and its config."""
     from nalora_mlx.adapters.attach import adapt, adapt_dora
+    from nalora_mlx.adapters.descriptions import group_layers, group_reasons
     from nalora_mlx.core.trees import nbytes
     from nalora_mlx.models.loading import load_model
 
@@ -179,12 +178,12 @@ def _check_model(
     layers = min(wanted.num_layers, len(model.layers))  # a larger number means all
     attach = adapt_dora if config.fine_tune_type == "dora" else adapt
     result = attach(model, replace(wanted, num_layers=layers))
-    for path, (layout, activation, experts) in _group_layers(
+    for path, (layout, activation, experts) in group_layers(
         (g.path, (g.layout, g.activation, g.experts)) for g in result.gated
     ):
         of = f", {experts} experts" if experts else ""
         page.good(f"{path}: {activation} ({layout}{of}): NA-LoRA")
-    for path, reason in _group_layers((s.path, s.reason) for s in result.skipped):
+    for path, reason in group_layers((s.path, s.reason) for s in result.skipped):
         page.fact(f"{path}: {reason}")
     for notice in result.notices:
         page.finding(notice)
@@ -193,29 +192,9 @@ def _check_model(
     keys = ", ".join(result.config.keys or ())
     adapted = layers if layers > 0 else len(model.layers)
     page.fact(f"{adapted} layers adapted, {len(result.plain)} other modules; keys: {keys}")
+    if result.left_out:
+        page.fact(f"left out by default: {group_reasons(result.left_out)}")
     return model, tokenizer, model_config
-
-
-def _group_layers(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Group equal values whose paths differ only in the layer number: model.layers.0-15.mlp."""
-    groups: dict[tuple[str, Any], list[int]] = {}
-    for path, value in items:
-        number = re.search(r"\d+", path)
-        pattern = path if number is None else f"{path[: number.start()]}{{}}{path[number.end() :]}"
-        groups.setdefault((pattern, value), []).append(int(number.group()) if number else 0)
-    for (pattern, value), numbers in groups.items():
-        yield pattern.replace("{}", _format_ranges(sorted(numbers))), value
-
-
-def _format_ranges(numbers: list[int]) -> str:
-    """Format increasing numbers as ranges: 0-3,7."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
 def _check_rows(page: "Page", config: RunConfig) -> "RunData":

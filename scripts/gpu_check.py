@@ -108,6 +108,7 @@ def groups(args: argparse.Namespace, compiled: Path, directory: Path) -> list[li
     together = [Section(f"kernels {i + 1}", ["kernels", str(i), str(parts)], 150) for i in range(parts)]
     # With TF32, a GPU rounds the inputs of float32 products to eleven bits.
     together.append(Section("correctness", ["correctness"], 120, {"MLX_ENABLE_TF32": "0"}))
+    together.append(Section("recurrences", ["recurrences"], 120, {"MLX_ENABLE_TF32": "0"}))
     for case in [] if args.quick else CASES:
         for who in ("theirs", "ours"):
             together.append(Section(f"prepare {named(case)} {who}", ["prepare", *map(str, case), who], 150))
@@ -123,6 +124,7 @@ def groups(args: argparse.Namespace, compiled: Path, directory: Path) -> list[li
     ]
     for case in [] if args.quick else [short, *others]:
         alone.append(Section(f"speed {named(case)}", ["speed", *map(str, case)], 60))
+    alone.append(Section("hybrid", ["hybrid"], 240))
     if not args.quick:
         name, worker = f"speed {named(long)}, MLX's own number of CUDA graphs", ["speed", *map(str, long)]
         alone.append(Section(name, worker, 60, {GRAPHS: "400"}))
@@ -165,6 +167,10 @@ def work(args: argparse.Namespace) -> None:
             sections.prepare(args.quick, emit, case, theirs)
         else:
             getattr(sections, name)(args.quick, emit, case)
+    elif name in ("recurrences", "hybrid"):
+        import gpu_check_recurrences
+
+        getattr(gpu_check_recurrences, name)(args.quick, emit)
     else:
         getattr(sections, name)(args.quick, emit)
 

@@ -67,6 +67,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 28,
         "vocab_size": 151936,
     },
+    "qwen3.5-4b": {
+        "model_type": "qwen3_5",
+        "hidden_size": 2560,
+        "intermediate_size": 9216,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_hidden_layers": 32,
+        "vocab_size": 248320,
+    },
 }
 TINY = {
     "hidden_size": 48,

@@ -24,11 +24,6 @@ from nalora_mlx.export.gguf.architectures import ARCHITECTURES, UNSUPPORTED  # n
 from nalora_mlx.export.peft_names import MODEL_TYPES  # noqa: E402
 from tests.adapters.test_miniatures import ZOO, build  # noqa: E402
 
-# Model types whose recurrence mlx-lm computes token by token in training.
-TOKEN_LOOPS = {
-    *("qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid", "prism_hadamard_qwen35", "bailing_moe_v3"),
-    *("kimi_linear", "kimi_k3", "mamba", "rwkv7", "jamba", "bailing_moe_linear"),
-}
 PAGE = ROOT / "docs" / "models.md"
 HEAD = """# Models
 
@@ -36,8 +31,10 @@ What can be done with well-known models. `model_type` is the one in config.json.
 support, with the reason. `scripts/model_table.py` generates this page from their tables, and by adapting a miniature of
 each model. The tests compare the logits of every row with those of llama.cpp and of transformers with PEFT.
 
-- **Trains:** "short rows" means that mlx-lm computes the recurrence token by token while training, so that time and
-  memory grow steeply with length.
+All of these models train, and their rows can be packed. Recurrences are computed in chunks of tokens, so the memory of
+recurrent and hybrid models grows with the length of the rows as that of other models does. Their default LoRA keys are
+the input and output projections, not the small ones of gates, decays and step sizes. `nalora doctor` lists both.
+
 - **NA-LoRA acts on:** the layers whose updates are masked. All other adapted layers get plain LoRA.
 - **GGUF:** the architecture in llama.cpp. If the model can also see or hear, this is its text part.
 - **GGUF LoRA, PEFT:** adapters in these formats. Layers named with "not" must be merged instead.
@@ -47,8 +44,8 @@ Every key of config.json is accounted for when a model is loaded. What transform
 is named, as is a value that no model can have. Unknown keys, and smaller differences such as a sliding window, are
 named in a note; `nalora doctor --model MODEL` lists them.
 
-| model | model_type | trains | NA-LoRA acts on | GGUF | GGUF LoRA | PEFT |
-|---|---|---|---|---|---|---|
+| model | model_type | NA-LoRA acts on | GGUF | GGUF LoRA | PEFT |
+|---|---|---|---|---|---|
 """
 EXPORT_HEAD = """
 ## Exports of every model type
@@ -156,7 +153,6 @@ def known_rows() -> Iterator[tuple[str, ...]]:
         yield (
             name,
             types.partition("/")[0],
-            "short rows" if model_type in TOKEN_LOOPS else "yes",
             acts_on(model_type),
             arch.other_name(miniature.config) or arch.name if arch else f"no: {UNSUPPORTED[model_type]}",
             WITHOUT_LORA.get(model_type, "yes") if arch else "no",

@@ -48,6 +48,7 @@ class AdaptResult:
         skipped: gated MLPs that it does not act on, each with the reason.
         plain: paths of all other adapted modules.
         notices: warnings about the settings.
+        left_out: key -> reason, for keys that the default choice leaves out.
     """
 
     fine_tune_type: str
@@ -56,6 +57,7 @@ class AdaptResult:
     skipped: list[Skipped] = field(default_factory=list)
     plain: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptResult:
@@ -190,7 +192,7 @@ def _start(model: nn.Module, config: NALoRAConfig, kind: str) -> tuple[dict[str,
         raise InputError("the model is adapted already; call fuse_model, or load it again")
     targets = select_targets(model, config)
     resolved = replace(config, keys=targets.keys, num_layers=targets.num_layers)
-    return targets.modules, AdaptResult(kind, resolved, notices=targets.notices)
+    return targets.modules, AdaptResult(kind, resolved, notices=targets.notices, left_out=targets.left_out)
 
 
 def _lora(module: nn.Module, config: NALoRAConfig, index: int) -> nn.Module:

@@ -64,7 +64,8 @@ def recompute_activations(layers: list[nn.Module]) -> Iterator[None]:
     """Recompute the activations of these layers in the backward pass instead of keeping them in memory.
 
     Replaces `__call__` of the layers' classes while the context is open. Other instances of the same classes are not
-    affected.
+    affected. Arrays that a layer reads from and writes to an object of its model, such as the residuals of Kimi K3,
+    are arguments and results of the recomputed function: mx.checkpoint gives other arrays a gradient of 0.
     """
     chosen = {id(layer) for layer in layers}
     forwards = {cls: cls.__call__ for cls in {type(layer) for layer in layers}}
@@ -74,11 +75,20 @@ def recompute_activations(layers: list[nn.Module]) -> Iterator[None]:
             if id(layer) not in chosen:
                 return forward(layer, *args, **kwargs)
 
-            def inner(parameters, *args, **kwargs):
-                layer.update(parameters)
-                return forward(layer, *args, **kwargs)
+            holders = [x for x in (*args, *kwargs.values()) if type(x).__module__ == type(layer).__module__]
+            attributes = [dict(vars(holder)) for holder in holders]  # also those that are no arrays yet
 
-            return mx.checkpoint(inner)(layer.trainable_parameters(), *args, **kwargs)
+            def inner(parameters, held, *args, **kwargs):
+                layer.update(parameters)
+                for holder, before, arrays in zip(holders, attributes, held, strict=True):
+                    vars(holder).update(before | arrays)
+                return forward(layer, *args, **kwargs), [_arrays_of(holder) for holder in holders]
+
+            held = [_arrays_of(holder) for holder in holders]
+            output, held = mx.checkpoint(inner)(layer.trainable_parameters(), held, *args, **kwargs)
+            for holder, arrays in zip(holders, held, strict=True):
+                vars(holder).update(arrays)
+            return output
 
         return call
 
@@ -89,3 +99,8 @@ def recompute_activations(layers: list[nn.Module]) -> Iterator[None]:
     finally:
         for cls, forward in forwards.items():
             cls.__call__ = forward
+
+
+def _arrays_of(holder: object) -> dict[str, mx.array]:
+    """Return the arrays among the attributes of an object."""
+    return {name: value for name, value in vars(holder).items() if isinstance(value, mx.array)}

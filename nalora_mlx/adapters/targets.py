@@ -17,6 +17,20 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import nearest
 
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+ROUTER_NAMES = ("gate", "router")
+# Modules that compute the gates, decays and step sizes of a recurrence, and nothing else: one output per head or
+# channel, or a low-rank pair. Names are reliable here: no other module of mlx-lm and mlx-vlm has them.
+GATE_NAMES = frozenset(
+    {
+        *("in_proj_a", "in_proj_b", "in_proj_ba"),  # Qwen3.5, Qwen3-Next
+        *("a_proj", "b_proj"),  # OLMo Hybrid; Kimi and Ling have b_proj
+        *("f_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj"),  # Ling, Kimi
+        *("x_proj", "dt_proj", "bcdt_proj"),  # Mamba, Jamba, PLaMo 2
+        *("w_lora", "a_lora", "v_lora", "g_lora"),  # RWKV-7
+    }
+)
+# Why the default keys leave out a key.
+GATE, ROUTER, BLOCKED = "gates of the recurrence", "routers", "another kind of layer has this key too"
 
 
 @dataclass(frozen=True)
@@ -28,12 +42,14 @@ class Targets:
         keys: the keys that name these modules, as mlx-lm writes them.
         num_layers: number of layers, counted from the last.
         notices: warnings about the settings.
+        left_out: key -> reason, for keys that the default choice leaves out.
     """
 
     modules: dict[str, nn.Module]
     keys: tuple[str, ...]
     num_layers: int
     notices: list[str]
+    left_out: dict[str, str]
 
 
 class _Layers(NamedTuple):
@@ -59,7 +75,7 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
     1. Choose the layers: the last `num_layers`, and all layers of a vision tower.
     2. Find the modules in them that an adapter fits, and those outside.
     3. Choose among these modules by `keys`. Without keys, take all modules in the chosen layers except the routers of
-       experts.
+       experts and the gates of recurrences.
 
     Raises:
         InputError: No key names a module, the layers have no module that an adapter fits, or the rank is larger than
@@ -73,8 +89,9 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
     layers = _choose_layers(model, config.num_layers)
     candidates = _find_candidates(model, layers)
     adaptable = candidates.outside | {path: module for path, (_, module) in candidates.inside.items()}
+    left_out: dict[str, str] = {}
     if config.keys is None:
-        keys = _default_keys(model, candidates)
+        keys, left_out = _default_keys(model, candidates)
         modules = {path: module for path, (key, module) in candidates.inside.items() if key in keys}
         if not modules:
             raise InputError("the layers of this model have no module that a LoRA adapter fits")
@@ -89,7 +106,7 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
     notices += check_rank(config.rank, modules, adaptable)
     order = {path: position for position, (path, _) in enumerate(layouts.modules_in_order(model))}
     modules = dict(sorted(modules.items(), key=lambda item: order[item[0]]))
-    return Targets(modules, keys, layers.num_layers, notices)
+    return Targets(modules, keys, layers.num_layers, notices, left_out)
 
 
 def check_rank(rank: int, targets: Mapping[str, nn.Module], adaptable: Mapping[str, nn.Module]) -> list[str]:
@@ -224,24 +241,43 @@ def _weights_read_by(cls: Hashable) -> frozenset[str]:
 # --- keys ---------------------------------------------------------------------------------------------------
 
 
-def _default_keys(model: nn.Module, candidates: _Candidates) -> tuple[str, ...]:
-    """Return the keys of all candidates in the chosen layers, except routers.
+def _default_keys(model: nn.Module, candidates: _Candidates) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the keys to adapt by default, and the other keys in the chosen layers with the reason.
 
     Blocked keys are left out: mlx-lm could not load such an adapter, since it adapts every module that a key names.
     """
     routers = _routers(model)
-    keys = {key for path, (key, _) in candidates.inside.items() if path not in routers}
-    return tuple(sorted(keys - candidates.blocked_keys))
+    keys: set[str] = set()
+    left_out: dict[str, str] = {}
+    for path, (key, _) in candidates.inside.items():
+        if key in candidates.blocked_keys:
+            left_out[key] = BLOCKED
+        elif path in routers:
+            left_out[key] = ROUTER
+        elif not GATE_NAMES.isdisjoint(key.split(".")):
+            left_out[key] = GATE
+        else:
+            keys.add(key)
+    return tuple(sorted(keys)), {key: left_out[key] for key in sorted(left_out.keys() - keys)}
 
 
 def _routers(model: nn.Module) -> set[str]:
-    """Return paths of linear layers that choose experts: siblings of experts with one output per expert, or one."""
+    """Return paths of linear layers that choose experts.
+
+    They are siblings of experts, or inside one, and have a router's name, one output per expert, or one output.
+    """
     found = set()
     for path, module in model.named_modules():
-        experts = {m.num_experts for _, m in module.named_modules() if isinstance(m, layouts.SWITCH)}
+        outputs = {m.num_experts for _, m in module.named_modules() if isinstance(m, layouts.SWITCH)}
+        if not outputs and "experts" not in module:
+            continue
         for name, child in module.items():
-            if isinstance(child, layouts.LINEAR) and experts and layouts.output_dims(child) in (*experts, 1):
-                found.add(f"{path}.{name}" if path else name)
+            place = f"{path}.{name}" if path else name
+            if isinstance(child, nn.Module) and name in ROUTER_NAMES:
+                linear = [inner for inner, m in child.named_modules() if isinstance(m, layouts.LINEAR)]
+                found |= {f"{place}.{inner}" if inner else place for inner in linear}
+            elif isinstance(child, layouts.LINEAR) and layouts.output_dims(child) in (*outputs, 1):
+                found.add(place)
     return found
 
 

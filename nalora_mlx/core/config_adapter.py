@@ -78,7 +78,7 @@ class NALoRAConfig(NAParameters):
 
     `scale` multiplies the low-rank product, as in mlx-lm; other libraries set alpha / rank. `keys` are module paths,
     relative to a layer ("mlp.gate_proj") or, outside the layers, from the root of the model. None adapts every linear
-    and embedding layer in the last `num_layers` layers, except the routers of expert models.
+    and embedding layer in the last `num_layers` layers, except the routers of experts and the gates of recurrences.
 
     Raises:
         InputError: a value is out of range; the message lists all of them.

@@ -1,4 +1,4 @@
-"""Vectorized exp2, log-sum-exp, sigmoid and tanh for training on a CPU.
+"""Vectorized exp, exp2, log-sum-exp, sigmoid and tanh for training on a CPU.
 
 On a CPU, MLX calls the C library for each element, and these functions take most of a training step's elementwise time.
 The versions here consist of operations that a C++ compiler turns into vector instructions. They are ten times as fast
@@ -102,6 +102,32 @@ def exp2_nonpositive(x: mx.array) -> mx.array:
     return p * mx.where(x < -86, 0, _exp2_from_exponent(rounded))
 
 
+def _exp_factors(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Return e^r and 2^n, whose product is e^x, for float32 x in [-87.3, 0]; e^-87.3 is about 2^-126."""
+    rounded = x * LOG2_E + _ROUND_TO_EXPONENT
+    n = rounded - _ROUND_TO_EXPONENT
+    r = (x - n * _LN_2_HIGH) - n * _LN_2_LOW
+    r2 = r * r
+    c0, c1, c2, c3, c4 = _EXP_COEFFICIENTS
+    p = ((1 + r) + (c0 + c1 * r) * r2) + ((c2 + c3 * r) + c4 * r2) * (r2 * r2)
+    return p, _exp2_from_exponent(rounded)
+
+
+def exp_nonpositive(x: mx.array) -> mx.array:
+    """Return e^x for float32 x <= 0, with a relative error of 2e-7, and exactly 1 for 0.
+
+    Powers of decays need this: `exp2_nonpositive` is 1e-7 too large near 0, which grows with each factor. Results below
+    e^-60 are 0. NaN propagates. The function has no gradient.
+
+    Args:
+        x: float32, any shape, x <= 0.
+    """
+    if not _use_vectorized(x):
+        return mx.where(x < -60, 0, mx.exp(x))
+    p, power = _exp_factors(mx.maximum(x, -87.3))
+    return p * mx.where(x < -60, 0, power)  # one operation fewer in a row than after the product
+
+
 def logsumexp(x: mx.array) -> mx.array:
     """Return log(sum(exp(x))) over the last axis, [..., V] -> [..., 1].
 
@@ -124,14 +150,8 @@ def _vectorized_sigmoid(z: mx.array) -> mx.array:
     Do not add an operation: from the twelfth consecutive operation on, MLX reads constants from memory, and the
     compiled loop is no longer vectorized.
     """
-    x = mx.maximum(-mx.abs(z), -87.3)  # exp(-87.3) is about 2^-126
-    rounded = x * LOG2_E + _ROUND_TO_EXPONENT
-    n = rounded - _ROUND_TO_EXPONENT
-    r = (x - n * _LN_2_HIGH) - n * _LN_2_LOW
-    r2 = r * r
-    c0, c1, c2, c3, c4 = _EXP_COEFFICIENTS
-    p = ((1 + r) + (c0 + c1 * r) * r2) + ((c2 + c3 * r) + c4 * r2) * (r2 * r2)
-    t = p * _exp2_from_exponent(rounded)
+    p, power = _exp_factors(mx.maximum(-mx.abs(z), -87.3))
+    t = p * power
     return mx.where(z < 0, t, 1) / (1 + t)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from nalora_mlx.adapters.forward_pass import ForwardPass, forward_pass
 from nalora_mlx.core.config import NAParameters
 from nalora_mlx.data.batches import Batch
-from nalora_mlx.models.packed_attention import packed_caches
+from nalora_mlx.models.packed_rows import packed_caches
 from nalora_mlx.training import importance
 from nalora_mlx.training.importance import LayerState
 from nalora_mlx.training.step import TrainingStep
@@ -28,13 +28,13 @@ def measure_misalignment(step: TrainingStep, batch: Batch) -> None:
     if not measured:
         return
     part = (slice(0, 1), slice(0, PROBE_TOKENS))
-    arguments = {}
-    if batch.segment_ids is not None:
-        arguments["cache"] = packed_caches(step.model, mx.array(batch.segment_ids[part]))
+    segment_ids = None if batch.segment_ids is None else mx.array(batch.segment_ids[part])
+    arguments = {} if segment_ids is None else {"cache": packed_caches(step.model, segment_ids)}
     context = ForwardPass(token_mask=mx.array(batch.token_mask[part]), diagnose=True)
     training = step.model.training
     step.model.eval()  # no dropout
-    with forward_pass(context):  # lazy: the logits are never computed
+    forms = step.loss.training_forms.installed(segment_ids)
+    with forward_pass(context), forms:  # lazy: the logits are never computed
         step.loss.forward(mx.array(batch.inputs[part]), **arguments)
     step.model.train(training)
     no_tokens = mx.zeros(2)  # experts without tokens observe nothing

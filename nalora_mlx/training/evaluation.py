@@ -33,7 +33,7 @@ def evaluate(
     total, tokens = 0.0, 0
     try:
         for done, batch in enumerate(batches, 1):
-            with vectorized():
+            with vectorized(), loss.training_forms.installed():
                 value = loss.evaluate(*map(mx.array, (batch.inputs, *batch.loss_positions())))
             total += float(value)
             tokens += batch.supervised_tokens

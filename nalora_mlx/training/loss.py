@@ -7,7 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nalora_mlx.models.output_head import find_output_head
-from nalora_mlx.models.packed_attention import packed_caches
+from nalora_mlx.models.packed_rows import packed_caches
+from nalora_mlx.models.recurrences import TrainingForms
 from nalora_mlx.ops.cross_entropy import (
     TILE_ROWS,
     cross_entropy_sum,
@@ -19,7 +20,8 @@ from nalora_mlx.ops.cross_entropy import (
 class SupervisedLoss:
     """Summed cross entropy of a model at the supervised positions of a batch; other positions get no logits.
 
-    Probes the model for its output head. Make one per run, after adapters are attached, and share it.
+    Probes the model for its output head, and its recurrences for training forms. Make one per run, after adapters are
+    attached, and share it. Compute it while `training_forms.installed` is open, also for its gradient.
 
     Args:
         model: its trainable parameters decide whether the output head can run in tiles.
@@ -30,6 +32,7 @@ class SupervisedLoss:
         self.model = model
         self.forward = forward or model
         self.head = find_output_head(model, forward)
+        self.training_forms = TrainingForms(model, forward)
         self.rows = TILE_ROWS
         inside = {id(m) for layer in model.layers for _, m in layer.named_modules()}
         self.head_is_frozen = not any(

@@ -112,6 +112,7 @@ class Run:
         files = self.files
         if notice := self.step.loss.memory_notice():
             self.notices.append(notice)
+        self.notices += self.step.loss.training_forms.notices
         if self.has_files:
             files.identify(self.train_set, self.valid_set)
             self.notices += files.restore(self.iterations, self.resume_anyway)

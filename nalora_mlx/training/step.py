@@ -176,7 +176,8 @@ class TrainingStep:
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
         )
         faster = vectorized_models() if self.compiled else nullcontext()
-        with forward_pass(context), vectorized(), faster, lean_attention():
+        forms = self.loss.training_forms.installed(arrays[-2])
+        with forward_pass(context), vectorized(), faster, lean_attention(), forms:
             (_, (loss, sums, tokens)), gradients = self._loss_and_gradients(arrays, weight, context)
         statistics = Statistics({path: LayerStatistics(**layer) for path, layer in sums.items()}, tokens)
         if accumulated is not None:

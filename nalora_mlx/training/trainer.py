@@ -16,7 +16,7 @@ from nalora_mlx.core.config import TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.padding import padded_length
 from nalora_mlx.data.tokenization import Example
-from nalora_mlx.models import packed_attention
+from nalora_mlx.models import packed_rows
 from nalora_mlx.runs.progress import TrainResult
 from nalora_mlx.training.distributed import workers
 from nalora_mlx.training.events import Listener
@@ -116,6 +116,7 @@ def check(
 
 def check_packing(model: nn.Module, loss: SupervisedLoss, length: int) -> None:
     """Raise InputError if rows packed into sequences of this length would affect one another."""
-    reason = packed_attention.packing_error(model, loss.head.hidden if loss.head else model, length)
+    hidden = loss.head.hidden if loss.head else model
+    reason = packed_rows.packing_error(model, hidden, length, loss.training_forms)
     if reason:
         raise InputError(f"packing would mix rows with this model: {reason}; leave --packing out")

@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from rich.console import Console
 
 from nalora_mlx import doctor
@@ -13,6 +16,7 @@ from nalora_mlx.__main__ import main
 from nalora_mlx.core import machine, optional_dependencies
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.terminal import Page
+from tests.adapters.test_miniatures import ZOO, build
 
 SMALL = ["--batch-size", "2", "--max-seq-length", "32"]
 HEADINGS = ["Machine", "Kernels", "Model", "Data", "Memory", "Disk", "Extras"]
@@ -126,6 +130,24 @@ def test_settings_come_from_a_config_file(model_directory, data_directory, tmp_p
     assert "3 rows of" in sections["Memory"][1]
 
 
+def test_keys_left_out_by_default_are_listed_with_the_reason(
+    tokenizer_directory, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(doctor, "_check_memory", lambda *_: None)  # trains, which takes long
+    directory = tmp_path / "hybrid"
+    shutil.copytree(tokenizer_directory, directory)
+    model = build("qwen3_next")
+    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (directory / "config.json").write_text(json.dumps(ZOO["qwen3_next"].config))
+    sections, _ = page_of(capsys, "--model", directory)
+    assert sections["Model"][-1] == (
+        "  · left out by default: linear_attn.in_proj_ba (gates of the recurrence); "
+        "mlp.gate, mlp.shared_expert_gate (routers)"
+    )
+    sections, _ = page_of(capsys, "--model", directory, "--keys", "mlp.gate_proj", "linear_attn.in_proj_ba")
+    assert not any("left out" in line for line in sections["Model"])
+
+
 def test_an_adapter_without_gates_is_a_finding(model_directory, capsys):
     sections, _ = page_of(capsys, "--model", model_directory, *SMALL, "--keys", "self_attn.q_proj")
     assert any("! finding: " in line and "acts nowhere" in line for line in sections["Model"])
@@ -228,13 +250,4 @@ def test_long_lines_are_indented_on_a_terminal(capsys):
         "",
         "  ✗ 1 finding that keeps a run from",
         "    starting, 1 other",
-    ]
-
-
-def test_layers_are_grouped_by_number():
-    assert doctor._format_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
-    assert list(doctor._group_layers([("a.0.b.1", "x"), ("a.1.b.1", "x"), ("a.2.b.1", "y"), ("c", "x")])) == [
-        ("a.0-1.b.1", "x"),
-        ("a.2.b.1", "y"),
-        ("c", "x"),
     ]

@@ -8,6 +8,7 @@ from mlx_lm.utils import load
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters.attach import adapt, adapt_dora
 from nalora_mlx.adapters.files import adapter_config, adapter_weights
+from nalora_mlx.adapters.targets import select_targets
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export.gguf import adapter as gguf_adapter
@@ -57,6 +58,9 @@ def prepare(tmp_path, model_type, changes, keys, attach=adapt, seed=7):
     ids = prompt(model_type)
     plain = logits(model, ids)
     mx.random.seed(seed)
+    if keys is None:  # as mlx-lm's adapters, with routers and the gates of recurrences
+        targets = select_targets(model, NALoRAConfig(num_layers=-1, rank=4))
+        keys = (*targets.keys, *targets.left_out)
     attach(model, NALoRAConfig(num_layers=-1, rank=4, scale=3.0, keys=keys))
     random_adapters(model, seed=seed, size=0.1)
     model.eval()

@@ -1,4 +1,4 @@
-"""Vectorized exp2, sigmoid, tanh and log-sum-exp on the CPU against float64, and their gradients."""
+"""Vectorized exp, exp2, sigmoid, tanh and log-sum-exp on the CPU against float64, and their gradients."""
 
 import re
 
@@ -24,6 +24,18 @@ def test_exp2_is_accurate_and_flushes_small_results_to_zero():
     small = np.array(fast_math.exp2_nonpositive(mx.array([-86.01, -127.0, -1e30, -np.inf, np.nan])))
     assert small[:4].tolist() == [0, 0, 0, 0]
     assert np.isnan(small[4])
+
+
+def test_exp_has_no_bias_near_zero_and_flushes_small_results_to_zero():
+    x = np.concatenate([np.linspace(-60, 0, 1_000_001), -np.geomspace(1e-6, 1e-2, 1001)]).astype(np.float32)
+    error = (
+        np.array(fast_math.exp_nonpositive(mx.array(x))).astype(np.float64) / np.exp(x.astype(np.float64)) - 1
+    )
+    assert np.abs(error).max() < 2e-7
+    assert abs(error[-1001:].mean()) < 1e-8
+    special = np.array(fast_math.exp_nonpositive(mx.array([0.0, -60.01, -127.0, -1e30, -np.inf, np.nan])))
+    assert special[:5].tolist() == [1, 0, 0, 0, 0]
+    assert np.isnan(special[5])
 
 
 def test_mx_sigmoid_is_restored():

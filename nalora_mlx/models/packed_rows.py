@@ -1,19 +1,22 @@
-"""Attention masks that keep packed rows apart.
+"""Caches that keep packed rows apart.
 
 Packing puts several rows into one sequence. Models of mlx-lm ask their key-value cache for the attention mask, if they
 get a cache. `PackedCache` stores nothing and answers with a block-diagonal causal mask. Rotary positions are relative,
-so a row may start at any position. Models for which this does not hold are found by trying, see `packing_error`.
+so a row may start at any position. Recurrent layers start anew with each row, see `TrainingForms`; their cache,
+`PackedStates`, stores nothing either. Models for which this does not hold are found by trying, see `packing_error`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from nalora_mlx.core.errors import first_line
+from nalora_mlx.models.recurrences import TrainingForms
 from nalora_mlx.models.tolerances import PACKED_ROWS, relative_error
 from nalora_mlx.ops.attention import lean_attention
 
@@ -41,17 +44,33 @@ class PackedCache:
         return keys, values
 
 
-def packed_caches(model: nn.Module, segment_ids: mx.array) -> list[PackedCache]:
+class PackedStates(ArraysCache):
+    """Replacement for the empty state of a recurrent layer that stores nothing."""
+
+    def __setitem__(self, index: int, value: mx.array) -> None:
+        """Store nothing. Otherwise a layer that runs again in the backward would continue from its own end."""
+
+
+def packed_caches(model: nn.Module, segment_ids: mx.array) -> list[Any]:
     """Return the `cache` argument that keeps the rows of a packed batch apart.
 
     Args:
         model: a model for which `packing_error` is None.
         segment_ids: [B, L], the number of each position's row; 0 for padding.
     """
-    return [PackedCache(segment_ids)] * len(make_prompt_cache(model))
+    packed = PackedCache(segment_ids)
+
+    def replace(cache: Any) -> Any:
+        if isinstance(cache, CacheList):
+            return CacheList(*map(replace, cache.caches))
+        return PackedStates(len(cache.cache)) if isinstance(cache, ArraysCache) else packed
+
+    return [replace(cache) for cache in make_prompt_cache(model)]
 
 
-def packing_error(model: nn.Module, hidden: Callable[..., mx.array], length: int) -> str | None:
+def packing_error(
+    model: nn.Module, hidden: Callable[..., mx.array], length: int, forms: TrainingForms | None = None
+) -> str | None:
     """Return why rows cannot be packed for this model; None if they can.
 
     Compares short rows that are packed after other rows, far into sequences of this length, with the same rows alone.
@@ -60,16 +79,18 @@ def packing_error(model: nn.Module, hidden: Callable[..., mx.array], length: int
         model: any model of mlx-lm.
         hidden: token ids [B, L] (and `cache`) -> the outputs to compare, [B, L, D]: hidden states or logits.
         length: of the packed sequences; longer ones are not covered.
+        forms: the model's training forms; made here if None.
     """
-    caches = {type(cache).__name__ for cache in make_prompt_cache(model)}
-    if others := caches - {KVCache.__name__, RotatingKVCache.__name__}:
-        return f"its layers keep more of earlier positions than keys and values ({', '.join(sorted(others))})"
+    if others := _cache_types(make_prompt_cache(model)) - {KVCache, RotatingKVCache, ArraysCache}:
+        names = ", ".join(sorted(cls.__name__ for cls in others))
+        return f"its layers keep more of earlier positions than keys, values and states ({names})"
+    forms = forms or TrainingForms(model)
     training = model.training
     model.eval()
     try:
         with lean_attention():  # as in training; MLX's own would hold the scores of whole sequences
             # Several draws, since rounding alone may send a token to other experts.
-            agree = any(_rows_agree(model, hidden, length, seed) for seed in range(3))
+            agree = any(_rows_agree(model, hidden, length, seed, forms) for seed in range(3))
     except Exception as error:
         return f"its forward does not take a packed sequence ({first_line(error)})"
     finally:
@@ -79,7 +100,18 @@ def packing_error(model: nn.Module, hidden: Callable[..., mx.array], length: int
     return None
 
 
-def _rows_agree(model: nn.Module, hidden: Callable[..., mx.array], length: int, seed: int) -> bool:
+def _cache_types(caches: Sequence[Any]) -> set[type]:
+    """Return the types of caches, those in a CacheList included."""
+    return {
+        cls
+        for cache in caches
+        for cls in (_cache_types(cache.caches) if isinstance(cache, CacheList) else {type(cache)})
+    }
+
+
+def _rows_agree(
+    model: nn.Module, hidden: Callable[..., mx.array], length: int, seed: int, forms: TrainingForms
+) -> bool:
     """Return whether two random rows give the same outputs alone and packed."""
     length = max(length, 2 * PROBE_TOKENS)
     tokens = np.random.default_rng(seed).integers(1, 32, (2, length), dtype=np.int32)
@@ -90,6 +122,8 @@ def _rows_agree(model: nn.Module, hidden: Callable[..., mx.array], length: int, 
     for i, row in enumerate(rows):
         segment_ids[i, row] = 2
     alone = hidden(mx.array(np.stack([tokens[i, row] for i, row in enumerate(rows)])))
-    outputs = hidden(mx.array(tokens), cache=packed_caches(model, mx.array(segment_ids)))
+    ids = mx.array(segment_ids)
+    with forms.installed(ids):
+        outputs = hidden(mx.array(tokens), cache=packed_caches(model, ids))
     packed = mx.stack([outputs[i, row] for i, row in enumerate(rows)])
     return relative_error(packed, alone) <= PACKED_ROWS.for_dtype(alone.dtype)

@@ -19,7 +19,7 @@ from nalora_mlx.data.packing import epoch_packs
 from nalora_mlx.data.padding import PAD_TO, padded_length
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.models.output_head import find_output_head
-from nalora_mlx.models.packed_attention import PackedCache, packing_error
+from nalora_mlx.models.packed_rows import PackedCache, packing_error
 from nalora_mlx.training.step import TrainingStep
 from tests.adapters.test_miniatures import build
 from tests.conftest import build_examples, random_adapters

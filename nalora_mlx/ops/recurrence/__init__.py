@@ -1,0 +1,1 @@
+"""Recurrences in forms for training: in chunks of tokens, recomputed in the backward."""
