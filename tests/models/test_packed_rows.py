@@ -24,12 +24,15 @@ from nalora_mlx.training.step import TrainingStep
 from tests.adapters.test_miniatures import build
 from tests.conftest import build_examples, random_adapters
 
-# Full and sliding-window attention, latent attention, experts, joint projections, attention sinks.
+# Full and sliding-window attention, latent attention, experts, joint projections, attention sinks, recurrences, short
+# convolutions.
 PACKABLE = ["llama", "qwen3", "phi3", "gemma3_text", "cohere2", "olmo2", "mixtral", "deepseek_v3", "gpt_oss"]
+PACKABLE += ["qwen3_5", "falcon_h1", "lfm2"]
 NOT_PACKABLE = {
-    "mamba": r"keep more of earlier positions than keys and values \(ArraysCache\)",
-    "lfm2": r"keep more of earlier positions .* \(ArraysCache\)",
-    "deepseek_v32": r"keep more of earlier positions .* \(CacheList\)",
+    "baichuan_m1": "outputs change when another row precedes it",  # a convolution of keys and values
+    "longcat_flash_ngram": "outputs change when another row precedes it",  # embeddings of n-grams
+    "deepseek_v41": r"keep more of earlier positions .* \(LayerCache\)",
+    "deepseek_v32": "does not take a packed sequence .*keys",
     "gemma2": "outputs change when another row precedes it",  # uses one mask for all sequences
     "gpt2": "outputs change when another row precedes it",
     "phi3small": "outputs change when another row precedes it",

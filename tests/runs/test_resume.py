@@ -15,6 +15,7 @@ from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.metrics import MetricsFile
 from nalora_mlx.runs.resume import _seal, find_checkpoint, read_state
 from nalora_mlx.training.trainer import train
+from tests.adapters.test_miniatures import build as miniature
 from tests.conftest import build_examples, build_model, llama_args
 
 EXAMPLES = build_examples(11, seed=4, high=12)
@@ -33,13 +34,14 @@ def start_run(
     valid=None,
     adapter_seed=11,
     base_seed=0,
+    base=None,
     **settings,
 ):
     """Start or resume a run with a model of its own; stop after the update that reaches `stop_at`.
 
     Return the model, the result, and the texts of the notices.
     """
-    model = build_model(base_seed, args=llama_args(num_hidden_layers=2))
+    model = base() if base else build_model(base_seed, args=llama_args(num_hidden_layers=2))
     mx.random.seed(adapter_seed)
     adapt(
         model,
@@ -115,6 +117,7 @@ CASES = {
     "muon": {"build": lambda: optim.Muon(1e-2)},
     "adafactor": {"build": lambda: optim.Adafactor(1e-2, relative_step=False)},
     "packed": {"packing": True},
+    "hybrid": {"base": lambda: miniature("qwen3_5"), "packing": True, "grad_checkpoint": True},
     "without mechanisms": {"adapter": {"mask": "off", "step_scaling": False}},
 }
 

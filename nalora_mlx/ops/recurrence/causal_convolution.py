@@ -1,5 +1,6 @@
 """Depthwise causal convolution that stops at the boundaries of packed rows."""
 
+from functools import reduce
 from typing import Any
 
 import mlx.core as mx
@@ -41,7 +42,7 @@ def causal_convolution(
         x, weight = primals
         ends = (taps - 1, taps - 1)
         padded = mx.pad(dy, [(0, 0), ends, (0, 0)])
-        padded_ids = None if output_ids is None else mx.pad(output_ids, [(0, 0), ends], constant_values=-2)
+        padded_ids = None if output_ids is None else mx.pad(output_ids, [(0, 0), ends])
         dx = _sum_of_products(padded, weight[:, ::-1], padded_ids, input_ids)
         dw = [mx.sum(part * dy, axis=(0, 1)) for part in _parts(x, taps, input_ids, output_ids)]
         return dx, mx.stack(dw, axis=1)[..., None].astype(weight.dtype)
@@ -54,12 +55,9 @@ def _sum_of_products(
     x: mx.array, weight: mx.array, input_ids: mx.array | None, output_ids: mx.array | None
 ) -> mx.array:
     """Return sum_k w_k x_{t+k}: [B, K - 1 + L, E] -> [B, L, E]."""
-    taps = weight.shape[1]
-    total = None
-    for k, part in enumerate(_parts(x, taps, input_ids, output_ids)):
-        product = part * weight[:, k, 0].astype(mx.float32)
-        total = product if total is None else total + product
-    return total.astype(x.dtype)
+    parts = _parts(x, weight.shape[1], input_ids, output_ids)
+    products = [part * weight[:, k, 0].astype(mx.float32) for k, part in enumerate(parts)]
+    return reduce(mx.add, products).astype(x.dtype)
 
 
 def _parts(x: mx.array, taps: int, input_ids: mx.array | None, output_ids: mx.array | None) -> list[mx.array]:

@@ -289,11 +289,11 @@ def _(primals, cotangents, outputs):
         after.append(d_state)
         du.append(mx.addmm(dd_n, k_n, d_state))
         d_state = mx.addmm(decay_n * d_state + d_states_n, w_n.swapaxes(-1, -2), du[-1], alpha=-1)
-    du, after = (mx.concatenate(x[::-1], axis=-3) for x in (du, after))
-    dw = -(du @ states.swapaxes(-1, -2))
-    dk = d @ after.swapaxes(-1, -2)
-    d_decay = mx.sum(states * after, axis=-1 if decay.shape[-2] > 1 else (-2, -1), keepdims=True)
-    return du, dw, dk, d_decay, d_state[..., 0, :, :]
+    du_all, d_after = (mx.concatenate(x[::-1], axis=-3) for x in (du, after))
+    dw = -(du_all @ states.swapaxes(-1, -2))
+    dk = d @ d_after.swapaxes(-1, -2)
+    d_decay = mx.sum(states * d_after, axis=-1 if decay.shape[-2] > 1 else (-2, -1), keepdims=True)
+    return du_all, dw, dk, d_decay, d_state[..., 0, :, :]
 
 
 def _each_chunk(*arrays: mx.array) -> list[list[mx.array]]:

@@ -103,19 +103,17 @@ KERNEL_CHANNELS = 128
 KERNEL_HEADS = {(16, 16), (16, 32), (24, 24), (32, 32)}  # (Hk, Hv)
 CHECKED_TOKENS = 270  # more than the kernel has a state for, and no multiple of its chunks
 
-_usable: dict[
-    tuple[int, int], bool
-] = {}  # by heads: whether the kernel passed its self-check in this process
+_usable: dict[tuple[int, int], bool] = {}  # by heads: whether the kernel passed its self-check
 
 
 def _by_kernel(
     q: mx.array, k: mx.array, v: mx.array, log_decay: mx.array, beta: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:
-    arrays = [
-        x.astype(mx.float32) for x in (q, k, v, mx.exp(log_decay), beta)
-    ]  # in half precision, decays would round
-    y, state = mx.fast.gated_delta_update(*arrays, state)
-    return y.astype(q.dtype), state
+    # The kernel reads all inputs in one dtype, and in half precision a decay of 0.999 is 1.
+    dtype = q.dtype
+    q, k, v, decay, beta = (x.astype(mx.float32) for x in (q, k, v, mx.exp(log_decay), beta))
+    y, state = mx.fast.gated_delta_update(q, k, v, decay, beta, initial_state=state)
+    return y.astype(dtype), state
 
 
 def _kernel_is_usable(Hk: int, Hv: int, Dk: int, Dv: int) -> bool:

@@ -9,9 +9,7 @@ from nalora_mlx.ops.fast_math import exp_nonpositive
 from nalora_mlx.ops.recurrence.chunks import in_groups
 
 MAX_CHUNK = 16  # tokens; those of a chunk follow one another, and the chunks of a group run side by side
-GROUP_ELEMENTS = (
-    2**24
-)  # of the states of a group, batch x tokens x E x N; some nine such arrays are live at once
+GROUP_ELEMENTS = 2**24  # batch x tokens x E x N of a group; some nine arrays of this size are live at once
 RESET = 1e30  # a step that leaves nothing of any state, since all rates are at least as fast as
 SLOWEST = -1e-25  # which is as good as 0 for other steps
 
@@ -119,9 +117,8 @@ def _(primals, cotangents, _outputs):
     step, u, A, B, C, state = primals
     dy, d_state = cotangents
     states, decays = _states(step, u, A, B, state)
-    tokens = list(zip(*(_tokens(x) for x in (step, u, B, C, dy)), states, states[1:], decays, strict=False))[
-        ::-1
-    ]
+    inputs = (_tokens(x) for x in (step, u, B, C, dy))
+    tokens = list(zip(*inputs, states[:-1], states[1:], decays, strict=True))[::-1]
     r = mx.zeros_like(states[0])
     if step.shape[1] > 1:
         for *_, c, d, _, _, decay in tokens:
@@ -135,14 +132,14 @@ def _(primals, cotangents, _outputs):
         dA = dA + mx.sum(d_exponent * s, axis=(0, 1))
         d_step = mx.sum(d_exponent * A, axis=2, keepdims=True)
         gradients.append((d_step, b @ dh, v @ dh.swapaxes(2, 3), d @ after.swapaxes(2, 3)))
-    d_step, du, dB, dC = (mx.concatenate(d, axis=2) for d in zip(*gradients[::-1], strict=True))
+    d_step, du, dB, dC = (mx.concatenate(list(d), axis=2) for d in zip(*gradients[::-1], strict=True))
     return d_step, du, dA, dB, dC, r[:, 0]
 
 
 def _states(
     step: mx.array, u: mx.array, A: mx.array, B: mx.array, state: mx.array
 ) -> tuple[list[mx.array], list[mx.array]]:
-    """Return the states before each token of the chunks and after the last, c + 1 times [B, n, N, E], and the decays."""
+    """Return the states before each token of the chunks and after the last, c + 1 times [B, n, N, E], and decays."""
     tokens = [
         (_decay(s, A), _column(b), v) for s, v, b in zip(*(_tokens(x) for x in (step, u, B)), strict=True)
     ]
