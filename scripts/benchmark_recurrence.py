@@ -1,10 +1,10 @@
-"""Measure a recurrent layer's forward and backward, in its training form and in mlx-lm's own: time, memory, operations.
+"""Compare the training form of a recurrent layer with mlx-lm's own: time, memory and operations of a training step.
 
     python scripts/benchmark_recurrence.py
     python scripts/benchmark_recurrence.py --lengths 128 1024 4096 --own-lengths 64 128 256 --dtype bfloat16
 
-The layer has the shape of those of Qwen3.5-4B: 2,560 features, 16 key heads and 32 value heads of 128. Its weights and
-inputs are random. The loss is linear in the output; the gradient is that of the input.
+The layer has the shape of a gated delta net of Qwen3.5-4B: 2,560 features, 16 key heads and 32 value heads of 128. Its
+weights and inputs are random. A step is the forward and the gradient of the input, for a loss linear in the output.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models import qwen3_5
 
 from nalora_mlx.models.recurrences import TrainingForms
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--own-lengths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--rows", type=int, default=1, help="sequences in a batch (default: 1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls (default: 3)")
     args = parser.parse_args()
     mx.random.seed(0)
     model = qwen3_5.Model(qwen3_5.ModelArgs.from_dict(CONFIG))
@@ -61,15 +60,11 @@ def main() -> None:
     model.train()
     forms = TrainingForms(model)
     layer = model.layers[0].linear_attn
-    print(
-        f"{mx.default_device()}, {args.dtype}, {args.rows} rows; "
-        + ("; ".join(forms.notices) or "forms agree")
-    )
+    agreement = "; ".join(forms.notices) or "forms agree"
+    print(f"{mx.default_device()}, {args.dtype}, {args.rows} rows; {agreement}")
     found: dict[str, dict[int, dict[str, float]]] = {OWN: {}, FORM: {}}
-    for name, lengths, context in (
-        (OWN, args.own_lengths, nullcontext),
-        (FORM, args.lengths, forms.installed),
-    ):
+    contenders = ((OWN, args.own_lengths, nullcontext), (FORM, args.lengths, forms.installed))
+    for name, lengths, context in contenders:
         for length in lengths:
             with context():
                 result = found[name][length] = measure(layer, args.rows, length, args.dtype, args.repeats)
@@ -115,7 +110,7 @@ def measure(layer: nn.Module, rows: int, length: int, dtype: str, repeats: int) 
 
 
 def count_operations(function: Callable[[], Any]) -> int:
-    """Return the number of operations of a function's graph, views included, before it is compiled."""
+    """Return the number of operations in a function's graph, including views, before compilation."""
     with tempfile.NamedTemporaryFile(suffix=".dot") as file:
         mx.export_to_dot(file.name, *function())
         return len(re.findall(r"\{ \d+ \[label =", Path(file.name).read_text()))
@@ -124,7 +119,7 @@ def count_operations(function: Callable[[], Any]) -> int:
 def slope(results: dict[int, dict[str, float]], key: str) -> float:
     """Return the growth per token between the two longest lengths."""
     *_, before, last = sorted(results)
-    return float(np.subtract(results[last][key], results[before][key]) / (last - before))
+    return (results[last][key] - results[before][key]) / (last - before)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The measurements of gpu_check.py for recurrent and hybrid models."""
+"""The sections of gpu_check.py for recurrent and hybrid models."""
 
 import math
 import statistics
@@ -17,14 +17,14 @@ from nalora_mlx.ops.recurrence.linear_attention import linear_attention
 from nalora_mlx.ops.recurrence.rwkv7 import rwkv7
 from nalora_mlx.ops.recurrence.selective_scan import selective_scan
 
-LIMIT = 1e-4  # of float32 results on a device, relative to the CPU's largest entry
+LIMIT = 1e-4  # largest accepted difference between devices in float32, relative to the largest entry
 HYBRID = "qwen3.5-4b"
 FORM_LENGTHS = (64, 128, 2048, 4096)
 OWN_LENGTHS = (64, 128)  # mlx-lm's own form takes 9 MB per token and layer
 
 
 def recurrences(quick: bool, emit: Emit) -> None:
-    """Compare outputs, states and gradients of each recurrence with the CPU's, in float32."""
+    """Compare each recurrence on the device with the CPU: outputs, last states and gradients, in float32."""
     device = mx.default_device()
     for name, (function, arrays) in recurrence_cases(70 if quick else 300).items():
         start = time.perf_counter()
@@ -36,7 +36,7 @@ def recurrences(quick: bool, emit: Emit) -> None:
 
 
 def recurrence_cases(tokens: int) -> dict[str, tuple[Callable[..., Any], list[np.ndarray]]]:
-    """Return each recurrence and random arguments of it, drawn by NumPy: the same on all devices."""
+    """Return each recurrence with random arguments, drawn by NumPy so that all devices get the same."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -51,24 +51,24 @@ def recurrence_cases(tokens: int) -> dict[str, tuple[Callable[..., Any], list[np
 
     q, k, v, beta = unit(2, 32), unit(2, 32), normal(4, 32), 1 / (1 + np.exp(-normal(4)))
     a = unit(4, 32)
-    inputs = [normal(64), np.log1p(np.exp(normal(64)))]
-    matrices = [-np.exp(rng.normal(size=(64, 16))).astype(np.float32), normal(16), normal(16)]
+    x, delta = normal(64), np.log1p(np.exp(normal(64)))
+    A, B, C = -np.exp(rng.normal(size=(64, 16))), normal(16), normal(16)
     return {
         "gated delta rule": (gated_delta_rule, [q, k, v, log_decay(4), beta]),
-        "gated delta rule, decays of channels": (gated_delta_rule, [q, k, v, log_decay(4, 32), beta]),
+        "gated delta rule, one decay per channel": (gated_delta_rule, [q, k, v, log_decay(4, 32), beta]),
         "linear attention": (linear_attention, [q, k, v, log_decay(4)]),
         "RWKV-7": (
             rwkv7,
             [normal(4, 32), log_decay(4, 32), normal(4, 32), normal(4, 32), -a, a * beta[..., None]],
         ),
-        "selective scan": (selective_scan, [*inputs, *matrices]),
+        "selective scan": (selective_scan, [x, delta, A, B, C]),
     }
 
 
 def outputs_and_gradients(
     function: Callable[..., Any], arrays: list[np.ndarray], device: Any
 ) -> list[np.ndarray]:
-    """Return outputs, last state and all gradients of a recurrence on a device."""
+    """Return the outputs, the last state and all gradients of a recurrence on a device."""
     before = mx.default_device()
     mx.set_default_device(device)
     try:
@@ -90,16 +90,16 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def hybrid(quick: bool, emit: Emit) -> None:
-    """Time a step of four layers of Qwen3.5-4B, of which three are recurrent: ours, and mlx_lm.lora's on short rows."""
+    """Time a step of four layers of Qwen3.5-4B, three of them recurrent, and one of mlx_lm.lora on short rows."""
     for name, lengths in ((NA_LORA, FORM_LENGTHS), (THEIRS, OWN_LENGTHS)):
         for length in (24,) if quick else lengths:
             case = Case(HYBRID, 1, length, quick, layers=4)
-            one = Contender(name, case)
+            contender = Contender(name, case)
             batch = collate(random_examples(case, 1, 1), [0])
             start = time.perf_counter()
-            one.iterate(batch)
+            contender.iterate(batch)
             first = time.perf_counter() - start
-            measured = gpu_check_sections.measure(one, [batch], 2 if quick else 5)
+            measured = gpu_check_sections.measure(contender, [batch], 2 if quick else 5)
             seconds = statistics.median(measured["seconds"])
             emit(
                 f"{name}, 1 x {length}",
@@ -110,5 +110,5 @@ def hybrid(quick: bool, emit: Emit) -> None:
                     "peak_above_weights_gb": measured["peak_gb"],
                 },
             )
-            del one
+            del contender
             mx.clear_cache()

@@ -31,9 +31,14 @@ What can be done with well-known models. `model_type` is the one in config.json.
 support, with the reason. `scripts/model_table.py` generates this page from their tables, and by adapting a miniature of
 each model. The tests compare the logits of every row with those of llama.cpp and of transformers with PEFT.
 
-All of these models train, and their rows can be packed. Recurrences are computed in chunks of tokens, so the memory of
-recurrent and hybrid models grows with the length of the rows as that of other models does. Their default LoRA keys are
-the input and output projections, not the small ones of gates, decays and step sizes. `nalora doctor` lists both.
+Recurrent and hybrid models train like others, and their rows can be packed: gated delta nets (Qwen3.5, Qwen3-Next,
+OLMo Hybrid, Kimi Linear), Mamba and Mamba-2 (Jamba, Falcon H1, Granite 4, Nemotron H, PLaMo 2), lightning attention
+(Bailing), RWKV-7 and short convolutions (LFM2). Training computes their recurrences in chunks of tokens instead of
+token by token, see [memory.md](memory.md#recurrent-and-hybrid-models). By default, LoRA adapts their input and output
+projections, but not the small projections that compute gates, decays and step sizes. `nalora doctor` lists both.
+
+Three models of mlx-lm cannot be trained. Muse Spark and BitNet use Metal kernels that have no gradient. The parameters
+of RecurrentGemma cannot be frozen.
 
 - **NA-LoRA acts on:** the layers whose updates are masked. All other adapted layers get plain LoRA.
 - **GGUF:** the architecture in llama.cpp. If the model can also see or hear, this is its text part.

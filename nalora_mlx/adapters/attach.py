@@ -48,7 +48,7 @@ class AdaptResult:
         skipped: gated MLPs that it does not act on, each with the reason.
         plain: paths of all other adapted modules.
         notices: warnings about the settings.
-        left_out: key -> reason, for keys that the default choice leaves out.
+        left_out: key -> reason, for keys that are not adapted by default.
     """
 
     fine_tune_type: str

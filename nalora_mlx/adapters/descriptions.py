@@ -1,4 +1,4 @@
-"""Short descriptions of the modules of a model: their paths grouped by layer, and keys grouped by reason."""
+"""Short descriptions of a model's modules: paths grouped by layer, and keys grouped by reason."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +28,7 @@ def _format_ranges(numbers: list[int]) -> str:
 
 
 def group_reasons(keys: Mapping[str, str]) -> str:
-    """Format a dict of key -> reason with each reason once: a, b (gates); c (routers)."""
+    """Format key -> reason, naming each reason once: a, b (gates); c (routers)."""
     groups: dict[str, list[str]] = {}
     for key, reason in keys.items():
         groups.setdefault(reason, []).append(key)

@@ -64,8 +64,9 @@ def recompute_activations(layers: list[nn.Module]) -> Iterator[None]:
     """Recompute the activations of these layers in the backward pass instead of keeping them in memory.
 
     Replaces `__call__` of the layers' classes while the context is open. Other instances of the same classes are not
-    affected. Arrays that a layer reads from and writes to an object of its model, such as the residuals of Kimi K3,
-    are arguments and results of the recomputed function: mx.checkpoint gives other arrays a gradient of 0.
+    affected. Layers may exchange arrays through an object of their model that they are called with, such as the
+    residuals of Kimi K3. These arrays become arguments and results of the recomputed function, since mx.checkpoint
+    gives all other arrays a gradient of 0.
     """
     chosen = {id(layer) for layer in layers}
     forwards = {cls: cls.__call__ for cls in {type(layer) for layer in layers}}
@@ -75,8 +76,9 @@ def recompute_activations(layers: list[nn.Module]) -> Iterator[None]:
             if id(layer) not in chosen:
                 return forward(layer, *args, **kwargs)
 
-            holders = [x for x in (*args, *kwargs.values()) if type(x).__module__ == type(layer).__module__]
-            attributes = [dict(vars(holder)) for holder in holders]  # also those that are no arrays yet
+            given = [x for x in (*args, *kwargs.values()) if hasattr(x, "__dict__")]
+            holders = [x for x in given if type(x).__module__ == type(layer).__module__]
+            attributes = [dict(vars(holder)) for holder in holders]  # the layer may set others to arrays
 
             def inner(parameters, held, *args, **kwargs):
                 layer.update(parameters)

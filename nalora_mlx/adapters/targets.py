@@ -18,8 +18,8 @@ from nalora_mlx.core.parsing import nearest
 
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 ROUTER_NAMES = ("gate", "router")
-# Modules that compute the gates, decays and step sizes of a recurrence, and nothing else: one output per head or
-# channel, or a low-rank pair. Names are reliable here: no other module of mlx-lm and mlx-vlm has them.
+# Modules that compute only the gates, decays and step sizes of a recurrence: a small projection, or a low-rank pair.
+# Names are reliable here, because no other module of mlx-lm or mlx-vlm has them.
 GATE_NAMES = frozenset(
     {
         *("in_proj_a", "in_proj_b", "in_proj_ba"),  # Qwen3.5, Qwen3-Next
@@ -29,7 +29,7 @@ GATE_NAMES = frozenset(
         *("w_lora", "a_lora", "v_lora", "g_lora"),  # RWKV-7
     }
 )
-# Why the default keys leave out a key.
+# Reasons to leave a key out by default.
 GATE, ROUTER, BLOCKED = "gates of the recurrence", "routers", "another kind of layer has this key too"
 
 
@@ -42,7 +42,7 @@ class Targets:
         keys: the keys that name these modules, as mlx-lm writes them.
         num_layers: number of layers, counted from the last.
         notices: warnings about the settings.
-        left_out: key -> reason, for keys that the default choice leaves out.
+        left_out: key -> reason, for keys that are not adapted by default.
     """
 
     modules: dict[str, nn.Module]
@@ -151,9 +151,8 @@ def _dimensions(module: nn.Module) -> tuple[int, int] | None:
 
 def _choose_layers(model: nn.Module, num_layers: int) -> _Layers:
     layers, vision = list(model.layers), _vision_layers(model)
-    count = (
-        min(num_layers, len(layers)) if num_layers > 0 else len(layers)
-    )  # as in mlx-lm, 0 and below mean all
+    # As in mlx-lm, 0 and negative numbers mean all layers.
+    count = min(num_layers, len(layers)) if num_layers > 0 else len(layers)
     first = len(layers) - count
     return _Layers(layers[first:] + vision, layers[:first], count)
 
@@ -242,7 +241,7 @@ def _weights_read_by(cls: Hashable) -> frozenset[str]:
 
 
 def _default_keys(model: nn.Module, candidates: _Candidates) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the keys to adapt by default, and the other keys in the chosen layers with the reason.
+    """Return the keys to adapt by default, and key -> reason for the other keys of the chosen layers.
 
     Blocked keys are left out: mlx-lm could not load such an adapter, since it adapts every module that a key names.
     """
@@ -262,9 +261,10 @@ def _default_keys(model: nn.Module, candidates: _Candidates) -> tuple[tuple[str,
 
 
 def _routers(model: nn.Module) -> set[str]:
-    """Return paths of linear layers that choose experts.
+    """Return paths of the linear layers that choose experts.
 
-    They are siblings of experts, or inside one, and have a router's name, one output per expert, or one output.
+    These are the siblings of experts with one output, or one output per expert, and all linear layers of a sibling with
+    a router's name.
     """
     found = set()
     for path, module in model.named_modules():
@@ -272,12 +272,12 @@ def _routers(model: nn.Module) -> set[str]:
         if not outputs and "experts" not in module:
             continue
         for name, child in module.items():
-            place = f"{path}.{name}" if path else name
+            child_path = f"{path}.{name}" if path else name
             if isinstance(child, nn.Module) and name in ROUTER_NAMES:
                 linear = [inner for inner, m in child.named_modules() if isinstance(m, layouts.LINEAR)]
-                found |= {f"{place}.{inner}" if inner else place for inner in linear}
+                found |= {f"{child_path}.{inner}" if inner else child_path for inner in linear}
             elif isinstance(child, layouts.LINEAR) and layouts.output_dims(child) in (*outputs, 1):
-                found.add(place)
+                found.add(child_path)
     return found
 
 

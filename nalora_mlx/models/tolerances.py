@@ -26,6 +26,7 @@ class Tolerance(NamedTuple):
 LOGITS = Tolerance(2e-3, 2e-2, 2e-2)  # of a model that is split at its output head
 GATED_MLP = Tolerance(2e-3, 5e-3, 4e-2)  # outputs of one rebuilt MLP
 RECURRENCE = Tolerance(5e-3, 5e-2, 5e-2)  # outputs and gradients of a recurrence in chunks
+OTHER_ROWS = Tolerance(1e-5, 1e-3, 8e-3)  # hidden states or logits of a row among other packed rows
 PACKED_ROWS = Tolerance(2e-3, 5e-2, 5e-2)  # hidden states or logits of rows that are packed
 
 

@@ -1,8 +1,8 @@
 """Training forms of functions of mlx-lm, with the signatures of the originals.
 
-Each computes what the original computes, without a graph that grows with every token. In a packed batch, each also
-starts anew at the first token of a row. Sequences have more than one token, and a cache is empty: training never
-continues a sequence.
+Each computes what the original computes, with a few operations per chunk instead of many per token. In a packed batch,
+each also resets its state at the first token of a row. They are used for whole sequences with an empty cache only,
+because training never continues a sequence.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def gated_delta_update(
         log_decay = -rate * nn.softplus(a + dt_bias)
     else:
         log_decay = lower_bound * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias))
-    if mask is not None:  # a masked token changes nothing
+    if mask is not None:  # masked tokens leave the state unchanged
         beta = mx.where(mask[..., None], beta, 0)
         log_decay = mx.where(mask.reshape(*mask.shape, *(1,) * (log_decay.ndim - 2)), log_decay, 0)
     return gated_delta_rule(q, k, v, log_decay, beta, state, row_starts())
@@ -77,7 +77,7 @@ def recurrent_gla(
     h: mx.array | None = None,
     mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Compute recurrent_gla of Bailing's models in chunks; see `linear_attention`.
+    """Compute recurrent_gla of mlx_lm.models.bailing_hybrid in chunks; see `linear_attention`.
 
     Args:
         q: [B, H, L, K].
@@ -86,7 +86,7 @@ def recurrent_gla(
         g: log decay of each head; [H].
         scale: factor on the outputs.
         h: state; [B, H, K, V].
-        mask: [B, L], False for tokens that change nothing.
+        mask: [B, L], False for tokens that leave the state unchanged.
     """
     q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
     log_decay = mx.broadcast_to(g, q.shape[:3])
@@ -101,7 +101,7 @@ def recurrent_gla(
 def mamba_process_sequence(
     block: Any, x: mx.array, conv_cache: mx.array | None, state_cache: mx.array | None
 ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
-    """Compute MambaBlock._process_sequence of mlx_lm.models.mamba; see `selective_scan`."""
+    """Compute MambaBlock._process_sequence of mlx_lm.models.mamba in chunks; see `selective_scan`."""
     x, z = block.in_proj(x).split(2, axis=-1)
     history = block.conv_kernel_size - 1
     if conv_cache is None:
@@ -115,6 +115,7 @@ def mamba_process_sequence(
         delta, b, c = (mx.fast.rms_norm(part, None, block.args.mixer_rms_eps) for part in (delta, b, c))
     delta = nn.softplus(block.dt_proj(delta))
     a = -mx.exp(block.A_log)
+    x = x.astype(mx.result_type(x, a))  # as in the original, if only the decays are float32
     y, state = selective_scan(x, delta, a, b, c, block.D, state_cache, row_starts())
     return block.out_proj(nn.silu(z) * y), (padded[:, -history:], state)
 
@@ -122,7 +123,7 @@ def mamba_process_sequence(
 def jamba_ssm_step(
     mixer: Any, x: mx.array, A: mx.array, state: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Compute JambaMambaMixer.ssm_step of mlx_lm.models.jamba; see `selective_scan`."""
+    """Compute JambaMambaMixer.ssm_step of mlx_lm.models.jamba in chunks; see `selective_scan`."""
     sizes = [mixer.time_step_rank, mixer.time_step_rank + mixer.ssm_state_size]
     delta, b, c = mx.split(mixer.x_proj(x), sizes, axis=-1)
     delta = nn.softplus(mixer.dt_proj(mixer.dt_layernorm(delta)))
@@ -145,7 +146,7 @@ def rwkv7_recurrence(
 
 
 def rwkv7_token_shift(shift: Any, x: mx.array, state: mx.array | None) -> mx.array:
-    """Return each token's predecessor in its row, 0 for the first: TokenShift of mlx_lm.models.rwkv7."""
+    """Compute TokenShift of mlx_lm.models.rwkv7: each token's predecessor in its row, 0 for the first token."""
     first = mx.zeros((x.shape[0], 1, x.shape[2]), x.dtype) if state is None else state
     shifted = mx.concatenate([first, x[:, :-1]], axis=1)
     starts = row_starts()
@@ -153,23 +154,23 @@ def rwkv7_token_shift(shift: Any, x: mx.array, state: mx.array | None) -> mx.arr
 
 
 def constant_argpartition(*args: Any, **kwargs: Any) -> mx.array:
-    """Return mx.argpartition without a gradient, since DeepSeek V4.1's would raise an error."""
+    """Compute mx.argpartition without a gradient. The gradient of indices raises an error in DeepSeek V4.1."""
     return mx.stop_gradient(_argpartition(*args, **kwargs))
 
 
 def packed_convolution(convolution: nn.Conv1d, x: mx.array) -> mx.array:
-    """Compute a causal convolution of nn.Conv1d; see `causal_convolution`."""
+    """Compute nn.Conv1d.__call__ for a depthwise causal convolution; see `causal_convolution`."""
     return causal_convolution(x, convolution.weight, convolution.get("bias"), current_segment_ids())
 
 
 class TrainingForm(NamedTuple):
-    """What to put in place of a function, of a method, or of a Metal kernel without a gradient.
+    """The replacement for a function, a method, or a Metal kernel without a gradient.
 
     Attributes:
-        module: the module of mlx-lm that defines the original. A function is replaced wherever it was imported.
-        name: of the original, such as ssm_update or MambaBlock._process_sequence.
-        replacement: called in its place; None takes a kernel away, for which the caller has plain operations.
-        compared: whether outputs and gradients are first compared with the original's.
+        module: the module of mlx_lm.models with the original. A function is replaced wherever it was imported.
+        name: the original's name, such as ssm_update or MambaBlock._process_sequence.
+        replacement: the function to call instead. None removes a kernel; the model then uses plain operations.
+        compared: whether to compare outputs and gradients with the original's before use.
     """
 
     module: str

@@ -116,8 +116,8 @@ def _exp_factors(x: mx.array) -> tuple[mx.array, mx.array]:
 def exp_nonpositive(x: mx.array) -> mx.array:
     """Return e^x for float32 x <= 0, with a relative error of 2e-7, and exactly 1 for 0.
 
-    Powers of decays need this: `exp2_nonpositive` is 1e-7 too large near 0, which grows with each factor. Results below
-    e^-60 are 0. NaN propagates. The function has no gradient.
+    Products of many decays need it exact at 0: `exp2_nonpositive` is 1e-7 too large there, and each factor adds to the
+    error. Results below e^-60 are 0. NaN propagates. The function has no gradient.
 
     Args:
         x: float32, any shape, x <= 0.
@@ -125,7 +125,7 @@ def exp_nonpositive(x: mx.array) -> mx.array:
     if not _use_vectorized(x):
         return mx.where(x < -60, 0, mx.exp(x))
     p, power = _exp_factors(mx.maximum(x, -87.3))
-    return p * mx.where(x < -60, 0, power)  # one operation fewer in a row than after the product
+    return p * mx.where(x < -60, 0, power)  # a shorter chain of operations than selecting after the product
 
 
 def logsumexp(x: mx.array) -> mx.array:

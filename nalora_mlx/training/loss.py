@@ -78,8 +78,12 @@ class SupervisedLoss:
             self.head.logits_for, self.head.vocabulary, hidden, targets, weights, self.rows, with_gradient
         )
 
-    def memory_notice(self) -> str | None:
-        """Return why the logits of a batch take more memory than they could, or None."""
+    def notices(self) -> list[str]:
+        """Return why the logits of a batch, or recurrences, take more time or memory than they could."""
+        logits = self._logits_notice()
+        return ([logits] if logits else []) + self.training_forms.notices
+
+    def _logits_notice(self) -> str | None:
         if self.head is None:
             reason = (
                 "the model's output head was not found, so logits are computed for every token of a batch"

@@ -207,6 +207,7 @@ def memory_advice(
     Raises:
         InputError: the run needs more memory than the machine has, and more than the budget.
     """
+    loss = loss or SupervisedLoss(model)
     budget = config.memory_budget or default_budget()
     shape = largest_batch(examples, config, workers)
     if not config.plan and upper_bound_bytes(model, shape) <= budget:
@@ -214,7 +215,8 @@ def memory_advice(
     found = plan(model, shape, config, new_optimizer(), budget, loss)
     remedies = "what would fit: " + "; or ".join(found.remedies())
     if config.plan:
-        return found.lines() + ([] if found.fits else [remedies])
+        notes = [f"note: {notice}" for notice in loss.notices()]
+        return notes + found.lines() + ([] if found.fits else [remedies])
     if found.needed > max(budget, machine_memory()):  # on a CPU, MLX would crash without a message
         raise InputError(f"{found.lines()[0]}; {remedies}")
     return [] if found.fits else [f"note: {found.lines()[0]}; {remedies}"]

@@ -110,9 +110,7 @@ class Run:
             InputError: the checkpoint does not fit, or the output directory is in use, not writable or full.
         """
         files = self.files
-        if notice := self.step.loss.memory_notice():
-            self.notices.append(notice)
-        self.notices += self.step.loss.training_forms.notices
+        self.notices += self.step.loss.notices()
         if self.has_files:
             files.identify(self.train_set, self.valid_set)
             self.notices += files.restore(self.iterations, self.resume_anyway)

@@ -1,4 +1,4 @@
-"""The keys adapted by default: in recurrent and hybrid models, and where routers are modules of their own."""
+"""The keys that are adapted by default: recurrent and hybrid models, and routers that are modules of their own."""
 
 import inspect
 
@@ -189,7 +189,7 @@ def test_routers_with_a_module_of_their_own_are_left_out(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in KEYS and name != "bitnet"])
 def test_no_other_model_has_gates_of_a_recurrence(name):
-    """No other projection in mlx-lm has one of their names. (No adapter fits a layer of bitnet.)"""
+    """No other projection in mlx-lm has the name of a gate. Bitnet is left out, because no adapter fits its layers."""
     targets = select_targets(build(name), ALL_LAYERS)
     assert not keys_left_out(targets, GATE)
 
@@ -197,8 +197,8 @@ def test_no_other_model_has_gates_of_a_recurrence(name):
 def test_the_gates_of_a_recurrence_can_be_named():
     model = build("qwen3_5")
     keys = ("linear_attn.in_proj_a", "mlp.gate_proj")
-    report = adapt(model, NALoRAConfig(num_layers=-1, rank=2, keys=keys))
-    assert report.left_out == {}
+    result = adapt(model, NALoRAConfig(num_layers=-1, rank=2, keys=keys))
+    assert result.left_out == {}
     recurrent = [name for name in adapter_weights(model) if "linear_attn" in name]
     assert recurrent == [
         "language_model.model.layers.0.linear_attn.in_proj_a.lora_a",
@@ -207,7 +207,7 @@ def test_the_gates_of_a_recurrence_can_be_named():
 
 
 def test_every_recurrent_model_is_in_the_table():
-    """Those of mlx-lm whose layers keep a state that is not keys and values."""
+    """A model of mlx-lm is recurrent if its layers keep a state other than keys and values."""
     recurrent = {name for name in NAMES if "ArraysCache" in inspect.getsource(load_module(name))}
     assert recurrent <= KEYS.keys()
 

@@ -236,8 +236,8 @@ _TABLE: dict[str, Miniature] = {
         no_backward="without training forms, the router differentiates with respect to expert indices",
         notes=f"{ZERO_ROUTER} {LAYER_TUPLE} Experts get flattened tokens, [n, 64]. Gate and up are"
         " clipped at swiglu_limit, the gate from above only. Without training forms, only the MLPs of the last layer"
-        " can be trained, since no router follows them. If the head size is a multiple of 16, rounding to 4 and 8 bits stops"
-        " the gradient too.",
+        " can be trained, since no router follows them. If the head size is a multiple of 16, rounding to 4 and 8"
+        " bits stops the gradient too.",
     ),
     "dots1": Miniature(
         EXPERTS | {"mlp_bias": True},

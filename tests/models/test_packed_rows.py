@@ -20,6 +20,7 @@ from nalora_mlx.data.padding import PAD_TO, padded_length
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.models.output_head import find_output_head
 from nalora_mlx.models.packed_rows import PackedCache, packing_error
+from nalora_mlx.models.recurrences import TrainingForms
 from nalora_mlx.training.step import TrainingStep
 from tests.adapters.test_miniatures import build
 from tests.conftest import build_examples, random_adapters
@@ -244,3 +245,25 @@ def test_a_stream_of_batches_can_start_anywhere():
         for start in (0, 3, 6, 7, 15):
             later = training_batches(examples, 2, 7, packing, start=start)
             assert [next(later).rows for _ in range(20 - start)] == drawn[start:]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "mamba", "rwkv7", "falcon_h1"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+def test_a_state_that_leaks_is_an_error(name, dtype):
+    model = build(name)
+    if dtype == mx.bfloat16 and name == "qwen3_next":
+        pytest.skip("experts need float32 on a CPU")
+    model.set_dtype(dtype)
+    head = find_output_head(model)
+    forms = TrainingForms(model)
+    assert packing_error(model, head.hidden if head else model, 224, forms) is None
+    forms.patches = []
+    error = packing_error(model, head.hidden if head else model, 224, forms)
+    assert "another row precedes it" in error
+
+
+def test_a_recurrence_without_its_training_form_is_an_error():
+    model = build("mamba2")
+    forms = TrainingForms(model)
+    forms.notices = ["ssm_update keeps mlx-lm's own form"]
+    assert "carries a state" in packing_error(model, model, 64, forms)

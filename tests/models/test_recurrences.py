@@ -1,4 +1,4 @@
-"""Recurrent and hybrid models train with training forms exactly as with mlx-lm's own functions."""
+"""Recurrent and hybrid models train with training forms as with mlx-lm's own functions: loss, gradients, packing."""
 
 import importlib
 
@@ -14,13 +14,13 @@ from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.models import recurrences
 from nalora_mlx.models.packed_rows import packed_caches
-from nalora_mlx.models.recurrences import TrainingForms
+from nalora_mlx.models.recurrences import TrainingForms, find_patches
 from nalora_mlx.models.training_forms import TrainingForm, gated_delta_update
 from tests.adapters.test_miniatures import ZOO, build
 from tests.conftest import random_adapters
 
 # Model type -> what is replaced while it is trained.
-PLACES = {
+REPLACED = {
     "qwen3_5": {"qwen3_5.gated_delta_update"},
     "qwen3_5_moe": {"qwen3_5.gated_delta_update"},
     "qwen3_next": {"qwen3_next.gated_delta_update"},
@@ -41,10 +41,10 @@ PLACES = {
     "plamo2": {"plamo2.ssm_update"},
 }
 FAMILIES = ["qwen3_5", "kimi_linear", "mamba2", "mamba", "jamba", "rwkv7", "bailing_moe_linear"]
-DECAYS = {"A_log": (-5, 0), "w_lora.lora.2.bias": (-5, 3)}  # parameters that decays depend on
+DECAYS = {"A_log": (-5, 0), "w_lora.lora.2.bias": (-5, 3)}  # parameter that sets the decays -> its range
 RANDOM = np.random.default_rng(0)
 TOKENS = RANDOM.integers(1, 60, (2, 71))  # 70 inputs, more than a chunk
-# Two packed sequences, whose rows begin and end within chunks, or before a convolution sees its first token.
+# Two packed sequences, with rows that start and end within chunks, and rows shorter than a convolution.
 PACKS = [[RANDOM.integers(1, 60, length + 1) for length in lengths] for lengths in ((61, 70, 3), (2, 66))]
 PADDED_LENGTH = 144
 
@@ -61,7 +61,7 @@ def loss_and_gradients(model, inputs, targets, mask=1.0, **arguments):
 
 
 def assert_same(got, want, tolerance=1e-5):
-    """Compare losses and gradients: each array relative to its largest entry, but to float32's accuracy of all."""
+    """Compare losses and gradients, each gradient relative to its largest entry or to 1% of the largest of all."""
     (loss, gradients), (expected_loss, expected) = got, want
     assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance)
     assert gradients.keys() == expected.keys()
@@ -75,8 +75,8 @@ def assert_same(got, want, tolerance=1e-5):
 def adapted(name):
     """Return a miniature in training mode, with random adapters on all of its layers.
 
-    Its heads and channels forget within one to a hundred tokens. Its weights are small, since large ones would make
-    gradients chaotic: rounding of the embeddings alone would change them by 1e-5.
+    Its heads and channels forget within one to a hundred tokens. Its weights are small, because large ones make the
+    gradients so sensitive that rounding the embeddings alone changes them by 1e-5.
     """
     model = build(name, gain=0.75)
     for path, array in tree_flatten(model.parameters()):
@@ -100,7 +100,7 @@ def generate(model):
 
 
 class Case:
-    """A model with its training forms, and what mlx-lm's own functions compute, one token after the other."""
+    """A model with its training forms, and what mlx-lm's own functions compute, one token at a time."""
 
     def __init__(self, name):
         self.name, self.model = name, adapted(name)
@@ -116,44 +116,44 @@ class Case:
 
 
 def attributes(name):
-    """Return what is replaced while this model is trained, as it is now."""
+    """Return the current values of the attributes that are replaced while this model is trained."""
     found = {"Conv1d": nn.Conv1d.__call__}
-    for place in PLACES[name]:
-        module, *path = place.split(".")
+    for replaced in REPLACED[name]:
+        module, *path = replaced.split(".")
         owner = importlib.import_module(f"mlx_lm.models.{module}")
         for attribute in path:
             owner = getattr(owner, attribute)
-        found[place] = owner
+        found[replaced] = owner
     return found
 
 
 @pytest.fixture(scope="module", autouse=True)
 def without_compilation():
-    """Do not fuse the operations of mlx-lm's functions, for which MLX would start a C++ compiler."""
+    """Disable compilation, because MLX starts a C++ compiler for each compiled function of mlx-lm."""
     mx.disable_compile()
     yield
     mx.enable_compile()
 
 
-@pytest.fixture(scope="module", params=sorted(PLACES))
+@pytest.fixture(scope="module", params=sorted(REPLACED))
 def case(request):
     return Case(request.param)
 
 
-def test_forms_take_the_place_of_the_functions_that_the_model_calls(case):
+def test_forms_replace_the_functions_that_the_model_calls(case):
     assert not case.forms.notices
-    replaced = {place.name.removeprefix("mlx_lm.models.") for place in case.forms.places if place.replacement}
-    assert replaced >= PLACES[case.name]
+    replaced = {patch.name.removeprefix("mlx_lm.models.") for patch in case.forms.patches}
+    assert replaced >= REPLACED[case.name]
     with case.forms.installed():
         inside = attributes(case.name)
-    assert all(inside[name] is not case.before[name] for name in PLACES[case.name])
+    assert all(inside[name] is not case.before[name] for name in REPLACED[case.name])
 
 
 def test_loss_and_gradients_equal_those_of_mlx_lm(case):
     assert_same(case.got(), case.want)
 
 
-def test_nodes_do_not_grow_with_every_token(case, tmp_path):
+def test_the_graph_has_less_than_three_nodes_per_token(case, tmp_path):
     def nodes(length):
         tokens = np.resize(TOKENS, (1, length + 1))
         with case.forms.installed():
@@ -165,15 +165,17 @@ def test_nodes_do_not_grow_with_every_token(case, tmp_path):
 
 
 def test_packed_rows_equal_rows_alone(case):
-    """For loss and gradients, where layers also run again in the backward."""
+    """Compares loss and gradients, with activations recomputed in the backward."""
     inputs, targets = np.zeros((2, len(PACKS), PADDED_LENGTH), np.int32)
     mask, segment_ids = np.zeros((2, len(PACKS), PADDED_LENGTH), np.int32)
     want = []
     for i, rows in enumerate(PACKS):
-        end = 0
+        start = 0
         for number, row in enumerate(rows, 1):
-            here = i, slice(end, end := end + len(row) - 1)
-            inputs[here], targets[here], mask[here], segment_ids[here] = row[:-1], row[1:], 1, number
+            end = start + len(row) - 1
+            inputs[i, start:end], targets[i, start:end] = row[:-1], row[1:]
+            mask[i, start:end], segment_ids[i, start:end] = 1, number
+            start = end
             want.append(loss_and_gradients(case.model, row[None, :-1], row[None, 1:]))
     losses, gradients = zip(*want, strict=True)
     want = sum(losses), {path: sum(g[path] for g in gradients) for path in gradients[0]}
@@ -189,7 +191,7 @@ def test_recomputed_activations_give_the_same_gradients(case):
         assert_same(case.got(), case.want)
 
 
-def test_the_model_is_as_before_afterwards(case):
+def test_the_model_is_unchanged_afterwards(case):
     with pytest.raises(ZeroDivisionError), case.forms.installed(mx.ones((1, 4))):
         raise ZeroDivisionError
     assert attributes(case.name) == case.before
@@ -198,7 +200,7 @@ def test_the_model_is_as_before_afterwards(case):
 
 
 def test_residuals_that_later_layers_read_have_gradients_when_layers_are_recomputed(monkeypatch):
-    """With a block for each layer, the last layer of Kimi K3 reads the outputs of all others."""
+    """With one block per layer, the last layer of Kimi K3 reads the outputs of all other layers."""
     monkeypatch.setitem(ZOO["kimi_k3"].config["text_config"], "attn_res_block_size", 1)
     model = adapted("kimi_k3")
     arguments = TOKENS[:, :8], TOKENS[:, 1:9]
@@ -226,9 +228,8 @@ def test_compiled_and_checkpointed_steps_give_the_same_gradients(name):
     mx.disable_compile()
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen3_5", "mamba2", "mamba", "rwkv7"]
-)  # without experts, which need float32 on a CPU
+# Models without experts, which need float32 on a CPU.
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "mamba", "rwkv7"])
 def test_half_precision_stays_half_precision(name):
     model = adapted(name)
     model.set_dtype(mx.bfloat16)
@@ -239,7 +240,7 @@ def test_half_precision_stays_half_precision(name):
     with forms.installed():
         got = model(tokens)
     assert got.dtype == want.dtype == mx.bfloat16
-    # Two results in bfloat16, each rounded many times.
+    # Both results are in bfloat16 and rounded many times.
     assert mx.abs(got - want).mean().item() < 2e-2 * mx.abs(want).mean().item()
 
 
@@ -268,7 +269,7 @@ def test_a_wrong_form_is_not_used(wrong, reason, monkeypatch):
     (notice,) = forms.notices
     assert notice.startswith("mlx_lm.models.olmo_hybrid.gated_delta_update keeps")
     assert reason in notice
-    assert forms.places == []
+    assert forms.patches == []
 
 
 @pytest.mark.parametrize(
@@ -276,14 +277,14 @@ def test_a_wrong_form_is_not_used(wrong, reason, monkeypatch):
 )
 def test_metal_kernels_without_a_gradient_are_not_used(name, kernel, monkeypatch):
     module = importlib.import_module(f"mlx_lm.models.{name}")
-    monkeypatch.setattr(module, kernel, failing)  # None on other machines than a Mac
+    monkeypatch.setattr(module, kernel, failing)  # the kernel is None except on a Mac
     with TrainingForms(build(name)).installed():
         assert getattr(module, kernel) is None
     assert getattr(module, kernel) is failing
 
 
 def test_gradients_of_deepseek_v41_are_slopes_of_the_loss():
-    """mlx-lm differentiates with respect to expert indices, which fails."""
+    """mlx-lm's own model fails, because it differentiates with respect to expert indices."""
     model = adapted("deepseek_v41")
     forms = TrainingForms(model)
     inputs, targets = TOKENS[:, :9], TOKENS[:, 1:10]
@@ -302,3 +303,19 @@ def test_gradients_of_deepseek_v41_are_slopes_of_the_loss():
                 model.load_weights([(path, array)], strict=False)
                 slope = (losses[0] - losses[1]) / 2e-2
                 assert slope == pytest.approx(mx.linalg.norm(gradient).item(), rel=2e-2)
+
+
+def test_models_in_files_of_their_own_have_no_training_forms():
+    """mlx-lm runs such a file without adding it to sys.modules."""
+    custom = type("Layer", (nn.Linear,), {"__module__": "custom_model"})(2, 2)
+    assert find_patches(custom) == []
+
+
+def test_decays_in_float32_keep_the_dtype_of_the_original():
+    model = adapted("mamba")
+    model.set_dtype(mx.bfloat16)
+    for layer in model.layers:
+        layer.mixer.A_log = layer.mixer.A_log.astype(mx.float32)
+    want = model(mx.array(TOKENS))
+    with TrainingForms(model).installed():
+        assert model(mx.array(TOKENS)).dtype == want.dtype == mx.float32

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution that stops at the boundaries of packed rows."""
+"""Depthwise causal convolution that does not cross the boundaries of packed rows."""
 
 from functools import reduce
 from typing import Any
@@ -11,18 +11,18 @@ _custom: Any = mx.custom_function
 def causal_convolution(
     x: mx.array, weight: mx.array, bias: mx.array | None = None, segment_ids: mx.array | None = None
 ) -> mx.array:
-    """Return each channel's convolution with the K - 1 tokens before each token.
+    """Return the convolution of each channel over a token and the K - 1 tokens before it.
 
         y_t = bias + sum_k w_k x_{t+k}    for k = 0 to K - 1; x begins K - 1 tokens earlier than y
 
-    It is a sum of K products, in float32, and so is the gradient of x. On a CPU, this is faster than mx.conv1d.
+    The sum and the gradient of x are K elementwise products in float32. On a CPU, this is faster than mx.conv1d.
 
     Args:
         x: [B, K - 1 + L, E].
         weight: [E, K, 1], as in a grouped mlx.nn.Conv1d.
         bias: [E].
-        segment_ids: [B, L], at least 0. Inputs of other segments, and the first K - 1, then count as 0. None: all
-            inputs count.
+        segment_ids: [B, L], at least 0. Inputs of other segments and the first K - 1 inputs are taken as 0. None: all
+            inputs are used.
 
     Returns:
         [B, L, E] in the dtype of x.
@@ -61,7 +61,7 @@ def _sum_of_products(
 
 
 def _parts(x: mx.array, taps: int, input_ids: mx.array | None, output_ids: mx.array | None) -> list[mx.array]:
-    """Return x_{t+k} for each k in float32, 0 where the segments differ: K times [B, L, E]."""
+    """Return x_{t+k} for each k, in float32, and 0 where the segments differ: K arrays [B, L, E]."""
     length = x.shape[1] - taps + 1
     parts = [x[:, k : k + length].astype(mx.float32) for k in range(taps)]
     if input_ids is None or output_ids is None:

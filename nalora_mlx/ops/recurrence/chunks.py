@@ -18,6 +18,7 @@ import mlx.core as mx
 
 CHUNK = 64  # tokens; the work within chunks grows with it, that between chunks falls
 GROUP_POSITIONS = 512  # positions of a batch, B x tokens, computed at a time: the temporary memory of a layer
+CHANNEL_GROUP_POSITIONS = 768  # with decays of channels, whose products take more operations per group
 LOG_ZERO = -200.0  # the logarithm that stands for a decay of 0, because a sum of it and others stays finite
 SMALLEST = 1e-18  # decays below it count as 0; their products would be denormal, which is slow on a CPU
 
@@ -35,6 +36,7 @@ def in_groups(
     state: mx.array,
     shared: Sequence[mx.array] = (),
     length: int | None = None,
+    decays_of_channels: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """Run a recurrence over groups of tokens, one group after the other, and recompute each in the backward.
 
@@ -44,14 +46,16 @@ def in_groups(
         arrays: inputs, [B, T, ...], of a float dtype.
         state: the state before the first token.
         shared: inputs that all groups need whole.
-        length: tokens of a group; by default, as many chunks as fit in GROUP_POSITIONS.
+        length: tokens of a group; by default, as many chunks as fit in GROUP_POSITIONS,
+        decays_of_channels: or in CHANNEL_GROUP_POSITIONS.
 
     Returns:
         The output [B, T, ...] and the state after the last token.
     """
     batch, tokens = arrays[0].shape[:2]
     if length is None:
-        length = chunk_length(tokens) * max(GROUP_POSITIONS // (batch * chunk_length(tokens)), 1)
+        positions = CHANNEL_GROUP_POSITIONS if decays_of_channels else GROUP_POSITIONS
+        length = chunk_length(tokens) * max(positions // (batch * chunk_length(tokens)), 1)
     run = _recomputed(step)
     outputs: list[mx.array] = []
     for group in zip(*(_split(array, length) for array in arrays), strict=True):
@@ -148,31 +152,71 @@ def decayed_products(
         between = mx.where(i[:, None] > i[None, :], log_decay, 0)  # [..., t, j]
         visible = i[:, None] >= i[None, :] if diagonal else i[:, None] > i[None, :]
         return mx.where(visible, (x @ y.swapaxes(-1, -2)) * _products_of_decays(between), 0)
+    products = _custom(partial(_products_below, own_decay))
+    products.vjp(partial(_gradients_of_products_below, own_decay))
+    below: mx.array = products(x, y, log_decay)
+    return below + mx.eye(C) * mx.sum(x * y, axis=-1, keepdims=True) if diagonal else below
+
+
+def _products_below(own_decay: bool, x: mx.array, y: mx.array, log_decay: mx.array) -> mx.array:
+    """Return M_ij for i > j."""
     shape = mx.broadcast_shapes(x.shape, y.shape, log_decay.shape)[:-1]
-    blocks = mx.broadcast_to(mx.sum(x * y, axis=-1), shape) if diagonal else mx.zeros(shape)
-    blocks = blocks[..., None, None]  # [..., C / size, size, size]
+    blocks = mx.zeros((*shape, 1, 1))  # [..., C / size, size, size]
     size = 1
-    while size < C:
-        between_halves = _recomputed(partial(_products_between_halves, size, own_decay))
-        below, x, y, log_decay = between_halves(x, y, log_decay)
-        blocks = _merge(blocks, below)
+    while size < x.shape[-2]:
+        x_second, y_first, *_ = _decayed_halves(size, own_decay, x, y, log_decay)
+        blocks = _merge(blocks, x_second @ y_first.swapaxes(-1, -2))
         size *= 2
     return blocks[..., 0, :, :]
 
 
-def _products_between_halves(
+def _gradients_of_products_below(
+    own_decay: bool, primals: Sequence[mx.array], d_products: mx.array, _products: mx.array
+) -> list[mx.array]:
+    """Return the gradients of x, y and log_decay, summed up size by size, not held until the end.
+
+    The gradient of the logarithm of a decay is what the decay multiplies, times the gradient of the product.
+    """
+    arrays, gradients = list(primals), [mx.zeros_like(x) for x in primals]
+    blocks = d_products[..., None, :, :]
+    size = d_products.shape[-1] // 2
+    while size:
+        x_second, y_first, from_start, to_end = _decayed_halves(size, own_decay, *arrays)
+        below = blocks[..., size:, :size]
+        dx, dy = below @ y_first, below.swapaxes(-1, -2) @ x_second
+        second, first = _sum_like(dx * x_second, from_start), _sum_like(dy * y_first, to_end)
+        second = mx.cumsum(second, axis=-2, reverse=True, inclusive=own_decay)
+        first = mx.cumsum(first, axis=-2, inclusive=False)
+        both = [(0, 0)] * (blocks.ndim - 2)
+        for i, added in enumerate(
+            [
+                mx.pad(dx * from_start, [*both, (size, 0), (0, 0)]),
+                mx.pad(dy * to_end, [*both, (0, size), (0, 0)]),
+                mx.concatenate([first, second], axis=-2),
+            ]
+        ):
+            gradients[i] = gradients[i] + _sum_like(added.flatten(-3, -2), gradients[i])
+        blocks = mx.stack([blocks[..., :size, :size], blocks[..., size:, size:]], axis=-3).flatten(-4, -3)
+        *arrays, blocks = mx.depends([*arrays, blocks], gradients)
+        size //= 2
+    return gradients
+
+
+def _decayed_halves(
     size: int, own_decay: bool, x: mx.array, y: mx.array, log_decay: mx.array
 ) -> tuple[mx.array, ...]:
-    """Return M_ij for the i in the second half and the j in the first of each block of 2 size tokens.
+    """Return x in the second half of each block of 2 size tokens and y in the first, decayed, and the decays."""
+    x, y, log_decay = (z.reshape(*z.shape[:-2], -1, 2 * size, z.shape[-1]) for z in (x, y, log_decay))
+    from_start = decay_from_start(log_decay[..., size:, :], inclusive=own_decay)
+    to_end = decay_to_end(log_decay[..., :size, :])
+    return x[..., size:, :] * from_start, y[..., :size, :] * to_end, from_start, to_end
 
-    The inputs are returned too, for the next size. So their gradients are summed up size by size, and not held.
-    """
-    _, x_second = _halves(x, size)
-    y_first, _ = _halves(y, size)
-    decay_first, decay_second = _halves(log_decay, size)
-    x_second = x_second * decay_from_start(decay_second, inclusive=own_decay)
-    y_first = y_first * decay_to_end(decay_first)
-    return x_second @ y_first.swapaxes(-1, -2), x, y, log_decay
+
+def _sum_like(x: mx.array, like: mx.array) -> mx.array:
+    """Sum over the axes along which `like` was broadcast to the shape of x."""
+    missing = x.ndim - like.ndim
+    axes = [i for i, n in enumerate(x.shape) if i < missing or like.shape[i - missing] < n]
+    return mx.sum(x, axis=axes, keepdims=True).reshape(like.shape) if axes else x
 
 
 @_custom
@@ -201,12 +245,6 @@ def invert_unit_lower(lower: mx.array) -> mx.array:
 def _(primals, cotangents, inverse):
     transposed = inverse.swapaxes(-1, -2)
     return mx.tril(-(transposed @ cotangents @ transposed), -1)
-
-
-def _halves(x: mx.array, size: int) -> tuple[mx.array, mx.array]:
-    """Return the first and the second half of each block of 2 size tokens: [..., C, D] -> [..., n, size, D] each."""
-    x = x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
-    return x[..., 0, :, :], x[..., 1, :, :]
 
 
 def _merge(diagonal: mx.array, below: mx.array) -> mx.array:

@@ -67,7 +67,9 @@ def gated_delta_rule(
     log_decay = mx.maximum(log_decay.astype(mx.float32), LOG_ZERO)
     if starts is not None:
         log_decay = mx.where(starts.reshape(*starts.shape, *[1] * (log_decay.ndim - 2)), LOG_ZERO, log_decay)
-    return in_groups(_by_kernel if by_kernel else _in_chunks, [q, k, v, log_decay, beta], state)
+    rule = _by_kernel if by_kernel else _in_chunks
+    arrays = [q, k, v, log_decay, beta]
+    return in_groups(rule, arrays, state, decays_of_channels=log_decay.ndim == 4)
 
 
 def _in_chunks(

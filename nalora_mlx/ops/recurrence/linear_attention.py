@@ -1,4 +1,4 @@
-"""Linear attention with one decay per head, in chunks, for training. Mamba-2 is a case of it."""
+"""Linear attention with one decay per head, in chunks, for training. Mamba-2 is a special case."""
 
 from typing import Any
 
@@ -29,19 +29,19 @@ def linear_attention(
 
         S_t = g_t S_{t-1} + beta_t v_t k_t^T
 
-    In a chunk with the state S before it, and D_ij = g_{j+1} ... g_i, the decay between tokens:
+    S is the state before a chunk of C tokens, and D_ij = g_{j+1} ... g_i is the decay from token j to token i:
 
     1. The outputs are y_i = D_i0 S q_i + sum_{j <= i} D_ij (q_i . k_j) beta_j v_j.
     2. The state after the chunk is D_C0 S + sum_j D_Cj beta_j v_j k_j^T.
 
-    All but the recurrence of step 2 is computed for all chunks of a group at once. The heads of a group share q and k,
-    so products of states are those of one head with H / G times as many value channels.
+    Only the recurrence of step 2 runs chunk by chunk; the rest is computed for many chunks at once. The heads of a
+    group share q and k, so products with states are those of one head with H / G times as many value channels.
 
     Args:
         q: [B, T, G, Dk], any float dtype.
         k: [B, T, G, Dk].
         v: [B, T, H, Dv]; G divides H, and head h belongs to group h // (H / G).
-        log_decay: log g, at most 0; [B, T, H], or [H] if it is the same for all tokens.
+        log_decay: log g, at most 0; [B, T, H], or [H] for the same decay at all tokens.
         state: S_0; [B, H, Dv, Dk], zeros if None.
         starts: [B, T], True at the first token of each packed row; the state before it is 0. None: nowhere.
         beta: [B, T, H], ones if None.
@@ -51,8 +51,8 @@ def linear_attention(
 
     Source: Transformers are SSMs (arXiv 2405.21060), section 6.
     """
-    (B, T, G, Dk), (H, Dv) = q.shape, v.shape[2:]
-    R = H // G  # heads of a group
+    (B, T, G, Dk), (H, Dv), dtype = q.shape, v.shape[2:], q.dtype
+    R = H // G  # heads per group
     chunk = chunk_length(T)
     log_decay = mx.broadcast_to(mx.maximum(log_decay.astype(mx.float32), LOG_ZERO), (B, T, H))
     if starts is not None:
@@ -76,9 +76,8 @@ def linear_attention(
         p = decayed_products(q[..., None, :, :], k[..., None, :, :], log_decay.swapaxes(-1, -2)[..., None])
         within = (p @ v.swapaxes(-2, -3)).swapaxes(-2, -3)  # [B, G, N, C, R, Dv]
         y = (q @ states.flatten(-2)).reshape(v.shape) * from_start[..., None] + within
-        return from_chunks(y.flatten(-2), tokens).reshape(B, tokens, H, Dv).astype(q_dtype), state
+        return from_chunks(y.flatten(-2), tokens).reshape(B, tokens, H, Dv).astype(dtype), state
 
-    q_dtype = q.dtype
     y, state = in_groups(step, [q, k, v, log_decay, beta], state)
     return y, mx.moveaxis(state, 2, -1).reshape(B, H, Dv, Dk)
 
@@ -101,8 +100,8 @@ def state_space_duality(
 
         S_t = exp(-exp(A_log) dt_t) S_{t-1} + dt_t x_t B_t^T
 
-    The arguments but `starts` are those of `ssm_update` in mlx-lm, and so are the dtypes of the results. Outputs at
-    masked tokens have no meaning.
+    The arguments, except `starts`, and the dtypes of the results are those of `ssm_update` in mlx-lm. Outputs at masked
+    tokens are undefined.
 
     Args:
         hidden_states: x; [B, T, H, Dv].
@@ -113,9 +112,9 @@ def state_space_duality(
         dt: step sizes before their bias, softplus and limits; [B, T, H].
         dt_bias: [H].
         state: S_0; [B, H, Dv, Dk], zeros if None.
-        time_step_limit: the least and the greatest step size.
-        mask: [B, T], False at tokens that leave the state as it is.
-        lengths: [B], the number of tokens of each sequence; those that follow leave the state as it is.
+        time_step_limit: the smallest and the largest step size.
+        mask: [B, T], False at tokens that leave the state unchanged.
+        lengths: [B], the number of tokens of each sequence; later positions leave the state unchanged.
         starts: [B, T], True at the first token of each packed row; the state before it is 0. None: nowhere.
 
     Returns:
@@ -126,7 +125,7 @@ def state_space_duality(
         present = mx.arange(dt.shape[1]) < lengths[:, None]
         mask = present if mask is None else mx.logical_and(mask, present)
     if mask is not None:
-        dt = mx.where(mask[..., None], dt, 0)  # neither a decay nor an input
+        dt = mx.where(mask[..., None], dt, 0)  # no decay and no input
     log_decay = dt * -mx.exp(A_log).astype(mx.float32)
     y, state = linear_attention(C, B, hidden_states, log_decay, state, starts, beta=dt)
     return y.astype(hidden_states.dtype) + hidden_states * D[:, None], state

@@ -88,5 +88,5 @@ def rwkv7(
         return from_chunks(y, tokens).astype(r_dtype), state
 
     r_dtype = r.dtype
-    y, state = in_groups(step, [r, log_decay, k, v, a, b], state)
+    y, state = in_groups(step, [r, log_decay, k, v, a, b], state, decays_of_channels=True)
     return y, state.swapaxes(-1, -2)

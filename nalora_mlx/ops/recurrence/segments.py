@@ -1,4 +1,4 @@
-"""The row boundaries of a packed batch, which recurrences must not carry a state across."""
+"""The row boundaries of a packed batch, where recurrences reset their state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ _current: ContextVar[mx.array | None] = ContextVar("segment_ids", default=None)
 
 @contextmanager
 def packed_rows(segment_ids: mx.array | None) -> Iterator[None]:
-    """Make recurrences start anew wherever `segment_ids`, [B, L], change. None: each sequence is one row.
+    """Make recurrences reset their state wherever `segment_ids`, [B, L], change. None: each sequence is one row.
 
-    Keep the context open for the backward pass, where checkpointed layers run again.
+    Keep the context open for the backward pass, where checkpointed layers are recomputed.
     """
     token = _current.set(segment_ids)
     try:
@@ -23,7 +23,7 @@ def packed_rows(segment_ids: mx.array | None) -> Iterator[None]:
 
 
 def current_segment_ids() -> mx.array | None:
-    """Return the segment ids [B, L] of the batch that is being computed, or None if it is not packed."""
+    """Return the segment ids [B, L] of the current batch; None if it is not packed."""
     return _current.get()
 
 

@@ -9,7 +9,7 @@ from nalora_mlx.ops.fast_math import exp_nonpositive
 from nalora_mlx.ops.recurrence.chunks import in_groups
 
 MAX_CHUNK = 16  # tokens; those of a chunk follow one another, and the chunks of a group run side by side
-GROUP_ELEMENTS = 2**24  # batch x tokens x E x N of a group; some nine arrays of this size are live at once
+GROUP_ELEMENTS = 2**25  # batch x tokens x E x N of a group; some five arrays of this size are live at once
 RESET = 1e30  # a step that leaves nothing of any state, since all rates are at least as fast as
 SLOWEST = -1e-25  # which is as good as 0 for other steps
 
@@ -123,7 +123,8 @@ def _(primals, cotangents, _outputs):
     if step.shape[1] > 1:
         for *_, c, d, _, _, decay in tokens:
             r = decay * (r + _column(c) * d)
-    r = _carry(_decay(mx.sum(step, axis=2, keepdims=True), A), r, d_state, reverse=True)
+    whole = _decay(mx.sum(step, axis=2, keepdims=True), mx.minimum(A, SLOWEST))
+    r = _carry(whole, r, d_state, reverse=True)
     dA, gradients = mx.zeros_like(A), []
     for s, v, b, c, d, before, after, decay in tokens:
         dh = r + _column(c) * d
@@ -140,14 +141,15 @@ def _states(
     step: mx.array, u: mx.array, A: mx.array, B: mx.array, state: mx.array
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Return the states before each token of the chunks and after the last, c + 1 times [B, n, N, E], and decays."""
+    rates = mx.minimum(A, SLOWEST)
     tokens = [
-        (_decay(s, A), _column(b), v) for s, v, b in zip(*(_tokens(x) for x in (step, u, B)), strict=True)
+        (_decay(s, rates), _column(b), v) for s, v, b in zip(*(_tokens(x) for x in (step, u, B)), strict=True)
     ]
     h = mx.zeros((*u.shape[:2], *A.shape))
     if u.shape[1] > 1:
         for decay, b, v in tokens:
             h = decay * h + b * v
-    states = [_carry(_decay(mx.sum(step, axis=2, keepdims=True), A), h, state)]
+    states = [_carry(_decay(mx.sum(step, axis=2, keepdims=True), rates), h, state)]
     for decay, b, v in tokens:
         states.append(decay * states[-1] + b * v)
     return states, [decay for decay, *_ in tokens]
@@ -168,9 +170,9 @@ def _carry(decay: mx.array, added: mx.array, state: mx.array, reverse: bool = Fa
     return mx.concatenate(states[:: -1 if reverse else 1], axis=1)
 
 
-def _decay(step: mx.array, A: mx.array) -> mx.array:
-    """Return exp(step A): [B, n, 1, E] -> [B, n, N, E]."""
-    return exp_nonpositive(step * mx.minimum(A, SLOWEST))
+def _decay(step: mx.array, rates: mx.array) -> mx.array:
+    """Return exp(step rates): [B, n, 1, E] -> [B, n, N, E]."""
+    return exp_nonpositive(step * rates)
 
 
 def _tokens(x: mx.array) -> list[mx.array]:
