@@ -14,8 +14,9 @@ architecture. They are measured with the run's own step, its checkpointing and k
    batches are extrapolated.
 3. Measure the update alone: it does not grow with tokens.
 
-In trials, the tiles of the output head and the supervised positions shrink with the number of tokens. Each part then
-keeps its share of the peak, so the same part determines the peak for every number of rows.
+In trials, the tiles of the output head, the groups of tokens of recurrences and the supervised positions shrink with
+the number of tokens. Each part then keeps its share of the peak, so the same part determines the peak for every number
+of rows.
 """
 
 import math
@@ -32,6 +33,7 @@ from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core import trees
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.data.padding import PAD_TO
+from nalora_mlx.ops.recurrence.groups import smaller_groups
 from nalora_mlx.training.step import TrainingStep
 
 TRIAL_TOKENS = 512  # of the smallest trial, if the run's batches have at least twice as many
@@ -144,9 +146,11 @@ class PeakProfiler:
     def _measure(self, trial: BatchShape, shape: BatchShape, update: bool) -> int:
         """Return the peak of a step in bytes: the larger of two, since compiling delays the first."""
         step, loss, peaks = self.step, self.step.loss, []
-        rows, loss.rows = loss.rows, max(1, round(loss.rows * min(1, trial.tokens / shape.tokens)))
+        share = min(1, trial.tokens / shape.tokens)
+        rows, loss.rows = loss.rows, max(1, round(loss.rows * share))
+        recomputed = recompute_activations(self.layers) if self.layers else nullcontext()
         try:
-            with recompute_activations(self.layers) if self.layers else nullcontext():
+            with recomputed, smaller_groups(share):
                 for _ in range(2):
                     mx.synchronize()
                     mx.clear_cache()

@@ -14,7 +14,7 @@ from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.models import recurrences
 from nalora_mlx.models.packed_rows import packed_caches
-from nalora_mlx.models.recurrences import TrainingForms, find_patches
+from nalora_mlx.models.recurrences import TrainingForms, find_difference, find_patches
 from nalora_mlx.models.training_forms import TrainingForm, gated_delta_update
 from tests.adapters.test_miniatures import ZOO, build
 from tests.conftest import random_adapters
@@ -319,3 +319,16 @@ def test_decays_in_float32_keep_the_dtype_of_the_original():
     want = model(mx.array(TOKENS))
     with TrainingForms(model).installed():
         assert model(mx.array(TOKENS)).dtype == want.dtype == mx.float32
+
+
+def test_an_original_that_does_not_run_on_the_cpu_is_compared_elsewhere():
+    failures = iter([ValueError("no compiler")])
+
+    def original(x):
+        for failure in failures:
+            raise failure
+        return x**2, x
+
+    x = mx.arange(1.0, 5.0)
+    assert find_difference(original, lambda x: (x * x, x), [x], {}) is None
+    assert "differ by" in find_difference(original, lambda x: (x * mx.stop_gradient(x), x), [x], {})

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -35,6 +36,7 @@ from nalora_mlx.training.memory_model import (
 from nalora_mlx.training.memory_plan import Plan, largest_batch, memory_advice, plan, upper_bound_bytes
 from nalora_mlx.training.step import TrainingStep, recomputed_layers
 from nalora_mlx.training.trainer import train
+from tests.adapters.test_miniatures import ZOO, load_module
 from tests.conftest import build_examples, build_model, llama_args
 
 ACCURACY = 0.15  # of predicted peaks, relative
@@ -394,3 +396,20 @@ def test_the_upper_bound_counts_all_experts_of_a_token():
     assert peak < upper_bound_bytes(built, shape) - head
     built.args.num_experts_per_tok = 1
     assert peak > upper_bound_bytes(built, shape) - head  # otherwise the check above could not fail
+
+
+def test_recurrences_keep_their_share_of_the_peak():
+    """Their temporary memory stops growing at one group of tokens, 512, which is the size of the largest trial."""
+    sizes = {"linear_num_key_heads": 8, "linear_num_value_heads": 16}
+    sizes |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "hidden_size": 128}
+    module, config = load_module("qwen3_5"), deepcopy(ZOO["qwen3_5"].config)
+    config.get("text_config", config).update(sizes)
+    hybrid = module.Model(module.ModelArgs.from_dict(config))
+    adapt(hybrid, NALoRAConfig(num_layers=-1, rank=4))
+    mx.eval(hybrid.parameters())
+    shape = BatchShape(1, 1024, 1000)
+    predicted = PeakProfiler(TrainingStep(hybrid, optim.Adam(1e-5))).profile(shape).at(1, 1024)
+    profiler = PeakProfiler(TrainingStep(hybrid, optim.Adam(1e-5)))
+    with profiler._restoring_state():
+        measured = profiler._measure(shape, shape, update=True)
+    assert predicted == pytest.approx(measured, rel=ACCURACY)

@@ -16,6 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from nalora_mlx.ops.recurrence.groups import group_share
+
 CHUNK = 64  # tokens; the work within chunks grows with it, that between chunks falls
 GROUP_POSITIONS = 512  # positions of a batch, B x tokens, computed at a time: the temporary memory of a layer
 CHANNEL_GROUP_POSITIONS = 768  # with decays of channels, whose products take more operations per group
@@ -55,7 +57,9 @@ def in_groups(
     batch, tokens = arrays[0].shape[:2]
     if length is None:
         positions = CHANNEL_GROUP_POSITIONS if decays_of_channels else GROUP_POSITIONS
-        length = chunk_length(tokens) * max(positions // (batch * chunk_length(tokens)), 1)
+        length = chunk_length(tokens) * max(
+            int(positions * group_share()) // (batch * chunk_length(tokens)), 1
+        )
     run = _recomputed(step)
     outputs: list[mx.array] = []
     for group in zip(*(_split(array, length) for array in arrays), strict=True):

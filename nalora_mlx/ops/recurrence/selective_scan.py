@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from nalora_mlx.ops.fast_math import exp_nonpositive
 from nalora_mlx.ops.recurrence.chunks import in_groups
+from nalora_mlx.ops.recurrence.groups import group_share
 
 MAX_CHUNK = 16  # tokens; those of a chunk follow one another, and the chunks of a group run side by side
 GROUP_ELEMENTS = 2**25  # batch x tokens x E x N of a group; some five arrays of this size are live at once
@@ -49,7 +50,7 @@ def selective_scan(
     Source: Mamba (arXiv 2312.00752), section 3.
     """
     (batch, T, E), N = x.shape, A.shape[1]
-    length = max(GROUP_ELEMENTS // (batch * E * N), 1)
+    length = max(int(GROUP_ELEMENTS * group_share()) // (batch * E * N), 1)
     chunk = min(MAX_CHUNK, max(math.isqrt(length // 2), 1), T)
     length -= length % chunk
     if starts is None:
