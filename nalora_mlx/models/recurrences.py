@@ -27,9 +27,7 @@ from nalora_mlx.ops.recurrence.segments import packed_rows
 COMPARED_TOKENS = CHUNK + 6  # more than one chunk
 # A gradient smaller than this fraction of the largest one may be rounding. Its error is relative to that fraction.
 NEGLIGIBLE = 1e-4
-
-
-_convolve = nn.Conv1d.__call__
+_mlx_convolution = nn.Conv1d.__call__  # read once, because another model's forms may be installed later
 
 
 class Patch(NamedTuple):
@@ -92,14 +90,14 @@ class TrainingForms:
         # On a CPU, MLX's convolution takes eight times as long.
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
         if self._convolutions and (segment_ids is not None or on_cpu):
-            patches.append(Patch(nn.Conv1d, "__call__", _convolve, self._convolve))
+            patches.append(Patch(nn.Conv1d, "__call__", _mlx_convolution, self._convolution()))
         with packed_rows(segment_ids), _applied(patches):
             yield
 
-    @property
-    def _convolve(self) -> Callable[..., mx.array]:
+    def _convolution(self) -> Callable[..., mx.array]:
         def convolve(module: nn.Conv1d, x: mx.array) -> mx.array:
-            return packed_convolution(module, x) if id(module) in self._convolutions else _convolve(module, x)
+            own = id(module) in self._convolutions
+            return packed_convolution(module, x) if own else _mlx_convolution(module, x)
 
         return convolve
 

@@ -48,8 +48,8 @@ def in_groups(
         arrays: inputs, [B, T, ...], of a float dtype.
         state: the state before the first token.
         shared: inputs that all groups need whole.
-        length: tokens of a group; by default, as many chunks as fit in GROUP_POSITIONS,
-        decays_of_channels: or in CHANNEL_GROUP_POSITIONS.
+        length: tokens of a group; as many chunks as fit in GROUP_POSITIONS if None.
+        decays_of_channels: use CHANNEL_GROUP_POSITIONS instead.
 
     Returns:
         The output [B, T, ...] and the state after the last token.
@@ -71,9 +71,9 @@ def in_groups(
 def _recomputed(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that computes the same, and computes it again in the backward.
 
-    Like `mx.checkpoint`, and in addition it does not begin before the gradients of its outputs are there, and all its
-    own gradients are there before one of them is used. Otherwise, MLX would follow the gradient of the state through
-    all groups first, and hold the temporary arrays of all of them.
+    Like `mx.checkpoint`, but it waits for the gradients of its outputs, and all its own gradients are computed before
+    one of them is used. Otherwise MLX would follow the gradient of the state through all groups first, and hold the
+    temporary arrays of all of them.
     """
     recomputed = _custom(step)
 

@@ -11,8 +11,8 @@ from nalora_mlx.ops.recurrence.groups import group_share
 
 MAX_CHUNK = 16  # tokens; those of a chunk follow one another, and the chunks of a group run side by side
 GROUP_ELEMENTS = 2**25  # batch x tokens x E x N of a group; some five arrays of this size are live at once
-RESET = 1e30  # a step that leaves nothing of any state, since all rates are at least as fast as
-SLOWEST = -1e-25  # which is as good as 0 for other steps
+SLOWEST = -1e-25  # the rate that stands for 0, so that a step of RESET decays every state to 0
+RESET = 1e30
 
 _custom: Any = mx.custom_function
 
