@@ -1,15 +1,27 @@
 """`nalora COMMAND` and `python -m nalora_mlx COMMAND`."""
 
+import os
 import sys
 
 from nalora_mlx import __version__
 from nalora_mlx.cli import COMMANDS, EXIT_USAGE, command, execute
 from nalora_mlx.core.parsing import nearest
 
+# Environment variables that the commands set, unless the user did: those that GPU drivers and MLX read once, early on.
+# See docs/troubleshooting.md.
+ENVIRONMENT = {
+    # macOS ends less work on the GPU because it blocks the screen (mlx #3267, llama.cpp #20141).
+    "darwin": {"AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1"},
+    # MLX ends a process after 800 CUDA graphs, although one step may have hundreds (mlx/backend/cuda/lru_cache.h).
+    "linux": {"MLX_CUDA_GRAPH_CACHE_SIZE": "2048", "MLX_ENABLE_CACHE_THRASHING_CHECK": "0"},
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    for name, value in ENVIRONMENT.get(sys.platform, {}).items():
+        os.environ.setdefault(name, value)  # before any command imports mlx
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         print("usage: nalora COMMAND [flags]; nalora COMMAND --help lists the flags\n")

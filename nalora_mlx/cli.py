@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from nalora_mlx import __version__
+from nalora_mlx.core.device_faults import explain
 from nalora_mlx.core.errors import InputError, RunError
 from nalora_mlx.core.parsing import base_types, did_you_mean
 from nalora_mlx.core.paths import check_paths, expanded
@@ -98,9 +99,7 @@ def execute(
     except Exception as error:
         if debug:
             raise
-        known = isinstance(error, FloatingPointError | RunError)
-        kind = "" if known else f" ({type(error).__name__}; --debug shows where)"
-        return _fail(prog, "failed", f"{error}{kind}", EXIT_FAILED)
+        return _fail(prog, "failed", _explained(error), EXIT_FAILED)
 
 
 def add_common(parser: Parser) -> None:
@@ -113,6 +112,13 @@ def add_common(parser: Parser) -> None:
 
 def _terminate(_signal: int, _frame: Any) -> NoReturn:
     raise Stopped(signal.SIGTERM, "stopped by SIGTERM")
+
+
+def _explained(error: Exception) -> str:
+    """Return an exception's message; add what a device's failure means, or how to see where another one came from."""
+    if isinstance(error, FloatingPointError | RunError):
+        return str(error)
+    return explain(error) or f"{error} ({type(error).__name__}; --debug shows where)"
 
 
 def _fail(prog: str, what: str, message: str, status: int) -> int:

@@ -41,7 +41,8 @@ def build_parser(prog: str) -> Parser:
     """Build a parser for the model, the data, and the settings that decide which layers are adapted and memory use."""
     parser = Parser(
         prog=prog,
-        description="Check the machine, and a run before it starts. The exit status is 0 if the run can start, else 2.",
+        description="Check the machine, and a run before it starts. The exit status is 0 if the run can start, 1 if "
+        "a kernel is wrong on this machine, else 2.",
     )
     parser.add_argument("--model", help="local model directory or Hugging Face repo")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     """Print one page of checks.
 
     Raises:
+        RunError: a kernel is wrong on this machine.
         InputError: a finding prevents the run from starting.
     """
     from rich.console import Console
@@ -111,14 +113,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_machine(page: "Page") -> None:
-    """Report versions and device and, on a CPU, the speed of matrix products and a missing compiler."""
+    """Report versions and device. On a CPU, check the speed of matrix products; on a GPU, their precision."""
     import mlx.core as mx
 
     versions = ", ".join(f"{name} {version}" for name, version in library_versions("mlx", "mlx-lm").items())
     page.fact(f"nalora {__version__}, {versions}, Python {platform.python_version()}, {platform.platform()}")
-    device = mx.default_device()
-    page.fact(f"device: {device}, {os.cpu_count()} processors")
-    if device.type != mx.cpu:
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    page.fact(f"{'CPU' if on_cpu else 'GPU'}: {machine.describe_device(mx.device_info())}")
+    if not on_cpu:
+        page.fact(machine.describe_float32_products())
         return
     speed = machine.matmul_gflops()
     if speed >= SLOW_GFLOPS:
@@ -141,14 +144,15 @@ def _check_kernels(page: "Page") -> None:
         why = f"{ENVIRONMENT}={REFERENCE}" if os.environ.get(ENVIRONMENT) == REFERENCE else "no GPU in use"
         page.fact(f"gated residual: MLX's own operations ({why})")
         return
-    from nalora_mlx.ops.kernels.healthcheck import check_kernels, measure_bandwidth
+    from nalora_mlx.ops.kernels.healthcheck import check_kernels, kinds, measure_bandwidth
 
+    page.fact(f"compiling {2 * len(list(kinds(chosen)))} kernels: up to a minute the first time")
     found = dict(check_kernels(chosen))
     wrong = {kind: why for kind, why in found.items() if why is not None}
     agree = f"gated residual: {len(found) - len(wrong)} of {len(found)} {chosen} kernels agree with MLX"
     (page.fact if wrong else page.good)(agree)
     for kind, why in wrong.items():
-        page.finding(
+        page.failure(
             f"the {chosen} kernel of {kind} is not used, since {why}. Training is correct "
             "without it, but slower; please report this page"
         )
@@ -247,11 +251,18 @@ def _print_all(page: "Page", problems: list[str], notices: list[str]) -> None:
 def _check_memory(
     page: "Page", model: "nn.Module | None", examples: "list[Example] | None", config: RunConfig
 ) -> None:
-    """Report the machine's memory and what the run needs of it, measured on a few steps."""
+    """Report the machine's memory and what the run needs of it: an upper bound, or else measured on a few steps."""
     import numpy as np
 
     from nalora_mlx.data.tokenization import Example
-    from nalora_mlx.training.memory_plan import default_budget, largest_batch, machine_memory, plan
+    from nalora_mlx.training.memory_plan import (
+        default_budget,
+        largest_batch,
+        machine_memory,
+        measure,
+        planning_step,
+        upper_bound_bytes,
+    )
     from nalora_mlx.training.optimizers import build_optimizer
 
     budget = config.memory_budget or default_budget()
@@ -275,8 +286,16 @@ def _check_memory(
         config.lr_schedule,
         config.optimizer_config.get(config.optimizer) or {},
     )
-    with page.console.status("measuring a few training steps"):
-        found = plan(model, largest_batch(examples, config), config, optimizer, budget)
+    step, shape = planning_step(model, config, optimizer), largest_batch(examples, config)
+    bound = upper_bound_bytes(step, shape, config)
+    if bound <= budget:
+        page.good(
+            f"at most {bound / 1e9:.2f} GB for the largest batch, {shape.rows} x {shape.length} tokens: fits; "
+            "nalora lora --plan measures it"
+        )
+        return
+    with page.console.status("measuring memory on a few training steps"):
+        found = measure(step, shape, config, budget)
     first, *others = (line.removeprefix("memory: ") for line in found.lines())
     if found.fits:
         page.good(first)

@@ -1,6 +1,7 @@
 """`nalora lora`: fine-tune a model with NA-LoRA, LoRA, DoRA or all of its weights, and evaluate it."""
 
 import argparse
+import json
 import math
 import sys
 import threading
@@ -63,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
         from nalora_mlx.models.loading import is_quantized, is_slow_on_cpu, load_module, load_tokenizer
         from nalora_mlx.runs.resume import find_start
         from nalora_mlx.training.chats import configure_run_chats
+        from nalora_mlx.training.device_faults import explain_device_faults
         from nalora_mlx.training.optimizers import configured_optimizer
-        from nalora_mlx.training.out_of_memory import explain_out_of_memory
 
         def notify(text: str) -> None:
             display.notices([text])
@@ -85,9 +86,8 @@ def run(args: argparse.Namespace) -> None:
             )
         splits = check_splits(config, tokenized(), tokenizer, display)
         display.notices(context_notices(splits, model_config))
-        started = threading.Event()
-        quantized = is_quantized(model_config)
-        with explain_out_of_memory(config, output_directory(config), quantized, start, started):
+        quantized, started = is_quantized(model_config), threading.Event()
+        with explain_device_faults(config, output_directory(config), quantized, start, started):
             loss = None
             if config.train:
                 loss = train_model(config, model, splits, display, start, started, chat)
@@ -176,6 +176,7 @@ def train_model(
     import mlx.core as mx
 
     from nalora_mlx.adapters.files import adapter_weights, load_weights
+    from nalora_mlx.ops.kernels.healthcheck import compile_notices
     from nalora_mlx.training.distributed import workers
     from nalora_mlx.training.loss import SupervisedLoss
     from nalora_mlx.training.memory_plan import default_budget, memory_advice
@@ -185,7 +186,7 @@ def train_model(
 
     mx.random.seed(config.seed)
     optimizer = configured_optimizer(config)
-    display.notices(length_notices(config, splits))
+    display.notices(length_notices(config, splits) + compile_notices())
     adapter_config = attach_adapters(config, model, display, chat)
     if start is not None and config.resume is None:
         load_weights(model, start)
@@ -194,9 +195,10 @@ def train_model(
     trainable = sum(array.size for array in adapter_weights(model).values())
     display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
     display.status.memory_limit = default_budget()
-    loss = SupervisedLoss(model)
-    examples = splits["train"].sequences
-    for line in memory_advice(model, examples, config, lambda: configured_optimizer(config), workers(), loss):
+    loss, examples = SupervisedLoss(model), splits["train"].sequences
+    with display.trials() as show:
+        advice = memory_advice(model, examples, config, configured_optimizer, workers(), loss, show)
+    for line in advice.lines:
         display.note(line)
     if config.plan:
         return loss
@@ -218,6 +220,7 @@ def train_model(
             config.resume_anyway,
             stop,
             loss,
+            advice.peak_bytes,
         )
     show_result(config, result, stop, display)
     return loss
@@ -227,8 +230,6 @@ def attach_adapters(
     config: RunConfig, model: "nn.Module", display: "Display", chat: "ChatSettings"
 ) -> dict[str, Any]:
     """Make the model trainable as the fine-tune type says; return the content of adapter_config.json."""
-    import json
-
     from nalora_mlx.adapters.attach import adapt, adapt_dora, unfreeze_layers
     from nalora_mlx.adapters.files import adapter_config, chat_entry
 
@@ -282,11 +283,9 @@ def interruptible(output: Path, display: "Display") -> "Iterator[StopRequest]":
 
     def second(number: int) -> None:
         found = list(steps(output / CHECKPOINTS))
-        saved = (
-            f"the checkpoint of iteration {found[-1]} is complete; {CONTINUE}"
-            if found
-            else "nothing was saved"
-        )
+        saved = "nothing was saved"
+        if found:
+            saved = f"the checkpoint of iteration {found[-1]} is complete; {CONTINUE}"
         print(f"nalora lora: {SIGNALS[number]}: ended at once; {saved}", file=sys.stderr)
 
     with stoppable(first, second) as stop:
@@ -312,7 +311,8 @@ def show_result(config: RunConfig, result: "TrainResult", stop: "StopRequest", d
         display.note(f"note: {result.skipped} updates were skipped, see above{none}")
     for line in result.describe_validation(output / "best"):
         display.note(line)
-    display.note(f"done in {result.seconds:.0f} s: adapter in {output}")
+    took = f"{result.seconds:.0f} s, after {display.preparation:.0f} s of preparation"
+    display.note(f"done in {took}: adapter in {output}")
 
 
 # --- test ---------------------------------------------------------------------------------------------------

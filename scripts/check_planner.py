@@ -2,18 +2,23 @@
 
     python scripts/check_planner.py --count 20 --seed 1
     python scripts/check_planner.py --model demo/model    # also use a real model, cut to a few layers
+    python scripts/check_planner.py --bounds --count 40   # the upper bounds, which must not be below the peaks
 
 Each configuration draws a model (architecture, width, depth, vocabulary), a method, rank, batch size, length, share of
 supervised tokens and checkpointing. One process trains for a few iterations and reads MLX's peak memory. A second
 process runs the planner, which measures its own trial steps. The last ratio in the table, "extrap.", is that of the
 extrapolation from small trials, which is all the planner can do for runs that may not fit. --output appends the results
 as JSON lines.
+
+With --bounds, the second process computes the upper bounds that are found without running a step: from shapes, and from
+the traced graph. Configurations then also draw recurrent models.
 """
 
 import argparse
 import importlib
 import json
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -29,38 +34,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first configuration (default: 0)")
     parser.add_argument("--tokens", type=int, default=2048, help="maximum tokens per batch (default: 2048)")
     parser.add_argument("--model", help="directory of a real model to use in a third of the configurations")
+    parser.add_argument("--bounds", action="store_true", help="compare the upper bounds with the peaks")
     parser.add_argument("--output", type=Path, help="append results to this file")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         setup = json.loads(args.worker[1])
-        print(json.dumps(measure(setup) if args.worker[0] == "measure" else predict(setup)))
+        work = {"measure": measure, "predict": predict, "bound": bound}[args.worker[0]]
+        print(json.dumps(work(setup)))
         return 0
+    if args.bounds:
+        return compare_bounds(args)
     results = []
     print(
         f"{'':>5}{'model':<34}{'method':<18}{'batch':<14}{'predicted':>10}{'measured':>10}"
         f"{'ratio':>7}{'extrap.':>8}{'s':>6}"
     )
     for number in range(args.seed, args.seed + args.count):
-        setup = random_setup(number, args)
-        record = {"number": number, **setup}
-        for kind in ("measure", "predict"):
-            done = subprocess.run(
-                [sys.executable, __file__, "--worker", kind, json.dumps(setup)],
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                print(done.stderr, file=sys.stderr)
-                return 1
-            record |= json.loads(done.stdout.splitlines()[-1])
+        record = run_workers(number, args, ("measure", "predict"))
         record["ratio"] = record["predicted"] / record["measured"]
         record["extrapolated_ratio"] = record["extrapolated"] / record["measured"]
         results.append(record)
         print(table_row(record), flush=True)
-        if args.output:
-            with args.output.open("a") as file:
-                file.write(json.dumps(record) + "\n")
     ratios = sorted(r["ratio"] for r in results)
     within = sum(abs(ratio - 1) <= TOLERANCE for ratio in ratios)
     print(
@@ -70,12 +65,57 @@ def main() -> int:
     return 0 if within == len(results) else 1
 
 
-def table_row(r: dict[str, Any]) -> str:
+def run_workers(number: int, args: argparse.Namespace, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Return the results for one configuration, each kind of work done in a process of its own."""
+    setup = random_setup(number, args)
+    record = {"number": number, **setup}
+    for kind in kinds:
+        command = [sys.executable, __file__, "--worker", kind, json.dumps(setup)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{setup}\n{done.stderr}")
+        record |= json.loads(done.stdout.splitlines()[-1])
+    if args.output:
+        with args.output.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return record
+
+
+def compare_bounds(args: argparse.Namespace) -> int:
+    """Print the upper bounds next to the measured peaks; return 1 if one is below its peak."""
+    print(
+        f"{'':>5}{'model':<34}{'method':<18}{'batch':<14}{'measured':>10}{'traced':>8}{'s':>6}{'shapes':>8}"
+    )
+    ratios = dict[str, list[float]](traced=[], shapes=[])
+    for number in range(args.seed, args.seed + args.count):
+        r = run_workers(number, args, ("measure", "bound"))
+        for name, found in ratios.items():
+            found.append(r[name] / r["measured"])
+        print(
+            f"{describe(r)}{r['measured'] / 1e6:>7.0f} MB{ratios['traced'][-1]:>8.2f}{r['tracing_s']:>6.1f}"
+            f"{ratios['shapes'][-1]:>8.2f}",
+            flush=True,
+        )
+    for name, found in ratios.items():
+        finite = [ratio for ratio in found if ratio < float("inf")]
+        print(
+            f"from {name}: {len(finite)} of {len(found)} finite, {sum(ratio < 1 for ratio in finite)} below the peak; "
+            f"bound / peak from {min(finite):.2f} to {max(finite):.2f}, median {statistics.median(finite):.2f}"
+        )
+    return int(min(ratio for found in ratios.values() for ratio in found) < 1)
+
+
+def describe(r: dict[str, Any]) -> str:
+    """Return the columns that describe a configuration."""
     model = r.get("path") or f"{r['module']} {r['layers']} x {r['width']}, {r['vocabulary'] // 1000}k"
     method = f"{r['method']} r{r['rank']}" + (f", ckpt {r['every']}" if r["every"] else "")
     batch = f"{r['rows']} x {r['length']}{' p' if r['packing'] else ''}{' a' if r['accumulate'] > 1 else ''}"
+    return f"{r['number']:>3}  {model[-33:]:<34}{method:<18}{batch:<14}"
+
+
+def table_row(r: dict[str, Any]) -> str:
     return (
-        f"{r['number']:>3}  {model[-33:]:<34}{method:<18}{batch:<14}{r['predicted'] / 1e6:>7.0f} MB"
+        f"{describe(r)}{r['predicted'] / 1e6:>7.0f} MB"
         f"{r['measured'] / 1e6:>7.0f} MB{r['ratio']:>7.2f}{r['extrapolated_ratio']:>8.2f}"
         f"{r['planning_s']:>6.1f}"
     )
@@ -109,6 +149,9 @@ def random_setup(number: int, args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.model and number % 3 == 0:
         setup["path"] = args.model
+    elif args.bounds and number % 4 == 1:
+        setup |= {"module": rng.choice(["qwen3_5", "mamba2", "mamba", "jamba", "rwkv7"]), "layers": 4}
+        setup |= {"packing": False, "length": min(setup["length"], 512)}
     return setup
 
 
@@ -122,7 +165,12 @@ def prepare(setup: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
     from nalora_mlx.data.tokenization import Example
 
     mx.random.seed(0)
-    model = load_real_model(setup) if "path" in setup else build_random_model(setup)
+    if "path" in setup:
+        model = load_real_model(setup)
+    elif setup["module"] in ("qwen3_5", "mamba2", "mamba", "jamba", "rwkv7"):
+        model = build_recurrent_model(setup)
+    else:
+        model = build_random_model(setup)
     mx.eval(model.parameters())
     plain = {} if setup["method"] == "na-lora" else {"mask": "off", "step_scaling": False}
     if setup["method"] == "full":
@@ -184,6 +232,70 @@ def build_random_model(setup: dict[str, Any]) -> Any:
     )
 
 
+def build_recurrent_model(setup: dict[str, Any]) -> Any:
+    """Build a small model with recurrent layers."""
+    module = importlib.import_module(f"mlx_lm.models.{setup['module']}")
+    width, heads = setup["width"], setup["heads"]
+    common = {
+        "model_type": setup["module"],
+        "hidden_size": width,
+        "num_hidden_layers": setup["layers"],
+        "intermediate_size": 8 * round(width * setup["factor"] / 8),
+        "num_attention_heads": heads,
+        "num_key_value_heads": setup["kv_heads"],
+        "vocab_size": setup["vocabulary"],
+        "rms_norm_eps": 1e-5,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    }
+    state = {"state_size": 16, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True}
+    special = {
+        "qwen3_5": {
+            "head_dim": width // heads,
+            "linear_num_key_heads": heads,
+            "linear_num_value_heads": 2 * heads,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "linear_conv_kernel_dim": 4,
+            "full_attention_interval": 2,
+            "rope_parameters": {
+                "type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [2, 1, 1],
+            },
+        },
+        "mamba2": {
+            **state,
+            "num_heads": heads,
+            "head_dim": 2 * width // heads,
+            "time_step_rank": "auto",
+            "time_step_limit": (0.001, 100.0),
+            "n_groups": 1,
+            "intermediate_size": 2 * width,
+        },
+        "mamba": {**state, "intermediate_size": 2 * width, "time_step_rank": "auto", "use_bcdt_rms": False},
+        "jamba": {
+            "attn_layer_offset": 1,
+            "attn_layer_period": 2,
+            "expert_layer_offset": 1,
+            "expert_layer_period": 2,
+            "mamba_d_conv": 4,
+            "mamba_d_state": 16,
+            "mamba_expand": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        "rwkv7": {"norm_eps": 1e-5, "head_dim": 32, "a_low_rank_dim": 16, "v_low_rank_dim": 16}
+        | {"gate_low_rank_dim": 32, "decay_low_rank_dim": 16},
+    }[setup["module"]]
+    config = common | special
+    if setup["module"] == "qwen3_5":
+        config = {"model_type": "qwen3_5", "text_config": config | {"model_type": "qwen3_5_text"}}
+    return module.Model(module.ModelArgs.from_dict(config))
+
+
 def load_real_model(setup: dict[str, Any]) -> Any:
     """Load a real model and keep only its first layers."""
     from mlx_lm import load
@@ -204,6 +316,25 @@ def measure(setup: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     train(model, examples, config=config)
     return {"measured": mx.get_peak_memory(), "training_s": time.perf_counter() - start}
+
+
+def bound(setup: dict[str, Any]) -> dict[str, Any]:
+    """Return the upper bounds."""
+    import mlx.optimizers as optim
+
+    from nalora_mlx.training.memory_bound import bound_from_shapes
+    from nalora_mlx.training.memory_plan import largest_batch, planning_step, upper_bound_bytes
+
+    model, config, examples = prepare(setup)
+    shape = largest_batch(examples, config)
+    step = planning_step(model, config, optim.Adam(1e-5))
+    start = time.perf_counter()
+    traced = upper_bound_bytes(step, shape, config)
+    return {
+        "traced": traced,
+        "tracing_s": time.perf_counter() - start,
+        "shapes": bound_from_shapes(model, shape),
+    }
 
 
 def predict(setup: dict[str, Any]) -> dict[str, Any]:

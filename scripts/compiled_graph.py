@@ -12,7 +12,7 @@ from nalora_mlx.ops.kernels.fused import CHANNELS, INPUTS, THREADS, TILE
 
 CONSTANTS = ("Broadcast", "Full")
 VIEWS = ("Transpose", "Reshape", "Squeeze", "ExpandDims", "Slice", "Split", "Flatten", "Unflatten")
-VIEWS += ("CustomTransforms", "StopGradient", *CONSTANTS)
+VIEWS += ("AsStrided", "CustomTransforms", "StopGradient", *CONSTANTS)
 STUB = "Depends"  # the operation of mx.depends, which KernelStub uses
 Shape = tuple[int, ...]
 

@@ -7,58 +7,33 @@ Weights and token ids are random, so the script needs no files. It prints a summ
 one JSON document, after each section. Each section runs in a process of its own, with a limit of its own: if one fails
 or takes too long, what it found so far is kept, and the others run.
 
-Checks of kernels, the comparison of a training step with the CPU's, and a first iteration of each trainer run at the
-same time, because MLX compiles slowly for CUDA. The kernels that they compile are kept on disk for the measurements,
-which run alone.
+1. Checks, and a first iteration of each trainer, run six at a time, because MLX compiles slowly for CUDA: 54 to 90 s
+   for the first step of a model. The kernels that they compile are kept on disk.
+2. The measurements run alone, the most important first. They start with compiled kernels, in about a second.
 """
 
 import argparse
 import json
 import os
-import selectors
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from section_runner import Section, run_sections
+
 CASES = (("qwen3-0.6b", 2, 2048), ("qwen3-0.6b", 4, 512), ("smollm2-135m", 2, 2048), ("smollm2-135m", 4, 512))
-KERNEL_PROCESSES = 6
+AT_ONCE = 6  # with more, each compiles so slowly that it reaches its limit
+KERNEL_PARTS = 2
 TARGETS = {
     "masked prompts": 0.6,
     "identical batches": 0.95,
 }  # largest ratios of the time per supervised token
 CACHE = "MLX_PTX_CACHE_DIR"  # where MLX keeps the kernels that it compiled for CUDA
 GRAPHS = "MLX_CUDA_GRAPH_CACHE_SIZE"
-
-
-@dataclass
-class Section:
-    """One process, and what it found.
-
-    Attributes:
-        name: in the results.
-        worker: arguments of the worker.
-        limit: seconds it may take.
-        environment: variables to set.
-        found: results by name.
-        errors: end of what it wrote to standard error.
-        status: "ok", "failed" or "too slow".
-    """
-
-    name: str
-    worker: list[str]
-    limit: float
-    environment: dict[str, str] = field(default_factory=dict)
-    found: dict[str, Any] = field(default_factory=dict)
-    errors: str = ""
-    status: str = "not run"
-    seconds: float = 0.0
+EXACT = {"MLX_ENABLE_TF32": "0"}  # with TF32, a GPU rounds the inputs of float32 products to eleven bits
 
 
 def main() -> int:
@@ -66,7 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, help="write everything that was measured to this file, as JSON"
     )
-    parser.add_argument("--budget", type=float, default=400, help="seconds for the whole run (default: 400)")
+    parser.add_argument("--budget", type=float, default=460, help="seconds for the whole run (default: 460)")
     parser.add_argument("--quick", action="store_true", help="use tiny sizes")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--sections", nargs="+", help="run only sections whose name starts with one of these")
@@ -77,67 +52,78 @@ def main() -> int:
         return 0
     started = time.monotonic()
     done: list[Section] = []
+
+    def ended(section: Section) -> None:
+        done.append(section)
+        if args.output:
+            args.output.write_text(json.dumps(document(), indent=1) + "\n")
+        print(report(section), flush=True)
+
+    def document() -> dict[str, Any]:
+        seconds = round(time.monotonic() - started, 1)
+        return {"seconds": seconds, "sections": {section.name: section.record() for section in done}}
+
     with tempfile.TemporaryDirectory() as directory:
         compiled = Path(os.environ.get(CACHE, f"{directory}/compiled"))
-        for group in groups(args, compiled, Path(directory)):
-            left = args.budget - (time.monotonic() - started)
-            run_together(group, args, left)
-            merge_caches(group, compiled)
-            done += group
-            document = {
-                "seconds": round(time.monotonic() - started, 1),
-                "sections": {section.name: as_json(section) for section in done},
-            }
-            if args.output:
-                args.output.write_text(json.dumps(document, indent=1) + "\n")
-            for section in group:
-                print(report(section), flush=True)
-    print(json.dumps(document["sections"]) if not args.output else f"\neverything is in {args.output}")
-    return 0 if all(section.status == "ok" and not wrong(section) for section in done) else 1
+        together, alone = sections(args, compiled, Path(directory))
+        run_sections(together, args.budget, AT_ONCE, ended)
+        merge_caches(together, compiled)
+        run_sections(alone, args.budget - (time.monotonic() - started), 1, ended)
+    print(json.dumps(document()["sections"]) if not args.output else f"\neverything is in {args.output}")
+    return 0 if all(section.passed for section in done) else 1
 
 
-def groups(args: argparse.Namespace, compiled: Path, directory: Path) -> list[list[Section]]:
-    """Return the sections, in groups that run at the same time, the most important first.
+def sections(
+    args: argparse.Namespace, compiled: Path, directory: Path
+) -> tuple[list[Section], list[Section]]:
+    """Return the sections that may run at the same time, and those that run alone, the most important first.
 
     Args:
         args: flags.
         compiled: where kernels that MLX compiled are kept.
         directory: where each of the sections that run at the same time keeps its own.
     """
-    parts = 1 if args.quick else KERNEL_PROCESSES
-    together = [Section(f"kernels {i + 1}", ["kernels", str(i), str(parts)], 150) for i in range(parts)]
-    # With TF32, a GPU rounds the inputs of float32 products to eleven bits.
-    together.append(Section("correctness", ["correctness"], 120, {"MLX_ENABLE_TF32": "0"}))
-    together.append(Section("recurrences", ["recurrences"], 120, {"MLX_ENABLE_TF32": "0"}))
-    for case in [] if args.quick else CASES:
-        for who in ("theirs", "ours"):
-            together.append(Section(f"prepare {named(case)} {who}", ["prepare", *map(str, case), who], 150))
-    for number, section in enumerate(together):  # apart, because MLX does not write these files atomically
-        section.environment[CACHE] = str(directory / str(number))
+    flags = ["--device", args.device, *(["--quick"] if args.quick else [])]
+
+    def section(name: str, limit: float, *worker: str, **environment: str) -> Section:
+        command = [sys.executable, __file__, *flags, "--worker", *(worker or (name,))]
+        # MLX keeps 400 CUDA graphs, fewer than two trainers need, and fails once it has made twice as many.
+        return Section(name, command, limit, {GRAPHS: "8192", **environment})
+
+    long, short, *others = CASES[:1] * 2 if args.quick else CASES
+    parts = 1 if args.quick else KERNEL_PARTS
+    first = section("machine", 60)
+    # What compiles longest starts first, and the measurements below need what the first two compile.
+    together = [
+        *(
+            section(f"prepare {named(long)} {who}", 200, "prepare", *map(str, long), who)
+            for who in ("na-lora", "mlx_lm.lora")
+        ),
+        section("correctness", 200, **EXACT),
+        *(section(f"kernels {i + 1}", 200, "kernels", str(i), str(parts)) for i in range(parts)),
+        section("accuracy", 90),
+        section("primitives", 120, **EXACT),
+        section("recurrences", 150, **EXACT),
+        section("prepare_hybrid", 150),
+    ]
+    for number, one in enumerate(together):  # apart, because MLX does not write these files atomically
+        one.environment[CACHE] = str(directory / str(number))
         if compiled.is_dir():
             shutil.copytree(compiled, directory / str(number))
-    long, short, *others = CASES[:1] * 2 if args.quick else CASES
-    alone = [
-        Section(f"speed {named(long)}", ["speed", *map(str, long)], 75),
-        Section("bandwidth", ["bandwidth"], 45),
-        Section(f"breakdown {named(long)}", ["breakdown", *map(str, long)], 110),
-    ]
+    alone = [section(f"speed {named(long)}", 75, "speed", *map(str, long)), section("bandwidth", 45)]
     for case in [] if args.quick else [short, *others]:
-        alone.append(Section(f"speed {named(case)}", ["speed", *map(str, case)], 60))
-    alone.append(Section("hybrid", ["hybrid"], 240))
-    if not args.quick:
-        name, worker = f"speed {named(long)}, MLX's own number of CUDA graphs", ["speed", *map(str, long)]
-        alone.append(Section(name, worker, 60, {GRAPHS: "400"}))
-    for section in alone:
-        section.environment[CACHE] = str(compiled)
-    for section in (*together, *alone):
-        # MLX keeps 400 CUDA graphs, fewer than two trainers need, and fails once it has made twice as many.
-        section.environment.setdefault(GRAPHS, "8192")
-    chosen = [[Section("machine", ["machine"], 60)], together, *([section] for section in alone)]
+        alone.append(section(f"speed {named(case)}", 60, "speed", *map(str, case)))
+    alone += [
+        section(f"breakdown {named(long)}", 120, "breakdown", *map(str, long)),
+        section("hybrid", 150),
+    ]
+    for one in alone:
+        one.environment[CACHE] = str(compiled)
+    chosen = [first, *together], alone
     if args.sections:
         prefixes = tuple(args.sections)
-        chosen = [[section for section in group if section.name.startswith(prefixes)] for group in chosen]
-    return [group for group in chosen if group]
+        chosen = tuple([one for one in group if one.name.startswith(prefixes)] for group in chosen)
+    return chosen
 
 
 def named(case: tuple[str, int, int]) -> str:
@@ -150,88 +136,35 @@ def work(args: argparse.Namespace) -> None:
 
     if args.device == "cpu":
         mx.set_default_device(mx.cpu)
-    import gpu_check_sections as sections
 
     def emit(name: str, value: Any) -> None:
         print(json.dumps([name, value]), flush=True)
 
     name, *rest = args.worker
-    if name == "kernels":
-        sections.kernels(args.quick, emit, int(rest[0]), int(rest[1]))
-    elif name in ("prepare", "speed", "breakdown"):
-        rows, length = (2, 24) if args.quick else (int(rest[1]), int(rest[2]))
-        theirs = name == "prepare" and rest[3] == "theirs"
-        # A few layers have the same kernels as all of them, and what mlx_lm.lora keeps of each layer is large.
-        case = sections.Case(rest[0], rows, length, args.quick, layers=4 if theirs else None)
-        if name == "prepare":
-            sections.prepare(args.quick, emit, case, theirs)
-        else:
-            getattr(sections, name)(args.quick, emit, case)
-    elif name in ("recurrences", "hybrid"):
+    if name in ("kernels", "accuracy", "bandwidth"):
+        import gpu_check_kernels
+
+        getattr(gpu_check_kernels, name)(args.quick, emit, *map(int, rest))
+    elif name in ("primitives", "recurrences", "prepare_hybrid", "hybrid"):
         import gpu_check_recurrences
 
         getattr(gpu_check_recurrences, name)(args.quick, emit)
+    elif name in ("machine", "correctness"):
+        import gpu_check_sections
+
+        getattr(gpu_check_sections, name)(args.quick, emit)
     else:
-        getattr(sections, name)(args.quick, emit)
+        import gpu_check_sections
+        from contenders import THEIRS, Case
+
+        shape, rows, length, *trainer = rest
+        sizes = (2, 24) if args.quick else (int(rows), int(length))
+        # A few layers have the same kernels as all of them, and what mlx_lm.lora keeps of each layer is large.
+        case = Case(shape, *sizes, args.quick, layers=4 if trainer == [THEIRS] else None)
+        getattr(gpu_check_sections, name)(args.quick, emit, case, *trainer)
 
 
-# --- processes ------------------------------------------------------------------------------------------------
-
-
-def run_together(group: Sequence[Section], args: argparse.Namespace, left: float) -> None:
-    """Run sections at the same time, each until its limit or until the time is up."""
-    started = time.monotonic()
-    flags = ["--device", args.device, *(["--quick"] if args.quick else [])]
-    processes: dict[subprocess.Popen[str], Section] = {}
-    logs = {}
-    selector = selectors.DefaultSelector()
-    if left < 10:
-        return
-    for section in group:
-        command = [sys.executable, __file__, *flags, "--worker", *section.worker]
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path, **section.environment}
-        logs[section.name] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=logs[section.name], text=True, env=environment
-        )
-        processes[process] = section
-        assert process.stdout is not None
-        os.set_blocking(process.stdout.fileno(), False)
-        selector.register(process.stdout, selectors.EVENT_READ, process)
-    buffers = dict.fromkeys(processes, "")
-    while processes:
-        for key, _ in selector.select(timeout=0.5):
-            process = key.data
-            text = process.stdout.read()
-            if text == "":
-                selector.unregister(process.stdout)
-                continue
-            *lines, buffers[process] = (buffers[process] + (text or "")).split("\n")
-            for line in lines:
-                if line.startswith("["):
-                    name, value = json.loads(line)
-                    processes[process].found[name] = value
-        for process, section in list(processes.items()):
-            section.seconds = time.monotonic() - started
-            reading = process.stdout in {key.fileobj for key in selector.get_map().values()}
-            if process.poll() is not None and not reading:
-                section.status = "ok" if process.returncode == 0 else "failed"
-            elif section.seconds > min(section.limit, left):
-                process.kill()
-                process.wait()
-                if reading:
-                    selector.unregister(process.stdout)
-                section.status = "too slow"
-            else:
-                continue
-            with logs[section.name] as log:
-                log.seek(0)
-                section.errors = log.read()[-3000:]
-            del processes[process]
-
-
-def merge_caches(group: Sequence[Section], target: Path) -> None:
+def merge_caches(group: list[Section], target: Path) -> None:
     """Copy the kernels that MLX compiled in each process to one folder."""
     for section in group:
         source = Path(section.environment.get(CACHE, ""))
@@ -242,28 +175,14 @@ def merge_caches(group: Sequence[Section], target: Path) -> None:
 # --- output ---------------------------------------------------------------------------------------------------
 
 
-def as_json(section: Section) -> dict[str, Any]:
-    """Return what to write about a section."""
-    record = {"status": section.status, "seconds": round(section.seconds, 1), "results": section.found}
-    if section.errors and section.status != "ok":
-        record["errors"] = section.errors
-    return record
-
-
-def wrong(section: Section) -> list[str]:
-    """Return the names of results that show an error."""
-    results = ((name, value) for name, value in section.found.items() if isinstance(value, dict))
-    return [name for name, value in results if value.get("error") or value.get("ok") is False]
-
-
 def report(section: Section) -> str:
     """Return a short summary of a section."""
     lines = [f"== {section.name}: {section.status}, {section.seconds:.0f} s"]
     if section.status == "failed":
         lines += section.errors.strip().splitlines()[-6:]
-    bad = wrong(section)
+    bad = section.wrong
     lines += [f"   WRONG  {name}: {section.found[name]}" for name in bad]
-    kind = section.worker[0]
+    kind = section.name.split()[0]
     if kind == "machine":
         lines += [f"   {name}: {value}" for name, value in section.found.items()]
     elif kind == "kernels":
@@ -272,6 +191,9 @@ def report(section: Section) -> str:
         lines.append(
             f"   {len(checked) - len(bad)} of {len(checked)} kernels are right; slowest check {slowest:.1f} s"
         )
+    elif kind in ("accuracy", "primitives", "recurrences", "correctness"):
+        count = sum(isinstance(value, dict) for value in section.found.values())
+        lines.append(f"   {count - len(bad)} of {count} agree")
     elif kind == "speed":
         for name, target in TARGETS.items():
             if name in section.found:

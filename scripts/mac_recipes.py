@@ -33,7 +33,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from nalora_mlx.adapters.attach import adapt  # noqa: E402
 from nalora_mlx.core.config import NALoRAConfig, TrainingConfig  # noqa: E402
-from nalora_mlx.ops.cross_entropy import TILE_BYTES  # noqa: E402
+from nalora_mlx.ops.device_sizes import SIZES  # noqa: E402
 from nalora_mlx.training.memory_model import BatchShape, PeakMemory, PeakProfiler  # noqa: E402
 from nalora_mlx.training.run import recomputed_layers  # noqa: E402
 from nalora_mlx.training.step import TrainingStep  # noqa: E402
@@ -49,7 +49,9 @@ MAX_ROWS = 4  # rows per batch
 ADAPTED_LAYERS = 16
 BFLOAT16_SHARE = 0.6  # memory per row relative to float32: most of it halves, some stays float32
 WIDTH_DIVISOR = 8  # the measured model has an eighth of the width
-HEAD_BYTES = 18 * TILE_BYTES  # memory of the output head, which does not grow with the model
+HEAD_BYTES = (
+    18 * 4 * SIZES["cpu"].head_elements
+)  # memory of the output head, which does not grow with the model
 TOLERANCE = 0.1  # of --check, because memory use varies slightly between versions of mlx
 
 

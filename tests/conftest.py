@@ -1,8 +1,11 @@
 """Tiny random models, a tiny tokenizer and rows of data for all tests."""
 
+import fcntl
 import json
+import os
 import shutil
 import signal
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,9 +15,16 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from nalora_mlx.data.tokenization import Example
+from nalora_mlx.ops.device_sizes import SIZES
 
-# Tolerances are for float32 on a CPU, also on a Mac.
+# Tolerances are for float32 on a CPU, also on a Mac. Programs that tests start are set up alike, by sitecustomize.py.
 mx.set_default_device(mx.cpu)
+STARTED_PROGRAMS = Path(__file__).parent / "started_programs"
+os.environ.setdefault("NALORA_TEST_DEVICE", "cpu")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(STARTED_PROGRAMS), os.environ.get("PYTHONPATH")))
+)
+vars(fcntl).pop("F_FULLFSYNC", None)  # on macOS, thousands of full flushes take minutes
 
 # With nohup or in the background, these signals are ignored, and so they would be in programs that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -160,6 +170,11 @@ def model_directory(tokenizer_directory, tmp_path_factory):
     mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
     (directory / "config.json").write_text(json.dumps(llama_args(eos_token_id=2)))
     return directory
+
+
+def set_sizes(monkeypatch, **sizes):
+    """Change sizes of the pieces in which a CPU computes."""
+    monkeypatch.setitem(SIZES, "cpu", SIZES["cpu"]._replace(**sizes))
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,16 @@ A model is called with tokens only. What its adapters need beyond them, and the 
 in a `ForwardPass`, which is current for as long as `forward_pass` is open.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from nalora_mlx.ops.custom_function import checkpoint
 
 
 @dataclass
@@ -24,6 +27,8 @@ class ForwardPass:
         diagnose: also collect the sums that selection misalignment is computed from.
         statistics: path of a gated MLP -> its sums over tokens. If the module is called several times in one
             forward, these are the means over its calls.
+        dtypes: id of an adapter -> the dtypes of its low-rank products.
+        scaled: ids of the adapters whose lora_b includes their scale.
     """
 
     token_mask: mx.array | None
@@ -31,6 +36,8 @@ class ForwardPass:
     dropout_keys: mx.array | None = None
     diagnose: bool = False
     statistics: dict[str, dict[str, mx.array]] = field(default_factory=dict)
+    dtypes: dict[int, set[mx.Dtype]] = field(default_factory=dict)
+    scaled: frozenset[int] = frozenset()
     _calls: dict[str, int] = field(default_factory=dict)
 
     def observe(self, path: str, sums: dict[str, mx.array]) -> None:
@@ -39,6 +46,10 @@ class ForwardPass:
         if calls > 1:
             sums = {name: old + (sums[name] - old) / calls for name, old in self.statistics[path].items()}
         self.statistics[path] = sums
+
+    def record_dtype(self, adapter: nn.Module, dtype: mx.Dtype) -> None:
+        """Record the dtype of an adapter's low-rank products."""
+        self.dtypes.setdefault(id(adapter), set()).add(dtype)
 
 
 _current: ContextVar[ForwardPass | None] = ContextVar("forward_pass", default=None)
@@ -57,6 +68,37 @@ def forward_pass(context: ForwardPass) -> Iterator[ForwardPass]:
         yield context
     finally:
         _current.reset(token)
+
+
+class Cast(NamedTuple):
+    """How an adapter uses a parameter: multiplied by a scale, in a dtype."""
+
+    dtype: mx.Dtype
+    scale: float
+
+
+def adapter_casts(model: nn.Module, forward: Callable[[mx.array], mx.array]) -> dict[str, Cast]:
+    """Return how adapters use lora_a and lora_b, by name of the parameter.
+
+    Traces a forward on a few tokens without computing it. Adapters that it does not reach, or that use several dtypes,
+    are left out.
+    """
+    context, training = ForwardPass(token_mask=None), model.training
+    model.eval()  # no dropout
+    try:
+        with forward_pass(context):
+            forward(mx.array([[1, 2, 3, 4]]))
+    except Exception:  # the model takes more than tokens
+        return {}
+    finally:
+        model.train(training)
+    casts: dict[str, Cast] = {}
+    for path, module in model.named_modules():
+        dtypes = context.dtypes.get(id(module), set())
+        if len(dtypes) == 1:
+            dtype = next(iter(dtypes))
+            casts |= {f"{path}.lora_a": Cast(dtype, 1.0), f"{path}.lora_b": Cast(dtype, module.scale)}
+    return casts
 
 
 @contextmanager
@@ -87,7 +129,7 @@ def recompute_activations(layers: list[nn.Module]) -> Iterator[None]:
                 return forward(layer, *args, **kwargs), [_arrays_of(holder) for holder in holders]
 
             held = [_arrays_of(holder) for holder in holders]
-            output, held = mx.checkpoint(inner)(layer.trainable_parameters(), held, *args, **kwargs)
+            output, held = checkpoint(inner)(layer.trainable_parameters(), held, *args, **kwargs)
             for holder, arrays in zip(holders, held, strict=True):
                 vars(holder).update(arrays)
             return output

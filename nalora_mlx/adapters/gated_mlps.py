@@ -128,7 +128,8 @@ class GatedMLP(nn.Module):
         """Map x [..., D] to [..., D]."""
         if self.layout.norm:
             x = self[self.layout.norm](x)
-        return self[self.layout.down](self._product(x))
+        y = self[self.layout.down](self._product(x.reshape(-1, x.shape[-1])))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     @property
     def _input_projections(self) -> tuple[str, ...]:

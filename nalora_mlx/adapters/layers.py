@@ -83,25 +83,37 @@ class Adapter(nn.Module):
             route: [F] or [E, F], a mask on the gradient of lora_a; the gradients of x and lora_b are not masked.
         """
         dtype = low_rank_dtype(x.dtype)
+        scale = self.scale
+        if (context := current_pass()) is not None:
+            context.record_dtype(self, dtype)
+            if id(self) in context.scaled:
+                scale = 1.0
         a, b = self.lora_a.astype(dtype), self.lora_b.astype(dtype)
         if route is None and not routing and dtype == x.dtype and not self.dropout.is_active:
             base, low = project(self.linear, x, a)
-            return LowRank(base, self.scale, low, b)
+            return LowRank(base, scale, low, b)
         base = self.linear(x, *routing)
         dropped = self.dropout(x).astype(dtype)
         if route is None:
-            return LowRank(base, self.scale, self.down_project(dropped, a, *routing), b, None, None, *routing)
+            return LowRank(base, scale, self.down_project(dropped, a, *routing), b, None, None, *routing)
         stop = mx.stop_gradient
         low = self.down_project(dropped, stop(a), *routing)
         routed = self.down_project(stop(dropped), a, *routing)
-        return LowRank(base, self.scale, low, b, routed, route, *routing)
+        return LowRank(base, scale, low, b, routed, route, *routing)
 
     def __call__(self, x: mx.array, *routing: Any, **sorting: bool) -> mx.array:
         """Map x [..., D] to [..., F]."""
-        return self.low_rank(x, *routing, *sorting.values()).output()
+        if routing:
+            return self.low_rank(x, *routing, *sorting.values()).output()
+        # As rows: MLX would reshape each operand of each product, forward and backward.
+        y = self.low_rank(x.reshape(-1, x.shape[-1])).output()
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def broadcast_channels(self, factors: mx.array) -> mx.array:
-        """Reshape a factor per output channel, [F] or [E, F], to broadcast against lora_b."""
+        """Reshape a factor per output channel, [F] or [E, F], to broadcast against lora_b.
+
+        Factors of several layers, with one more axis in front, broadcast against a stack of lora_b.
+        """
         raise NotImplementedError
 
     def delta(self) -> mx.array:
@@ -138,7 +150,7 @@ class LoRALinear(Adapter):
         return x @ a
 
     def broadcast_channels(self, factors):  # noqa: D102
-        return factors[None, :]  # [1, F] on [r, F]
+        return factors[..., None, :]  # [1, F] on [r, F]
 
     def delta(self):  # noqa: D102
         return self.scale * (self.lora_a @ self.lora_b).T  # [F, D]
@@ -158,7 +170,7 @@ class LoRASwitchLinear(Adapter):
         return mx.gather_mm(x, a.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=is_sorted)
 
     def broadcast_channels(self, factors):  # noqa: D102
-        return factors[:, :, None]  # [E, F, 1] on [E, F, r]
+        return factors[..., None]  # [E, F, 1] on [E, F, r]
 
     def delta(self):  # noqa: D102
         return self.scale * (self.lora_b @ self.lora_a)  # [E, F, D]

@@ -62,9 +62,17 @@ class TrainingConfig:
     grad_checkpoint_every: int = setting(1, "with grad_checkpoint, recompute only every N-th layer")
     grad_accumulation_steps: int = setting(1, "number of batches per optimizer update")
     grad_clip: float | None = setting(None, "maximum norm of the gradient (default: no clipping)")
-    clear_cache_threshold: int = setting(
-        0,
-        "size above which the allocator's cache is cleared, in bytes or as 500MB, 2GB",
+    clear_cache_threshold: int | None = setting(
+        None,
+        "size above which the allocator's cache is cleared, in bytes or as 500MB, 2GB (default: cleared after each "
+        "step on a CPU, and on a GPU when memory nears 85% of the budget)",
+        size=True,
+        may_change=True,
+    )
+    wired_limit: int | None = setting(
+        None,
+        "memory that Metal keeps resident, in bytes or as 8GB; 0 for none (default: the planned peak and a margin; at "
+        "most the device's recommended working set)",
         size=True,
         may_change=True,
     )
@@ -79,6 +87,7 @@ class TrainingConfig:
         found = too_small(self, 1, "batch_size", "iters", "steps_per_report", "steps_per_eval", "save_every")
         found += too_small(self, 1, "keep_last", "early_stopping", "max_bad_steps")
         found += too_small(self, 1, "grad_accumulation_steps", "grad_checkpoint_every")
+        found += too_small(self, 0, "clear_cache_threshold", "wired_limit")
         found += too_small(self, 2, "max_seq_length") + not_a_count(self, "val_batches")
         if self.grad_clip is not None and not (math.isfinite(self.grad_clip) and self.grad_clip > 0):
             found.append(f"grad_clip is {self.grad_clip}; it must be a number above 0")

@@ -3,10 +3,6 @@
 import re
 from collections.abc import Sequence
 
-# In messages of MLX when an allocation fails on Metal, on CUDA or on a CPU.
-_OUT_OF_MEMORY = re.compile(
-    r"malloc|unable to allocate|insufficient memory|out of memory|bad_alloc", re.IGNORECASE
-)
 _SOURCE = re.compile(r"(\S.*?:\d+): ")  # file:line at the start of a problem
 MAX_SHOWN = 10  # items of a list; the others are only counted
 
@@ -53,13 +49,6 @@ def places(sources: Sequence[str], most: int = MAX_SHOWN) -> str:
     return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an exception means that an allocation failed."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
-    )
-
-
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

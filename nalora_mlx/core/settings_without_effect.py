@@ -9,7 +9,7 @@ from nalora_mlx.core.config_adapter import LORA_NAMES, NA_NAMES
 
 TRAINING_ONLY = (
     "iters epochs val_batches steps_per_report steps_per_eval save_every keep_last early_stopping max_bad_steps "
-    "grad_checkpoint grad_checkpoint_every grad_accumulation_steps grad_clip clear_cache_threshold packing "
+    "grad_checkpoint grad_checkpoint_every grad_accumulation_steps grad_clip clear_cache_threshold wired_limit packing "
     "fine_tune_type optimizer optimizer_config learning_rate lr_schedule num_layers resume_adapter_file "
     "memory_budget report_to project_name push_to_hub"
 )

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.errors import InputError, RunError
 
 
 class LastingConsole(Console):
@@ -57,16 +57,17 @@ def marked_text(source: str, pieces: Iterable[tuple[str, bool]], colors: bool) -
 
 
 class Page:
-    """A page of checks, in sections. Counts findings and problems.
+    """A page of checks, in sections. Counts findings, failures and problems.
 
     Attributes:
         findings: number of results that could be better.
+        failures: number of checks of this program that failed on this machine; runs can start all the same.
         problems: number of results that prevent a run from starting.
     """
 
     def __init__(self, console: Console):
         self.console = console
-        self.findings = self.problems = 0
+        self.findings = self.failures = self.problems = 0
 
     @contextmanager
     def section(self, title: str) -> Iterator[None]:
@@ -90,6 +91,11 @@ class Page:
         self.findings += 1
         self._line("!", "bold yellow", f"finding: {text}")
 
+    def failure(self, text: str) -> None:
+        """Print what this program computes wrongly on this machine, and what follows from it."""
+        self.failures += 1
+        self._line("✗", "bold red", f"finding: {text}")
+
     def problem(self, text: str) -> None:
         """Print what prevents a run from starting, and what to do."""
         self.problems += 1
@@ -99,16 +105,20 @@ class Page:
         """Print the number of findings.
 
         Raises:
-            InputError: there are problems.
+            RunError: there are failures.
+            InputError: there are problems, and no failures.
         """
         self.console.print()
+        serious = []
+        if self.failures:
+            serious.append(f"{self.failures} failed check{'s' * (self.failures > 1)}")
         if self.problems:
-            problems = (
-                f"{_count(self.problems)} that keep{'s' if self.problems == 1 else ''} a run from starting"
-            )
-            others = f"{self.findings or 'no'} other{'' if self.findings == 1 else 's'}"
-            self._line("✗", "bold red", f"{problems}, {others}")
-            raise InputError(f"{problems}; see above")
+            keep = "keeps" if self.problems == 1 else "keep"
+            serious.append(f"{_count(self.problems)} that {keep} a run from starting")
+        if serious:
+            text = " and ".join(serious)
+            self._line("✗", "bold red", f"{text}, {self.findings or 'no'} other{'s' * (self.findings != 1)}")
+            raise (RunError if self.failures else InputError)(f"{text}; see above")
         if self.findings:
             self._line("!", "bold yellow", f"{_count(self.findings)}, none that keeps a run from starting")
         else:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 
 def named_arrays(tree: Any) -> dict[str, mx.array]:
@@ -15,6 +15,11 @@ def named_arrays(tree: Any) -> dict[str, mx.array]:
 def nbytes(tree: Any) -> int:
     """Return the bytes of all arrays of a tree."""
     return sum(array.nbytes for array in named_arrays(tree).values())
+
+
+def references(tree: Any) -> Any:
+    """Return new containers with the same leaves, so that `assign` can restore the tree later."""
+    return tree_map(lambda leaf: leaf, tree)
 
 
 def assign(tree: Any, new: Any) -> None:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nalora_mlx.core.errors import InputError, RunError, first_line, is_out_of_memory, listed
+from nalora_mlx.core.device_faults import OUT_OF_MEMORY, find_fault
+from nalora_mlx.core.errors import InputError, RunError, first_line, listed
 from nalora_mlx.core.paths import check_paths
 
 if TYPE_CHECKING:
@@ -164,10 +165,11 @@ def _loading(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if fault := find_fault(error):
+            smaller = "use a smaller model, or a quantized one (mlx_lm.convert --quantize makes one)"
             raise RunError(
-                f"--model {name}: out of memory while loading ({first_line(error)}); use a smaller model, or a "
-                "quantized one (mlx_lm.convert --quantize makes one)"
+                f"--model {name}: {fault.cause} while loading ({first_line(error)}); "
+                f"{smaller if fault is OUT_OF_MEMORY else fault.remedy}"
             ) from error
         what, *names = (
             line.strip(" ,.") for line in str(error).strip().splitlines() or [type(error).__name__]

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from nalora_mlx.ops.custom_function import custom_function
+from nalora_mlx.ops.device_sizes import device_sizes
 from nalora_mlx.ops.fast_math import LOG2_E, exp2_nonpositive
 
-MIN_CHUNK_QUERIES = 128  # smaller chunks make graphs larger and slower to compile
 MAX_CHUNKS = 16  # per sequence, so that graphs stay small
 _MASKED_SCORE = (
     -1e30
@@ -25,13 +26,17 @@ _FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 @contextmanager
 def lean_attention() -> Iterator[None]:
-    """Make models that call mx.fast.scaled_dot_product_attention use `attention` for all calls that it supports."""
+    """Make models that call mx.fast.scaled_dot_product_attention use `attention` for all calls that it supports.
+
+    Calls that MLX itself fuses, forward and backward, are left to MLX, and on a GPU those with few scores too.
+    """
     mlx_attention = mx.fast.scaled_dot_product_attention
 
     def call(
         q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **others: Any
     ) -> mx.array:
-        if any(other is not None for other in others.values()) or not _is_supported(q, k, v, mask):
+        supported = not any(other is not None for other in others.values()) and _is_supported(q, k, v, mask)
+        if not supported or _is_faster_in_mlx(q, k, v, mask):
             return mlx_attention(q, k, v, scale=scale, mask=mask, **others)
         return attention(q, k, v, scale=scale, mask=mask)
 
@@ -57,6 +62,25 @@ def _is_supported(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> bool:
     return mask.dtype == mx.bool_ and mask.ndim <= 4 and broadcasts
 
 
+def _is_faster_in_mlx(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> bool:
+    """Return whether this device computes attention faster by MLX, with little memory."""
+    sizes, scores = device_sizes(), math.prod(q.shape[:3]) * k.shape[2]
+    if scores * q.itemsize <= sizes.score_bytes:
+        return True
+    return sizes.fused_attention and _is_fused_by_cudnn(q, k, v, mask)
+
+
+def _is_fused_by_cudnn(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> bool:
+    """Return whether MLX computes attention and its backward by cuDNN, which stores no scores.
+
+    Source: the conditions in MLX 0.32.4, mlx/backend/cuda/scaled_dot_product_attention.cpp.
+    """
+    if isinstance(mask, str) and q.shape[2] > k.shape[2]:
+        return False
+    half = all(x.dtype in (mx.float16, mx.bfloat16) for x in (q, k, v))
+    return half and q.shape[2] % 128 == 0 and all(d % 8 == 0 and d <= 128 for d in (q.shape[3], v.shape[3]))
+
+
 class QueryChunk(NamedTuple):
     """A chunk of queries, start:end. None of them sees a key outside :keys."""
 
@@ -67,7 +91,7 @@ class QueryChunk(NamedTuple):
 
 def _split_queries(queries: int, keys: int, causal: bool) -> list[QueryChunk]:
     """Split queries into chunks of equal size. Each chunk has at least one key, which the mask may still hide."""
-    size = math.ceil(queries / min(MAX_CHUNKS, math.ceil(queries / MIN_CHUNK_QUERIES)))
+    size = math.ceil(queries / min(MAX_CHUNKS, math.ceil(queries / device_sizes().attention_queries)))
     bounds = [(start, min(start + size, queries)) for start in range(0, queries, size)]
     return [QueryChunk(start, end, max(end + keys - queries, 1) if causal else keys) for start, end in bounds]
 
@@ -122,14 +146,12 @@ def attention(
         bias = _mask_bias(mask, chunk, Lk - Lq, K, after=q)
         return s if bias is None else s + bias
 
-    custom: Any = mx.custom_function
-
-    @custom
+    @custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-        """Return the output [B, H, Lq, E], and m and 1 / z of each query [B, K, G, Lq, 2]."""
+        """Return the output [B, H, Lq, E], and m and 1 / z of each query [B, K, G, Lq, 1]."""
         q, k, v = (x.astype(mx.float32) for x in (q, k, v))
         q = (q * (scale * LOG2_E)).reshape(B, K, G, Lq, D)  # scores in base 2: exp(s) = 2^(s log2 e)
-        outputs, softmax_stats = list[mx.array](), list[mx.array]()
+        outputs, row_maxima, inverse_sums = list[mx.array](), list[mx.array](), list[mx.array]()
         for chunk in chunks:
             q_chunk = chunk_rows(q, chunk)
             if outputs:  # wait for the previous chunk, or MLX would hold the scores of several
@@ -141,15 +163,16 @@ def attention(
             row_sum = mx.maximum(mx.sum(p, axis=-1, keepdims=True), 1e-30)
             o = (p.reshape(B, K, -1, chunk.keys) @ v[:, :, : chunk.keys]).reshape(B, K, G, -1, E)
             outputs.append((o / row_sum).astype(dtype))
-            softmax_stats.append(mx.concatenate([row_max, 1 / row_sum], axis=-1))
-        return [
-            mx.concatenate(outputs, axis=3).reshape(B, H, Lq, E),
-            mx.concatenate(softmax_stats, axis=3),
-        ]
+            row_maxima.append(row_max)
+            inverse_sums.append(1 / row_sum)
+        o, row_max, inverse_sum = (
+            mx.concatenate(chunks, axis=3) for chunks in (outputs, row_maxima, inverse_sums)
+        )
+        return [o.reshape(B, H, Lq, E), row_max, inverse_sum]
 
     @forward.vjp
     def _(primals, cotangents, outputs):
-        do, (_, softmax_stats) = cotangents[0], outputs
+        do, (_, row_maxima, inverse_sums) = cotangents[0], outputs
         # Wait for the gradient. Otherwise mx.compile would identify these scores with the forward's, and keep them.
         q, k, v = (x.astype(mx.float32) for x in mx.depends(list(primals), [do]))
         q = (q * (scale * LOG2_E)).reshape(B, K, G, Lq, D)
@@ -162,7 +185,7 @@ def attention(
             if dkv_sums:
                 q_chunk, do_chunk = mx.depends([q_chunk, do_chunk], [dqs[-1], *dkv_sums])
             visible = slice(chunk.keys)
-            row_max, inverse_sum = mx.split(softmax_stats[:, :, :, chunk.start : chunk.end], 2, axis=-1)
+            row_max, inverse_sum = (x[:, :, :, chunk.start : chunk.end] for x in (row_maxima, inverse_sums))
             e = exp2_nonpositive(compute_scores(q_chunk, k[:, :, visible], chunk) - row_max)
             # Reshaped before the division by z. As two outputs of one compiled kernel, both would take ten times as
             # long on a CPU.

@@ -6,14 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from nalora_mlx.ops.custom_function import custom_function
+from nalora_mlx.ops.device_sizes import device_sizes
 from nalora_mlx.ops.fast_math import LOG2_E, exp2_nonpositive, logsumexp
 
-# Size of a tile of float32 logits, [rows, columns]. A tile should fit in a processor's cache, and both sides should be
-# long enough for fast matrix products. MLX starts operations before earlier ones finish, so about a dozen tiles are
-# live at once. With few rows, tiles have twice as many columns, because every tile adds about fifty nodes to the graph.
-TILE_ROWS, TILE_COLUMNS = 512, 2048
-TILE_BYTES = 4 * TILE_ROWS * TILE_COLUMNS
 MAX_TILES = 256  # per batch; larger batches get wider tiles
+COLUMN_MULTIPLE = 128  # of the columns of a tile, for fast matrix products
 
 # Computes logits row by row. Takes hidden states [s, D] and vocabulary entries (a slice, or indices [v]); returns the
 # logits of these entries, [s, v].
@@ -38,7 +36,7 @@ def cross_entropy_sum(logits: mx.array, targets: mx.array, weights: mx.array) ->
 
 def _token_losses(logits: mx.array, targets: mx.array) -> mx.array:
     """Return logsumexp(logits) - logits[target] of each row, [S], for targets [S, 1]."""
-    function: Any = mx.custom_function(_losses_and_lse)
+    function = custom_function(_losses_and_lse)
 
     @function.vjp
     def _(primals, cotangents, outputs):
@@ -64,7 +62,6 @@ def tiled_cross_entropy_sum(
     hidden: mx.array,
     targets: mx.array,
     weights: mx.array,
-    rows: int = TILE_ROWS,
     with_gradient: bool = True,
 ) -> mx.array:
     """Return `cross_entropy_sum` of all logits while computing only one tile of logits [rows, columns] at a time.
@@ -90,7 +87,6 @@ def tiled_cross_entropy_sum(
         hidden: [S, D], any float dtype.
         targets: [S], token ids.
         weights: [S], 0 at positions that do not count; their hidden states may hold NaN.
-        rows: rows per tile.
         with_gradient: whether to compute the gradient; pass False if it is not needed.
 
     Returns:
@@ -99,12 +95,7 @@ def tiled_cross_entropy_sum(
     Source: the running maximum follows Milakov and Gimelshein (arXiv 1805.02867); tiles of logits, with the gradient
     in the hidden states, are as in Cut Your Losses (arXiv 2411.09009, apple/ml-cross-entropy).
     """
-    row_tiles = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
-    columns = TILE_COLUMNS if hidden.shape[0] > TILE_ROWS // 2 else 2 * TILE_COLUMNS
-    columns = max(columns, math.ceil(vocabulary * len(row_tiles) / MAX_TILES))
-    vocabulary_tiles = [
-        slice(start, min(start + columns, vocabulary)) for start in range(0, vocabulary, columns)
-    ]
+    row_tiles, vocabulary_tiles = _tiles(hidden.shape[0], vocabulary)
 
     def loss_and_gradient(h: mx.array) -> list[mx.array]:
         loss, previous, gradients = mx.array(0.0), list[mx.array](), list[mx.array]()
@@ -124,13 +115,28 @@ def tiled_cross_entropy_sum(
     if not with_gradient:
         return loss_and_gradient(hidden)[0]
     # One custom function around all row tiles: the gradient of a slice of `hidden` is an array of its whole size.
-    function: Any = mx.custom_function(loss_and_gradient)
+    function = custom_function(loss_and_gradient)
 
     @function.vjp
     def _(primals, cotangents, outputs):
         return (cotangents[0] * outputs[1]).astype(primals.dtype)
 
     return function(hidden)[0]
+
+
+def _tiles(rows: int, vocabulary: int) -> tuple[list[slice], list[slice]]:
+    """Split rows and vocabulary into the tiles of this device; see `device_sizes`.
+
+    MLX starts operations before earlier ones finish, so about a dozen tiles are in memory at once.
+    """
+    sizes = device_sizes()
+    row_tiles = [slice(start, start + sizes.head_rows) for start in range(0, rows, sizes.head_rows)]
+    columns = min(sizes.head_elements // min(rows, sizes.head_rows), sizes.head_columns)
+    columns = max(columns, math.ceil(vocabulary * len(row_tiles) / MAX_TILES))
+    columns = -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    return row_tiles, [
+        slice(start, min(start + columns, vocabulary)) for start in range(0, vocabulary, columns)
+    ]
 
 
 def _run_after(array: mx.array, previous: list[mx.array]) -> mx.array:
@@ -200,7 +206,7 @@ def gather_rows(array: mx.array, rows: mx.array, weights: mx.array) -> mx.array:
         rows: [S], indices into `array`, distinct where the weight is positive.
         weights: [S]; rows with weight 0 are padding, and no gradient flows through them.
     """
-    function: Any = mx.custom_function(lambda array, rows, weights: array[rows])
+    function = custom_function(lambda array, rows, weights: array[rows])
 
     @function.vjp
     def _(primals, d, _output):

@@ -14,6 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from nalora_mlx.ops.custom_function import are_traced, custom_function
+
 LOG2_E = math.log2(math.e)
 _LN_2_HIGH, _LN_2_LOW = (
     0.693359375,
@@ -27,7 +29,6 @@ _EXP2_COEFFICIENTS = (1.00000007, 0.693146967, 0.240221197, 0.0555071327, 0.0096
 # low bits of the sum.
 _ROUND_TO_EXPONENT = 1.5 * 2**23 + 127
 
-_custom_function: Any = mx.custom_function
 _mlx_sigmoid = mx.sigmoid
 
 _enabled: ContextVar[bool] = ContextVar("vectorized", default=False)
@@ -65,7 +66,8 @@ def vectorized_models() -> Iterator[None]:
 
 
 def _use_vectorized(x: mx.array) -> bool:
-    return _enabled.get() and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return _enabled.get() and x.dtype == mx.float32 and on_cpu and not are_traced()  # one loop when compiled
 
 
 def _exp2_from_exponent(rounded: mx.array) -> mx.array:
@@ -139,7 +141,7 @@ def logsumexp(x: mx.array) -> mx.array:
     return row_max + mx.log(mx.sum(exp2_nonpositive((x - row_max) * LOG2_E), axis=-1, keepdims=True))
 
 
-@_custom_function
+@custom_function
 def _vectorized_sigmoid(z: mx.array) -> mx.array:
     """Return sigmoid(z) with a relative error of 2.4e-7.
 

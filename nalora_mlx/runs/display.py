@@ -1,8 +1,9 @@
 """Terminal display of a training run: a progress bar with the latest metrics, or plain lines if output is piped."""
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, Group
@@ -165,6 +166,8 @@ class Display:
         self.status = Status()
         self.iterations = 0
         self.last_valid: float | None = None
+        self.began = time.perf_counter()
+        self.preparation = 0.0  # seconds between the display's construction and the start of training
 
     def __enter__(self) -> "Display":
         return self
@@ -190,10 +193,31 @@ class Display:
         text = marked_text(source, pieces, has_colors(self.console))
         self.console.print(text, soft_wrap=not self.interactive)
 
+    @contextmanager
+    def trials(self) -> Iterator[Callable[[str], None]]:
+        """Give a function that shows a trial of the memory planner; at the end, show how long the trials took."""
+        began, status, shown = time.perf_counter(), self.console.status(""), False
+
+        def show(trial: str) -> None:
+            nonlocal shown
+            if not shown:
+                self.note("measuring memory on a few training steps")
+                status.start()
+            shown = True
+            status.update(f"measuring memory: {trial}")
+
+        try:
+            yield show
+        finally:
+            status.stop()
+        if shown:
+            self.note(f"measured memory in {time.perf_counter() - began:.0f} s")
+
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
         kind = event["event"]
         if kind == "start":
+            self.preparation = time.perf_counter() - self.began
             self._start(event["iterations"], event["done"])
         elif kind == "step" and self.progress is not None:
             self.progress.update(self.training, completed=event["step"])

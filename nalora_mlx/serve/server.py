@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -22,6 +23,7 @@ from mlx_lm import server
 from mlx_lm.utils import load_adapters
 
 from nalora_mlx.cli import loading_configured
+from nalora_mlx.core.device_faults import explain, find_fault
 from nalora_mlx.core.errors import InputError, RunError, merged
 from nalora_mlx.serve.model_names import BASE, ServedModels
 from nalora_mlx.serve.stop_words import AnswerText, StopWords
@@ -33,6 +35,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "ModelProvider.load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "ModelProvider.reset": ("self",),
+    "ResponseGenerator._run_generate": ("self",),
     "ResponseGenerator.generate": ("self", "request", "generation_args", "progress_callback"),
     "ResponseGenerator._make_state_machine": ("self", "model_key", "tokenizer", "stop_words"),
     "APIHandler.handle_completion": ("self", "request", "stop_words"),
@@ -128,6 +131,8 @@ class Provider(server.ModelProvider):
             # Another thread generates, and only this one can evaluate what is still lazy here.
             mx.eval([model.state for model in (self.model, self.draft_model) if model is not None])
         except Exception as error:
+            if find_fault(error):
+                raise
             lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
             raise InputError(f"{flag}: cannot be served: {' '.join(merged(lines, 3))}") from error
         return {name: getattr(self, name) for name in MODEL_STATE}
@@ -162,6 +167,18 @@ class Generator(server.ResponseGenerator):
         if args.stop_words:
             responses = until_stop_word(responses, tokenizer, args.stop_words)
         return context, responses
+
+    def _run_generate(self) -> None:
+        """Generate answers until the server stops, or until the device fails: one line says so, and requests fail."""
+        try:
+            self._generate()
+        except Exception as error:
+            self._generation_failed = True
+            line = explain(error)
+            if line is None:
+                logging.exception("the thread that generates answers failed")
+            else:
+                print(f"nalora serve: failed: {line}; then start it again", file=sys.stderr, flush=True)
 
     def _make_state_machine(self, model_key: Any, tokenizer: Any, stop_words: list[str]) -> Any:
         """Return what ends an answer, and what finds thoughts and tool calls in its text."""

@@ -34,16 +34,18 @@ def measure_misalignment(step: TrainingStep, batch: Batch) -> None:
     training = step.model.training
     step.model.eval()  # no dropout
     forms = step.loss.training_forms.installed(segment_ids)
-    with forward_pass(context), forms:  # lazy: the logits are never computed
-        step.loss.forward(mx.array(batch.inputs[part]), **arguments)
-    step.model.train(training)
+    try:
+        with forward_pass(context), forms:  # lazy: the logits are never computed
+            step.loss.forward(mx.array(batch.inputs[part]), **arguments)
+    finally:
+        step.model.train(training)
     no_tokens = mx.zeros(2)  # experts without tokens observe nothing
     found = {path: context.statistics.get(path, {}).get("misalignment", no_tokens) for path in measured}
     for path, sums in step.workers.sum(found).items():
         finite = mx.all(mx.isfinite(sums))
         new = mx.where(finite, sums, layers[path].misalignment)
         layers[path] = layers[path]._replace(misalignment=new)
-    mx.eval(layers)
+    step.set_layers(layers)
 
 
 def describe_layers(step: TrainingStep) -> dict[str, dict[str, Any]]:

@@ -47,6 +47,10 @@ class Workers:
 
         return tree_map(part, tree)
 
+    def any(self, condition: bool) -> bool:
+        """Return whether the condition holds on any worker. Several workers wait for one another."""
+        return condition if self.size == 1 else bool(self.sum(mx.array(float(condition))).item())
+
     def agree(self, content: Mapping[str, Iterable[Any]]) -> None:
         """Raise InputError unless all workers have the same content.
 

@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.ops.fast_math import vectorized
+from nalora_mlx.training.device_memory import trim_cache
 from nalora_mlx.training.distributed import ALONE, Workers
 from nalora_mlx.training.loss import SupervisedLoss
 
@@ -17,6 +18,7 @@ def evaluate(
     on_batch: Callable[[int], None] | None = None,
     loss: SupervisedLoss | None = None,
     workers: Workers = ALONE,
+    clear_cache_threshold: int | None = None,
 ) -> tuple[float, int]:
     """Return the mean cross entropy over all supervised tokens of the batches, in nats, and the number of tokens.
 
@@ -26,6 +28,7 @@ def evaluate(
         on_batch: called with the number of batches done.
         loss: the model's loss; made here if None.
         workers: hold the other shares of the batches.
+        clear_cache_threshold: bytes above which the allocator's cache is cleared; None decides by the device.
     """
     training = model.training
     model.eval()
@@ -37,7 +40,7 @@ def evaluate(
                 value = loss.evaluate(*map(mx.array, (batch.inputs, *batch.loss_positions())))
             total += float(value)
             tokens += batch.supervised_tokens
-            mx.clear_cache()
+            trim_cache(clear_cache_threshold)
             if on_batch is not None:
                 on_batch(done)
     finally:

@@ -9,12 +9,8 @@ import mlx.nn as nn
 from nalora_mlx.models.output_head import find_output_head
 from nalora_mlx.models.packed_rows import packed_caches
 from nalora_mlx.models.recurrences import TrainingForms
-from nalora_mlx.ops.cross_entropy import (
-    TILE_ROWS,
-    cross_entropy_sum,
-    gather_rows,
-    tiled_cross_entropy_sum,
-)
+from nalora_mlx.ops.cross_entropy import cross_entropy_sum, gather_rows, tiled_cross_entropy_sum
+from nalora_mlx.training.compilation import compile_with_state
 
 
 class SupervisedLoss:
@@ -33,7 +29,6 @@ class SupervisedLoss:
         self.forward = forward or model
         self.head = find_output_head(model, forward)
         self.training_forms = TrainingForms(model, forward)
-        self.rows = TILE_ROWS
         inside = {id(m) for layer in model.layers for _, m in layer.named_modules()}
         self.head_is_frozen = not any(
             isinstance(leaf, mx.array) and name not in module._no_grad and not name.startswith("_")
@@ -41,9 +36,7 @@ class SupervisedLoss:
             if id(module) not in inside
             for name, leaf in module.items()
         )
-        self.evaluate: Callable[..., mx.array] = partial(mx.compile, inputs=model.state)(
-            partial(self.__call__, with_gradient=False)
-        )
+        self.evaluate = compile_with_state(partial(self.__call__, with_gradient=False), model.state)
 
     def __call__(
         self,
@@ -75,7 +68,7 @@ class SupervisedLoss:
         if not self.head_is_frozen or self.head.projection is None:
             return cross_entropy_sum(self.head.logits(hidden), targets, weights)
         return tiled_cross_entropy_sum(
-            self.head.logits_for, self.head.vocabulary, hidden, targets, weights, self.rows, with_gradient
+            self.head.logits_for, self.head.vocabulary, hidden, targets, weights, with_gradient
         )
 
     def notices(self) -> list[str]:

@@ -20,7 +20,8 @@ of rows.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -33,7 +34,7 @@ from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core import trees
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.data.padding import PAD_TO
-from nalora_mlx.ops.recurrence.groups import smaller_groups
+from nalora_mlx.ops.device_sizes import device_sizes, using_sizes
 from nalora_mlx.training.step import TrainingStep
 
 TRIAL_TOKENS = 512  # of the smallest trial, if the run's batches have at least twice as many
@@ -99,6 +100,10 @@ class PeakMemory:
         return int(min(length, UNLIMITED)) // PAD_TO * PAD_TO
 
 
+def no_progress(_: str) -> None:
+    """Show nothing."""
+
+
 class PeakProfiler:
     """Measures the peak memory of a training step.
 
@@ -108,18 +113,33 @@ class PeakProfiler:
         step: made like the run's training step.
         layers: whose activations are recomputed.
         accumulating: whether gradients of several batches are accumulated.
+        progress: called with a line of text before each trial.
+
+    Attributes:
+        incomplete: whether the batch itself was left out because it takes long.
     """
 
-    def __init__(self, step: TrainingStep, layers: Sequence[nn.Module] = (), accumulating: bool = False):
+    def __init__(
+        self,
+        step: TrainingStep,
+        layers: Sequence[nn.Module] = (),
+        accumulating: bool = False,
+        progress: Callable[[str], None] = no_progress,
+    ):
         self.step, self.layers, self.accumulating = step, list(layers), accumulating
+        self.progress, self.incomplete = progress, False
         self.backup_bytes = 0  # held only to restore the state afterwards
+        self.seconds_per_token = 0.0  # of the last trial
 
-    def profile(self, shape: BatchShape, safe: int = 0) -> PeakMemory:
+    def profile(
+        self, shape: BatchShape, safe: int = 0, left: Callable[[], float] = lambda: math.inf
+    ) -> PeakMemory:
         """Measure the coefficients for batches of about this shape.
 
         Args:
             shape: of the run's largest batch.
             safe: bytes. The batch itself runs too if its estimated peak stays below.
+            left: returns the seconds within which the batch itself must run, or it is left out.
         """
         with self._restoring_state():
             present = mx.get_active_memory()
@@ -135,7 +155,12 @@ class PeakProfiler:
                 smallest = self._measure(trials[0], shape, updates)
             peaks = [smallest, *(self._measure(trial, shape, updates) for trial in trials[1:])]
             peak = PeakMemory(*fit_coefficients(trials, peaks), update)
-            if peak.at(shape.rows, shape.length) <= safe:
+            within, seconds = (
+                peak.at(shape.rows, shape.length) <= safe,
+                2 * shape.tokens * self.seconds_per_token,
+            )
+            self.incomplete = within and seconds > left()
+            if within and not self.incomplete:
                 peaks.append(self._measure(shape, shape, not self.accumulating))
                 peak = PeakMemory(*fit_coefficients([*trials, shape], peaks), update)
         if self.accumulating:
@@ -145,26 +170,26 @@ class PeakProfiler:
 
     def _measure(self, trial: BatchShape, shape: BatchShape, update: bool) -> int:
         """Return the peak of a step in bytes: the larger of two, since compiling delays the first."""
-        step, loss, peaks = self.step, self.step.loss, []
-        share = min(1, trial.tokens / shape.tokens)
-        rows, loss.rows = loss.rows, max(1, round(loss.rows * share))
+        rows = f"{trial.rows} row{'s' * (trial.rows > 1)} of {trial.length} tokens"
+        self.progress("an optimizer update" if trial.tokens == PAD_TO else rows)
+        step, peaks = self.step, []
+        sizes = device_sizes().scaled(min(1, trial.tokens / shape.tokens))
         recomputed = recompute_activations(self.layers) if self.layers else nullcontext()
-        try:
-            with recomputed, smaller_groups(share):
-                for _ in range(2):
-                    mx.synchronize()
-                    mx.clear_cache()
-                    mx.reset_peak_memory()
-                    total, accumulated = step(trial_batch(trial), trial.loss_positions, None, update)
-                    mx.eval(step.state, total, accumulated)
-                    del total, accumulated
-                    peaks.append(mx.get_peak_memory() - self.backup_bytes)
-                    if update:  # the replaced arrays are kept until the end, which no run does
-                        changed = [step.model.trainable_parameters(), step.state_tree()]
-                        self.backup_bytes = trees.nbytes(changed)
-            return max(peaks)
-        finally:
-            loss.rows = rows
+        with recomputed, using_sizes(sizes):
+            for _ in range(2):
+                mx.synchronize()
+                mx.clear_cache()
+                mx.reset_peak_memory()
+                began = time.perf_counter()
+                total, accumulated = step(trial_batch(trial), trial.loss_positions, None, update)
+                mx.eval(step.state, total, accumulated)
+                del total, accumulated
+                self.seconds_per_token = (time.perf_counter() - began) / trial.tokens
+                peaks.append(mx.get_peak_memory() - self.backup_bytes)
+                if update:  # the replaced arrays are kept until the end, which no run does
+                    changed = [step.model.trainable_parameters(), step.state_tree()]
+                    self.backup_bytes = trees.nbytes(changed)
+        return max(peaks)
 
     @contextmanager
     def _restoring_state(self) -> Iterator[None]:

@@ -2,10 +2,11 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,14 +20,16 @@ from nalora_mlx.data.batches import epoch_batches, pack_shapes, row_shapes
 from nalora_mlx.data.packing import epoch_packs
 from nalora_mlx.data.padding import PAD_TO, padded_length, rounded_length
 from nalora_mlx.data.tokenization import Example
-from nalora_mlx.ops.cross_entropy import TILE_BYTES
+from nalora_mlx.ops.device_sizes import device_kind
 from nalora_mlx.training.distributed import ALONE, Workers
 from nalora_mlx.training.last_good import keeps_weights
 from nalora_mlx.training.loss import SupervisedLoss
-from nalora_mlx.training.memory_model import BatchShape, PeakMemory, PeakProfiler
+from nalora_mlx.training.memory_bound import bound_from_graph, bound_from_shapes
+from nalora_mlx.training.memory_model import BatchShape, PeakMemory, PeakProfiler, no_progress
 from nalora_mlx.training.step import TrainingStep, recomputed_layers
 
 MOST_EXTRAPOLATED = 4  # times the measured length; no claim is made beyond
+PATIENCE = 60  # seconds of trials, after which only those are made that the plan cannot do without
 RAM_SHARE = 0.8  # of the RAM, on a device without a recommended working set
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -55,39 +58,6 @@ def largest_batch(
     return largest.with_shape(math.ceil(largest.rows / workers.size), largest.length)
 
 
-def upper_bound_bytes(model: nn.Module, shape: BatchShape) -> float:
-    """Return bytes that a step surely stays below, from shapes alone; infinite if the model's heads are unknown.
-
-    Assumes that every layer keeps eight times the outputs of its projections and norms, and its attention scores, and
-    that the output head computes far more than one tile of logits. The bound is several times the real peak, but enough
-    to know that a small run fits.
-    """
-    args = getattr(model, "args", None)
-    heads, experts_per_token = (
-        getattr(args, name, None) for name in ("num_attention_heads", "num_experts_per_tok")
-    )
-    if not isinstance(heads, int):
-        return math.inf
-    outputs = sum(
-        _outputs_per_token(module.weight, experts_per_token)
-        for layer in model.layers
-        for _, module in layer.named_modules()
-        if isinstance(module.get("weight"), mx.array)
-    )
-    scores = len(model.layers) * heads * shape.length
-    weights, trained = nbytes(model.parameters()), nbytes(model.trainable_parameters())
-    return weights + 9 * trained + 32 * shape.tokens * (outputs + scores) + 64 * TILE_BYTES
-
-
-def _outputs_per_token(weight: mx.array, experts_per_token: Any) -> int:
-    """Return how many numbers a module outputs per token, from the shape of its weight."""
-    if weight.ndim == 1:
-        return weight.size
-    if weight.ndim == 2:
-        return weight.shape[0]
-    return weight.shape[-2] * (experts_per_token if isinstance(experts_per_token, int) else weight.shape[0])
-
-
 @dataclass(frozen=True)
 class Plan:
     """The memory that a run needs, in bytes, and what would fit.
@@ -97,7 +67,8 @@ class Plan:
         peak: of its step.
         budget: to stay within.
         weights: of the model and its adapters.
-        checkpointed: the peak with gradient checkpointing; None if the run uses it already.
+        checkpointed: the peak with gradient checkpointing; None if the run uses it already, or if it was not measured.
+        incomplete: whether trials were left out because they take long.
     """
 
     shape: BatchShape
@@ -105,6 +76,7 @@ class Plan:
     budget: int
     weights: int
     checkpointed: PeakMemory | None
+    incomplete: bool = False
 
     @property
     def needed(self) -> int:
@@ -141,6 +113,10 @@ class Plan:
                 f"with --grad-checkpoint: about {_gb(self.checkpointed.at(rows, length))}, "
                 f"up to {self.checkpointed.rows_within(self.budget, length)} {kind} per batch"
             )
+        if self.incomplete:
+            lines.append(
+                "note: some trials were left out, because they take long here; the numbers are less exact"
+            )
         return lines
 
     def remedies(self) -> list[str]:
@@ -164,6 +140,7 @@ def plan(
     optimizer: optim.Optimizer,
     budget: int,
     loss: SupervisedLoss | None = None,
+    progress: Callable[[str], None] = no_progress,
 ) -> Plan:
     """Measure what a run needs. The model stays as it is.
 
@@ -174,52 +151,121 @@ def plan(
         optimizer: made like the run's optimizer, but another object.
         budget: bytes to stay within.
         loss: the model's loss; made here if None.
+        progress: called with a line of text before each trial.
     """
-    result = adapt_result(model)
-    parameters = result.config if result else PLAIN_LORA
-    step = TrainingStep(model, optimizer, parameters, loss=loss, grad_clip=config.grad_clip)
+    return measure(planning_step(model, config, optimizer, loss), shape, config, budget, progress)
+
+
+def measure(
+    step: TrainingStep,
+    shape: BatchShape,
+    config: TrainingConfig,
+    budget: int,
+    progress: Callable[[str], None] = no_progress,
+) -> Plan:
+    """Return the plan of a run whose step `planning_step` made; see `plan`."""
+    began, model = time.perf_counter(), step.model
+
+    def left() -> float:
+        return PATIENCE - (time.perf_counter() - began)
+
     accumulating = config.grad_accumulation_steps > 1
-    peak = PeakProfiler(step, recomputed_layers(model, config), accumulating).profile(shape, budget // 2)
-    checkpointed = None
-    if not config.grad_checkpoint:
+    profiler = PeakProfiler(step, recomputed_layers(model, config), accumulating, progress)
+    peak = profiler.profile(shape, budget // 2, left)
+    checkpointed, incomplete = None, profiler.incomplete
+    fits = peak.at(shape.rows, shape.length) <= budget
+    if not config.grad_checkpoint and fits and left() <= 0:
+        incomplete = True
+    elif not config.grad_checkpoint:
         layers = recomputed_layers(model, replace(config, grad_checkpoint=True))
         step.graph_of_shape.cache_clear()  # these graphs do not recompute
-        checkpointed = PeakProfiler(step, layers, accumulating).profile(shape, budget // 2)
-    if keeps_weights(model):  # the last good and the saved weights, next to the current ones
-        kept = 2 * nbytes(model.trainable_parameters())
+        profiler = PeakProfiler(
+            step, layers, accumulating, lambda text: progress(f"with --grad-checkpoint, {text}")
+        )
+        checkpointed = profiler.profile(shape)
+    if keeps_weights(model):  # the saved, the last good and those in flight, next to the current ones
+        kept = 3 * nbytes(model.trainable_parameters())
         peak = peak.plus(kept)
         checkpointed = checkpointed and checkpointed.plus(kept)
-    return Plan(shape, peak, budget, nbytes(model.parameters()), checkpointed)
+    return Plan(shape, peak, budget, nbytes(model.parameters()), checkpointed, incomplete)
+
+
+def planning_step(
+    model: nn.Module, config: TrainingConfig, optimizer: optim.Optimizer, loss: SupervisedLoss | None = None
+) -> TrainingStep:
+    """Return a training step like the run's. `optimizer` is made like the run's, but another object."""
+    result = adapt_result(model)
+    parameters = result.config if result else PLAIN_LORA
+    return TrainingStep(model, optimizer, parameters, loss=loss, grad_clip=config.grad_clip)
+
+
+def upper_bound_bytes(step: TrainingStep, shape: BatchShape, config: TrainingConfig) -> float:
+    """Return bytes that the run stays below, from the traced graph of its step; infinite if it cannot be traced."""
+    layers = recomputed_layers(step.model, config)
+    bound = bound_from_graph(step, shape, layers, config.grad_accumulation_steps > 1)
+    # The last good and the saved weights, and those before the step in flight.
+    return bound + 3 * nbytes(step.model.trainable_parameters()) * keeps_weights(step.model)
+
+
+class MemoryAdvice(NamedTuple):
+    """What to say about a run's memory before it starts.
+
+    Attributes:
+        lines: to show.
+        peak_bytes: the run's peak, measured, or an upper bound if nothing was measured.
+    """
+
+    lines: list[str]
+    peak_bytes: float
 
 
 def memory_advice(
     model: nn.Module,
     examples: Sequence[Example],
     config: RunConfig,
-    new_optimizer: Callable[[], optim.Optimizer],
+    new_optimizer: Callable[[RunConfig], optim.Optimizer],
     workers: Workers = ALONE,
     loss: SupervisedLoss | None = None,
-) -> list[str]:
+    progress: Callable[[str], None] = no_progress,
+) -> MemoryAdvice:
     """Return what to say about a run's memory before it starts: everything with `--plan`, else only what does not fit.
 
-    A run that surely fits by shapes alone is not measured.
+    1. If a bound from shapes alone, which takes no time, is within the budget, the run fits. On Metal this is left
+       out, because the peak decides how much memory is kept resident, and that bound is several times the peak.
+    2. If a bound from the traced graph of a step is within the budget, the run fits.
+    3. Otherwise, and with `--plan`, measure a few small steps.
+
+    Args:
+        model: as it will be trained.
+        examples: of the training set.
+        config: the run's settings.
+        new_optimizer: makes an optimizer like the run's.
+        workers: over whom batches are divided.
+        loss: the model's loss; made here if None.
+        progress: called with a line of text before each trial.
 
     Raises:
         InputError: the run needs more memory than the machine has, and more than the budget.
     """
-    loss = loss or SupervisedLoss(model)
     budget = config.memory_budget or default_budget()
     shape = largest_batch(examples, config, workers)
-    if not config.plan and upper_bound_bytes(model, shape) <= budget:
-        return []
-    found = plan(model, shape, config, new_optimizer(), budget, loss)
+    if not config.plan and device_kind() != "metal":
+        bound = bound_from_shapes(model, shape)
+        if bound <= budget:
+            return MemoryAdvice([], bound)
+    step = planning_step(model, config, new_optimizer(config), loss)
+    if not config.plan:
+        bound = upper_bound_bytes(step, shape, config)
+        if bound <= budget:
+            return MemoryAdvice([], bound)
+    found = measure(step, shape, config, budget, progress)
     remedies = "what would fit: " + "; or ".join(found.remedies())
     if config.plan:
-        notes = [f"note: {notice}" for notice in loss.notices()]
-        return notes + found.lines() + ([] if found.fits else [remedies])
+        notes = [f"note: {notice}" for notice in step.loss.notices()]
+        return MemoryAdvice(notes + found.lines() + ([] if found.fits else [remedies]), found.needed)
     if found.needed > max(budget, machine_memory()):  # on a CPU, MLX would crash without a message
         raise InputError(f"{found.lines()[0]}; {remedies}")
-    return [] if found.fits else [f"note: {found.lines()[0]}; {remedies}"]
+    return MemoryAdvice([] if found.fits else [f"note: {found.lines()[0]}; {remedies}"], found.needed)
 
 
 def default_budget() -> int:

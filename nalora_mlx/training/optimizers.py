@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
 
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError, first_line
@@ -70,44 +69,37 @@ def configured_optimizer(config: RunConfig) -> optim.Optimizer:
 
 
 def apply_scaled(
-    optimizer: optim.Optimizer, gradients: Any, parameters: Any, scales: Mapping[str, mx.array]
-) -> Any:
+    optimizer: optim.Optimizer,
+    gradients: Mapping[str, mx.array],
+    parameters: Mapping[str, mx.array],
+    scales: Mapping[str, mx.array],
+) -> dict[str, mx.array]:
     """Take one optimizer step, scaled entry by entry: new = old (1 - decay) + scale * step.
 
     Args:
         optimizer: any mlx optimizer; its state advances once, exactly as in `apply_gradients`.
-        gradients: tree of gradients.
-        parameters: tree of parameters, a superset of the gradients.
-        scales: dotted path of a parameter -> factors that broadcast against it. An entry with factor 0 does not move
+        gradients: name -> gradient.
+        parameters: name -> parameter, a superset of the gradients.
+        scales: name of a parameter -> factors that broadcast against it. An entry with factor 0 does not move
             (except for decay), even if its step is NaN. A factor of 1 gives the optimizer's own result, bit for bit.
             Parameters without factors take the optimizer's own step.
 
     Returns:
-        The new parameters, a tree with the structure of the gradients.
+        The new parameters by name.
     """
-    if not scales:
-        return optimizer.apply_gradients(gradients, parameters)
-    flat_gradients = dict(tree_flatten(gradients))
-    old = dict(tree_flatten(parameters))
-    passed = dict(old)  # the parameters that the optimizer is given
-    for path in scales:
+    gradients, passed = dict(gradients), dict(parameters)  # what the optimizer is given
+    for name in scales:
         if isinstance(optimizer, _COUPLED_DECAY) and optimizer.weight_decay:
-            flat_gradients[path] = flat_gradients[path] + optimizer.weight_decay * old[path]
+            gradients[name] = gradients[name] + optimizer.weight_decay * parameters[name]
         if _step_is_independent(optimizer):
             # Starting from zero, the result is the step itself: no cancellation in a difference.
-            passed[path] = mx.zeros_like(old[path])
-    new = dict(
-        tree_flatten(
-            optimizer.apply_gradients(
-                tree_unflatten(list(flat_gradients.items())), tree_unflatten(list(passed.items()))
-            )
-        )
-    )
-    for path, scale in scales.items():
-        kept = _decayed(optimizer, old[path])
-        step = new[path] if _step_is_independent(optimizer) else new[path] - kept
-        new[path] = kept + mx.where(scale == 0, 0, scale * step).astype(kept.dtype)
-    return tree_unflatten(list(new.items()))
+            passed[name] = mx.zeros_like(parameters[name])
+    new: dict[str, mx.array] = optimizer.apply_gradients(gradients, passed)
+    for name, scale in scales.items():
+        kept = _decayed(optimizer, parameters[name])
+        step = new[name] if _step_is_independent(optimizer) else new[name] - kept
+        new[name] = kept + mx.where(scale == 0, 0, scale * step).astype(kept.dtype)
+    return new
 
 
 def _step_is_independent(optimizer: optim.Optimizer) -> bool:

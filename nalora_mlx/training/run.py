@@ -4,48 +4,35 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from nalora_mlx.adapters.attach import adapt_result
 from nalora_mlx.adapters.files import adapter_config as config_of_adapter
 from nalora_mlx.adapters.forward_pass import recompute_activations
+from nalora_mlx.core import trees
 from nalora_mlx.core.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.core.errors import places
 from nalora_mlx.data.batches import Batch, evaluation_batches, training_batches
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.runs.progress import Progress, TrainResult
 from nalora_mlx.training.accumulation import Window, prefetch, windows
-from nalora_mlx.training.diagnostics import describe_layers, measure_misalignment
+from nalora_mlx.training.device_memory import trim_cache
+from nalora_mlx.training.diagnostics import measure_misalignment
 from nalora_mlx.training.distributed import workers
 from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.events import Events, Listener
+from nalora_mlx.training.in_flight import InFlight, SkippedUpdate
 from nalora_mlx.training.last_good import LastGoodWeights
 from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.reports import training_metrics
 from nalora_mlx.training.run_files import RunFiles
 from nalora_mlx.training.schedules import run_iterations
-from nalora_mlx.training.step import TrainingStep, recomputed_layers
-
-
-@dataclass(frozen=True)
-class SkippedUpdate:
-    """Why an update is skipped: the first batch of its window with a NaN or infinite number."""
-
-    batch: Batch
-    loss: float  # summed over the batch
-
-    @property
-    def reason(self) -> str:
-        """What is not finite, as a clause."""
-        if math.isfinite(self.loss):
-            return "the gradient or the new weights are not finite"
-        return f"the loss is {self.loss}"
+from nalora_mlx.training.step import Accumulated, TrainingStep, recomputed_layers
 
 
 class Run:
@@ -81,6 +68,10 @@ class Run:
             workers=self.workers,
         )
         self.good = LastGoodWeights(self.step)
+        self.in_flight: InFlight | None = None
+        self.settled_at = 0.0  # when the last iteration was settled, in seconds
+        self.accumulated: Accumulated | None = None  # of the current window
+        self.skipped: SkippedUpdate | None = None  # why the current window's update is skipped
         self.skipped_before = 0  # skipped updates in a row before the last update that was applied
         self.has_files, self.resume_anyway, self.stop = bool(output or resume), resume_anyway, stop
         self.files = RunFiles(
@@ -125,7 +116,6 @@ class Run:
     def train(self) -> TrainResult:
         """Train, validate, report and save."""
         config, progress = self.config, self.progress
-        maybe_set_recommended_wired_limit()
         self.events.send("start", iterations=self.iterations, done=progress.iteration)
         for text in self.notices:
             self.events.send("notice", text=text)
@@ -141,13 +131,13 @@ class Run:
             self.workers.share,
             start=progress.iteration,
         )
-        stopped = self.reason_to_stop()
-        left = 0 if stopped else self.iterations - progress.iteration
+        stopped, started = self.reason_to_stop(), progress.iteration
+        left = 0 if stopped else self.iterations - started
         with closing(prefetch(windows(batches, left, config.grad_accumulation_steps))) as prepared:
             for window in prepared:
-                first = progress.iteration + 1
-                self.update(window)
-                done, last = range(first, progress.iteration + 1), progress.iteration == self.iterations
+                done = range(started + 1, started + 1 + len(window))
+                self.update(window, done)
+                started, last = done[-1], done[-1] == self.iterations
                 if last or any(iteration % config.steps_per_eval == 0 for iteration in done):
                     self.validate()
                 stopped = self.reason_to_stop()
@@ -161,40 +151,79 @@ class Run:
         self.files.finish()
         return result
 
-    def update(self, window: Window) -> None:
-        """Run the iterations of one accumulation window, which ends in an optimizer update."""
-        config, progress = self.config, self.progress
-        window_tokens = sum(batch.supervised_tokens for batch in window)
-        accumulated, skipped, weights = None, None, self.good.current()
-        for position, batch in enumerate(window, 1):
-            iteration = progress.iteration + 1
-            tic = time.perf_counter()
-            with recompute_activations(self.layers) if self.layers else nullcontext():
-                total, accumulated = self.step(
-                    batch, window_tokens, accumulated, position == len(window), (config.seed, iteration)
-                )
-            mx.eval(self.step.state, total, accumulated)
-            loss = float(total)
-            if math.isfinite(loss) and batch.supervised_tokens:
-                self.good.show(weights, batch)
+    def update(self, window: Window, iterations: range) -> None:
+        """Run the iterations of one accumulation window, which ends in an optimizer update.
+
+        1. Start an iteration while the one before it runs, so that the device never waits for Python.
+        2. Then wait for the one before, and record its results: they are read one step late.
+        3. If they show that the update before this window is to be skipped, or undone, discard what was started from
+           its state, and start it again.
+        """
+        tokens = sum(batch.supervised_tokens for batch in window)
+        for batch, iteration in zip(window, iterations, strict=True):
+            first, last = iteration == iterations[0], iteration == iterations[-1]
+            before = trees.references(self.step.state) if first and self.in_flight else None
+            following = self.start(batch, tokens, iteration, last)
+            if self.settle(before):
+                following = self.start(batch, tokens, iteration, last)
+            self.in_flight = following
             if self.is_report_due(iteration):
-                measure_misalignment(self.step, batch)
-            if mx.get_cache_memory() > config.clear_cache_threshold:
-                mx.clear_cache()
-            progress.record_batch(loss, batch.supervised_tokens, time.perf_counter() - tic)
-            if skipped is None and not self.step.health.finite.item():
-                skipped = SkippedUpdate(batch, loss)
-            if math.isfinite(loss) and progress.record_loss(loss / max(batch.supervised_tokens, 1)):
-                self.events.send(
-                    "notice",
-                    text=f"iteration {iteration}: the loss jumps repeatedly; lower the learning rate, "
-                    f"clip the gradient (--grad-clip 1), or check these rows: {self.rows_of(batch)}",
-                )
-            self.events.send("step", step=iteration, iterations=self.iterations)
-            if position == len(window):
-                self.finish_update(skipped)
-            if self.is_report_due(iteration):
-                self.report()
+                self.settle()
+
+    def start(self, batch: Batch, window_tokens: int, iteration: int, update: bool) -> InFlight:
+        """Start an iteration; do not wait for it."""
+        started, weights = time.perf_counter(), self.good.current()
+        with recompute_activations(self.layers) if self.layers else nullcontext():
+            loss, self.accumulated = self.step(
+                batch, window_tokens, self.accumulated, update, (self.config.seed, iteration)
+            )
+        mx.async_eval(self.step.state, loss, self.accumulated)
+        return InFlight(iteration, batch, update, weights, loss, self.step.health.finite, started)
+
+    def settle(self, before: Any = None) -> bool:
+        """Wait for the iteration in flight, if there is one, and record its results.
+
+        Args:
+            before: the state from which another iteration was started meanwhile. That one is discarded, and the state
+                restored, if the update of the iteration in flight is skipped: who is at fault is decided there.
+
+        Returns:
+            Whether the state was restored.
+        """
+        flight, self.in_flight = self.in_flight, None
+        if flight is None:
+            return False
+        self.record(flight, float(flight.loss))
+        restored = flight.updates and self.skipped is not None and before is not None
+        if restored:
+            trees.assign(self.step.state, before)
+            self.accumulated = None
+        if flight.updates:
+            skipped, self.skipped = self.skipped, None
+            self.finish_update(skipped)
+        if self.is_report_due(flight.iteration):
+            self.report()
+        return restored
+
+    def record(self, flight: InFlight, loss: float) -> None:
+        """Record the loss of an iteration that has ended, and whether its numbers are finite."""
+        progress, batch = self.progress, flight.batch
+        if math.isfinite(loss) and batch.supervised_tokens:
+            self.good.show(flight.weights, batch)
+        if self.is_report_due(flight.iteration):
+            measure_misalignment(self.step, batch)
+        trim_cache(self.config.clear_cache_threshold)
+        since, self.settled_at = max(self.settled_at, flight.started), time.perf_counter()
+        progress.record_batch(loss, batch.supervised_tokens, self.settled_at - since)
+        if self.skipped is None and not flight.finite.item():
+            self.skipped = SkippedUpdate(batch, loss)
+        if math.isfinite(loss) and progress.record_loss(loss / max(batch.supervised_tokens, 1)):
+            self.events.send(
+                "notice",
+                text=f"iteration {flight.iteration}: the loss jumps repeatedly; lower the learning rate, "
+                f"clip the gradient (--grad-clip 1), or check these rows: {self.rows_of(batch)}",
+            )
+        self.events.send("step", step=flight.iteration, iterations=self.iterations)
 
     def finish_update(self, skipped: SkippedUpdate | None) -> None:
         """Count an update as applied or skipped. If the loss shows that the one before broke the weights, undo that.
@@ -256,8 +285,7 @@ class Run:
 
     def reason_to_stop(self) -> str | None:
         """Return why the run ends here, the same on all workers, or None."""
-        asked = mx.array(float(self.stop is not None and self.stop()))
-        if self.workers.sum(asked).item():
+        if self.workers.any(self.stop is not None and self.stop()):
             return "stop was requested"
         patience, stale = self.config.early_stopping, self.progress.stale_validations
         if patience is not None and stale >= patience:
@@ -272,39 +300,13 @@ class Run:
 
     def report(self) -> None:
         """Send the metrics of training since the last report."""
-        p = self.progress
-        speeds = {
-            "tokens_per_second": p.loss_tokens / p.loss_seconds,
-            "iterations_per_second": p.loss_steps / p.loss_seconds,
-        }
-        p.start_interval()
-        self.events.send(
-            "metrics",
-            split="train",
-            step=p.iteration,
-            loss=math.nan if p.train_loss is None else p.train_loss,
-            tokens=p.tokens,
-            **speeds,
-            learning_rate=self.learning_rate(),
-            gradient_norm=self.step.health.gradient_norm.item(),
-            skipped=p.skipped,
-            peak_memory_gb=mx.get_peak_memory() / 1e9,
-            layers=describe_layers(self.step),
-        )
-
-    def learning_rate(self) -> float | None:
-        """Return the learning rate of the last update; None if it differs among the weights."""
-        if getattr(self.optimizer, "relative_step", False):  # Adafactor computes its own
-            return None
-        try:
-            return float(self.optimizer.learning_rate)
-        except KeyError:
-            return None
+        self.events.send("metrics", split="train", **training_metrics(self.step, self.progress))
 
     def validate(self) -> None:
         """Compute the validation loss, and save the adapter if it is the best so far."""
         if not self.valid_batches:
             return
+        self.settle()
         self.check_weights()
         tic, count, progress = time.perf_counter(), len(self.valid_batches), self.progress
         loss, tokens = evaluate(
@@ -313,6 +315,7 @@ class Run:
             lambda done: self.events.send("validating", batch=done, batches=count),
             self.step.loss,
             self.workers,
+            self.config.clear_cache_threshold,
         )
         before = (progress.best_valid_loss, progress.best_iteration)
         if progress.record_validation(loss) and not self.files.save_best():
@@ -332,6 +335,8 @@ class Run:
 
     def save(self, prune: bool = True) -> None:
         """Write a checkpoint, if this run writes files, of weights with a finite loss."""
+        self.settle()
+        mx.synchronize()  # raises an error if the GPU has failed since: reading the arrays that it left does not
         self.check_weights()
         self.good.save()
         self.progress.seconds = time.perf_counter() - self.began

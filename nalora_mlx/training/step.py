@@ -1,8 +1,8 @@
 """The compiled training step: forward, backward, and the scaled optimizer update that ends an accumulation window."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -12,17 +12,20 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from nalora_mlx.adapters.attach import dropout_count, gated_mlps
-from nalora_mlx.adapters.forward_pass import ForwardPass, forward_pass
+from nalora_mlx.adapters.forward_pass import ForwardPass, adapter_casts, forward_pass
 from nalora_mlx.core import trees
 from nalora_mlx.core.config import PLAIN_LORA, NAParameters, TrainingConfig
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.ops.attention import lean_attention
 from nalora_mlx.ops.fast_math import vectorized, vectorized_models
 from nalora_mlx.training import importance
+from nalora_mlx.training.compilation import compile_with_state
 from nalora_mlx.training.distributed import ALONE, Workers
-from nalora_mlx.training.importance import LayerStatistics
+from nalora_mlx.training.importance import LayerState, LayerStatistics
+from nalora_mlx.training.importance_stacks import ImportanceStacks
 from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.optimizers import apply_scaled
+from nalora_mlx.training.stacks import StackedParameters
 
 MAX_GRAPHS = 48  # compiled graphs kept, one per batch shape; each takes about 18 MB on a CPU
 
@@ -83,30 +86,33 @@ class TrainingStep:
         self.loss = loss or SupervisedLoss(model)
         self.gated = {mlp.path: mlp for mlp in gated_mlps(model)} if parameters.active else {}
         self.dropouts = dropout_count(model)
-        optimizer.init(model.trainable_parameters())
-        layers = {
-            path: importance.init(
-                mlp.shape,
-                len(mlp.activation.regions),
-                self_gated=mlp.activation.selection is not None,
-            )
-            for path, mlp in self.gated.items()
-        }
+        self.layers = ImportanceStacks(self.gated)
+        self.weights = StackedParameters(
+            model, optimizer, adapter_casts(model, self.loss.forward), self.layers.roles
+        )
+        optimizer.init(self.weights.arrays)
         self.state: dict[str, Any] = {
             "model": model.state,
+            "weights": self.weights.arrays,
             "optimizer": optimizer.state,
-            "importance": {"step": mx.array(0), "layers": layers},
+            "importance": {"step": mx.array(0), "stacks": self.layers.init()},
             "random": mx.random.state,
             "health": Health(mx.array(True), mx.array(True), mx.array(0.0)),
         }
-        self._loss_and_gradients = nn.value_and_grad(model, self._loss)
+        self._loss_and_gradients = mx.value_and_grad(self._loss)
         self.graph_of_shape = lru_cache(MAX_GRAPHS)(self._compile_backward)
-        self._compiled_finish = partial(mx.compile, inputs=self.state, outputs=self.state)(self._finish)
+        self._compiled_finish = compile_with_state(self._finish, self.state, self.state)
 
     @property
     def importance(self) -> dict[str, Any]:
         """The number of updates, "step", and the LayerState of each gated MLP by path, "layers"."""
-        return self.state["importance"]
+        step, stacks = self.state["importance"]["step"], self.state["importance"]["stacks"]
+        return {"step": step, "layers": self.layers.unstack(stacks)}
+
+    def set_layers(self, layers: Mapping[str, LayerState]) -> None:
+        """Replace the LayerState of each gated MLP."""
+        trees.assign(self.state["importance"]["stacks"], self.layers.stack(layers))
+        mx.eval(self.state["importance"])
 
     @property
     def health(self) -> Health:
@@ -133,6 +139,7 @@ class TrainingStep:
         Returns:
             The summed loss of the batch over all workers, and what to pass to the next iteration of the window. Lazy.
         """
+        self.weights.adopt()
         entropy = (
             (*seed, self.workers.rank) if self.workers.rank else seed
         )  # each worker draws its own dropout
@@ -145,7 +152,9 @@ class TrainingStep:
         backward = self.graph_of_shape(shape) if self.compiled else self._backward
         loss, window = backward(arrays, weight, key, accumulated)
         finish = self._compiled_finish if self.compiled else self._finish
-        return finish(loss, window, accumulated is None, update)
+        result = finish(loss, window, accumulated is None, update)
+        self.weights.record()
+        return result
 
     def _compile_backward(self, _shape: Any) -> Callable[..., Any]:
         """Compile the backward for one batch shape."""
@@ -154,10 +163,13 @@ class TrainingStep:
         def backward(*arguments: Any) -> tuple[mx.array, Accumulated]:
             return self._backward(*arguments)
 
-        state = [self.model.state, self.importance, mx.random.state]
-        return partial(mx.compile, inputs=state, outputs=state)(backward)
+        state = [self.model.state, self.weights.arrays, self.state["importance"], mx.random.state]
+        return compile_with_state(backward, state, state)
 
-    def _loss(self, arrays: list[Any], weight: mx.array, context: ForwardPass) -> tuple[mx.array, Any]:
+    def _loss(
+        self, stacks: dict[str, mx.array], arrays: list[Any], weight: mx.array, context: ForwardPass
+    ) -> tuple[mx.array, Any]:
+        self.weights.install_cast(stacks)
         inputs, rows, targets, weights, segment_ids, token_mask = arrays
         # Weighed before the gradient is taken, which may leave the range of a half-precision type otherwise.
         loss = self.loss(inputs, rows, targets, weights * weight, segment_ids)
@@ -170,15 +182,20 @@ class TrainingStep:
         if self.parameters.route:
             # The masks of the previous update: this step's statistics are not known yet.
             routes = {path: state.mask for path, state in self.importance["layers"].items()}
+        current = self.weights.current()
         context = ForwardPass(
             token_mask=arrays[-1] if self.gated else None,
             routes=routes,
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
+            scaled=self.weights.scaled,
         )
         faster = vectorized_models() if self.compiled else nullcontext()
         forms = self.loss.training_forms.installed(arrays[-2])
         with forward_pass(context), vectorized(), faster, lean_attention(), forms:
-            (_, (loss, sums, tokens)), gradients = self._loss_and_gradients(arrays, weight, context)
+            (_, (loss, sums, tokens)), gradients = self._loss_and_gradients(
+                self.weights.arrays, arrays, weight, context
+            )
+        self.weights.install(current)
         statistics = Statistics({path: LayerStatistics(**layer) for path, layer in sums.items()}, tokens)
         if accumulated is not None:
             gradients = tree_map(mx.add, gradients, accumulated.gradients)
@@ -202,42 +219,44 @@ class TrainingStep:
         finite = self.health.finite & mx.isfinite(global_norm(new[0]))
         self.state["health"] = self.health._replace(finite=finite)
         kept = tree_map(lambda n, o: n if n is o else mx.where(finite, n, o), new, old)
-        self.model.update(kept[0])
-        trees.assign(self.optimizer.state, kept[1])
-        trees.assign(self.importance, kept[2])
+        trees.assign(self._updated_state(), kept)
+        self.weights.install(self.weights.stacks.unstack(self.weights.arrays))
         return loss, None
 
     def _updated_state(self) -> list[Any]:
         """Return what an update changes: trainable parameters, optimizer state, importance."""
-        return [self.model.trainable_parameters(), self.optimizer.state, self.importance]
+        return [self.weights.arrays, self.optimizer.state, self.state["importance"]]
 
     def _update(self, window: Accumulated) -> None:
         """Clip the gradients, update the importance, and take the scaled optimizer step."""
-        gradients, factors = window.gradients, {}
+        gradients, factors = window.gradients, dict[str, mx.array]()
         if self.grad_clip is not None:
             factor = self.grad_clip / mx.maximum(self.health.gradient_norm, self.grad_clip)
             gradients = tree_map(lambda g: (g * factor).astype(g.dtype), gradients)
         if self.gated:
-            self.importance["step"] = self.importance["step"] + 1
-            layers = self.importance["layers"]
-            for path, statistics in window.statistics.layers.items():
-                tokens = window.statistics.tokens if statistics.tokens is None else statistics.tokens
-                state = importance.observe(
-                    layers[path], statistics._replace(tokens=tokens), self.parameters.beta
-                )
-                layers[path] = importance.refresh(state, self.importance["step"], self.parameters)
-                q = importance.multiplier(layers[path], self.parameters)
-                factors.update(self.gated[path].step_factors(q))
-        self.model.update(apply_scaled(self.optimizer, gradients, self.model.trainable_parameters(), factors))
+            state = self.state["importance"]
+            state["step"] = state["step"] + 1
+            for stack, layers in state["stacks"].items():
+                statistics = self.layers.stack_statistics(stack, *window.statistics)
+                layers = importance.observe(layers, statistics, self.parameters.beta)
+                layers = importance.refresh(layers, state["step"], self.parameters)
+                state["stacks"][stack] = layers
+                q = importance.multiplier(layers, self.parameters)
+                factors |= self.layers.step_factors(stack, q, self.weights.stacks)
+        new = apply_scaled(self.optimizer, gradients, self.weights.arrays, factors)
+        trees.assign(self.weights.arrays, new)
 
     def state_tree(self) -> dict[str, Any]:
         """Return the optimizer and importance state as nested dicts and lists of arrays, for a checkpoint."""
-        return {"optimizer": self.optimizer.state, "importance": importance.to_tree(self.importance)}
+        optimizer = self.weights.stacks.unstack_state(self.optimizer.state)
+        return {"optimizer": optimizer, "importance": importance.to_tree(self.importance)}
 
     def load_state_tree(self, tree: dict[str, Any]) -> None:
         """Restore what `state_tree` returned."""
-        trees.assign(self.optimizer.state, tree["optimizer"])
-        trees.assign(self.importance, importance.from_tree(tree["importance"]))
+        trees.assign(self.optimizer.state, self.weights.stacks.stack_state(tree["optimizer"]))
+        loaded = importance.from_tree(tree["importance"])
+        self.state["importance"]["step"] = loaded["step"]
+        self.set_layers(loaded["layers"])
 
 
 def global_norm(tree: Any) -> mx.array:

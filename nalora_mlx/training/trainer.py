@@ -18,9 +18,12 @@ from nalora_mlx.data.padding import padded_length
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.models import packed_rows
 from nalora_mlx.runs.progress import TrainResult
+from nalora_mlx.training.device_memory import wired_memory
 from nalora_mlx.training.distributed import workers
 from nalora_mlx.training.events import Listener
 from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.memory_bound import bound_from_shapes
+from nalora_mlx.training.memory_plan import largest_batch
 from nalora_mlx.training.run import Run
 
 
@@ -37,6 +40,7 @@ def train(
     resume_anyway: bool = False,
     stop: Callable[[], bool] | None = None,
     loss: SupervisedLoss | None = None,
+    peak_bytes: float | None = None,
 ) -> TrainResult:
     """Train a model's adapters, or whatever else of it is not frozen.
 
@@ -53,11 +57,12 @@ def train(
             moved to previous/N once nothing can be refused any more.
         listeners: called with each event, see `nalora_mlx.training.events`.
         adapter_config: content of adapter_config.json; the adapted model's own if None.
-        resume: checkpoint to continue from, bit for bit, given the same model, data and settings. `output` is brought
-            back to it.
+        resume: checkpoint to continue from, given the same model, data and settings: bit for bit, except for experts on
+            a GPU, which agree up to rounding. `output` is brought back to it.
         resume_anyway: continue even if something differs.
-        stop: asked after each update; True ends the run there, saved.
+        stop: asked while each update runs; True ends the run after that update, saved.
         loss: the model's loss, if one was made after adapting it; made here if None.
+        peak_bytes: the run's planned peak memory, which Metal keeps resident; None for an upper bound.
 
     Raises:
         InputError: bad settings, an empty training set, nothing to train, no disk space, an output directory in use, or
@@ -74,7 +79,7 @@ def train(
     loss = loss or SupervisedLoss(model)
     if config.packing:
         check_packing(model, loss, padded_length(train_set))
-    return Run(
+    run = Run(
         model,
         train_set,
         valid_set,
@@ -87,7 +92,13 @@ def train(
         resume_anyway,
         stop,
         loss,
-    ).run()
+    )
+
+    def peak() -> float:
+        return peak_bytes or bound_from_shapes(model, largest_batch(train_set, config, run.workers))
+
+    with wired_memory(config.wired_limit, peak):
+        return run.run()
 
 
 def check(

@@ -30,7 +30,7 @@ from nalora_mlx.ops import cross_entropy
 from nalora_mlx.ops.cross_entropy import tiled_cross_entropy_sum
 from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.step import TrainingStep
-from tests.conftest import build_model, random_adapters
+from tests.conftest import build_model, random_adapters, set_sizes
 from tests.miniatures.klear_to_llama import MINIATURES as FIRST
 from tests.miniatures.llama4_to_youtu import MINIATURES as SECOND
 
@@ -250,7 +250,8 @@ def test_the_loss_of_supervised_positions_equals_that_of_all_logits(name, monkey
     scored = SupervisedLoss(model)
     assert (scored.head is None) == (name in NO_HEAD)
     assert (scored.head is None or scored.head.projection is None) == (name in NO_HEAD | WHOLE)
-    monkeypatch.setattr(cross_entropy, "TILE_COLUMNS", 13)
+    monkeypatch.setattr(cross_entropy, "COLUMN_MULTIPLE", 1)
+    set_sizes(monkeypatch, head_rows=5, head_columns=13)
     adapt(model, NALoRAConfig(num_layers=-1, rank=2))
     random_adapters(model, size=0.05)
     supervised = (np.random.default_rng(1).random((2, 17)) < 0.4).astype(np.float32)
@@ -268,7 +269,7 @@ def test_the_loss_of_supervised_positions_equals_that_of_all_logits(name, monkey
         hidden = scored.head.hidden(mx.array(batch.inputs))
         hidden = hidden.reshape(-1, hidden.shape[-1])[arrays[0]]
         head = scored.head
-        return tiled_cross_entropy_sum(head.logits_for, head.vocabulary, hidden, *arrays[1:], rows=5)
+        return tiled_cross_entropy_sum(head.logits_for, head.vocabulary, hidden, *arrays[1:])
 
     want, want_gradients = nn.value_and_grad(model, full_loss)(model)
     got, got_gradients = nn.value_and_grad(model, tiled_loss)(model)

@@ -264,18 +264,26 @@ class Terminal:
         while not re.search(pattern, seen):
             assert time.monotonic() < deadline, (pattern, seen)
             if select.select([self.fd], [], [], 0.1)[0]:
-                try:
-                    seen += os.read(self.fd, 4096).decode()
-                except OSError:
+                if not (piece := self.read()):
                     break
+                seen += piece
         self.screen += seen
         assert re.search(pattern, seen), (pattern, seen)
         return seen
+
+    def read(self):
+        """Return the next piece of output, or "" if there is no more."""
+        try:
+            return os.read(self.fd, 4096).decode()
+        except OSError:  # end of output, on Linux
+            return ""
 
     def type(self, text):
         os.write(self.fd, text.encode())
 
     def status(self):
+        while self.read():  # macOS ends a process only after its output was read
+            pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 

@@ -185,6 +185,73 @@ def test_a_slow_machine_gets_remedies(capsys, monkeypatch):
     assert "Install g++" in sections["Machine"][3]
 
 
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """Doctor's checks of kernels as on a GPU where those of relu are wrong."""
+    from nalora_mlx.ops.kernels import backend, healthcheck
+
+    def find_error(key):
+        return "a result is off by 1.0e-01" if key.variant.activation.name == "relu" else None
+
+    monkeypatch.setattr(backend, "backend", lambda: "metal")
+    monkeypatch.setattr(healthcheck, "find_error", find_error)
+
+
+def test_a_wrong_kernel_is_a_failure(with_kernels, tmp_path, capsys):
+    """The exit status is 1, also if something else keeps the run from starting."""
+    sections, err = page_of(capsys, status=1)
+    assert re.fullmatch(r"  · compiling \d+ kernels: up to a minute.*", sections["Kernels"][0])
+    assert sections["Kernels"][1] == "  · gated residual: 63 of 72 metal kernels agree with MLX"
+    assert len(sections["Kernels"]) == 11
+    for line in sections["Kernels"][2:]:
+        assert re.match(r"  ✗ finding: the metal kernel of relu, .* is not used, since a result is off", line)
+    assert sections["verdict"] == ["  ✗ 9 failed checks, no others"]
+    assert err == "nalora doctor: failed: 9 failed checks; see above\n"
+    sections, _ = page_of(capsys, "--data", tmp_path / "none", status=1)
+    assert sections["verdict"] == [
+        "  ✗ 9 failed checks and 1 finding that keeps a run from starting, no others"
+    ]
+
+
+def test_a_device_is_described(monkeypatch):
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 10)
+    gb = 10**9
+    metal = {"device_name": "Apple M2 Pro", "memory_size": 16 * gb}
+    metal["max_recommended_working_set_size"] = 12 * gb
+    text = "Apple M2 Pro, 16.0 GB of memory, 12.0 GB of them recommended for the GPU, 10 processors"
+    assert machine.describe_device(metal) == text
+    cuda = {"device_name": "NVIDIA H100", "total_memory": 80 * gb, "free_memory": gb}
+    assert machine.describe_device(cuda) == "NVIDIA H100, 80.0 GB of memory, 10 processors"
+    assert machine.describe_device({}) == "unknown, 10 processors"
+
+
+def test_a_gpu_that_rounds_products_and_compiles_kernels(monkeypatch, capsys):
+    from nalora_mlx.ops.kernels.healthcheck import compile_notices
+
+    assert compile_notices() == []
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M5"})
+    monkeypatch.setattr(machine, "rounds_float32_products", lambda: True)
+    doctor._check_machine(Page(Console(highlight=False)))
+    _, device, precision = capsys.readouterr().out.splitlines()
+    assert device.startswith("  · GPU: Apple M5, ")
+    assert "11 bits" in precision
+    assert "MLX_ENABLE_TF32=0" in precision
+    assert "compiling kernels for this GPU" in compile_notices()[0]
+
+
+def test_the_chip_is_named(capsys):
+    sections, _ = page_of(capsys)
+    assert sections["Machine"][1].startswith(f"  · CPU: {mx.device_info()['device_name']}")
+
+
+def test_rounded_products_are_noticed(monkeypatch):
+    assert not machine.rounds_float32_products()
+    full = mx.full
+    monkeypatch.setattr(mx, "full", lambda shape, value: full(shape, value).astype(mx.bfloat16))
+    assert machine.rounds_float32_products()
+
+
 def test_missing_extras_come_with_their_install_command(capsys, monkeypatch):
     monkeypatch.setattr(optional_dependencies, "is_installed", lambda package: package == "gguf")
     sections, _ = page_of(capsys)

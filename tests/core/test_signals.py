@@ -165,9 +165,9 @@ def full(path, files):
     if path.name != "step-0000002":
         raise OSError(28, "No space left on device")
     write(path, files)
-def stopping(self, window):
-    update(self, window)
-    if self.progress.iteration == 3:
+def stopping(self, window, iterations):
+    update(self, window, iterations)
+    if iterations[-1] == 3:
         os.kill(os.getpid(), signal.SIGINT)
         while not self.stop():
             pass

@@ -1,5 +1,7 @@
 """Files and directories are complete or absent."""
 
+import errno
+import fcntl
 import json
 import os
 
@@ -101,3 +103,26 @@ def test_moving_aside_flushes_all_directories_involved(tmp_path, monkeypatch):
     assert set(flushed) >= {tmp_path, tmp_path / "deep", target.parent, target, target / "deep"}
     last = flushed[-4:]  # after the names were moved
     assert set(last) == {tmp_path, tmp_path / "deep", target, target / "deep"}
+
+
+F_FULLFSYNC = 51  # on macOS
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["supported", "not supported"])
+def test_macos_flushes_the_disk_itself(fails, tmp_path, monkeypatch):
+    """The other tests flush with fsync only. A file system that lacks the full flush is no error."""
+    flushed = []
+
+    def control(descriptor, command):
+        assert command == F_FULLFSYNC
+        flushed.append(
+            os.path.samestat(os.fstat(descriptor), tmp_path.stat())
+        )  # the directory, or a file in it
+        if fails:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", F_FULLFSYNC, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    storage.write_file(tmp_path / "x.json", storage.json_writer({}))
+    assert flushed == [False, True]
+    assert (tmp_path / "x.json").read_text() == "{}\n"

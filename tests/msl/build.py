@@ -15,7 +15,7 @@ from pathlib import Path
 from . import translate
 
 HERE = Path(__file__).parent
-HEADERS = ("shim.h", "ids.h", "launch.h")
+HEADERS = ("shim.h", "ids.h", "launch.h", "cuda_shim.h")
 KERNEL_FLAGS = [
     "-std=c++14",
     "-O1",

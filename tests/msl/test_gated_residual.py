@@ -244,7 +244,7 @@ def test_half_precision(name, dtype):
         no_worse_than_mlx(EXACT[name], variant, o, dh)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 16])
+@pytest.mark.parametrize("rank", [0, 1, 6, 16])
 @pytest.mark.parametrize("statistic", [None, "sensitivity"])
 def test_ranks_and_statistics(rank, statistic):
     row = ACTIVATIONS["silu"]
@@ -264,9 +264,9 @@ def test_joint_projection(layout):
 
 @pytest.mark.parametrize("layout", fused.GATE_UP_LAYOUTS)
 def test_experts(layout):
-    """One of the experts has no rows. Each tile has one expert."""
-    variant = full(ACTIVATIONS["silu"], gate_up_layout=layout, experts=4)
-    experts = np.sort(np.random.default_rng(0).choice([0, 2, 3], 200, p=[0.1, 0.6, 0.3]))
+    """The first and one more of the experts have no rows. Each tile has one expert."""
+    variant = full(ACTIVATIONS["silu"], gate_up_layout=layout, experts=5)
+    experts = np.sort(np.random.default_rng(0).choice([1, 3, 4], 200, p=[0.1, 0.6, 0.3]))
     for features in (8, 5):
         o, dh = operands(variant, 200, features, 4, experts=experts)
         tiles = np.array(o.tiles)
@@ -289,6 +289,15 @@ MORE_ODD_SHAPES = [(1, 576), (7, 576), (1, 4097), (7, 1536), (1023, 576)]
 def test_odd_shapes(rows, features):
     variant = full(ACTIVATIONS["silu"])
     check(EXACT["silu"], variant, *operands(variant, rows, features, 8))
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 4])
+def test_numbers_of_rows_in_flight(monkeypatch, ahead):
+    """Rows fewer than those in flight, as many, and not a multiple of them."""
+    monkeypatch.setattr(fused, "AHEAD", ahead)
+    variant = full(ACTIVATIONS["silu"])
+    for rows, features in itertools.product((1, 2, 3, 4, 67), (8, 5)):
+        check(EXACT["silu"], variant, *operands(variant, rows, features, 4))
 
 
 def no_worse_than_mlx(exact, variant, o, dh):
@@ -563,7 +572,7 @@ class Page:
     def add(self, text):
         self.lines.append(text)
 
-    fact = good = finding = add
+    fact = good = finding = failure = add
 
 
 @pytest.fixture

@@ -57,6 +57,16 @@ def with_experts():
     return "silu", variant, *operands(variant, 120, 11, 4, experts=experts), experts
 
 
+def one_row():
+    variant = full(ACTIVATIONS["silu"])
+    return "silu", variant, *operands(variant, 1, 11, 4)
+
+
+def rank_six():
+    variant = full(ACTIVATIONS["silu"])
+    return "silu", variant, *operands(variant, 70, 11, 6)
+
+
 def without_statistics():
     variant = Variant(ACTIVATIONS["silu"])
     return "silu", variant, *operands(variant, 70, 11, 4)
@@ -78,15 +88,15 @@ MUTANTS = [
     ),
     ("forward", "tile * TILE;", "tile * TILE + (tile > 0);", plain),
     ("forward", "metal::min(rows, (tile + 1) * TILE)", "metal::min(rows - 1, (tile + 1) * TILE)", plain),
-    ("forward", "to_gate.add(ag, n, p[0], z);", "to_gate.add(au, n, p[0], z);", plain),
-    ("forward", "to_up.add(au, n, p[1], u);", "to_up.add(au, n, p[0], u);", plain),
+    ("forward", "to_gate.add(ag, n, scale[0], z);", "to_gate.add(au, n, scale[0], z);", plain),
+    ("forward", "to_up.add(au, n, scale[1], u);", "to_up.add(au, n, scale[0], u);", plain),
     ("forward", "to_up(bu,", "to_up(bg,", plain),
-    ("forward", "u0 + row + at.up", "g0 + row + at.up", plain),
-    ("forward", "u0 + row + at.up", "u0 + row + at.gate", joined),
+    ("forward", "u0 + next * at.width", "g0 + next * at.width", plain),
+    ("forward", "at.channel + at.up, whole", "at.channel + at.gate, whole", joined),
     ("forward", "out[j] = phi * v;", "out[j] = slope * v;", plain),
     ("forward", "out[j] = phi * v;", "out[j] = phi * u[j];", activation("swiglu_output_clamped")),
-    ("forward", "&& w[n] > 0.0f", "", None),
-    ("forward", "response[j] += w[n] *", "response[j] += w[start] *", plain),
+    ("forward", "&& weight > 0.0f", "", None),
+    ("forward", "STATISTIC > 0 ? w[n] : 0.0f", "STATISTIC > 0 ? w[start] : 0.0f", plain),
     (
         "forward",
         "metal::abs(STATISTIC == 2 ? slope * v : slope)",
@@ -94,15 +104,15 @@ MUTANTS = [
         plain,
     ),
     ("forward", "STATISTIC == 2 ? slope * v : slope", "STATISTIC == 2 ? slope * phi : slope", sensitivity),
-    ("forward", "CLOSED ? z[j] >= p[2] : z[j] > p[2]", "z[j] >= p[2]", open_boundary),
-    ("forward", "z[j] >= p[3]", "z[j] >= p[2]", plain),
+    ("forward", "CLOSED ? z[j] >= boundary[0] : z[j] > boundary[0]", "z[j] >= boundary[0]", open_boundary),
+    ("forward", "z[j] >= boundary[1]", "z[j] >= boundary[0]", plain),
     ("forward", "(z[j] - before[j]) * frozen * v", "(z[j] - before[j]) * frozen", plain),
     ("forward", "GATE::selection(before[j])", "GATE::selection(z[j])", plain),
-    ("forward", "load4<T>(z0 + row + at.gate", "load4<T>(g0 + row + at.gate", product_outside),
+    ("forward", "load4<T>(z0 + size_t(n)", "load4<T>(g0 + size_t(n)", product_outside),
     (
         "forward",
-        "size_t(n) * at.features + at.channel, at.whole",
-        "size_t(n) * at.features + at.channel + 1, at.whole",
+        "size_t(n) * at.features + at.channel, whole",
+        "size_t(n) * at.features + at.channel + 1, whole",
         plain,
     ),
     ("forward", "to + 2 * plane", "to + plane", plain),
@@ -110,12 +120,17 @@ MUTANTS = [
     ("forward", "tiles[3 * tile] : 0", "tiles[3 * tile] / 2 : 0", with_experts),
     ("forward", "tiles[3 * tile + 1] :", "tiles[3 * tile + 1] + 1 :", with_experts),
     ("forward", "at.channel == 0 && tile == 0", "false", without_statistics),
+    ("forward", "metal::min(n + AHEAD, last)", "n + AHEAD", plain),
+    ("forward", "metal::min(n + AHEAD, last)", "metal::min(n + 1, last)", plain),
+    ("forward", "metal::min(start + i, last)", "start + i", one_row),
+    ("forward", "metal::min(start + i, last)", "metal::min(start, last)", plain),
+    ("forward", "if (n >= stop) continue;", "if (n > stop) continue;", one_row),
     # backward
     ("backward", "metal::min(rows, (tile + 1) * TILE)", "(tile + 1) * TILE", plain),
     ("backward", "metal::min(rows, (tile + 1) * TILE)", "metal::min(rows - 1, (tile + 1) * TILE)", plain),
     ("backward", "tile * TILE;", "tile * TILE + (tile > 0);", plain),
-    ("backward", "to_gate.add(ag, n, p[0], z);", "to_gate.add(ag, n, 1.0f, z);", plain),
-    ("backward", "to_up.add(au, n, p[1], u);", "", plain),
+    ("backward", "to_gate.add(ag, n, scale[0], z);", "to_gate.add(ag, n, 1.0f, z);", plain),
+    ("backward", "to_up.add(au, n, scale[1], u);", "", plain),
     ("backward", "to_gate(bg,", "to_gate(bu,", plain),
     ("backward", "to_z[j] = g[j] * v * slope;", "to_z[j] = g[j] * v * phi;", plain),
     ("backward", "to_z[j] = g[j] * v * slope;", "to_z[j] = g[j] * slope;", plain),
@@ -126,13 +141,20 @@ MUTANTS = [
         activation("swiglu_output_clamped"),
     ),
     ("backward", "to_u[j] = g[j] * phi * up_slope;", "to_u[j] = g[j] * slope * up_slope;", plain),
-    ("backward", "dh + size_t(n) * at.features", "dh + size_t(n) * at.width", joined),
+    ("backward", "dh + next * at.features", "dh + next * at.width", joined),
     ("backward", "HALVES == 0 ? size_t(rows) * at.features : 0", "0", plain),
     ("backward", "d + apart + row + at.up", "d + apart + row + at.gate", joined),
-    ("backward", "d + row + at.gate, at.whole", "d + row + at.gate, true", plain),
+    ("backward", "d + row + at.gate, whole", "d + row + at.gate, true", plain),
     ("backward", "tiles[3 * tile] : 0", "0 : 0", with_experts),
+    ("backward", "metal::min(n + AHEAD, last)", "n + AHEAD", plain),
+    ("backward", "metal::min(n + AHEAD, last)", "metal::min(n + 1, last)", plain),
+    ("backward", "metal::min(start + i, last)", "start + i", one_row),
+    ("backward", "if (n >= stop) continue;", "if (n > stop) continue;", one_row),
     # both
-    ("common", "k < RANK; ++k) {\n      const float a", "k < RANK - 1; ++k) {\n      const float a", plain),
+    ("common", "k + i >= RANK", "k + i >= RANK - 1", plain),
+    ("common", "RANK % 4 == 0, RANK - k", "true, RANK - k", rank_six),
+    ("common", "RANK % 4 == 0, RANK - k", "false, 4", rank_six),
+    ("common", "count > 2 ? p[2] : zero", "zero", plain),
     ("common", "size_t(row) * RANK + k", "size_t(row) * RANK + RANK - 1 - k", plain),
     ("common", "size_t(k) * width + column", "size_t(k) * width + column + 1", plain),
     (
@@ -152,7 +174,7 @@ MUTANTS = [
         "slope = s;\n    return z * s;\n  }\n};\n\n// exp(-z^2",
         plain,
     ),
-    ("common", "v[j] = T(from[j])", "v[j] = T(from[j] * 0.9999f)", aligned),
+    ("common", "vec<T, 4>(T(from[0])", "vec<T, 4>(T(from[0] * 0.9999f)", aligned),
     # activations
     ("common", "density * (m + z) : 1.0f", "density * m : 1.0f", activation("gelu")),
     ("common", "z * (z < 0.0f ? density * m :", "z * (z > 0.0f ? density * m :", activation("gelu")),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nalora_mlx.ops.kernels import fused
 from tests.msl import translate
 from tests.msl.lane import check_address_spaces, require, trace
 from tests.msl.planted import caught, double, random
@@ -41,6 +42,16 @@ REJECTED = [  # header, statement of a kernel, expected message
         "y[i] = x[i];",
         "must be declared in the kernel itself",
     ),
+    (
+        "struct Box {\n  float a;\n  float twice() const { return 2.0f * a; }\n};\n",
+        "y[i] = x[i];",
+        "kernel.metal:3: a member function needs an address space after its parameters: `float twice",
+    ),
+    (
+        "struct Box {\n  float a;\n  Box(float x) : a(x) {}\n};\n",
+        "y[i] = x[i];",
+        "3: a member function needs an address space",
+    ),
     ("", "y[i] = metal::exp(bfloat(x[i]));", "no matching function"),
     ("", "y[i] = metal::min(i, 3);", "no matching function"),
     ("", "float a; y[i] = T(a);", "uninitialized"),
@@ -63,7 +74,14 @@ using Four = vec<float, 4>;
 namespace inner {
 struct Pair {
   float a = 1.0f, b = 2.0f;
-  float sum() const { return a * b + a; }
+  float sum() const thread { return a * b + a; }
+  Pair(float x, float y = float(1)) thread : a(x), b(y) {}
+  thread float& operator[](int i) thread { return i == 0 ? a : b; }
+  static float zero() { return 0.0f; }
+  friend bool same(Pair a, Pair b) { return a.a == b.a; }
+  float last = metal::max(1.0f, 2.0f);
+  alignas(16) float aligned;
+  float list[2 > 1 ? 2 : 1];
 };
 inline bool operator==(Pair a, Pair b) { return a.a == b.a; }
 template <typename T, int N = 2>
@@ -125,3 +143,32 @@ def test_correct_use_of_every_address_space():
     require("spaces")
     (kernel,) = trace(double(ALL_SPACES, header=LOAD, grid=(4, 1, 1)), random(45))
     assert check_address_spaces(kernel.source) == ""
+
+
+BARE_MEMBERS = [
+    "float twice(float x) { return 2.0f * x; }",
+    "template <typename U> FUNCTION U twice(U x = U(1)) const { return 2 * x; }",
+    "Box() = default;",
+    "float nested(float x = metal::max(1.0f, float(2)), float y = 0.0f) const { return x; }",
+    "Box(thread const Box& other) : a(other.a) {}",
+    "float operator()(float x) const { return x; }",
+    "bool operator==(Box other) const { return a == other.a; }",
+    "PLAIN_UP\n  CLAMPED(1, 2.0f)\n  float twice() { return 2.0f * a; }",
+    "float declared(float x) const;",
+    "struct Inner { float b; float get() const { return b; } };",
+]
+
+
+@pytest.mark.parametrize("member", BARE_MEMBERS)
+def test_members_without_an_address_space(member):
+    text = f"template <typename T>\nstruct Box {{\n  float a;\n  {member}\n}};\n"
+    (found,) = translate.violations(text)
+    assert "a member function needs an address space after its parameters" in found
+
+
+def test_members_of_the_kernels_have_an_address_space():
+    """Without the qualifiers, the rule finds the constructors and the member function of the kernels' header."""
+    header = fused.source("metal/common.metal")
+    assert translate.violations(header) == []
+    assert len(translate.violations(header.replace(") thread {", ") {"))) == 2
+    assert len(translate.violations(header.replace(") const thread {", ") const {"))) == 1

@@ -1,6 +1,8 @@
 """The kernel sources: address spaces, sanitizers, inexact functions, CUDA, and their place in an installed wheel."""
 
+import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,9 @@ import pytest
 from nalora_mlx.ops.activations import ACTIVATIONS
 from nalora_mlx.ops.kernels import fused
 
-from . import lane
+from . import lane, translate
+from .build import compiled
+from .kernel import widened
 from .test_gated_residual import EXACT, full, operands
 
 ROOT = Path(__file__).parents[2]
@@ -169,8 +173,8 @@ def test_wheel_contains_the_kernels(tmp_path):
 # --- CUDA -----------------------------------------------------------------------------------------------------
 
 SIGNATURE = """
-template <typename T, typename L, int RANK, int TILE, int HALVES, bool EXPERTS, int STATISTIC, int BOUNDARIES,
-          bool CLOSED, bool DIAGNOSE>
+template <typename T, typename L, int RANK, int TILE, int AHEAD, int HALVES, bool EXPERTS, int STATISTIC,
+          int BOUNDARIES, bool CLOSED, bool DIAGNOSE>
 __global__ void {name}(const T* g0, const T* u0, const T* z0, const L* ag, const L* au, const L* bg, const L* bu,
                        const float* w, const float* p, const int* tiles, const T* dh, const int* g0_shape, T* h,
                        float* sums, T* d) {{
@@ -187,7 +191,7 @@ def cuda_text(directions, activation, t, low, rank, layout, experts):
         fused.source(f"metal/{name}.metal").replace("device ", "") for name in ("common", *directions)
     )
     text = fused.source("cuda/prelude.cuh") + common + f"\ntypedef {activation} GATE;\n"
-    types = f"{t}, {low}, {rank}, {fused.TILE}, {layout}, {experts}, 2, 2, true, true"
+    types = f"{t}, {low}, {rank}, {fused.TILE}, {fused.AHEAD}, {layout}, {experts}, 2, 2, true, true"
     for name, body in zip(directions, bodies, strict=True):
         text += SIGNATURE.format(name=name, body=body, types=types, t=t, l=low)
     return text
@@ -210,3 +214,52 @@ def test_cuda_compiles(tmp_path, sample):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "kernels.ptx").read_text().count(".entry") == 2
+
+
+def cuda_program(kernel):
+    """Return C++ text that runs the CUDA form of a kernel that was traced for Metal, over its whole grid."""
+    source = kernel.source.replace("device ", "").replace("constant ", "")
+    text, _, instance = source.rpartition("template [[host_name")
+    text = re.sub(r",\n  uint3 \w+ \[\[\w+\]\]", "", text)  # in CUDA, positions of threads are no parameters
+    text = re.sub(r" ?\[\[.*?\]\] ?", "", text)
+    _, parameters = translate.signature(source)
+    buffers = [parameter for parameter in parameters if parameter.attribute.startswith("buffer")]
+    arguments = [f"static_cast<{buffer.type}>(buffers[{i}])" for i, buffer in enumerate(buffers)]
+    (x, y, _), (width, _, _) = kernel.grid, kernel.threadgroup
+    call = f"{re.search(r'decltype[(](.*)[)] ', instance)[1]}({', '.join(arguments)})"
+    prelude = re.sub(r"#include <.*>", "", fused.source("cuda/prelude.cuh"))
+    return "\n".join(
+        [
+            '#include "cuda_shim.h"',
+            prelude,
+            "typedef __half float16_t;\ntypedef __nv_bfloat16 bfloat16_t;",
+            text,
+            f'extern "C" void run(void** buffers) {{\n  for_each_thread({x}, {y}, {width}, [&] {{ {call}; }});\n}}\n',
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "layout", "experts"),
+    [
+        (mx.float32, 16, "separate", 0),
+        (mx.float16, 6, "gate first", 0),
+        (mx.bfloat16, 8, "up first", 3),
+        (mx.bfloat16, 0, "separate", 0),
+    ],
+    ids=str,
+)
+def test_cuda_kernels_compute_the_same(dtype, rank, layout, experts):
+    """The CUDA form of each kernel, compiled as C++ with its prelude, writes the same bits as the Metal form."""
+    lane.require("guarded")
+    variant = full(ACTIVATIONS["silu"], gate_up_layout=layout, experts=experts)
+    chosen = np.sort(np.arange(70) % experts) if experts else None
+    for features in (12, 11):
+        for kernel, inputs in traced(variant, *operands(variant, 70, features, rank, dtype, experts=chosen)):
+            flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing"]
+            program = ctypes.CDLL(str(compiled(cuda_program(kernel), flags, ".so")))
+            buffers = kernel.buffers(inputs)
+            program.run((ctypes.c_void_p * len(buffers))(*(buffer.array.ctypes.data for buffer in buffers)))
+            outputs = [buffer.array for buffer in buffers if buffer.is_output]
+            for got, spec, want in zip(outputs, kernel.outputs, kernel.run(inputs), strict=True):
+                np.testing.assert_array_equal(widened(got, spec.dtype), want)

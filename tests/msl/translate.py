@@ -12,7 +12,7 @@ LACKING = (
     r"\bdouble\b|\bstd\s*::|\b(?:goto|new|delete|noexcept|register|virtual|throw|try|catch|typeid|dynamic_cast"
     r"|thread_local)\b"
 )
-LAMBDA = r"\[\s*[&=]?\s*\]\s*\("
+LAMBDA = r"(?<!operator)\[\s*[&=]?\s*\]\s*\("
 POINTER_CAST = rf"\(\s*(?:const\s+)?{SPACES}\b[^()]*\*\s*\)"
 
 
@@ -108,7 +108,8 @@ def violations(source: str) -> list[str]:
     found += [(m, "declare one threadgroup variable per statement, without a value: `{}`") for m in left]
     outside = [m for at, m in shared.items() if at < text.find("[[kernel]]")]
     found += [(m, "a threadgroup variable must be declared in the kernel itself: `{}`") for m in outside]
-    rows = [(m.start(), message.format(m[0].strip())) for m, message in found] + program_variables(text)
+    rows = [(m.start(), message.format(m[0].strip())) for m, message in found]
+    rows += program_variables(text) + bare_members(text)
     return [f"kernel.metal:{text.count(chr(10), 0, at) + 1}: {message}" for at, message in sorted(rows)]
 
 
@@ -118,6 +119,43 @@ def bare_pointers(text: str) -> list[re.Match]:
     types = "|".join([NUMBER, r"vec\s*<[^<>]*>", *names])
     pattern = rf"(?:\b(?:const|{SPACES})\s+)*(?<!\w)(?:metal::)?(?:{types})(?:\s+const)?\s*[*&](?!&)"
     return [m for m in re.finditer(pattern, text) if not re.search(rf"\b{SPACES}\b", m[0])]
+
+
+def bare_members(text: str) -> list[tuple[int, str]]:
+    """Return position and message for member functions without an address space (generic in Metal 4.1)."""
+    return [
+        (at, f"a member function needs an address space after its parameters: `{' '.join(member.split())}`")
+        for kind in re.finditer(r"\b(?:struct|class|union)\b[^;{}()]*\{", text)
+        for at, member in members(text, kind.end())
+        if is_bare(member)
+    ]
+
+
+def is_bare(member: str) -> bool:
+    """Return whether the text of a member, without its body, declares a function without an address space."""
+    member = re.sub(r"\boperator\s*(?:\(\s*\)|[^\w\s(]+)", "operator", member)
+    while (shorter := re.sub(r"<[^<>()]*>", "", re.sub(r"\([^()]*\)", "@", member))) != member:
+        member = shorter
+    head = re.split(r"(?<!:):(?!:)", member)[0]  # without the initializers of a constructor
+    function = re.match(r"([^=]*?)\w+\s*@\s*(?:const\s*)?(?:=\s*\w+\s*)?$", head.lstrip())
+    return bool(function) and not re.search(r"\b(?:static|friend|using|typedef)\b", function[1])
+
+
+def members(text: str, start: int) -> list[tuple[int, str]]:
+    """Return position and text of the members of a type, without bodies, given where its own body starts."""
+    found, depth, at = [], 0, start
+    for i in range(start, len(text)):
+        if text[i] == "}":
+            depth -= 1
+            at = i + 1
+            if depth < 0:
+                break
+        elif text[i] in "{;":
+            if depth == 0:
+                found.append((at + len(text[at:i]) - len(text[at:i].lstrip()), text[at:i]))
+                at = i + 1
+            depth += text[i] == "{"
+    return found
 
 
 def program_variables(text: str) -> list[tuple[int, str]]:

@@ -9,9 +9,11 @@ from mlx_lm.models import llama
 from mlx_lm.models.base import create_causal_mask
 
 from nalora_mlx.adapters.forward_pass import recompute_activations
-from nalora_mlx.ops.attention import MIN_CHUNK_QUERIES, attention, lean_attention
+from nalora_mlx.ops.attention import attention, lean_attention
+from nalora_mlx.ops.device_sizes import SIZES
 from nalora_mlx.ops.fast_math import vectorized
 
+BLOCK = SIZES["cpu"].attention_queries
 MLX_ATTENTION = mx.fast.scaled_dot_product_attention
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -84,11 +86,11 @@ def masks(B, H, Lq, Lk):
 
 SHAPES = {
     "one chunk": (2, 2, 2, 17, 17, 8, 8),
-    "chunks": (2, 4, 4, 2 * MIN_CHUNK_QUERIES + 9, 2 * MIN_CHUNK_QUERIES + 9, 8, 8),
-    "grouped": (2, 6, 2, MIN_CHUNK_QUERIES + 1, MIN_CHUNK_QUERIES + 1, 16, 16),
-    "one key head, other values": (1, 4, 1, MIN_CHUNK_QUERIES + 5, MIN_CHUNK_QUERIES + 5, 8, 12),
-    "more keys": (1, 4, 2, MIN_CHUNK_QUERIES + 3, MIN_CHUNK_QUERIES + 50, 8, 8),
-    "fewer keys": (1, 4, 2, MIN_CHUNK_QUERIES + 50, 40, 8, 8),
+    "chunks": (2, 4, 4, 2 * BLOCK + 9, 2 * BLOCK + 9, 8, 8),
+    "grouped": (2, 6, 2, BLOCK + 1, BLOCK + 1, 16, 16),
+    "one key head, other values": (1, 4, 1, BLOCK + 5, BLOCK + 5, 8, 12),
+    "more keys": (1, 4, 2, BLOCK + 3, BLOCK + 50, 8, 8),
+    "fewer keys": (1, 4, 2, BLOCK + 50, 40, 8, 8),
     "one query": (2, 2, 1, 1, 30, 8, 8),
 }
 
@@ -202,7 +204,7 @@ WINDOWS = {"layer_types": ["sliding_attention", "full_attention", "sliding_atten
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("changes", [{}, WINDOWS], ids=["causal", "windows"])
 def test_gradients_of_a_model_stay_the_same(changes, checkpointed):
-    tokens = mx.random.randint(0, 64, (2, MIN_CHUNK_QUERIES + 30), key=mx.random.key(1))
+    tokens = mx.random.randint(0, 64, (2, BLOCK + 30), key=mx.random.key(1))
 
     def gradients(attend):
         model = tiny(**changes)
@@ -228,7 +230,7 @@ def test_gradients_of_a_model_stay_the_same(changes, checkpointed):
 
 @pytest.mark.parametrize(
     ("heads", "length", "mask"),
-    [(8, 512, "causal"), pytest.param(512, MIN_CHUNK_QUERIES, None, marks=pytest.mark.slow)],
+    [(8, 512, "causal"), pytest.param(512, BLOCK, None, marks=pytest.mark.slow)],
 )
 def test_scores_are_not_stored(heads, length, mask):
     """Peak memory grows by less than one array of scores per layer; with MLX's attention it grows by about one."""

@@ -11,14 +11,20 @@ from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.ops import cross_entropy
 from nalora_mlx.ops.cross_entropy import (
-    TILE_ROWS,
     cross_entropy_sum,
     gather_rows,
     tiled_cross_entropy_sum,
 )
+from nalora_mlx.ops.device_sizes import device_sizes, using_sizes
 from nalora_mlx.ops.fast_math import vectorized
 from nalora_mlx.training.loss import SupervisedLoss
-from tests.conftest import build_model, random_adapters
+from tests.conftest import build_model, random_adapters, set_sizes
+
+
+def set_columns(monkeypatch, columns):
+    """Let tiles have any number of columns."""
+    monkeypatch.setattr(cross_entropy, "COLUMN_MULTIPLE", 1)
+    set_sizes(monkeypatch, head_columns=columns)
 
 
 def make_inputs(count, width, vocabulary, size=1.0, seed=0):
@@ -39,11 +45,12 @@ def truth(hidden, weight, targets, weights):
     return (losses * weights).sum(), (logit_gradients @ weight.astype(np.float64)) * weights[:, None]
 
 
-def tiled_loss(weight, hidden, targets, weights, rows=TILE_ROWS, with_gradient=True):
+def tiled_loss(weight, hidden, targets, weights, rows=512, with_gradient=True):
     """Return the tiled loss of an output head without a bias."""
     logits_for = lambda h, entries: h @ weight[entries].T  # noqa: E731
     arrays = (mx.array(targets), mx.array(weights))
-    return tiled_cross_entropy_sum(logits_for, weight.shape[0], hidden, *arrays, rows, with_gradient)
+    with using_sizes(device_sizes()._replace(head_rows=rows)):
+        return tiled_cross_entropy_sum(logits_for, weight.shape[0], hidden, *arrays, with_gradient)
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["mlx exp", "vectorized exp"])
@@ -53,7 +60,7 @@ def tiled_loss(weight, hidden, targets, weights, rows=TILE_ROWS, with_gradient=T
 )
 @pytest.mark.parametrize("size", [0.01, 1.0, 30.0], ids=["flat", "typical", "confident"])
 def test_loss_and_gradient_match_float64(size, rows, columns, fast, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "TILE_COLUMNS", columns)
+    set_columns(monkeypatch, columns)
     hidden, weight, targets, weights = make_inputs(37, 16, 211, size)
     want, want_gradient = truth(hidden, weight, targets, weights)
     head = mx.array(weight)
@@ -118,7 +125,7 @@ def test_rows_without_weight_may_hold_nan():
 @pytest.mark.parametrize(("ahead", "most"), [(False, 8), (True, 18)], ids=["memory limit", "no limit"])
 def test_few_tiles_of_logits_are_live(compiled, with_gradient, ahead, most, monkeypatch):
     """MLX starts about ten operations ahead of time and allocates their outputs, unless a memory limit prevents it."""
-    monkeypatch.setattr(cross_entropy, "TILE_COLUMNS", 256)
+    set_columns(monkeypatch, 256)
     count, width, vocabulary, tile_rows = 1024, 8, 2048, 256
     hidden, weight, targets, weights = (mx.array(a) for a in make_inputs(count, width, vocabulary))
     mx.eval(hidden, weight, targets, weights)

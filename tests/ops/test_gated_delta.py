@@ -13,6 +13,7 @@ from nalora_mlx.ops.recurrence.chunks import (
     matrix_recurrence,
 )
 from nalora_mlx.ops.recurrence.gated_delta import gated_delta_rule
+from tests.conftest import set_sizes
 
 NAMES = ("y", "last state", "dq", "dk", "dv", "dlog_decay", "dbeta", "dstate")
 DECAYS = ("one per head", "one per channel")
@@ -83,8 +84,7 @@ def assert_equal(got, want, tolerance=1e-5, names=NAMES):
 
 
 def set_group_positions(monkeypatch, positions):
-    monkeypatch.setattr(chunks, "GROUP_POSITIONS", positions)
-    monkeypatch.setattr(chunks, "CHANNEL_GROUP_POSITIONS", positions)
+    set_sizes(monkeypatch, group_positions=positions)
 
 
 @pytest.mark.parametrize("decays", DECAYS)
@@ -197,7 +197,7 @@ def test_only_the_last_state_is_used():
 
 
 def test_memory_of_a_backward_is_that_of_one_group(monkeypatch):
-    monkeypatch.setattr(chunks, "GROUP_POSITIONS", 128)
+    set_sizes(monkeypatch, group_positions=128)
 
     def peak(T):
         arrays = [mx.array(x.astype(np.float32)) for x in make_inputs(1, T, 2, 4, 64, 64)]
@@ -372,7 +372,7 @@ def kernel(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_kernel_that_passes_its_check_is_used(kernel, dtype, monkeypatch):
-    monkeypatch.setattr(chunks, "GROUP_POSITIONS", 64)
+    set_sizes(monkeypatch, group_positions=64)
     inputs = make_inputs(B=1, T=90, Dv=8)
     calls = kernel(right)
     got = computed(inputs, dtype=dtype)

@@ -16,11 +16,11 @@ from mlx_lm.tuner.lora import LoRALinear
 from nalora_mlx import NALoRAConfig, adapt
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.ops.activations import ACTIVATIONS
-from nalora_mlx.ops.kernels import backend, reference, selfcheck
+from nalora_mlx.ops.kernels import backend, selfcheck
 from nalora_mlx.ops.kernels.fused import GATE_UP_LAYOUTS, Variant
 from nalora_mlx.ops.kernels.gated_residual import gated_residual
 from nalora_mlx.ops.kernels.low_rank import LowRank
-from tests.conftest import build_model
+from tests.conftest import build_model, set_sizes
 from tests.float64_reference import FAMILIES, TRUTH
 
 PHI = {name: (row, TRUTH[name][0], lambda u: u) for name, row in ACTIVATIONS.items()} | FAMILIES
@@ -67,7 +67,7 @@ def numeric_gradient(f, arrays, index, entries, step=1e-6):
 @pytest.mark.parametrize("chunk", [1, 1 << 20], ids=["chunks", "whole"])
 @pytest.mark.parametrize("name", sorted(PHI))
 def test_value_and_gradients_match_float64(monkeypatch, name, chunk):
-    monkeypatch.setattr(reference, "CHUNK_BYTES", chunk * 4 * 12 * 5)  # five rows at a time
+    set_sizes(monkeypatch, chunk_bytes=chunk * 4 * 12 * 5)  # five rows at a time
     row, phi, up = PHI[name]
     variant = Variant(row, statistic="derivative")
     projections, weights, dh = make_inputs(variant)
@@ -188,7 +188,7 @@ def test_chunked_results_are_the_same(monkeypatch, layout, experts):
     run, arrays = as_function(variant, projections, weights)
     results = []
     for size in (1 << 20, 4 * 12 * 5):
-        monkeypatch.setattr(reference, "CHUNK_BYTES", size)
+        set_sizes(monkeypatch, chunk_bytes=size)
         h, statistics = run(*arrays)
         gradients = mx.vjp(lambda *a: run(*a)[0], arrays, [dh])[1]
         results.append([h, *(statistics[name] for name in sorted(statistics)), *gradients])
@@ -267,7 +267,7 @@ def loss_of(model, forward):
 @pytest.mark.parametrize("way", ["eager", "compiled", "checkpointed", "both"])
 def test_gradients_under_compile_and_checkpoint(monkeypatch, way, chunk):
     """Compare gradients of all parameters and of x with mlx-lm's LoRA, eager and without checkpointing."""
-    monkeypatch.setattr(reference, "CHUNK_BYTES", chunk)
+    set_sizes(monkeypatch, chunk_bytes=chunk)
     x, dy = mx.random.normal((2, 9, 24)), mx.random.normal((2, 9, 24))
     theirs, ours = build(theirs=True), build()
     want = loss_of(theirs, theirs)(theirs.trainable_parameters(), x, dy)
@@ -313,7 +313,7 @@ def test_less_memory_than_mlx_lm():
 
 def test_runs_in_another_thread(monkeypatch):
     """An MLX stream belongs to one thread. Chunks in another thread, as in a server, need their own streams."""
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 4 * 12 * 5)
+    set_sizes(monkeypatch, chunk_bytes=4 * 12 * 5)
     variant = Variant(ACTIVATIONS["silu"])
     projections, weights, _ = make_inputs(variant)
     want = np.array(gated_residual(variant, projections, weights)[0])

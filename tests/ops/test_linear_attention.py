@@ -10,6 +10,7 @@ from mlx_lm.models.ssm import ssm_attn
 
 from nalora_mlx.ops.recurrence import chunks
 from nalora_mlx.ops.recurrence.linear_attention import linear_attention, state_space_duality
+from tests.conftest import set_sizes
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: see CONTRIBUTING.md")
 
@@ -85,7 +86,7 @@ def assert_close(got, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("tokens", [1, 7, 63, 64, 65, 1000])
 def test_outputs_state_and_gradients_are_those_of_the_loop(tokens, monkeypatch):
-    monkeypatch.setattr(chunks, "GROUP_POSITIONS", 500)  # three groups of 1000 tokens
+    set_sizes(monkeypatch, group_positions=500)  # three groups of 1000 tokens
     inputs = random_inputs(2, tokens)
     expected, expected_gradients = loop_and_gradients(inputs)
     outputs, gradients = outputs_and_gradients(chunked, float32(inputs))
@@ -94,7 +95,7 @@ def test_outputs_state_and_gradients_are_those_of_the_loop(tokens, monkeypatch):
 
 
 def test_extreme_decays(monkeypatch):
-    monkeypatch.setattr(chunks, "GROUP_POSITIONS", 128)
+    set_sizes(monkeypatch, group_positions=128)
     inputs = random_inputs(1, 300)
     values = [-1e-3, 0.0, -15.0, -88.0, -104.0, -1e30, -np.inf]
     chance = [0.5, 0.3, 0.12, 0.02, 0.02, 0.02, 0.02]
@@ -134,7 +135,7 @@ def test_bfloat16():
 
 def test_packed_rows_are_rows_alone(monkeypatch):
     """Neither outputs nor gradients depend on other rows."""
-    monkeypatch.setattr(chunks, "GROUP_POSITIONS", 128)
+    set_sizes(monkeypatch, group_positions=128)
     ends = [0, 5, 69, 70, 140, 200]
     q, k, v, log_decay, state, beta = float32(random_inputs(1, ends[-1]))
     starts = mx.array(np.isin(np.arange(ends[-1]), ends))[None]
@@ -169,7 +170,7 @@ def test_a_given_state_ends_at_a_start():
 @pytest.mark.parametrize("wrap", [mx.compile, mx.checkpoint], ids=["compiled", "checkpointed"])
 def test_compiled_or_checkpointed(wrap, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK", 2)  # few sizes of blocks, or compiling takes long
-    monkeypatch.setattr(chunks, "GROUP_POSITIONS", 4)
+    set_sizes(monkeypatch, group_positions=4)
     inputs = float32(random_inputs(1, 7))
     expected, expected_gradients = outputs_and_gradients(chunked, inputs)
     if wrap is mx.compile:

@@ -9,6 +9,7 @@ from mlx_lm.models.rwkv7 import _wkv7_step_ops
 
 from nalora_mlx.ops.recurrence import chunks
 from nalora_mlx.ops.recurrence.rwkv7 import rwkv7
+from tests.conftest import set_sizes
 from tests.ops.test_linear_attention import assert_close, float32, outputs_and_gradients, weights
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: see CONTRIBUTING.md")
@@ -50,7 +51,7 @@ def loop_and_gradients(inputs):
 
 @pytest.mark.parametrize("tokens", [1, 7, 63, 64, 65, 1000])
 def test_outputs_state_and_gradients_are_those_of_the_loop(tokens, monkeypatch):
-    monkeypatch.setattr(chunks, "CHANNEL_GROUP_POSITIONS", 500)  # several groups of 1000 tokens
+    set_sizes(monkeypatch, group_positions=334)  # several groups of 1000 tokens
     inputs = random_inputs(2, tokens)
     expected, expected_gradients = loop_and_gradients(inputs)
     outputs, gradients = outputs_and_gradients(rwkv7, float32(inputs))
@@ -59,7 +60,7 @@ def test_outputs_state_and_gradients_are_those_of_the_loop(tokens, monkeypatch):
 
 
 def test_extreme_decays(monkeypatch):
-    monkeypatch.setattr(chunks, "CHANNEL_GROUP_POSITIONS", 128)
+    set_sizes(monkeypatch, group_positions=86)
     inputs = random_inputs(1, 300)
     values = [-1e-3, 0.0, -15.0, -88.0, -104.0, -1e30, -np.inf]
     chance = [0.5, 0.3, 0.12, 0.02, 0.02, 0.02, 0.02]
@@ -99,7 +100,7 @@ def test_bfloat16():
 
 def test_packed_rows_are_rows_alone(monkeypatch):
     """Neither outputs nor gradients depend on other rows."""
-    monkeypatch.setattr(chunks, "CHANNEL_GROUP_POSITIONS", 128)
+    set_sizes(monkeypatch, group_positions=86)
     ends = [0, 5, 69, 70, 140, 200]
     *arrays, state = float32(random_inputs(1, ends[-1]))
     starts = mx.array(np.isin(np.arange(ends[-1]), ends))[None]
@@ -123,7 +124,7 @@ def test_packed_rows_are_rows_alone(monkeypatch):
 @pytest.mark.parametrize("wrap", [mx.compile, mx.checkpoint], ids=["compiled", "checkpointed"])
 def test_compiled_or_checkpointed(wrap, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK", 2)  # few sizes of blocks, or compiling takes long
-    monkeypatch.setattr(chunks, "CHANNEL_GROUP_POSITIONS", 4)
+    set_sizes(monkeypatch, group_positions=3)
     inputs = float32(random_inputs(1, 7))
     expected, expected_gradients = outputs_and_gradients(rwkv7, inputs)
     if wrap is mx.compile:

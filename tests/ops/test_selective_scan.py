@@ -7,8 +7,8 @@ import pytest
 from mlx_lm.models import jamba, mamba
 
 from nalora_mlx.ops import fast_math
-from nalora_mlx.ops.recurrence import selective_scan as module
 from nalora_mlx.ops.recurrence.selective_scan import selective_scan
+from tests.conftest import set_sizes
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: see CONTRIBUTING.md")
 
@@ -87,7 +87,7 @@ def groups(request, monkeypatch):
     """Let a group have all tokens, 50 of two rows, or 3."""
     elements = {"groups": 100 * E * N, "short groups": 6 * E * N}
     if request.param in elements:
-        monkeypatch.setattr(module, "GROUP_ELEMENTS", elements[request.param])
+        set_sizes(monkeypatch, scan_elements=elements[request.param])
 
 
 @pytest.mark.parametrize("T", [1, 7, 63, 64, 65])
@@ -97,7 +97,7 @@ def test_scan_equals_loop_in_float64(T, groups):
 
 
 def test_long_sequence_equals_loop_in_float64(monkeypatch):
-    monkeypatch.setattr(module, "GROUP_ELEMENTS", 600 * E * N)
+    set_sizes(monkeypatch, scan_elements=600 * E * N)
     inputs = make_inputs(T=1000)
     assert_equal(computed(inputs), exact(inputs))
 
@@ -196,7 +196,7 @@ def test_no_gradient_crosses_a_start(groups):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_compiled_and_checkpointed(compiled, recompute, monkeypatch):
-    monkeypatch.setattr(module, "GROUP_ELEMENTS", 32 * E * N)
+    set_sizes(monkeypatch, scan_elements=32 * E * N)
     inputs = make_inputs(T=40)
     starts = np.random.default_rng(3).uniform(size=(2, 40)) < 0.08
     got = computed(inputs, starts, wrap=mx.compile if compiled else lambda f: f, recompute=recompute)
@@ -265,7 +265,7 @@ def test_the_graph_grows_by_less_than_one_node_per_token(tmp_path):
 
 def test_memory_grows_by_inputs_and_gradients_only(monkeypatch):
     """The states of all tokens would be as large as 16 inputs."""
-    monkeypatch.setattr(module, "GROUP_ELEMENTS", 64 * 256 * 16)
+    set_sizes(monkeypatch, scan_elements=64 * 256 * 16)
 
     def peak(T):
         mx.random.seed(0)

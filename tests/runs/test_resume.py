@@ -49,7 +49,21 @@ def start_run(
     )
     defaults = {"iters": 9, "batch_size": 3, "steps_per_report": 2, "steps_per_eval": 3, "save_every": 4}
     config = TrainingConfig(**(defaults | settings))
-    done, notices = [], []
+    notices, reached = [], 0
+
+    def listen(event):
+        nonlocal reached
+        if event["event"] == "start":
+            reached = event["done"] - config.grad_accumulation_steps
+        if event["event"] == "notice":
+            notices.append(event["text"])
+
+    def stop():
+        """Count: asked before the first update, and once for each."""
+        nonlocal reached
+        reached += config.grad_accumulation_steps
+        return stop_at is not None and reached >= stop_at
+
     result = train(
         model,
         EXAMPLES if rows is None else rows,
@@ -57,14 +71,10 @@ def start_run(
         config,
         build() if build else optim.Adam(1e-2),
         output,
-        [
-            MetricsFile(output / "metrics.jsonl"),
-            lambda e: done.append(e.get("step", 0)),
-            lambda e: notices.append(e["text"]) if e["event"] == "notice" else None,
-        ],
+        [MetricsFile(output / "metrics.jsonl"), listen],
         resume=find_checkpoint(LATEST, output) if resume is LATEST else resume,
         resume_anyway=anyway,
-        stop=lambda: stop_at is not None and max(done, default=0) >= stop_at,
+        stop=stop,
     )
     return model, result, notices
 

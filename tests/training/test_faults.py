@@ -1,4 +1,4 @@
-"""Faults of a run: NaN, loss spikes, no progress, a full disk, running out of memory."""
+"""Faults of a run: NaN, loss spikes, no progress, a full disk."""
 
 import json
 import math
@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -31,7 +30,6 @@ from nalora_mlx.runs.loggers import reporters
 from nalora_mlx.runs.metrics import MetricsFile
 from nalora_mlx.runs.progress import SPIKE_HISTORY, Progress
 from nalora_mlx.runs.record import record
-from nalora_mlx.training.out_of_memory import remedy
 from nalora_mlx.training.step import TrainingStep
 from nalora_mlx.training.trainer import train
 from tests.conftest import VOCABULARY, build_examples, build_model, llama_args
@@ -116,9 +114,11 @@ def test_nan_gradients_and_weights_skip_the_update():
 
     def infinite_gradient(*arguments):
         value, gradients = inner(*arguments)
-        down_proj = gradients["model"]["layers"][1]["mlp"]["down_proj"]
-        down_proj["lora_b"] = down_proj["lora_b"].at[0, 0].add(math.inf)
-        return value, gradients
+        name = "model.layers.1.mlp.down_proj.lora_b"
+        stack, members = next(item for item in step.weights.stacks.members.items() if name in item[1])
+        parts = gradients[stack].reshape(len(members), -1)
+        parts = parts.at[members.index(name), 0].add(math.inf)
+        return value, gradients | {stack: parts.reshape(gradients[stack].shape)}
 
     def infinite_loss(*arguments):
         (weighted, (_, *rest)), gradients = inner(*arguments)
@@ -531,113 +531,13 @@ def test_metrics_that_could_not_be_written_are_written_later(tmp_path, monkeypat
     assert records[-1]["loss"] is None
 
 
-# --- out of memory ------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def command(model_directory, data_directory, output, *flags):
     where = ["--model", model_directory, "--data", data_directory, "--adapter-path", output]
     small = ["--batch-size", "2", "--iters", "4", "--val-batches", "1"]
     return ["lora", "--train", *map(str, where), *small, *map(str, flags)]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError(
-            "[metal::malloc] Attempting to allocate 48736917632 bytes which is greater than the maximum "
-            "allowed buffer size of 30150672384 bytes."
-        ),
-        RuntimeError("[malloc] Unable to allocate 123 bytes."),
-        RuntimeError(
-            "[METAL] Command buffer execution failed: Insufficient Memory (00000008:...OutOfMemory)"
-        ),
-        MemoryError(),
-    ],
-    ids=["metal", "malloc", "command buffer", "Python"],
-)
-def test_out_of_memory_is_one_line_with_the_flags_that_help(
-    error, model_directory, data_directory, tmp_path, monkeypatch, capsys
-):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(TrainingStep, "__call__", fail)
-    assert main(command(model_directory, data_directory, tmp_path / "a")) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("nalora lora: failed: out of memory (")
-    assert "try --batch-size 1 or --grad-checkpoint or --max-seq-length 1024 or --quantize 4" in line
-
-
-def test_out_of_memory_later_names_a_checkpoint_and_compatible_flags(
-    model_directory, data_directory, tmp_path, monkeypatch, capsys
-):
-    output = tmp_path / "a"
-    step, calls = TrainingStep.__call__, []
-
-    def fail(*arguments, **more):
-        calls.append(1)
-        if len(calls) == 4:
-            raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
-        return step(*arguments, **more)
-
-    monkeypatch.setattr(TrainingStep, "__call__", fail)
-    assert main(command(model_directory, data_directory, output, "--save-every", "1", "--iters", "6")) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    checkpoint = output / "checkpoints" / "step-0000003"
-    advice = "continue with --resume --resume-anyway and --batch-size 1 or --grad-checkpoint"
-    assert line.endswith(f"); {checkpoint} is complete: {advice}")
-    # The advice works. Once the settings cannot get smaller, it names the adapter instead.
-    flags = ["--resume", "--resume-anyway", "--batch-size", "1", "--grad-checkpoint", "--iters", "6"]
-    assert main(command(model_directory, data_directory, output, *flags)) == 0
-    calls[:] = [1] * 3
-    assert main(command(model_directory, data_directory, output, *flags[2:])) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--resume" not in line  # the previous run was moved aside, and this one has no checkpoint
-    assert "try --max-seq-length 1024 or --quantize 4" in line
-    calls[:] = [1] * 2
-    flags += ["--save-every", "1", "--max-seq-length", "200"]
-    assert main(command(model_directory, data_directory, output, *flags[2:])) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    checkpoint = output / "checkpoints" / "step-0000001"
-    assert line.endswith(
-        f"{checkpoint} is complete: start from its adapter with --resume-adapter-file {checkpoint} and --quantize 4"
-    )
-    monkeypatch.undo()
-    flags = ["--resume-adapter-file", checkpoint]
-    assert main(command(model_directory, data_directory, tmp_path / "b", *flags)) == 0
-
-
-def test_out_of_memory_advice_is_never_empty_and_quantizes_once():
-    small = RunConfig(batch_size=1, grad_checkpoint=True, max_seq_length=200, num_layers=4)
-    assert remedy(small, True, None) == "try a smaller --model"
-    assert remedy(small, False, None) == "try --quantize 4"
-    assert remedy(small, True, Path("x")).endswith("--resume-adapter-file x and a smaller --model")
-
-
-def test_out_of_memory_while_loading_the_model(
-    model_directory, data_directory, tmp_path, monkeypatch, capsys
-):
-    def fail(*_, **__):
-        raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
-
-    monkeypatch.setattr("mlx_lm.utils.load_model", fail)
-    assert main(command(model_directory, data_directory, tmp_path / "a")) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "out of memory while loading ([malloc] Unable to allocate 123 bytes.); use a smaller model" in line
-
-
-def test_other_errors_are_not_mistaken_for_out_of_memory(
-    model_directory, data_directory, tmp_path, monkeypatch, capsys
-):
-    def fail(*_):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(TrainingStep, "__call__", fail)
-    assert main(command(model_directory, data_directory, tmp_path / "a")) == 1
-    assert "shapes do not match (RuntimeError; --debug shows where)" in capsys.readouterr().err
-
-
-# --- the command --------------------------------------------------------------------------------------------
 
 
 def test_resume_continues_and_says_so(model_directory, data_directory, tmp_path, capsys):

@@ -4,7 +4,6 @@ import gc
 import math
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models import mixtral
 
-from nalora_mlx.adapters.attach import adapt
+from nalora_mlx.adapters.attach import adapt, adapt_dora
 from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core.config import NALoRAConfig, RunConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError
@@ -23,9 +22,11 @@ from nalora_mlx.core.trees import nbytes
 from nalora_mlx.data.batches import epoch_batches, row_shapes, training_batches
 from nalora_mlx.data.padding import PAD_TO
 from nalora_mlx.data.tokenization import Example
+from nalora_mlx.ops.device_sizes import device_sizes
 from nalora_mlx.training import memory_plan
 from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.last_good import LastGoodWeights
+from nalora_mlx.training.memory_bound import TILES, bound_from_graph, bound_from_shapes
 from nalora_mlx.training.memory_model import (
     BatchShape,
     PeakMemory,
@@ -33,7 +34,14 @@ from nalora_mlx.training.memory_model import (
     fit_coefficients,
     trial_shapes,
 )
-from nalora_mlx.training.memory_plan import Plan, largest_batch, memory_advice, plan, upper_bound_bytes
+from nalora_mlx.training.memory_plan import (
+    Plan,
+    largest_batch,
+    memory_advice,
+    plan,
+    planning_step,
+    upper_bound_bytes,
+)
 from nalora_mlx.training.step import TrainingStep, recomputed_layers
 from nalora_mlx.training.trainer import train
 from tests.adapters.test_miniatures import ZOO, load_module
@@ -55,6 +63,10 @@ def model(adapted=-1, layers=4, **method):
     adapt(built, NALoRAConfig(rank=4, num_layers=adapted, **method))
     mx.eval(built.parameters())
     return built
+
+
+def new_optimizer(_config):
+    return optim.Adam(1e-3)
 
 
 def rows(count, length, share=0.5):
@@ -111,10 +123,12 @@ def test_small_trials_predict_the_peak(name):
         profiler = PeakProfiler(step, recomputed_layers(built, config))
         kept = nbytes(built.trainable_parameters())
         predicted = profiler.profile(shape, safe=0).plus(kept).at(6, length)
-        del step
+        bound = upper_bound_bytes(step, shape, config)
+        del step, profiler
         peak = measured(built, examples, config)
         assert peak > 3 * mx.get_active_memory()  # otherwise the prediction would be easy
-        assert upper_bound_bytes(built, shape) > peak
+        assert bound_from_shapes(built, shape) > peak
+        assert peak < bound < 1.8 * peak
         if attempt == 2 or abs(predicted / peak - 1) <= ACCURACY:
             break
     assert predicted == pytest.approx(peak, rel=ACCURACY)
@@ -138,7 +152,7 @@ def test_the_peak_of_an_update_is_predicted(full):
     # On a busy machine MLX frees memory later, so the rest of a step takes almost as much as the update.
     assert predicted.needed == pytest.approx(predicted.peak.update, rel=0.06)
     assert predicted.peak.update > 6 * trained
-    assert predicted.needed == pytest.approx(peak, abs=0.5 * trained)
+    assert predicted.needed == pytest.approx(peak, abs=1.5 * trained)
 
 
 def test_checkpointing_more_layers_takes_less_memory():
@@ -176,7 +190,9 @@ def test_planning_changes_nothing():
         built = model(dropout=0.1)
         if planned:
             before = {name: np.array(array) for name, array in tree_flatten(built.parameters())}
-            assert memory_advice(built, examples, config, lambda: optim.Adam(1e-2))
+            advice = memory_advice(built, examples, config, lambda _: optim.Adam(1e-2))
+            assert advice.lines
+            assert advice.peak_bytes > nbytes(built.parameters())
             for name, array in tree_flatten(built.parameters()):
                 np.testing.assert_array_equal(np.array(array), before[name])
             assert not built.training
@@ -221,16 +237,16 @@ def test_the_coefficients_of_the_peak_are_recovered(parts, rows, length):
 def test_tiles_of_the_head_shrink_with_the_tokens():
     """Tiles of logits keep their share of the batch in every trial, and have their size back afterwards."""
     step = TrainingStep(model(), optim.Adam(1e-3), NALoRAConfig(), compiled=False)
-    loss, before, calls = step.loss, step.loss.rows, []
+    loss, before, calls = step.loss, device_sizes().head_rows, []
 
     class Recording(type(loss)):
         def __call__(self, inputs, *rest):
-            calls.append((inputs.size, self.rows))
+            calls.append((inputs.size, device_sizes().head_rows))
             return super().__call__(inputs, *rest)
 
     loss.__class__ = Recording
     PeakProfiler(step).profile(BatchShape(32, 256, 4096))
-    assert loss.rows == before > 64
+    assert device_sizes().head_rows == before > 64
     assert len({tokens for tokens, _ in calls}) >= 3
     assert calls == [(tokens, max(1, round(before * tokens / 8192))) for tokens, _ in calls]
     assert sum(tokens for tokens, _ in calls) < 8192
@@ -337,26 +353,112 @@ def test_what_is_advised_fits():
     assert all(peak > budget for peak in peaks(batch_size=remedies[0]["batch_size"] + 2))
 
 
-def test_a_run_that_surely_fits_is_not_measured(monkeypatch):
-    built, examples = model(), rows(8, 64)
-    monkeypatch.setattr(memory_plan, "plan", lambda *a: pytest.fail("measured a run that surely fits"))
-    assert memory_advice(built, examples, RunConfig(memory_budget=2**40), lambda: None) == []
-    monkeypatch.undo()
-    (advice,) = memory_advice(built, examples, RunConfig(memory_budget=2**20), lambda: optim.Adam(1e-3))
-    assert advice.startswith("note: memory: about ")
-    assert "budget 0.00 GB: does not fit; what would fit: " in advice
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Let a test fail if it measures a run."""
+    monkeypatch.setattr(memory_plan, "measure", lambda *a: pytest.fail("measured a run that surely fits"))
+    return monkeypatch
+
+
+def test_a_run_that_surely_fits_is_not_measured(unmeasured):
+    built, examples, config = model(), rows(8, 64), RunConfig(batch_size=8)
+    shape = largest_batch(examples, config)
+    from_shapes = bound_from_shapes(built, shape)
+    from_graph = upper_bound_bytes(planning_step(built, config, optim.Adam(1e-3)), shape, config)
+    assert from_graph < from_shapes / 2
+    generous, tight = (replace(config, memory_budget=int(b) + 1) for b in (from_shapes, from_graph))
+    assert memory_advice(built, examples, generous, lambda _: None) == ([], from_shapes)
+    assert memory_advice(built, examples, tight, new_optimizer) == ([], from_graph)
+    unmeasured.setattr(memory_plan, "device_kind", lambda: "metal")  # wires the peak, so it must be close
+    assert memory_advice(built, examples, generous, new_optimizer) == ([], from_graph)
+
+
+def test_a_run_that_may_not_fit_is_measured():
+    built, examples, trials = model(), rows(8, 64), []
+    config = RunConfig(memory_budget=2**20)
+    (line,), peak = memory_advice(built, examples, config, new_optimizer, progress=trials.append)
+    assert line.startswith("note: memory: about ")
+    assert "budget 0.00 GB: does not fit; what would fit: " in line
+    assert f"about {peak / 1e9:.2f} GB" in line
+    assert trials[0] == "an optimizer update"
+    assert "2 rows of 64 tokens" in trials
+    assert any(trial.startswith("with --grad-checkpoint, ") for trial in trials)
+
+
+def test_trials_that_take_long_are_left_out(monkeypatch):
+    """Only the batch itself and checkpointing can be left out. The lines say so."""
+    built, examples, trials = model(), rows(8, 64), []
+    config = RunConfig(batch_size=8, plan=True)
+
+    def advise():
+        trials.clear()
+        return memory_advice(built, examples, config, new_optimizer, progress=trials.append)
+
+    complete = advise()
+    assert "8 rows of 64 tokens" in trials
+    monkeypatch.setattr(memory_plan, "PATIENCE", 0)
+    lines, peak = advise()
+    assert "8 rows of 64 tokens" not in trials
+    assert not any("--grad-checkpoint" in line for line in (*trials, *lines))
+    assert lines[-1].startswith("note: some trials were left out")
+    assert peak == pytest.approx(complete.peak_bytes, rel=2 * ACCURACY)
 
 
 def test_a_run_that_needs_more_than_the_machine_has_is_refused(monkeypatch):
     built, examples = model(), rows(8, 64)
     monkeypatch.setattr(memory_plan, "machine_memory", lambda: 2**20)
-    new_optimizer = partial(optim.Adam, 1e-3)
     with pytest.raises(InputError, match=r"^memory: about .* does not fit; what would fit: "):
         memory_advice(built, examples, RunConfig(), new_optimizer)
-    assert memory_advice(built, examples, RunConfig(plan=True), new_optimizer)[-1].startswith(
-        "what would fit: "
-    )
-    assert memory_advice(built, examples, RunConfig(memory_budget=2**40), new_optimizer) == []
+    planned = memory_advice(built, examples, RunConfig(plan=True), new_optimizer)
+    assert planned.lines[-1].startswith("what would fit: ")
+    assert memory_advice(built, examples, RunConfig(memory_budget=2**40), new_optimizer).lines == []
+
+
+def hybrid(**sizes):
+    """Return a small Qwen3.5, most of whose layers are recurrent."""
+    module, config = load_module("qwen3_5"), deepcopy(ZOO["qwen3_5"].config)
+    config.get("text_config", config).update(sizes)
+    return module.Model(module.ModelArgs.from_dict(config))
+
+
+def experts():
+    """Return a small Mixtral."""
+    args = llama_args(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2, intermediate_size=256)
+    return build_model(module=mixtral, args=args)
+
+
+BOUNDED = {
+    "hybrid": (hybrid, adapt, {}),
+    "experts": (experts, adapt, {}),
+    "experts, recomputed": (experts, adapt, {"grad_checkpoint": True}),
+    "dora": (base_model, adapt_dora, {}),
+    "all weights": (base_model, lambda built, _: [layer.unfreeze() for layer in built.layers], {}),
+    "accumulated": (base_model, adapt, {"grad_accumulation_steps": 2}),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_the_bound_from_the_graph_is_above_the_peak(name):
+    """And not far above. Nothing is left behind in the model."""
+    build, attach, changes = BOUNDED[name]
+    built, config, shape = build(), TrainingConfig(**changes), BatchShape(4, 128, 256)
+    built.freeze()
+    plain = {"mask": "off", "step_scaling": False} if attach is adapt_dora else {}
+    attach(built, NALoRAConfig(num_layers=-1, rank=4, **plain))
+    mx.eval(built.parameters())
+    step = planning_step(built, config, optim.Adam(1e-3))
+    layers, accumulating = recomputed_layers(built, config), config.grad_accumulation_steps > 1
+    before = {name: np.array(array) for name, array in tree_flatten(built.parameters())}
+    drawn, training = mx.random.state[0].tolist(), built.training
+    bound = bound_from_graph(step, shape, layers, accumulating)
+    assert bound == pytest.approx(bound_from_graph(step, shape, layers, accumulating), rel=0.05)
+    assert mx.random.state[0].tolist() == drawn
+    assert built.training == training
+    for path, array in tree_flatten(built.parameters()):
+        np.testing.assert_array_equal(np.array(array), before[path])
+    gc.collect()
+    peak = PeakProfiler(step, layers, accumulating).profile(shape, safe=2**40).at(4, 128)
+    assert peak - mx.get_active_memory() + nbytes(built.parameters()) < bound < 2 * peak
 
 
 def test_the_largest_batch():
@@ -390,26 +492,24 @@ def test_the_upper_bound_counts_all_experts_of_a_token():
     args = llama_args(model_type="mixtral", num_local_experts=8, num_experts_per_tok=8, intermediate_size=256)
     built = build_model(module=mixtral, args=args)
     adapt(built, NALoRAConfig(num_layers=-1))
-    shape, head = BatchShape(8, 64, 16), 64 * memory_plan.TILE_BYTES
+    shape, head = BatchShape(8, 64, 16), TILES * 4 * device_sizes().head_elements
     step = TrainingStep(built, optim.Adam(1e-3), NALoRAConfig())
     peak = PeakProfiler(step).profile(shape, safe=2**40).at(8, 64)
-    assert peak < upper_bound_bytes(built, shape) - head
+    assert peak < bound_from_shapes(built, shape) - head
     built.args.num_experts_per_tok = 1
-    assert peak > upper_bound_bytes(built, shape) - head  # otherwise the check above could not fail
+    assert peak > bound_from_shapes(built, shape) - head  # otherwise the check above could not fail
 
 
 def test_recurrences_keep_their_share_of_the_peak():
     """Their temporary memory stops growing at one group of tokens, 512, which is the size of the largest trial."""
     sizes = {"linear_num_key_heads": 8, "linear_num_value_heads": 16}
     sizes |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "hidden_size": 128}
-    module, config = load_module("qwen3_5"), deepcopy(ZOO["qwen3_5"].config)
-    config.get("text_config", config).update(sizes)
-    hybrid = module.Model(module.ModelArgs.from_dict(config))
-    adapt(hybrid, NALoRAConfig(num_layers=-1, rank=4))
-    mx.eval(hybrid.parameters())
+    built = hybrid(**sizes)
+    adapt(built, NALoRAConfig(num_layers=-1, rank=4))
+    mx.eval(built.parameters())
     shape = BatchShape(1, 1024, 1000)
-    predicted = PeakProfiler(TrainingStep(hybrid, optim.Adam(1e-5))).profile(shape).at(1, 1024)
-    profiler = PeakProfiler(TrainingStep(hybrid, optim.Adam(1e-5)))
+    predicted = PeakProfiler(TrainingStep(built, optim.Adam(1e-5))).profile(shape).at(1, 1024)
+    profiler = PeakProfiler(TrainingStep(built, optim.Adam(1e-5)))
     with profiler._restoring_state():
         measured = profiler._measure(shape, shape, update=True)
     assert predicted == pytest.approx(measured, rel=ACCURACY)

@@ -25,7 +25,7 @@ from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.step import TrainingStep
 from nalora_mlx.training.trainer import train
-from tests.conftest import VOCABULARY, build_examples, build_model, random_adapters
+from tests.conftest import VOCABULARY, build_examples, build_model, random_adapters, set_sizes
 from tests.training.test_importance import reference as importance_reference
 
 OFF = {"mask": "off", "step_scaling": False}
@@ -309,9 +309,9 @@ def test_layers_without_misalignment_need_no_sum_over_workers():
     """With several workers, a sum over no arrays would raise an error."""
     model = adapted()
     step = TrainingStep(model, optim.Adam(1e-2), NALoRAConfig())
-    layers = step.importance["layers"]
-    for path, state in layers.items():
-        layers[path] = state._replace(misalignment=None)  # as for a plain sigmoid gate
+    stacks = step.state["importance"]["stacks"]
+    for stack, state in stacks.items():
+        stacks[stack] = state._replace(misalignment=None)  # as for a plain sigmoid gate
     step.workers = Workers(0, 2)
     measure_misalignment(step, batching.collate(build_examples(2), [0, 1]))
     assert all("misalignment" not in row for row in describe_layers(step).values())
@@ -331,13 +331,13 @@ def test_route_masks_only_the_gradient_of_lora_a():
         step = TrainingStep(
             model, optim.SGD(1.0), NALoRAConfig(**settings, route=route, beta=0.0), compiled=False
         )
-        layers = step.importance["layers"]
-        for path, state in layers.items():
-            layers[path] = state._replace(mask=mx.array(mask.astype(np.float32)))
+        layers = step.importance["layers"].items()
+        masked = {path: state._replace(mask=mx.array(mask.astype(np.float32))) for path, state in layers}
+        step.set_layers(masked)
         captured = {}
 
-        def capture(window, captured=captured):
-            captured.update({k: np.array(v) for k, v in tree_flatten(window.gradients)})
+        def capture(window, captured=captured, stacks=step.weights.stacks):
+            captured.update({k: np.array(v) for k, v in stacks.unstack(window.gradients).items()})
 
         step._update = capture
         step(batch, batch.supervised_tokens, None, True)
@@ -516,9 +516,9 @@ def test_logits_are_computed_in_tiles(monkeypatch):
     """The head runs on supervised positions only, in tiles of positions and of vocabulary entries."""
     from nalora_mlx.ops import cross_entropy
 
-    monkeypatch.setattr(cross_entropy, "TILE_COLUMNS", 7)
+    monkeypatch.setattr(cross_entropy, "COLUMN_MULTIPLE", 1)
+    set_sizes(monkeypatch, head_rows=16, head_columns=7)
     step = TrainingStep(adapted(), optim.SGD(1.0), compiled=False)
-    step.loss.rows = 16
     shapes, logits_for = [], step.loss.head.logits_for
 
     def recording(hidden, which):
@@ -529,7 +529,7 @@ def test_logits_are_computed_in_tiles(monkeypatch):
     batch = next(batching.training_batches(build_examples(40, low=30, high=40), 8, 0))
     step(batch, batch.supervised_tokens, None, True)
     assert max(rows for rows, _ in shapes) == 16
-    width = 2 * 7  # tiles are wider when they have few rows
+    width = 7
     assert {columns for _, columns in shapes} == {width, VOCABULARY % width, 16, shapes[-1][1]}
     scored = sum(rows for rows, columns in shapes if columns == VOCABULARY % width)
     # Each tile is computed for the loss and again for its gradient.
@@ -659,35 +659,3 @@ def test_the_importance_of_experts_follows_the_routing(length):
                 np.array(state.importance[expert]) / (1 - 0.9), expected, rtol=2e-5, atol=1e-6
             )
     assert idle > 0 or length > 7
-
-
-# --- memory between steps -----------------------------------------------------------------------------------
-
-
-def test_the_wired_limit_is_set_before_the_first_step(monkeypatch):
-    """To what the device recommends, before anything runs, as mlx-lm does. A CPU recommends nothing."""
-    calls = []
-    recommended = {**mx.device_info(), "max_recommended_working_set_size": 12345}
-    monkeypatch.setattr(mx, "device_info", lambda *_: recommended)
-    monkeypatch.setattr(mx, "set_wired_limit", lambda size: calls.append(size))
-    run(adapted(), build_examples(6), listeners=[lambda event: calls.append(event["event"])], iters=2)
-    assert calls[:2] == [12345, "start"]
-    assert calls.count(12345) == 1
-
-
-@pytest.mark.parametrize(("threshold", "keeps"), [(0, False), (10**12, True)])
-def test_the_cache_is_cleared_above_the_threshold(threshold, keeps):
-    cached = []
-    mx.clear_cache()
-    run(
-        adapted(),
-        build_examples(12),
-        listeners=[lambda event: cached.append(mx.get_cache_memory()) if event["event"] == "step" else None],
-        clear_cache_threshold=threshold,
-    )
-    mx.clear_cache()
-    assert len(cached) == 8
-    if keeps:
-        assert min(cached) > 10**5
-    else:
-        assert max(cached) < 10**4

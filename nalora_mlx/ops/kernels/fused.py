@@ -15,6 +15,7 @@ from nalora_mlx.ops.activations import Activation
 from nalora_mlx.ops.kernels.low_rank import LowRank
 
 TILE = 64  # rows per thread; B is read once per tile
+AHEAD = 2  # rows whose loads a thread has in flight; more hide more latency, but take registers
 CHANNELS = 4  # neighbouring channels per thread: one vector load
 THREADS = 64  # per threadgroup, along the channels
 MAX_RANK = 16  # at higher ranks the product inside the kernel would be compute-bound, see docs/kernels.md
@@ -204,6 +205,7 @@ def _call(
         ("L", operands.lows[0].dtype if operands.lows else mx.float32),
         ("RANK", rank),
         ("TILE", TILE),
+        ("AHEAD", AHEAD),
         ("HALVES", GATE_UP_LAYOUTS.index(variant.gate_up_layout)),
         ("EXPERTS", variant.experts > 0),
     ]

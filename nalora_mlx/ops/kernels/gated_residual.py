@@ -20,16 +20,14 @@ multiplied by the transform's derivative.
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import mlx.core as mx
 
+from nalora_mlx.ops.custom_function import custom_function
 from nalora_mlx.ops.kernels import fused, reference
 from nalora_mlx.ops.kernels.backend import REFERENCE, backend_for
 from nalora_mlx.ops.kernels.fused import Operands, Variant
 from nalora_mlx.ops.kernels.low_rank import LowRank
-
-_custom_function: Any = mx.custom_function  # typed as an object
 
 
 def gated_residual(
@@ -126,7 +124,7 @@ def run_reference(
             variant.experts,
         )
 
-    @_custom_function
+    @custom_function
     def operation(*outputs: mx.array) -> tuple[mx.array, ...]:
         def forward(chunk: slice) -> tuple[mx.array, list[mx.array]]:
             chunk_outputs = tuple(y[chunk] for y in outputs)
@@ -190,7 +188,7 @@ def run_kernel(
         bases = tuple(_flatten_rows(arrays[0]) for arrays in groups)
         return Operands(bases, tuple(map(_flatten_rows, lows)), tuple(bs), scales, z0, weights, tiles)
 
-    @_custom_function
+    @custom_function
     def operation(*primals: mx.array) -> tuple[mx.array, ...]:
         return fused.forward(backend, variant, operands(primals))
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from nalora_mlx.ops import activation_families
 from nalora_mlx.ops.activations import ACTIVATIONS
+from nalora_mlx.ops.device_sizes import device_kind
 from nalora_mlx.ops.kernels import fused
 from nalora_mlx.ops.kernels.backend import KernelKey
 from nalora_mlx.ops.kernels.fused import Operands, Variant
@@ -23,6 +24,15 @@ FAMILIES = (  # one member of each family that has a kernel
     activation_families.xielu(0.3, -0.7, 0.5, -1e-6),
 )
 ROWS, FEATURES = 4096, 8192  # of the arrays in the bandwidth test; far larger than a cache
+COMPILING = {"metal": "a few seconds", "cuda": "a minute or more"}
+
+
+def compile_notices() -> list[str]:
+    """Return what to say before the first training step: on a GPU, that it compiles kernels."""
+    duration = COMPILING.get(device_kind())
+    if duration is None:
+        return []
+    return [f"compiling kernels for this GPU before the first step: {duration} the first time"]
 
 
 def check_kernels(backend: str) -> Iterator[tuple[str, str | None]]:

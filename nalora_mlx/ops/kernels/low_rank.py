@@ -1,9 +1,11 @@
 """The low-rank update of one frozen projection, y = base + scale (x A) B, and its gradients."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
+
+from nalora_mlx.ops.custom_function import custom_function
 
 
 class LowRank(NamedTuple):
@@ -40,7 +42,7 @@ class LowRank(NamedTuple):
         """Return base + scale low B, [..., F], in the dtype of the base."""
         if self.low is None or self.b is None:
             return self.base
-        add: Any = mx.custom_function(self._add)
+        add = custom_function(self._add)
         add.vjp(lambda arrays, dy, _: (dy, *self.gradients(arrays[1:], dy, self.scale)))
         return add(self.base, *self.lora_arrays)
 
@@ -63,13 +65,14 @@ class LowRank(NamedTuple):
         low, b = arrays[:2]
         dy = dy.astype(low.dtype)
         # The product is linear, so this vjp evaluates no forward.
-        found = mx.vjp(self.product, [low, b], [dy])[1]
+        dlow, db = mx.vjp(self.product, [low, b], [dy])[1]
+        found = [*mx.depends([dlow], [db]), db]  # as in `project`
         if self.routed is not None and self.route is not None:
             # Masking B's columns gives the same result as masking dy, and B is smaller.
             mask = self.route if self.experts is None else self.route[:, :, None]
             masked_b = b * mask.astype(b.dtype)
             found += mx.vjp(lambda low: self.product(low, masked_b), [low], [dy])[1]
-        return tuple(scale * gradient for gradient in found)
+        return tuple(found) if scale == 1 else tuple(scale * gradient for gradient in found)
 
 
 def project(linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array) -> tuple[mx.array, mx.array]:
@@ -85,7 +88,7 @@ def project(linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array) ->
     Returns:
         linear(x) [..., F] and x A [..., r].
     """
-    function: Any = mx.custom_function(lambda x, a: (linear(x), x @ a))
+    function = custom_function(lambda x, a: (linear(x), x @ a))
 
     @function.vjp
     def _(primals, cotangents, _):
@@ -93,7 +96,10 @@ def project(linear: Callable[[mx.array], mx.array], x: mx.array, a: mx.array) ->
         dy, dlow = cotangents
         dx = mx.vjp(linear, [x], [dy])[1][0]
         rows = dlow.reshape(-1, a.shape[-1])
+        da = x.reshape(-1, x.shape[-1]).T @ rows
+        # Compute da before the backward goes on. It is needed only at the end, and x would be kept until then.
+        (rows,) = mx.depends([rows], [da])
         dx = mx.addmm(dx.reshape(-1, x.shape[-1]), rows, a.T)
-        return dx.reshape(x.shape), x.reshape(-1, x.shape[-1]).T @ rows
+        return dx.reshape(x.shape), da
 
     return function(x, a)

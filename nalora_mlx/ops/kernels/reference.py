@@ -13,10 +13,8 @@ from typing import TypeVar
 import mlx.core as mx
 
 from nalora_mlx.ops.activations import Activation
+from nalora_mlx.ops.device_sizes import device_sizes
 
-# Size of one float32 array of a chunk. Small compared with the whole array, but large enough for few chunks: each chunk
-# is compiled separately and takes about 0.2 MB of a graph.
-CHUNK_BYTES = 2 << 20
 MAX_STREAMS = 8
 
 Result = TypeVar("Result")
@@ -88,23 +86,26 @@ def statistics(
         z0 = z0.astype(mx.float32)
         frozen = activation.selection(z0)
         for change in ((z - z0) * frozen, z * (activation.selection(z) - frozen)):
-            sums.append(mx.where(w > 0, mx.abs(change * u) * w, 0).sum())
+            # Over rows first: the error of one float32 sum grows with the number of its terms.
+            sums.append(mx.where(w > 0, mx.abs(change * u) * w, 0).sum(axis=0).sum())
     return sums
 
 
 def map_row_chunks(function: Callable[[slice], Result], rows: int, features: int) -> list[Result]:
     """Call a function on chunks of rows, so that its temporaries stay small, and return its results in order.
 
-    On a GPU, there is one chunk of all rows, because MLX fuses the operations there. On a CPU, chunks take turns over
-    several streams, because one stream runs elementwise operations on one core only.
+    A chunk is small compared with the whole array, but large enough for few chunks: each is compiled separately and
+    takes about 0.2 MB of a graph. They take turns over several streams, because one stream of a CPU runs elementwise
+    operations on one core only. On a GPU, there is one chunk of all rows.
 
     Args:
         function: takes a slice of rows.
         rows: number of rows.
         features: elements per row.
     """
-    size = max(1, CHUNK_BYTES // (4 * features))
-    if size >= rows or mx.default_device() != mx.Device(mx.cpu):
+    chunk_bytes = device_sizes().chunk_bytes
+    size = rows if chunk_bytes is None else max(1, chunk_bytes // (4 * features))
+    if size >= rows:
         return [function(slice(0, rows))]
     if not hasattr(_local, "streams"):  # a stream belongs to the thread that created it
         _local.streams = [mx.new_stream(mx.cpu) for _ in range(min(MAX_STREAMS, os.cpu_count() or 1))]

@@ -1,11 +1,10 @@
 """Depthwise causal convolution that does not cross the boundaries of packed rows."""
 
 from functools import reduce
-from typing import Any
 
 import mlx.core as mx
 
-_custom: Any = mx.custom_function
+from nalora_mlx.ops.custom_function import custom_function
 
 
 def causal_convolution(
@@ -33,7 +32,7 @@ def causal_convolution(
         output_ids = segment_ids.astype(mx.int32)
         input_ids = mx.pad(output_ids, [(0, 0), (taps - 1, 0)], constant_values=-1)
 
-    @_custom
+    @custom_function
     def convolve(x: mx.array, weight: mx.array) -> mx.array:
         return _sum_of_products(x, weight, input_ids, output_ids)
 

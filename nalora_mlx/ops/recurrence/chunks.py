@@ -16,15 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.ops.recurrence.groups import group_share
+from nalora_mlx.ops.custom_function import custom_function
+from nalora_mlx.ops.device_sizes import device_sizes
 
 CHUNK = 64  # tokens; the work within chunks grows with it, that between chunks falls
-GROUP_POSITIONS = 512  # positions of a batch, B x tokens, computed at a time: the temporary memory of a layer
-CHANNEL_GROUP_POSITIONS = 768  # with decays of channels, whose products take more operations per group
 LOG_ZERO = -200.0  # the logarithm that stands for a decay of 0, because a sum of it and others stays finite
 SMALLEST = 1e-18  # decays below it count as 0; their products would be denormal, which is slow on a CPU
-
-_custom: Any = mx.custom_function
 
 
 def chunk_length(tokens: int) -> int:
@@ -48,18 +45,18 @@ def in_groups(
         arrays: inputs, [B, T, ...], of a float dtype.
         state: the state before the first token.
         shared: inputs that all groups need whole.
-        length: tokens of a group; as many chunks as fit in GROUP_POSITIONS if None.
-        decays_of_channels: use CHANNEL_GROUP_POSITIONS instead.
+        length: tokens of a group; as many chunks as the device's sizes allow if None.
+        decays_of_channels: allow half as many more, since their products take more operations per group.
 
     Returns:
         The output [B, T, ...] and the state after the last token.
     """
     batch, tokens = arrays[0].shape[:2]
     if length is None:
-        positions = CHANNEL_GROUP_POSITIONS if decays_of_channels else GROUP_POSITIONS
-        length = chunk_length(tokens) * max(
-            int(positions * group_share()) // (batch * chunk_length(tokens)), 1
-        )
+        positions = device_sizes().group_positions
+        if decays_of_channels:
+            positions = positions * 3 // 2
+        length = chunk_length(tokens) * max(positions // (batch * chunk_length(tokens)), 1)
     run = _recomputed(step)
     outputs: list[mx.array] = []
     for group in zip(*(_split(array, length) for array in arrays), strict=True):
@@ -75,7 +72,7 @@ def _recomputed(step: Callable[..., Any]) -> Callable[..., Any]:
     one of them is used. Otherwise MLX would follow the gradient of the state through all groups first, and hold the
     temporary arrays of all of them.
     """
-    recomputed = _custom(step)
+    recomputed = custom_function(step)
 
     @recomputed.vjp
     def _(primals, cotangents, outputs):
@@ -89,7 +86,9 @@ def _recomputed(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _split(x: mx.array, length: int) -> list[mx.array]:
     """Split [B, T, ...] into groups of tokens. The gradient is a concatenation; that of slices is a sum of as many."""
-    split = _custom(lambda x: [x[:, start : start + length] for start in range(0, x.shape[1], length)])
+    split = custom_function(
+        lambda x: [x[:, start : start + length] for start in range(0, x.shape[1], length)]
+    )
 
     @split.vjp
     def _(primals, cotangents, outputs):
@@ -156,7 +155,7 @@ def decayed_products(
         between = mx.where(i[:, None] > i[None, :], log_decay, 0)  # [..., t, j]
         visible = i[:, None] >= i[None, :] if diagonal else i[:, None] > i[None, :]
         return mx.where(visible, (x @ y.swapaxes(-1, -2)) * _products_of_decays(between), 0)
-    products = _custom(partial(_products_below, own_decay))
+    products = custom_function(partial(_products_below, own_decay))
     products.vjp(partial(_gradients_of_products_below, own_decay))
     below: mx.array = products(x, y, log_decay)
     return below + mx.eye(C) * mx.sum(x * y, axis=-1, keepdims=True) if diagonal else below
@@ -223,7 +222,7 @@ def _sum_like(x: mx.array, like: mx.array) -> mx.array:
     return mx.sum(x, axis=axes, keepdims=True).reshape(like.shape) if axes else x
 
 
-@_custom
+@custom_function
 def invert_unit_lower(lower: mx.array) -> mx.array:
     """Return (I + L)^-1, where L is what is below the diagonal of [..., C, C]; C is a power of two.
 
@@ -258,7 +257,7 @@ def _merge(diagonal: mx.array, below: mx.array) -> mx.array:
     return mx.concatenate([top, mx.concatenate([below, second], axis=-1)], axis=-2)
 
 
-@_custom
+@custom_function
 def matrix_recurrence(f: mx.array, z: mx.array, state: mx.array) -> list[mx.array]:
     """Compute S_{n+1} = F_n S_n + Z_n.
 
@@ -292,7 +291,7 @@ def _(primals, cotangents, outputs):
     return dz @ outputs[0].swapaxes(-1, -2), dz, d_state
 
 
-@_custom
+@custom_function
 def delta_recurrence(
     u: mx.array, w: mx.array, k: mx.array, decay: mx.array, state: mx.array
 ) -> list[mx.array]:

@@ -1,9 +1,8 @@
 """Linear attention with one decay per head, in chunks, for training. Mamba-2 is a special case."""
 
-from typing import Any
-
 import mlx.core as mx
 
+from nalora_mlx.ops.custom_function import custom_function
 from nalora_mlx.ops.recurrence.chunks import (
     LOG_ZERO,
     chunk_length,
@@ -131,10 +130,7 @@ def state_space_duality(
     return y.astype(hidden_states.dtype) + hidden_states * D[:, None], state
 
 
-_custom: Any = mx.custom_function
-
-
-@_custom
+@custom_function
 def decayed_sums(decay: mx.array, z: mx.array, state: mx.array) -> list[mx.array]:
     """Compute S_{n+1} = decay_n S_n + Z_n.
 

@@ -1,20 +1,17 @@
 """The selective scan of Mamba, in chunks, for training."""
 
 import math
-from typing import Any
 
 import mlx.core as mx
 
+from nalora_mlx.ops.custom_function import custom_function
+from nalora_mlx.ops.device_sizes import device_sizes
 from nalora_mlx.ops.fast_math import exp_nonpositive
 from nalora_mlx.ops.recurrence.chunks import in_groups
-from nalora_mlx.ops.recurrence.groups import group_share
 
 MAX_CHUNK = 16  # tokens; those of a chunk follow one another, and the chunks of a group run side by side
-GROUP_ELEMENTS = 2**25  # batch x tokens x E x N of a group; some five arrays of this size are live at once
 SLOWEST = -1e-25  # the rate that stands for 0, so that a step of RESET decays every state to 0
 RESET = 1e30
-
-_custom: Any = mx.custom_function
 
 
 def selective_scan(
@@ -50,7 +47,7 @@ def selective_scan(
     Source: Mamba (arXiv 2312.00752), section 3.
     """
     (batch, T, E), N = x.shape, A.shape[1]
-    length = max(int(GROUP_ELEMENTS * group_share()) // (batch * E * N), 1)
+    length = max(device_sizes().scan_elements // (batch * E * N), 1)
     chunk = min(MAX_CHUNK, max(math.isqrt(length // 2), 1), T)
     length -= length % chunk
     if starts is None:
@@ -82,7 +79,7 @@ def _to_chunks(x: mx.array, chunk: int) -> mx.array:
     return x.astype(mx.float32).reshape(x.shape[0], -1, chunk, x.shape[2])
 
 
-@_custom
+@custom_function
 def _scan(
     step: mx.array, u: mx.array, A: mx.array, B: mx.array, C: mx.array, state: mx.array
 ) -> list[mx.array]:

@@ -11,14 +11,19 @@
 
 typedef unsigned int uint;
 
+// N neighbouring elements, N a multiple of four. They stay packed in words until one is used, so that the compiler does
+// not wait for a load in order to unpack it.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) vec {
-  T values[N];
-  FUNCTION T& operator[](int i) {
-    return values[i];
+  uint words[sizeof(T) * N / 4];
+  vec() = default;
+  FUNCTION vec(T a, T b, T c, T d) {
+    alignas(4 * sizeof(T)) const T elements[4] = {a, b, c, d};
+    UNROLL for (int i = 0; i < int(sizeof(T)); ++i) words[i] = reinterpret_cast<const uint*>(elements)[i];
   }
-  FUNCTION const T& operator[](int i) const {
-    return values[i];
+  FUNCTION T operator[](int i) const {
+    const uint bits = sizeof(T) == 4 ? words[i] : words[i / 2] >> 16 * (i % 2);
+    return reinterpret_cast<const T&>(bits);
   }
 };
 

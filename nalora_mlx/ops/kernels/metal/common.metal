@@ -229,23 +229,18 @@ struct xielu {
 
 // --- memory -------------------------------------------------------------------------------------------------------
 
-// Load `count` of four neighbouring elements as float, followed by zeros. `whole`: all four exist, and p is aligned.
+// Load `count` of four neighbouring elements, at least one, followed by zeros. `whole`: all four exist, and p is aligned.
 template <typename T>
-FUNCTION void load4(const device T* p, bool whole, uint count, thread float* to) {
-  if (whole) {
-    const vec<T, 4> v = *reinterpret_cast<const device vec<T, 4>*>(p);
-    UNROLL for (int j = 0; j < 4; ++j) to[j] = float(v[j]);
-  } else {
-    UNROLL for (uint j = 0; j < 4; ++j) to[j] = j < count ? float(p[j]) : 0.0f;
-  }
+FUNCTION vec<T, 4> load4(const device T* p, bool whole, uint count) {
+  if (whole) return *reinterpret_cast<const device vec<T, 4>*>(p);
+  const T zero = T(0.0f);
+  return vec<T, 4>(p[0], count > 1 ? p[1] : zero, count > 2 ? p[2] : zero, count > 3 ? p[3] : zero);
 }
 
 template <typename T>
 FUNCTION void store4(device T* p, bool whole, uint count, thread const float* from) {
   if (whole) {
-    vec<T, 4> v;
-    UNROLL for (int j = 0; j < 4; ++j) v[j] = T(from[j]);
-    *reinterpret_cast<device vec<T, 4>*>(p) = v;
+    *reinterpret_cast<device vec<T, 4>*>(p) = vec<T, 4>(T(from[0]), T(from[1]), T(from[2]), T(from[3]));
   } else {
     UNROLL for (uint j = 0; j < 4; ++j)
       if (j < count) p[j] = T(from[j]);
@@ -263,7 +258,7 @@ struct Place {
   bool whole;    // all four channels exist and are aligned in every row
 
   // halves: 0 for two arrays [N, F]; 1 for one array [N, 2F] with gate first; 2 for one with up first
-  FUNCTION Place(uint thread_x, uint row_width, int halves) {
+  FUNCTION Place(uint thread_x, uint row_width, int halves) thread {
     width = row_width;
     features = halves == 0 ? width : width / 2;
     channel = 4 * thread_x;
@@ -280,7 +275,7 @@ struct LowRank {
   L b[RANK > 0 ? RANK : 1][4];
 
   // B is [RANK, W], or [E, W, RANK] with experts; `first` is the column of the first channel.
-  FUNCTION LowRank(const device L* B, uint expert, uint width, uint first, uint count) {
+  FUNCTION LowRank(const device L* B, uint expert, uint width, uint first, uint count) thread {
     UNROLL for (int k = 0; k < RANK; ++k) {
       UNROLL for (uint j = 0; j < 4; ++j) {
         const size_t column = first + metal::min(j, count - 1);
@@ -289,12 +284,15 @@ struct LowRank {
     }
   }
 
-  // low is [N, RANK]
-  FUNCTION void add(const device L* low, uint row, float scale, thread float* to) const {
+  // low is [N, RANK]. If RANK is a multiple of four, every row is aligned, also in an array that starts at a later row.
+  FUNCTION void add(const device L* low, uint row, float scale, thread float* to) const thread {
     float sum[4] = {0, 0, 0, 0};
-    UNROLL for (int k = 0; k < RANK; ++k) {
-      const float a = float(low[size_t(row) * RANK + k]);
-      UNROLL for (int j = 0; j < 4; ++j) sum[j] = metal::fma(a, float(b[k][j]), sum[j]);
+    UNROLL for (int k = 0; k < RANK; k += 4) {
+      const vec<L, 4> a = load4<L>(low + size_t(row) * RANK + k, RANK % 4 == 0, RANK - k);
+      UNROLL for (int i = 0; i < 4; ++i) {
+        if (k + i >= RANK) continue;
+        UNROLL for (int j = 0; j < 4; ++j) sum[j] = metal::fma(float(a[i]), float(b[k + i][j]), sum[j]);
+      }
     }
     UNROLL for (int j = 0; j < 4; ++j) to[j] = metal::fma(scale, sum[j], to[j]);
   }

@@ -7,7 +7,7 @@
   // ag, au   [N, R] L      bg, bu [R, W] L; with EXPERTS [E, W, R]
   // w        [N] float     row weights, 0 for padding
   // p        [8] float     s_g, s_u, two boundaries, four constants of the activation
-  // tiles    [T, 3] int    expert, first row, last row + 1 of each tile; read only with EXPERTS
+  // tiles    [T, 3] int    expert, first row, last row + 1 (at least 1) of each tile; read only with EXPERTS
   //
   // Outputs:
   // h        [N, F] T
@@ -20,46 +20,65 @@
   const uint expert = EXPERTS ? tiles[3 * tile] : 0;
   const uint start = EXPERTS ? tiles[3 * tile + 1] : tile * TILE;
   const uint stop = EXPERTS ? tiles[3 * tile + 2] : metal::min(rows, (tile + 1) * TILE);
+  const uint last = stop - 1;
   const LowRank<L, RANK, EXPERTS> to_gate(bg, expert, at.width, at.gate + at.channel, at.count);
   const LowRank<L, RANK, EXPERTS> to_up(bu, expert, at.width, at.up + at.channel, at.count);
-  const float c[4] = {p[4], p[5], p[6], p[7]};
+  const float scale[2] = {p[0], p[1]}, boundary[2] = {p[2], p[3]}, c[4] = {p[4], p[5], p[6], p[7]};
   float response[4] = {0, 0, 0, 0}, above0[4] = {0, 0, 0, 0}, above1[4] = {0, 0, 0, 0};
   float feature[4] = {0, 0, 0, 0}, selected[4] = {0, 0, 0, 0};
 
-  for (uint n = start; n < stop; ++n) {
-    const size_t row = size_t(n) * at.width + at.channel;
-    float z[4], u[4], before[4], out[4];
-    load4<T>(g0 + row + at.gate, at.whole, at.count, z);
-    load4<T>(u0 + row + at.up, at.whole, at.count, u);
-    if (DIAGNOSE) {
-      if (RANK > 0) {
-        UNROLL for (int j = 0; j < 4; ++j) before[j] = z[j];
-      } else {
-        load4<T>(z0 + row + at.gate, at.whole, at.count, before);
-      }
+  // The loop is compiled twice. Where `whole` is known, no branch lies between a load and the next one.
+  UNROLL for (int copy = 0; copy < 2; ++copy) {
+    const bool whole = copy == 0;
+    if (whole != at.whole) continue;
+    // Rows are loaded AHEAD rows before they are used. Past the end, the last row is loaded again.
+    vec<T, 4> next_g0[AHEAD], next_u0[AHEAD];
+    UNROLL for (uint i = 0; i < AHEAD; ++i) {
+      const size_t next = metal::min(start + i, last);
+      next_g0[i] = load4<T>(g0 + next * at.width + at.channel + at.gate, whole, at.count);
+      next_u0[i] = load4<T>(u0 + next * at.width + at.channel + at.up, whole, at.count);
     }
-    if (RANK > 0) {
-      to_gate.add(ag, n, p[0], z);
-      to_up.add(au, n, p[1], u);
-    }
-    UNROLL for (int j = 0; j < 4; ++j) {
-      float slope, unused;
-      const float phi = GATE::phi(z[j], c, slope);
-      const float v = GATE::up(u[j], c, unused);
-      out[j] = phi * v;
-      // Padding may hold anything, NaN included, so it is skipped rather than multiplied by zero.
-      if (STATISTIC > 0 && w[n] > 0.0f) {
-        response[j] += w[n] * metal::abs(STATISTIC == 2 ? slope * v : slope);
-        if (BOUNDARIES > 0) above0[j] += (CLOSED ? z[j] >= p[2] : z[j] > p[2]) ? w[n] : 0.0f;
-        if (BOUNDARIES > 1) above1[j] += (CLOSED ? z[j] >= p[3] : z[j] > p[3]) ? w[n] : 0.0f;
-        if (DIAGNOSE) {
-          const float frozen = GATE::selection(before[j]);
-          feature[j] += w[n] * metal::abs((z[j] - before[j]) * frozen * v);
-          selected[j] += w[n] * metal::abs(z[j] * (GATE::selection(z[j]) - frozen) * v);
+    for (uint first = start; first < stop; first += AHEAD) {
+      UNROLL for (uint i = 0; i < AHEAD; ++i) {
+        const uint n = first + i;
+        if (n >= stop) continue;
+        float z[4], u[4], before[4], out[4];
+        UNROLL for (int j = 0; j < 4; ++j) {
+          z[j] = before[j] = float(next_g0[i][j]);
+          u[j] = float(next_u0[i][j]);
         }
+        const size_t next = metal::min(n + AHEAD, last);
+        next_g0[i] = load4<T>(g0 + next * at.width + at.channel + at.gate, whole, at.count);
+        next_u0[i] = load4<T>(u0 + next * at.width + at.channel + at.up, whole, at.count);
+        if (DIAGNOSE && RANK == 0) {
+          const vec<T, 4> v = load4<T>(z0 + size_t(n) * at.width + at.channel + at.gate, whole, at.count);
+          UNROLL for (int j = 0; j < 4; ++j) before[j] = float(v[j]);
+        }
+        if (RANK > 0) {
+          to_gate.add(ag, n, scale[0], z);
+          to_up.add(au, n, scale[1], u);
+        }
+        const float weight = STATISTIC > 0 ? w[n] : 0.0f;
+        UNROLL for (int j = 0; j < 4; ++j) {
+          float slope, unused;
+          const float phi = GATE::phi(z[j], c, slope);
+          const float v = GATE::up(u[j], c, unused);
+          out[j] = phi * v;
+          // Padding may hold anything, NaN included, so it is skipped rather than multiplied by zero.
+          if (STATISTIC > 0 && weight > 0.0f) {
+            response[j] += weight * metal::abs(STATISTIC == 2 ? slope * v : slope);
+            if (BOUNDARIES > 0) above0[j] += (CLOSED ? z[j] >= boundary[0] : z[j] > boundary[0]) ? weight : 0.0f;
+            if (BOUNDARIES > 1) above1[j] += (CLOSED ? z[j] >= boundary[1] : z[j] > boundary[1]) ? weight : 0.0f;
+            if (DIAGNOSE) {
+              const float frozen = GATE::selection(before[j]);
+              feature[j] += weight * metal::abs((z[j] - before[j]) * frozen * v);
+              selected[j] += weight * metal::abs(z[j] * (GATE::selection(z[j]) - frozen) * v);
+            }
+          }
+        }
+        store4<T>(h + size_t(n) * at.features + at.channel, whole, at.count, out);
       }
     }
-    store4<T>(h + size_t(n) * at.features + at.channel, at.whole, at.count, out);
   }
 
   if (STATISTIC > 0) {
