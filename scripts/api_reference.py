@@ -68,7 +68,7 @@ def entry(name: str, item: Any) -> str:
 
 def signature(name: str, item: Any) -> str:
     """Return the signature without module names, on several lines if it is long."""
-    line = f"{name}{inspect.signature(item)}"
+    line = re.sub(r"<function (\w+) at \w+>", r"\1", f"{name}{inspect.signature(item)}")
     line = re.sub(
         r"\bnalora_mlx\.(?:[a-z_]+\.)+|mlx\.\w+\.layers\.base\.|mlx\.core\.|collections\.abc\.", "", line
     )

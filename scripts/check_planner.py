@@ -152,6 +152,8 @@ def random_setup(number: int, args: argparse.Namespace) -> dict[str, Any]:
     elif args.bounds and number % 4 == 1:
         setup |= {"module": rng.choice(["qwen3_5", "mamba2", "mamba", "jamba", "rwkv7"]), "layers": 4}
         setup |= {"packing": False, "length": min(setup["length"], 512)}
+    if setup["module"] in ("mixtral", "jamba") and setup["method"] == "dora":
+        setup["method"] = "lora"  # DoRA does not support experts
     return setup
 
 

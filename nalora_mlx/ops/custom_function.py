@@ -55,11 +55,6 @@ def tracing_custom_functions(replacement: Replacement) -> Iterator[None]:
         _replacement.reset(token)
 
 
-def are_traced() -> bool:
-    """Return whether `tracing_custom_functions` is open."""
-    return _replacement.get() is not None
-
-
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function with activations recomputed in the backward pass, as mx.checkpoint does.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.ops.custom_function import are_traced, custom_function
+from nalora_mlx.ops.custom_function import custom_function
 
 LOG2_E = math.log2(math.e)
 _LN_2_HIGH, _LN_2_LOW = (
@@ -66,8 +66,7 @@ def vectorized_models() -> Iterator[None]:
 
 
 def _use_vectorized(x: mx.array) -> bool:
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return _enabled.get() and x.dtype == mx.float32 and on_cpu and not are_traced()  # one loop when compiled
+    return _enabled.get() and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
 
 
 def _exp2_from_exponent(rounded: mx.array) -> mx.array:

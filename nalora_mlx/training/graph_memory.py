@@ -156,7 +156,7 @@ def fused(graph: TracedGraph) -> TracedGraph:
 
     From the last operation to the first: an operation joins the fused operation that reads its output if no other
     operation reads it, up to a depth of `MAX_DEPTH`. If it is an output of the graph, it becomes one of the fused
-    operation.
+    operation. A broadcast joins all that read it.
     """
     operations = graph.operations
     producer = {array.name: i for i, o in enumerate(operations) for array in o.outputs}
@@ -177,14 +177,23 @@ def fused(graph: TracedGraph) -> TracedGraph:
                 source = producer.get(array.name)
                 if source is None or source in group or source in taken or depth + 1 >= MAX_DEPTH:
                     continue
-                if operations[source].kind in ELEMENTWISE and all(
-                    reader in group for reader in readers[source]
+                alone = all(reader in group for reader in readers[source])
+                if operations[source].kind == "Broadcast" or (
+                    alone and operations[source].kind in ELEMENTWISE
                 ):
                     group.add(source)
+                if alone and source in group:
                     stack.append((source, depth + 1))
         if len(group) > 1:
             groups[root] = group
-            taken |= group
+            taken |= {i for i in group if operations[i].kind != "Broadcast"}
+    taken |= {
+        i
+        for i, operation in enumerate(operations)
+        if operation.kind == "Broadcast"
+        and operation.outputs[0].name not in kept
+        and all(reader in taken for reader in readers.get(i, ()))
+    }
     return replace(graph, operations=tuple(_with_fused(operations, groups, taken, kept)))
 
 

@@ -15,7 +15,7 @@ from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core import trees
 from nalora_mlx.core.trees import nbytes
 from nalora_mlx.models.recurrences import find_patches
-from nalora_mlx.ops.device_sizes import device_kind, device_sizes
+from nalora_mlx.ops.device_sizes import device_kind, device_sizes, using_sizes
 from nalora_mlx.training.graph_memory import peak_bytes
 from nalora_mlx.training.memory_model import BatchShape, trial_batch
 from nalora_mlx.training.step import TrainingStep
@@ -25,7 +25,7 @@ KEPT_OUTPUTS = 3  # times the outputs of a layer's projections and norms, kept f
 KEPT_SCORES = 4  # times the attention scores of a layer, if its attention keeps them
 IN_FLIGHT = {"cpu": 16, "metal": 64, "cuda": 64}  # times the outputs of one layer, in flight
 TILES = 64  # of logits in flight
-MARGIN = 1.2  # times the simulated memory, for what operations allocate besides their outputs
+MARGIN = 1.05  # times the simulated memory, for what operations allocate besides their outputs
 
 
 def bound_from_shapes(model: nn.Module, shape: BatchShape) -> float:
@@ -86,7 +86,8 @@ def bound_from_graph(
         return [leaf for _, leaf in tree_flatten([step.state, loss]) if isinstance(leaf, mx.array)]
 
     recomputed = recompute_activations(list(layers)) if layers else nullcontext()
-    with _eager_with_placeholders(step), _no_garbage_collection(), recomputed:
+    unchunked = using_sizes(device_sizes()._replace(chunk_bytes=None))  # fewer operations, a little more memory
+    with _eager_with_placeholders(step), _no_garbage_collection(), recomputed, unchunked:
         try:
             activations = MARGIN * peak_bytes(trace_graph(run, mx.array(0)))
         except Exception:  # the trials raise it again if it is the step that fails

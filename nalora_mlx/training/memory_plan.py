@@ -263,17 +263,23 @@ def memory_advice(
     if config.plan:
         notes = [f"note: {notice}" for notice in step.loss.notices()]
         return MemoryAdvice(notes + found.lines() + ([] if found.fits else [remedies]), found.needed)
-    if found.needed > max(budget, machine_memory()):  # on a CPU, MLX would crash without a message
+    if found.needed > max(budget, device_memory()):  # on a CPU, MLX would crash without a message
         raise InputError(f"{found.lines()[0]}; {remedies}")
     return MemoryAdvice([] if found.fits else [f"note: {found.lines()[0]}; {remedies}"], found.needed)
 
 
 def default_budget() -> int:
-    """Return the bytes that a run should stay within: the device's recommended working set, or a share of the RAM."""
+    """Return the bytes that a run should stay within: Metal's recommended working set, or a share of the memory."""
     recommended = mx.device_info().get("max_recommended_working_set_size")
-    if mx.default_device() != mx.Device(mx.cpu) and isinstance(recommended, int):
+    if device_kind() == "metal" and isinstance(recommended, int):
         return recommended
-    return int(RAM_SHARE * machine_memory())
+    return int(RAM_SHARE * device_memory())
+
+
+def device_memory() -> float:
+    """Return the bytes of memory that the default device computes in: that of a CUDA GPU, or the machine's RAM."""
+    total = mx.device_info().get("total_memory") if device_kind() == "cuda" else None
+    return total if isinstance(total, int) else machine_memory()
 
 
 def machine_memory() -> float:

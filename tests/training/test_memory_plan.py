@@ -478,6 +478,15 @@ def test_the_largest_batch():
     assert (packed.rows, packed.length, packed.packed) == (2, 64, True)
 
 
+def test_the_budget_of_a_gpu_is_that_of_its_memory(monkeypatch):
+    info = {"max_recommended_working_set_size": 3 << 30, "total_memory": 80 << 30}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(memory_plan, "machine_memory", lambda: 1 << 40)
+    for kind, budget in (("metal", 3 << 30), ("cuda", int(0.8 * (80 << 30))), ("cpu", int(0.8 * (1 << 40)))):
+        monkeypatch.setattr(memory_plan, "device_kind", lambda kind=kind: kind)
+        assert memory_plan.default_budget() == budget
+
+
 def test_the_default_budget_respects_the_container(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_plan, "CGROUPS", tmp_path)
     machine = memory_plan.default_budget()
