@@ -63,7 +63,9 @@ def test_the_page_of_a_run(model_directory, data_directory, capsys):
     assert sections["Model"][1] == "  ✓ model.layers.0-2.mlp: silu (gate_proj, up_proj, down_proj): NA-LoRA"
     assert sections["Model"][2].startswith("  · 3 layers adapted, 12 other modules; keys: ")
     assert any(re.match(r"  ✓ train: 9 rows, \d+ tokens", line) for line in sections["Data"])
-    assert re.match(r"  ✓ at most [\d.]+ GB for the largest batch, 2 x \d+ tokens: fits; ", sections["Memory"][1])
+    assert re.match(
+        r"  ✓ at most [\d.]+ GB for the largest batch, 2 x \d+ tokens: fits; ", sections["Memory"][1]
+    )
     assert "10 checkpoints of " in sections["Disk"][0]
     # The rows of valid and test are in train too.
     assert sections["verdict"] == ["  ! 2 findings, none that keeps a run from starting"]
