@@ -146,7 +146,7 @@ def _check_kernels(page: "Page") -> None:
         return
     from nalora_mlx.ops.kernels.healthcheck import check_kernels, kinds, measure_bandwidth
 
-    page.fact(f"compiling {2 * len(list(kinds(chosen)))} kernels: up to a minute the first time")
+    page.fact(f"compiling {2 * len(list(kinds(chosen)))} kernels, which takes longer the first time")
     found = dict(check_kernels(chosen))
     wrong = {kind: why for kind, why in found.items() if why is not None}
     agree = f"gated residual: {len(found) - len(wrong)} of {len(found)} {chosen} kernels agree with MLX"

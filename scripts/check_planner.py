@@ -312,11 +312,15 @@ def measure(setup: dict[str, Any]) -> dict[str, Any]:
     import mlx.core as mx
 
     from nalora_mlx import train
+    from nalora_mlx.training.loss import SupervisedLoss
 
     model, config, examples = prepare(setup)
+    loss = SupervisedLoss(
+        model
+    )  # compares recurrences, which may take more memory than training on a short batch
     mx.reset_peak_memory()
     start = time.perf_counter()
-    train(model, examples, config=config)
+    train(model, examples, config=config, loss=loss)
     return {"measured": mx.get_peak_memory(), "training_s": time.perf_counter() - start}
 
 

@@ -152,11 +152,11 @@ class Contender:
     Args:
         name: THEIRS, LORA or NA_LORA.
         case: model and batch.
-        clear_cache: whether to empty the allocator's cache after each iteration; None for the trainer's default.
+        clear_cache: whether to clear the allocator's cache after each iteration; None for the trainer's default.
     """
 
     def __init__(self, name: str, case: Case, clear_cache: bool | None = None):
-        self.name, self.clear_cache = name, clear_cache in (None, True)  # mlx_lm.lora empties it
+        self.name, self.clear_cache = name, clear_cache in (None, True)  # mlx_lm.lora clears it
         self.model = build_model(case.config, case.dtype, case.bits)
         self.optimizer = optim.Adam(learning_rate=1e-5)
         if name == THEIRS:

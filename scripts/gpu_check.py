@@ -27,10 +27,8 @@ from section_runner import Section, run_sections
 CASES = (("qwen3-0.6b", 2, 2048), ("qwen3-0.6b", 4, 512), ("smollm2-135m", 2, 2048), ("smollm2-135m", 4, 512))
 AT_ONCE = 6  # with more, each compiles so slowly that it reaches its limit
 KERNEL_PARTS = 2
-TARGETS = {
-    "masked prompts": 0.6,
-    "identical batches": 0.95,
-}  # largest ratios of the time per supervised token
+# Largest accepted ratios of the time per supervised token.
+TARGETS = {"masked prompts": 0.6, "identical batches": 0.95}
 CACHE = "MLX_PTX_CACHE_DIR"  # where MLX keeps the kernels that it compiled for CUDA
 GRAPHS = "MLX_CUDA_GRAPH_CACHE_SIZE"
 EXACT = {"MLX_ENABLE_TF32": "0"}  # with TF32, a GPU rounds the inputs of float32 products to eleven bits

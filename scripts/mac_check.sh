@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Check this project on a Mac, in at most fifteen minutes, and write one file to send: mac_check.json.
+# Check this project on a Mac, in at most fifteen minutes, and write one file to send: mac_check.json. The first run
+# installs packages before that.
 #
 #   bash scripts/mac_check.sh
 #

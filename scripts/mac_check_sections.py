@@ -56,9 +56,8 @@ def doctor(_quick: bool, emit: Emit) -> None:
     emit("page", output.splitlines())
     agree = re.search(r"gated residual: .*", output)
     summary = f"{agree[0] if agree else 'no kernels'}; {seconds:.1f} s"
-    emit(
-        "doctor", {"seconds": seconds, "exit_status": status, "ok": status == 0, "summary": summary}
-    )  # 1 if a kernel is wrong
+    # The status is 1 if a kernel is wrong.
+    emit("doctor", {"seconds": seconds, "exit_status": status, "ok": status == 0, "summary": summary})
 
 
 def device_tests(quick: bool, emit: Emit) -> None:
@@ -241,7 +240,7 @@ def plan_and_peak(quick: bool, emit: Emit) -> None:
 
 
 def speed_of_4_bit(quick: bool, emit: Emit) -> None:
-    """Measure tokens per second of a 4-bit model: as it is, with the cache cleared, with a CPU's sizes, mlx_lm.lora."""
+    """Measure tokens per second of a 4-bit model: our defaults, variants of cache and sizes, and mlx_lm.lora."""
     from contenders import NA_LORA, THEIRS
 
     from nalora_mlx.ops.device_sizes import using_sizes

@@ -23,10 +23,6 @@ ELEMENTWISE = frozenset(
     )
 )
 BROADCAST = "Broadcast"
-MOVED = (
-    "ExpandDims",
-    "Squeeze",
-)  # views that compile moves in front of the elementwise operation that they follow
 
 
 @dataclass(eq=False)

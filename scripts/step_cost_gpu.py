@@ -18,12 +18,12 @@ from nalora_mlx.ops.kernels import backend
 def as_gpu(kind: str, sizes: DeviceSizes | None = None, attention: str = "ours") -> Iterator[None]:
     """Trace what a GPU would run, on a machine that has none.
 
-    MLX has RMSNorm, RoPE and, by cuDNN, attention as single kernels on a GPU, but traces their parts on a CPU. Custom
-    kernels of the same inputs and outputs take their places. So do they for our kernels, which no device here can run.
+    On a GPU, MLX has RMSNorm, RoPE and, with cuDNN, attention as single kernels. On a CPU, it traces their parts. Here,
+    custom kernels with the same inputs and outputs replace them. Our own kernels are traced too, but not run.
 
     Args:
         kind: "metal" or "cuda".
-        sizes: of our pieces; those of the kind if None.
+        sizes: of the pieces of our computations; those of the kind if None.
         attention: "ours", or "mlx" to leave attention to MLX.
     """
     with ExitStack() as stack:

@@ -29,8 +29,6 @@ PRODUCTS = frozenset(("AddMM", "GatherMM", "Matmul", "SegmentedMM"))
 SMALL = 1 << 16  # elements: a reduction of more to one value takes two launches
 LONG_ROW = 4096  # elements: a softmax of longer rows reads them twice
 PRODUCT_TILE = 16  # rows and columns of a product are computed in multiples of this
-
-
 TILE = {"metal": 64, "cuda": 128}  # rows and columns of a product that one core computes at a time
 
 
@@ -43,7 +41,7 @@ class Chip(NamedTuple):
         half: TFLOP/s of products in bfloat16.
         single: TFLOP/s in float32, without tensor cores.
         cores: GPU cores, or streaming multiprocessors.
-        memory: GB of the largest configuration that MLX may use.
+        memory: GB that MLX may use, in the largest configuration.
     """
 
     backend: str
@@ -110,9 +108,9 @@ class Cost(NamedTuple):
     """What an operation costs.
 
     Attributes:
-        kind: of the operation; the name of a custom kernel.
-        launches: kernels.
-        bytes: read and written.
+        kind: of the operation, or the name of a custom kernel.
+        launches: number of kernels.
+        bytes: number of bytes read and written.
         flops: of products, in half precision.
         flops_single: of products, in float32.
         tiles: blocks of results that are computed side by side; one core computes one at a time.
@@ -134,7 +132,7 @@ class Total(NamedTuple):
 
     @property
     def launches(self) -> int:
-        """Kernels."""
+        """Number of kernel launches."""
         return sum(cost.launches for cost in self.costs)
 
     @property

@@ -87,8 +87,8 @@ class Step:
         rows: sequences of a batch.
         length: tokens that the model reads of each.
         share: share of the tokens that are supervised, the last ones of each row.
-        backend: "metal" or "cuda": which operations MLX has as one kernel.
-        bits: of the frozen weights, 16 or 4.
+        backend: "metal" or "cuda", which decides what MLX has as one kernel.
+        bits: of the frozen weights: 16, 8 or 4.
         layers: number of adapted layers, the last ones; -1 for all.
         rank: of the adapters.
         sizes: of our pieces; those of the backend if None.

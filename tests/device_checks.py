@@ -1,4 +1,4 @@
-"""Checks of what a GPU computes, for test_metal.py and test_cuda.py. test_device_checks.py runs them on the CPU.
+"""Checks of what a GPU computes, for test_metal.py and test_cuda.py; test_device_checks.py tries them on the CPU.
 
 Tolerances are relative to the largest entry. A GPU adds in another order, and its exponentials differ by a few ulp:
 float32 results agree to about 1e-5, not bit for bit. TF32, which rounds the inputs of float32 products to eleven bits,

@@ -28,7 +28,7 @@ class ForwardPass:
         statistics: path of a gated MLP -> its sums over tokens. If the module is called several times in one
             forward, these are the means over its calls.
         dtypes: id of an adapter -> the dtypes of its low-rank products.
-        scaled: ids of the adapters whose lora_b includes their scale.
+        scaled: ids of the adapters whose lora_b already includes their scale.
     """
 
     token_mask: mx.array | None
@@ -78,7 +78,7 @@ class Cast(NamedTuple):
 
 
 def adapter_casts(model: nn.Module, forward: Callable[[mx.array], mx.array]) -> dict[str, Cast]:
-    """Return how adapters use lora_a and lora_b, by name of the parameter.
+    """Return the dtype and scale with which adapters use lora_a and lora_b, by name of the parameter.
 
     Traces a forward on a few tokens without computing it. Adapters that it does not reach, or that use several dtypes,
     are left out.

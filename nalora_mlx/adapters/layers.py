@@ -105,7 +105,7 @@ class Adapter(nn.Module):
         """Map x [..., D] to [..., F]."""
         if routing:
             return self.low_rank(x, *routing, *sorting.values()).output()
-        # As rows: MLX would reshape each operand of each product, forward and backward.
+        # As rows [N, D]: with more axes, MLX would reshape each operand of each product, forward and backward.
         y = self.low_rank(x.reshape(-1, x.shape[-1])).output()
         return y.reshape(*x.shape[:-1], y.shape[-1])
 

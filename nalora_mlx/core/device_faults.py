@@ -6,7 +6,7 @@ on the text of macOS, such as "Insufficient Memory (00000008:kIOGPUCommandBuffer
 that of cudaGetErrorString.
 
 MLX raises such an error once, as a RuntimeError of the next operation on that GPU, and clears it. Later reads of the
-same arrays succeed and return garbage. So nothing may be saved after one.
+same arrays succeed and return garbage, so nothing may be saved after such an error.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from nalora_mlx.core.errors import first_line
 
-# What makes a training run need less.
+# What a training run can change to need less.
 Saving = Literal["batch", "checkpointing", "length", "quantization", "layers"]
 
 
@@ -45,7 +45,7 @@ OUT_OF_MEMORY = DeviceFault(
     retry=False,
 )
 
-# The first whose pattern is found counts.
+# The first one whose pattern matches is used.
 FAULTS = (
     DeviceFault(
         r"greater than the maximum allowed buffer size",

@@ -1,9 +1,9 @@
 """Attention for training that stores two numbers per query, not its scores, for the backward.
 
-While gradients are traced, MLX composes attention of single operations on every backend, and stores the scores and
-probabilities of each layer, [B, H, Lq, Lk], until the backward. The attention here computes them for one chunk of
-queries at a time and recomputes them in the backward from their row maximum and row sum, as FlashAttention does. With a
-causal mask, a chunk skips the keys that none of its queries sees.
+While gradients are traced, MLX composes attention of single operations, except where cuDNN computes it. It stores the
+scores and probabilities of each layer, [B, H, Lq, Lk], until the backward. The attention here computes them for one
+chunk of queries at a time and recomputes them in the backward from their row maximum and row sum, as FlashAttention
+does. With a causal mask, a chunk skips the keys that none of its queries sees.
 """
 
 import math
@@ -18,9 +18,7 @@ from nalora_mlx.ops.device_sizes import device_sizes
 from nalora_mlx.ops.fast_math import LOG2_E, exp2_nonpositive
 
 MAX_CHUNKS = 16  # per sequence, so that graphs stay small
-_MASKED_SCORE = (
-    -1e30
-)  # added to the scores of keys that a query must not see; large enough to absorb any score
+_MASKED_SCORE = -1e30  # added to the scores of keys that a query must not see; absorbs any score
 _FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -28,7 +26,7 @@ _FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 def lean_attention() -> Iterator[None]:
     """Make models that call mx.fast.scaled_dot_product_attention use `attention` for all calls that it supports.
 
-    Calls that MLX itself fuses, forward and backward, are left to MLX, and on a GPU those with few scores too.
+    Calls that MLX fuses, forward and backward, are left to MLX. So are calls with few scores on a GPU.
     """
     mlx_attention = mx.fast.scaled_dot_product_attention
 
@@ -63,7 +61,7 @@ def _is_supported(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> bool:
 
 
 def _is_faster_in_mlx(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> bool:
-    """Return whether this device computes attention faster by MLX, with little memory."""
+    """Return whether MLX's own attention is faster on this device and takes little memory; see `device_sizes`."""
     sizes, scores = device_sizes(), math.prod(q.shape[:3]) * k.shape[2]
     if scores * q.itemsize <= sizes.score_bytes:
         return True
@@ -71,7 +69,7 @@ def _is_faster_in_mlx(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> bool:
 
 
 def _is_fused_by_cudnn(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> bool:
-    """Return whether MLX computes attention and its backward by cuDNN, which stores no scores.
+    """Return whether MLX computes attention and its backward with cuDNN, which stores no scores.
 
     Source: the conditions in MLX 0.32.4, mlx/backend/cuda/scaled_dot_product_attention.cpp.
     """

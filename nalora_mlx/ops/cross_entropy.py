@@ -125,7 +125,7 @@ def tiled_cross_entropy_sum(
 
 
 def _tiles(rows: int, vocabulary: int) -> tuple[list[slice], list[slice]]:
-    """Split rows and vocabulary into the tiles of this device; see `device_sizes`.
+    """Split rows and vocabulary into tiles of the sizes of this device; see `device_sizes`.
 
     MLX starts operations before earlier ones finish, so about a dozen tiles are in memory at once.
     """

@@ -1,7 +1,7 @@
-"""Functions with a gradient of their own, as mx.custom_function, which the memory planner can replace while it traces.
+"""Functions with a gradient of their own, like mx.custom_function, that can also be traced for the memory planner.
 
-MLX cannot export a graph with its primitive for custom functions. `tracing_custom_functions` gives their calls to
-another function, which builds an equivalent graph without it.
+MLX cannot export a graph that contains its primitive for custom functions. While `tracing_custom_functions` is open,
+another function is called instead, and builds an equivalent graph without that primitive.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +86,7 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _separated(tree: Any) -> tuple[list[mx.array], Callable[[Sequence[mx.array]], Any]]:
-    """Return the arrays of a tree of dicts, lists and tuples, and a function that puts others in their places."""
+    """Return the arrays of a tree of dicts, lists and tuples, and a function that builds it with other arrays."""
     arrays = list[mx.array]()
 
     def collect(leaf: Any) -> Any:

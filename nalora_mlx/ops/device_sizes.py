@@ -1,7 +1,7 @@
 """Sizes of the pieces in which training computes, by kind of device.
 
-A CPU is fastest on pieces that fit in its cache. A GPU needs few large launches: each costs microseconds, and
-temporaries of many launches are in memory anyway, because MLX keeps more than ten command buffers in flight.
+A CPU is fastest on pieces that fit in its cache. A GPU needs few large launches. Each launch costs microseconds, and
+small pieces would save little memory: MLX keeps more than ten command buffers in flight, with their temporaries.
 """
 
 from collections.abc import Iterator
@@ -19,15 +19,11 @@ class DeviceSizes(NamedTuple):
     head_elements: int  # of a tile of logits; tiles with fewer rows have more columns
     head_columns: int  # of a tile of logits, at most
     attention_queries: int  # queries per block of attention
-    score_bytes: (
-        int  # of the scores of a layer, B x H x Lq x Lk; attention with at most so many is left to MLX
-    )
-    fused_attention: bool  # whether MLX fuses attention, forward and backward, in half precision
-    chunk_bytes: int | None  # of a float32 array in chunks of elementwise operations; None for a single chunk
-    group_positions: int  # positions of a batch, B x tokens, whose recurrence is computed at a time
-    scan_elements: (
-        int  # B x tokens x E x N of a selective scan that are computed at a time; five such arrays are live
-    )
+    score_bytes: int  # of the scores of a layer, B x H x Lq x Lk, up to which attention is left to MLX
+    fused_attention: bool  # whether MLX fuses attention in half precision, forward and backward
+    chunk_bytes: int | None  # of a float32 array in a chunk of elementwise operations; None for one chunk
+    group_positions: int  # B x tokens of a recurrence that are computed at a time
+    scan_elements: int  # B x tokens x E x N of a selective scan at a time; about five such arrays are live
 
     def scaled(self, share: float) -> "DeviceSizes":
         """Return sizes that need this share of the memory."""
@@ -42,11 +38,12 @@ class DeviceSizes(NamedTuple):
 SIZES = {
     # A tile of logits is 4 MB and a chunk 2 MB. Several fit in the cache, and matrix products are still fast.
     "cpu": DeviceSizes(512, 2**20, 4096, 128, 0, False, 2 << 20, 512, 2**25),
-    # Large tiles. While gradients are traced, MLX composes attention of single operations and stores the scores of all
-    # layers. In half precision, it moves two thirds of the bytes that our float32 scores take: by scripts/step_cost.py,
-    # Qwen3-0.6B on 4 x 512 tokens is 11 % faster with it, and takes 1 GB more.
+    # A tile of logits is 64 MB in float32. While gradients are traced, MLX composes attention of single operations and
+    # stores the scores of all layers. With few scores that is faster: in half precision, it moves two thirds of the
+    # bytes of our float32 scores. For Qwen3-0.6B on 4 x 512 tokens, scripts/step_cost.py predicts 10 % less time on an
+    # M2 Pro or M4 Max, 30 % less on an M5 Max, and 1 GB more.
     "metal": DeviceSizes(2048, 2**24, 2**15, 512, 32 << 20, False, None, 1024, 2**25),
-    # cuDNN computes attention, forward and backward, without storing scores.
+    # The same, but cuDNN computes attention, forward and backward, without storing scores.
     "cuda": DeviceSizes(2048, 2**24, 2**15, 512, 32 << 20, True, None, 2048, 2**25),
 }
 

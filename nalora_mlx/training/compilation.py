@@ -12,7 +12,7 @@ def compile_with_state(function: Callable[..., Any], inputs: Any, outputs: Any =
 
     While `mx.compile` traces a function, it puts placeholders into these trees and into MLX's random state. If the
     function raises, for example KeyboardInterrupt in a notebook, it leaves them there, and neither the model nor
-    `mx.random` can be used any more. Here, all get their arrays back.
+    `mx.random` can be used any more. This function puts the arrays back.
 
     Args:
         function: the function.

@@ -1,4 +1,4 @@
-"""What to tell the user when the GPU fails during a run, or its memory does not suffice."""
+"""What to tell the user when the device fails or runs out of memory during training: last checkpoint and remedy."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from nalora_mlx.core.device_faults import DeviceFault, Saving, describe, find_fa
 from nalora_mlx.core.errors import RunError
 from nalora_mlx.runs.checkpoints import CHECKPOINTS, steps
 
-SAME_RUN: tuple[Saving, ...] = ("batch", "checkpointing")  # what a resumed run may change
+SAME_RUN: tuple[Saving, ...] = ("batch", "checkpointing")  # what --resume --resume-anyway can change
 SMALLER_MODEL = "a smaller --model"
 
 
@@ -65,7 +65,7 @@ def remedy(fault: DeviceFault, config: RunConfig, quantized: bool, checkpoint: P
 
 
 def saving_flags(config: RunConfig, quantized: bool) -> dict[Saving, str]:
-    """Return the flags with which a run needs less, as far as it can."""
+    """Return the flags with which this run would need less, by what they save. Those in effect are left out."""
     flags: dict[Saving, str] = {}
     if config.batch_size > 1:
         flags["batch"] = f"--batch-size {config.batch_size // 2}"

@@ -1,4 +1,4 @@
-"""Memory that a run leaves with the allocator and the operating system: cached buffers, and wired memory on Metal."""
+"""How much memory MLX caches for reuse during a run and, on Metal, keeps wired (resident)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -7,16 +7,17 @@ import mlx.core as mx
 
 from nalora_mlx.ops.device_sizes import device_kind
 
-CACHE_SHARE = 0.85  # of the budget, above which a GPU's cache is cleared
-WIRED_MARGIN = 1.2  # times the planned peak: the plan is within 15% of the measured peak
+CACHE_SHARE = 0.85  # of the budget; a GPU's cache is cleared when it and the memory in use exceed this
+WIRED_MARGIN = 1.2  # times the planned peak, which may be up to 15% too low (scripts/check_planner.py)
 
 
 def trim_cache(threshold: int | None = None) -> None:
     """Clear the allocator's cache of freed buffers if it has grown too large. Called after each step.
 
     Args:
-        threshold: bytes, above which the cache is cleared. If None, a GPU keeps it until it and the memory in use near
-            the budget: there, each new buffer costs time. On a CPU it is cleared after every step, which costs nothing.
+        threshold: bytes above which the cache is cleared. If None, a GPU's cache is kept until it and the memory in
+            use near the budget, because a GPU takes long to allocate buffers. A CPU does not, and its cache is cleared
+            after each step.
     """
     if threshold is None and device_kind() != "cpu":
         threshold = round(CACHE_SHARE * _budget()) - mx.get_active_memory()
@@ -29,8 +30,8 @@ def wired_memory(limit: int | None, peak: Callable[[], float]) -> Iterator[None]
     """Keep a run's memory resident on Metal while the context is open. Other devices wire nothing.
 
     Args:
-        limit: bytes to keep resident at most; 0 keeps none. If None, the peak and a margin. Never more than the
-            device's recommended working set: with all of it wired, small machines have frozen.
+        limit: bytes to keep resident at most; 0 keeps none. If None, the peak and a margin. It is never more than the
+            device's recommended working set. Macs with 16 GB have frozen with all of that wired (mlx #3186).
         peak: returns the run's peak memory in bytes.
     """
     if device_kind() != "metal":
@@ -41,7 +42,7 @@ def wired_memory(limit: int | None, peak: Callable[[], float]) -> Iterator[None]
     try:
         yield
     finally:
-        with suppress(RuntimeError):  # a failed command buffer has raised its error already
+        with suppress(RuntimeError):  # of a failed command buffer, which the run has raised already
             mx.synchronize()  # the limit must not change while MLX evaluates
         mx.set_wired_limit(before)
 

@@ -1,4 +1,4 @@
-"""The importance state of all layers, in stacks of equal layers, so that one operation updates all of a stack."""
+"""The importance state of all gated MLPs, in stacks of equal ones, so that one operation updates a whole stack."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -14,15 +14,15 @@ from nalora_mlx.training.stacks import Stacks
 class ImportanceStacks:
     """A partition of gated MLPs into stacks of n equal ones.
 
-    A stack's LayerState and LayerStatistics have the fields of a single layer with an axis of n more: the first one,
-    or the second of `above_boundary`. The functions of `importance` take them as they are.
+    A stack's LayerState and LayerStatistics have the fields of a single layer with one more axis, of size n. It is the
+    first axis, except in `above_boundary`, where it is the second. The functions of `importance` take both forms.
 
     Args:
         gated: the gated MLPs by path.
 
     Attributes:
-        members: paths of each stack, by the first one.
-        roles: name of each parameter whose steps are scaled -> its stack, and its name within the MLP.
+        members: first path of a stack, which is its name -> all its paths.
+        roles: name of a parameter whose steps are scaled -> its stack, and its name within the MLP.
     """
 
     def __init__(self, gated: Mapping[str, GatedMLP]):
@@ -73,7 +73,7 @@ class ImportanceStacks:
 
         Args:
             stack: its name.
-            layers: statistics of layers by path; layers without any saw no token.
+            layers: statistics of layers by path. A layer that is missing got no token.
             tokens: the number of tokens, for layers that see all of them.
         """
         found = [layers.get(path) for path in self.members[stack]]

@@ -1,4 +1,4 @@
-"""What a run keeps of an iteration between its start and the reading of its results, and of a skipped update."""
+"""What a run remembers of an iteration until it reads the results, and of an update that it skips."""
 
 import math
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from nalora_mlx.data.batches import Batch
 
 
 class InFlight(NamedTuple):
-    """An iteration that was started and whose results have not been read."""
+    """An iteration that was started, and whose results have not been read yet."""
 
     iteration: int
     batch: Batch
     updates: bool  # whether it ends its accumulation window
-    weights: list[mx.array] | None  # from which it computes the loss; None if the run does not keep them
+    weights: list[mx.array] | None  # that its loss is computed from; None if the run does not keep them
     loss: mx.array  # summed over the batch; []
     finite: mx.array  # whether the numbers of its window are finite so far; []
     started: float  # seconds
@@ -23,7 +23,7 @@ class InFlight(NamedTuple):
 
 @dataclass(frozen=True)
 class SkippedUpdate:
-    """Why an update is skipped: the first batch of its window with a NaN or infinite number."""
+    """Why an update is skipped: the first batch of its window whose numbers are not finite."""
 
     batch: Batch
     loss: float  # summed over the batch

@@ -86,7 +86,8 @@ def bound_from_graph(
         return [leaf for _, leaf in tree_flatten([step.state, loss]) if isinstance(leaf, mx.array)]
 
     recomputed = recompute_activations(list(layers)) if layers else nullcontext()
-    unchunked = using_sizes(device_sizes()._replace(chunk_bytes=None))  # fewer operations, a little more memory
+    # Without chunks there are fewer operations to trace, and temporaries take a little more memory.
+    unchunked = using_sizes(device_sizes()._replace(chunk_bytes=None))
     with _eager_with_placeholders(step), _no_garbage_collection(), recomputed, unchunked:
         try:
             activations = MARGIN * peak_bytes(trace_graph(run, mx.array(0)))

@@ -154,10 +154,10 @@ class Run:
     def update(self, window: Window, iterations: range) -> None:
         """Run the iterations of one accumulation window, which ends in an optimizer update.
 
-        1. Start an iteration while the one before it runs, so that the device never waits for Python.
-        2. Then wait for the one before, and record its results: they are read one step late.
-        3. If they show that the update before this window is to be skipped, or undone, discard what was started from
-           its state, and start it again.
+        1. Start an iteration while the previous one runs, so that the device does not wait for Python.
+        2. Wait for the previous one and record its results, which are therefore read one step late.
+        3. If they show that the previous window's update is to be skipped or undone, discard the iteration that was
+           started from it, and start it again.
         """
         tokens = sum(batch.supervised_tokens for batch in window)
         for batch, iteration in zip(window, iterations, strict=True):
@@ -184,8 +184,8 @@ class Run:
         """Wait for the iteration in flight, if there is one, and record its results.
 
         Args:
-            before: the state from which another iteration was started meanwhile. That one is discarded, and the state
-                restored, if the update of the iteration in flight is skipped: who is at fault is decided there.
+            before: the state from which the next iteration was started meanwhile. If the update of the iteration in
+                flight is skipped, that next iteration is discarded and this state is restored.
 
         Returns:
             Whether the state was restored.
@@ -206,7 +206,7 @@ class Run:
         return restored
 
     def record(self, flight: InFlight, loss: float) -> None:
-        """Record the loss of an iteration that has ended, and whether its numbers are finite."""
+        """Record the loss of an iteration that has ended, and the update as skipped if a number is not finite."""
         progress, batch = self.progress, flight.batch
         if math.isfinite(loss) and batch.supervised_tokens:
             self.good.show(flight.weights, batch)
@@ -226,7 +226,7 @@ class Run:
         self.events.send("step", step=flight.iteration, iterations=self.iterations)
 
     def finish_update(self, skipped: SkippedUpdate | None) -> None:
-        """Count an update as applied or skipped. If the loss shows that the one before broke the weights, undo that.
+        """Count an update as applied or skipped. Undo the previous update if the loss shows that it broke the weights.
 
         Raises:
             FloatingPointError: too many updates in a row were skipped or undone.
@@ -336,7 +336,7 @@ class Run:
     def save(self, prune: bool = True) -> None:
         """Write a checkpoint, if this run writes files, of weights with a finite loss."""
         self.settle()
-        mx.synchronize()  # raises an error if the GPU has failed since: reading the arrays that it left does not
+        mx.synchronize()  # raises if the GPU has failed; reading the arrays that it left would not
         self.check_weights()
         self.good.save()
         self.progress.seconds = time.perf_counter() - self.began

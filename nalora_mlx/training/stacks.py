@@ -1,8 +1,8 @@
 """Stacks of equal arrays, so that one operation updates a parameter of all layers.
 
 The adapters of a model are hundreds of small arrays, and an optimizer takes several operations for each. On a GPU, that
-is thousands of launches per update. Arrays of one shape and dtype are therefore kept as one array, [n, ...], of which
-the model has views. Elementwise optimizers compute the same bits on a stack.
+is thousands of launches per update. Therefore, arrays of one shape and dtype are kept as one array, [n, ...], and the
+model has views of it. Elementwise optimizers compute the same bits on a stack.
 """
 
 import math
@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten
 from nalora_mlx.adapters.forward_pass import Cast
 from nalora_mlx.ops.custom_function import custom_function
 
-MAX_BYTES = 4 << 20  # of an array; launches do not matter for larger ones
+MAX_BYTES = 4 << 20  # of an array; for larger ones, the cost of a launch does not matter
 MAX_STACK_BYTES = 16 << 20  # an update has old and new versions of several stacks in memory
+# Optimizers that compute each entry of a parameter from the same entries of its gradient and state.
 ELEMENTWISE = (
     *(optim.SGD, optim.RMSprop, optim.Adagrad, optim.AdaDelta),
     *(optim.Adam, optim.AdamW, optim.Adamax, optim.Lion),
@@ -30,7 +31,7 @@ class Stacks:
     """A partition of named arrays into stacks. A stack has the name of its first member.
 
     Args:
-        keys: name -> key. Arrays of one key are stacked; those with the key None stay alone, in their own shape.
+        keys: name -> key. Arrays with equal keys are stacked. Those with the key None stay alone, in their own shape.
     """
 
     def __init__(self, keys: Mapping[str, Hashable | None]):
@@ -40,7 +41,7 @@ class Stacks:
         self.members = {names[0]: tuple(names) for names in groups.values()}
 
     def stack(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return the stacks of arrays: name of the stack -> [n, ...], or the array itself if it is alone."""
+        """Return the stacks of arrays by name of the stack: [n, ...], or the array itself if it is alone."""
         return {
             stack: arrays[stack] if len(names) == 1 else _stacked([arrays[name] for name in names])
             for stack, names in self.members.items()
@@ -55,7 +56,7 @@ class Stacks:
         return arrays
 
     def stack_state(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's state for stacks, given its state for the single arrays."""
+        """Return an optimizer's state for stacks, given its state for the arrays one by one."""
         state = {name: value for name, value in tree.items() if name not in self._names}
         for stack, names in self.members.items():
             if len(names) == 1:
@@ -65,7 +66,7 @@ class Stacks:
         return state
 
     def unstack_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's state for the single arrays, given its state for stacks."""
+        """Return an optimizer's state for the arrays one by one, given its state for stacks."""
         tree = {name: value for name, value in state.items() if name not in self.members}
         for stack, names in self.members.items():
             if len(names) == 1:
@@ -87,7 +88,7 @@ class StackedParameters:
         model: the model.
         optimizer: parameters are stacked only for an elementwise one.
         casts: name of a parameter -> how the model's adapters use it. Whole stacks are scaled and cast instead.
-        roles: name of a parameter -> what it must have in common with others of its stack.
+        roles: name of a parameter -> what the parameters of its stack must have in common, besides shape and dtype.
     """
 
     def __init__(
@@ -101,9 +102,11 @@ class StackedParameters:
         keys: dict[str, Hashable | None] = {}
         counts: Counter[Hashable] = Counter()
         for name, array in arrays.items():
-            small = type(optimizer) in ELEMENTWISE and array.nbytes <= MAX_BYTES
+            stackable = type(optimizer) in ELEMENTWISE and array.nbytes <= MAX_BYTES
             kind = (array.shape, array.dtype, casts.get(name), roles.get(name))
-            keys[name] = (kind, counts[kind] // max(1, MAX_STACK_BYTES // array.nbytes)) if small else None
+            keys[name] = (
+                (kind, counts[kind] // max(1, MAX_STACK_BYTES // array.nbytes)) if stackable else None
+            )
             counts[kind] += 1
         self.stacks = Stacks(keys)
         self.casts = {stack: casts[stack] for stack in self.stacks.members if stack in casts}
@@ -136,7 +139,7 @@ class StackedParameters:
         self.installed = self.current()
 
     def adopt(self) -> None:
-        """Stack the model's arrays again if others than those of `record` are in it."""
+        """Stack the model's arrays again if any of them was replaced since `record`, as loading weights does."""
         current = self.current()
         if any(current[name] is not array for name, array in self.installed.items()):
             for name, array in self.stacks.stack(current).items():
@@ -155,7 +158,7 @@ def _stacked(arrays: Sequence[mx.array]) -> mx.array:
 def _unstacked(stack: mx.array) -> list[mx.array]:
     """Return the arrays of a stack [n, ...], with a gradient that is a stack too.
 
-    MLX computes the gradient of each slice as an array of the whole size, and adds these.
+    For slices, MLX would compute n gradients of the size of the whole stack, and add them.
     """
     count, *shape = stack.shape
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]

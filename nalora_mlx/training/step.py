@@ -33,9 +33,8 @@ MAX_GRAPHS = 48  # compiled graphs kept, one per batch shape; each takes about 1
 class Statistics(NamedTuple):
     """What the gated MLPs observed."""
 
-    layers: dict[
-        str, LayerStatistics
-    ]  # by path; experts in modules of their own are absent if they got no token
+    # By path. An expert that is a module of its own is absent if it got no token.
+    layers: dict[str, LayerStatistics]
     tokens: mx.array  # real tokens; []
 
 
@@ -140,9 +139,8 @@ class TrainingStep:
             The summed loss of the batch over all workers, and what to pass to the next iteration of the window. Lazy.
         """
         self.weights.adopt()
-        entropy = (
-            (*seed, self.workers.rank) if self.workers.rank else seed
-        )  # each worker draws its own dropout
+        # Each worker draws its own dropout.
+        entropy = (*seed, self.workers.rank) if self.workers.rank else seed
         key = mx.random.key(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         segment_ids = None if batch.segment_ids is None else mx.array(batch.segment_ids)
         positions = [mx.array(a) for a in batch.loss_positions()]

