@@ -257,8 +257,8 @@ def _check_memory(
     from nalora_mlx.data.tokenization import Example
     from nalora_mlx.training.memory_plan import (
         default_budget,
+        device_memory,
         largest_batch,
-        machine_memory,
         measure,
         planning_step,
         upper_bound_bytes,
@@ -267,7 +267,7 @@ def _check_memory(
 
     budget = config.memory_budget or default_budget()
     page.fact(
-        f"this machine has {machine_memory() / 1e9:.1f} GB; a run should stay within {budget / 1e9:.1f} GB"
+        f"this machine has {device_memory() / 1e9:.1f} GB; a run should stay within {budget / 1e9:.1f} GB"
     )
     if model is None:
         return

@@ -339,7 +339,7 @@ def bound(setup: dict[str, Any]) -> dict[str, Any]:
     return {
         "traced": traced,
         "tracing_s": time.perf_counter() - start,
-        "shapes": bound_from_shapes(model, shape),
+        "shapes": bound_from_shapes(step.loss, shape),
     }
 
 

@@ -26,9 +26,8 @@ from nalora_mlx.ops.device_sizes import SIZES
 from nalora_mlx.training.graph_memory import TaskSize, peak_bytes
 
 GB = 1e9
-# How much MLX 0.32 starts before it waits: operations and elements of a command buffer or CUDA graph. Its limits are in
-# megabytes; the elements here have two bytes.
-IN_FLIGHT = {"metal": TaskSize(50, 25 * 2**20), "cuda": TaskSize(100, 500 * 2**20)}
+# How much MLX 0.32 starts before it waits: operations and elements of a command buffer or CUDA graph.
+IN_FLIGHT = {"metal": TaskSize(50, 50 * 2**20), "cuda": TaskSize(100, 1000 * 2**20)}
 PAGE = Path(__file__).resolve().parents[1] / "docs/step-cost.md"
 TABLE_BEGIN, TABLE_END = "<!-- predicted -->\n", "<!-- end -->\n"
 TABLE_ROWS = (  # shape, bits of the weights, batch

@@ -37,7 +37,8 @@ class DeviceFault(NamedTuple):
 
 
 OUT_OF_MEMORY = DeviceFault(
-    r"unable to allocate|insufficient memory|out of memory|bad_alloc|ErrorOutOfMemory|ALLOC\w*_FAILED"
+    r"\[(metal::)?malloc|insufficient memory \(|^out of memory|: out of memory|bad_alloc|ErrorOutOfMemory"
+    r"|ALLOC\w*_FAILED"
     r"|cublas\w*\(.* failed with code: 3\b",
     "out of memory",
     "use a smaller or a quantized model, or fewer tokens at a time",
@@ -80,7 +81,7 @@ FAULTS = (
         ("batch", "length"),
     ),
     DeviceFault(
-        r"Address Fault|PageFault|Invalid ?Resource"
+        r"Address Fault|PageFault|Invalid Resource \(|ErrorInvalidResource"
         r"|illegal memory access|illegal instruction|misaligned address|unspecified launch failure|device-side assert",
         "a GPU kernel accessed memory that it may not",
         "check the kernels with nalora doctor, and report this error if it comes back",
@@ -91,7 +92,8 @@ FAULTS = (
         "set the environment variable that the message names to ten times its value",
     ),
     DeviceFault(
-        r"Unable to (build metal library|load kernel|load function)|Failed to (compile kernel|load compiled \S+ kernel)"
+        r"\[metal::\w+\] Unable to (build metal library|load kernel|load function)"
+        r"|Failed to (compile kernel|load compiled \S+ kernel)"
         r"|nvrtc\w*\(.* failed|no kernel image is available|PTX was compiled with an unsupported toolchain",
         "MLX cannot compile a kernel for this GPU",
         "update MLX and the system; --debug shows the compiler's message",

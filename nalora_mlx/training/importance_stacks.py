@@ -68,8 +68,8 @@ class ImportanceStacks:
 
     def stack_statistics(
         self, stack: str, layers: Mapping[str, LayerStatistics], tokens: mx.array
-    ) -> LayerStatistics:
-        """Return the statistics of a stack.
+    ) -> LayerStatistics | None:
+        """Return the statistics of a stack, or None if no layer of it has any.
 
         Args:
             stack: its name.
@@ -79,7 +79,9 @@ class ImportanceStacks:
         found = [layers.get(path) for path in self.members[stack]]
         if all(one is not None and one.tokens is None for one in found):
             return LayerStatistics(*_stacked([one for one in found if one]))._replace(tokens=tokens)
-        like = next(one for one in found if one is not None)
+        like = next((one for one in found if one is not None), None)
+        if like is None:
+            return None
         like = like._replace(tokens=tokens if like.tokens is None else like.tokens)
         fields: Any = (None if array is None else mx.zeros_like(array) for array in like)
         nothing = LayerStatistics(*fields)

@@ -71,6 +71,11 @@ class SupervisedLoss:
             self.head.logits_for, self.head.vocabulary, hidden, targets, weights, with_gradient
         )
 
+    @property
+    def has_tiles(self) -> bool:
+        """Whether the output head runs in tiles of logits."""
+        return self.head is not None and self.head_is_frozen and self.head.projection is not None
+
     def notices(self) -> list[str]:
         """Return why the logits of a batch, or recurrences, take more time or memory than they could."""
         logits = self._logits_notice()

@@ -17,6 +17,7 @@ from nalora_mlx.core.trees import nbytes
 from nalora_mlx.models.recurrences import find_patches
 from nalora_mlx.ops.device_sizes import device_kind, device_sizes, using_sizes
 from nalora_mlx.training.graph_memory import peak_bytes
+from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.memory_model import BatchShape, trial_batch
 from nalora_mlx.training.step import TrainingStep
 from nalora_mlx.training.traced_graph import trace_graph
@@ -28,18 +29,20 @@ TILES = 64  # of logits in flight
 MARGIN = 1.05  # times the simulated memory, for what operations allocate besides their outputs
 
 
-def bound_from_shapes(model: nn.Module, shape: BatchShape) -> float:
-    """Return bytes that a step stays below, from shapes alone; infinite for a model that is not a plain transformer.
+def bound_from_shapes(loss: SupervisedLoss, shape: BatchShape) -> float:
+    """Return bytes that a step stays below, from shapes alone.
+
+    It is infinite for a model that is not a plain transformer, or whose output head does not run in tiles.
 
     Assumes that each layer keeps several times the outputs of its projections and norms, and its attention scores. The
     bound is several times the peak, but takes no time, and is enough to know that a small run fits.
     """
-    args = getattr(model, "args", None)
+    model, args = loss.model, getattr(loss.model, "args", None)
     heads, experts_per_token = (
         getattr(args, name, None) for name in ("num_attention_heads", "num_experts_per_tok")
     )
     dora = any(isinstance(module, DoRALinear | DoRAEmbedding) for module in model.modules())
-    if not isinstance(heads, int) or dora or find_patches(model):
+    if not isinstance(heads, int) or dora or find_patches(model) or not loss.has_tiles:
         return math.inf
     layers = [
         sum(

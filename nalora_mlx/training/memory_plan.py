@@ -248,9 +248,9 @@ def memory_advice(
         InputError: the run needs more memory than the machine has, and more than the budget.
     """
     budget = config.memory_budget or default_budget()
-    shape = largest_batch(examples, config, workers)
+    shape, loss = largest_batch(examples, config, workers), loss or SupervisedLoss(model)
     if not config.plan and device_kind() != "metal":
-        bound = bound_from_shapes(model, shape)
+        bound = bound_from_shapes(loss, shape)
         if bound <= budget:
             return MemoryAdvice([], bound)
     step = planning_step(model, config, new_optimizer(config), loss)

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
 
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError, first_line
@@ -94,7 +95,12 @@ def apply_scaled(
         if _step_is_independent(optimizer):
             # Starting from zero, the result is the step itself: no cancellation in a difference.
             passed[name] = mx.zeros_like(parameters[name])
-    new: dict[str, mx.array] = optimizer.apply_gradients(gradients, passed)
+    new: dict[str, mx.array]
+    if isinstance(optimizer, optim.MultiOptimizer):  # it selects parameters in a tree like the model's
+        trees = (tree_unflatten(list(arrays.items())) for arrays in (gradients, passed))
+        new = dict(tree_flatten(optimizer.apply_gradients(*trees)))
+    else:
+        new = optimizer.apply_gradients(gradients, passed)
     for name, scale in scales.items():
         kept = _decayed(optimizer, parameters[name])
         step = new[name] if _step_is_independent(optimizer) else new[name] - kept

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from nalora_mlx.adapters.forward_pass import Cast
 from nalora_mlx.ops.custom_function import custom_function
@@ -56,19 +56,27 @@ class Stacks:
         return arrays
 
     def stack_state(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's state for stacks, given its state for the arrays one by one."""
+        """Return an optimizer's state for stacks, given its state for the arrays one by one.
+
+        A stack is left out if its arrays have no state, or states of other shapes.
+        """
         state = {name: value for name, value in tree.items() if name not in self._names}
         for stack, names in self.members.items():
             if len(names) == 1:
-                state[stack] = tree[stack]
-            else:
-                state[stack] = {key: _stacked([tree[name][key] for name in names]) for key in tree[stack]}
+                state |= {stack: tree[stack]} if stack in tree else {}
+                continue
+            found = [tree.get(name, {}) for name in names]
+            shapes = [{key: array.shape for key, array in one.items()} for one in found]
+            if shapes[0] and all(one == shapes[0] for one in shapes):
+                state[stack] = {key: _stacked([one[key] for one in found]) for key in found[0]}
         return state
 
     def unstack_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return an optimizer's state for the arrays one by one, given its state for stacks."""
         tree = {name: value for name, value in state.items() if name not in self.members}
         for stack, names in self.members.items():
+            if stack not in state:
+                continue
             if len(names) == 1:
                 tree[stack] = state[stack]
             else:
@@ -111,11 +119,40 @@ class StackedParameters:
         self.stacks = Stacks(keys)
         self.casts = {stack: casts[stack] for stack in self.stacks.members if stack in casts}
         self.places = {name: _find(model, name) for name in arrays}
-        self.scaled = frozenset(id(self.places[name][0]) for name in casts if name in arrays)
+        self.scaled = frozenset(
+            id(self.places[name][0]) for name in casts if name in arrays and name.endswith(".lora_b")
+        )
         self.arrays = self.stacks.stack(arrays)
         self.installed: dict[str, mx.array] = {}
         self.install(self.stacks.unstack(self.arrays))
         self.record()
+
+    def init_optimizer(self, optimizer: optim.Optimizer) -> None:
+        """Initialize an optimizer's state for the stacks. State that it has for the parameters is kept.
+
+        The state may be that of an earlier run, or a tree like the model's, as mlx optimizers make it.
+        """
+        if isinstance(optimizer, optim.MultiOptimizer):  # it selects parameters in a tree like the model's
+            optimizer.init(tree_unflatten(list(self.arrays.items())))
+            return
+        state = optimizer.state
+        if (earlier := getattr(optimizer, "_stacks", None)) is not None:
+            state = earlier.unstack_state(state)
+        single: dict[str, Any] = {key: value for key, value in state.items() if isinstance(value, mx.array)}
+        for path, array in tree_flatten(state):
+            name, _, key = path.rpartition(".")
+            if name in self.places:
+                single.setdefault(name, {})[key] = array
+        found = self.stacks.stack_state(single)
+        like = {
+            stack: array.shape for stack, array in self.arrays.items() if len(self.stacks.members[stack]) > 1
+        }
+        for stack, shape in like.items():
+            if any(array.shape != shape for array in found.get(stack, {}).values()):
+                del found[stack]
+        optimizer.state = found
+        optimizer.init(self.arrays)
+        optimizer._stacks = self.stacks
 
     def current(self) -> dict[str, mx.array]:
         """Return the model's arrays by name."""

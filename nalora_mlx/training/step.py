@@ -89,7 +89,7 @@ class TrainingStep:
         self.weights = StackedParameters(
             model, optimizer, adapter_casts(model, self.loss.forward), self.layers.roles
         )
-        optimizer.init(self.weights.arrays)
+        self.weights.init_optimizer(optimizer)
         self.state: dict[str, Any] = {
             "model": model.state,
             "weights": self.weights.arrays,
@@ -189,11 +189,13 @@ class TrainingStep:
         )
         faster = vectorized_models() if self.compiled else nullcontext()
         forms = self.loss.training_forms.installed(arrays[-2])
-        with forward_pass(context), vectorized(), faster, lean_attention(), forms:
-            (_, (loss, sums, tokens)), gradients = self._loss_and_gradients(
-                self.weights.arrays, arrays, weight, context
-            )
-        self.weights.install(current)
+        try:
+            with forward_pass(context), vectorized(), faster, lean_attention(), forms:
+                (_, (loss, sums, tokens)), gradients = self._loss_and_gradients(
+                    self.weights.arrays, arrays, weight, context
+                )
+        finally:
+            self.weights.install(current)
         statistics = Statistics({path: LayerStatistics(**layer) for path, layer in sums.items()}, tokens)
         if accumulated is not None:
             gradients = tree_map(mx.add, gradients, accumulated.gradients)
@@ -236,6 +238,8 @@ class TrainingStep:
             state["step"] = state["step"] + 1
             for stack, layers in state["stacks"].items():
                 statistics = self.layers.stack_statistics(stack, *window.statistics)
+                if statistics is None:  # the forward reaches none of these layers
+                    continue
                 layers = importance.observe(layers, statistics, self.parameters.beta)
                 layers = importance.refresh(layers, state["step"], self.parameters)
                 state["stacks"][stack] = layers

@@ -95,7 +95,7 @@ def train(
     )
 
     def peak() -> float:
-        return peak_bytes or bound_from_shapes(model, largest_batch(train_set, config, run.workers))
+        return peak_bytes or bound_from_shapes(loss, largest_batch(train_set, config, run.workers))
 
     with wired_memory(config.wired_limit, peak):
         return run.run()

@@ -109,6 +109,10 @@ UNRELATED = [
     RuntimeError("Cannot enqueue work after stream is stopped."),
     RuntimeError("the custom step (a hook) failed: no idea"),
     ValueError("[Primitive::vjp] Not implemented for CustomKernel."),
+    RuntimeError("invalid resource id"),
+    RuntimeError("unable to allocate token id 5"),
+    RuntimeError("The server ran out of memory quota"),
+    RuntimeError("Unable to load function from checkpoint"),
     OSError(28, "out of memory"),
 ]
 

@@ -26,6 +26,7 @@ from nalora_mlx.ops.device_sizes import device_sizes
 from nalora_mlx.training import memory_plan
 from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.last_good import LastGoodWeights
+from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.memory_bound import TILES, bound_from_graph, bound_from_shapes
 from nalora_mlx.training.memory_model import (
     BatchShape,
@@ -129,7 +130,7 @@ def test_small_trials_predict_the_peak(name):
         del step, profiler
         peak = measured(built, examples, config)
         assert peak > 3 * mx.get_active_memory()  # otherwise the prediction would be easy
-        assert bound_from_shapes(built, shape) > peak
+        assert bound_from_shapes(SupervisedLoss(built), shape) > peak
         assert peak < bound < 2.2 * peak
         if attempt == 2 or abs(predicted / peak - 1) <= ACCURACY:
             break
@@ -368,7 +369,7 @@ def unmeasured(monkeypatch):
 def test_a_run_that_surely_fits_is_not_measured(unmeasured):
     built, examples, config = model(), rows(8, 64), RunConfig(batch_size=8)
     shape = largest_batch(examples, config)
-    from_shapes = bound_from_shapes(built, shape)
+    from_shapes = bound_from_shapes(SupervisedLoss(built), shape)
     from_graph = upper_bound_bytes(planning_step(built, config, optim.Adam(1e-3)), shape, config)
     assert from_graph < from_shapes / 2
     generous, tight = (replace(config, memory_budget=int(b) + 1) for b in (from_shapes, from_graph))
@@ -501,6 +502,17 @@ def test_the_default_budget_respects_the_container(tmp_path, monkeypatch):
     assert memory_plan.default_budget() == 800000
 
 
+def test_the_bound_from_shapes_needs_a_head_in_tiles():
+    """Otherwise all logits of a batch are computed at once."""
+    built, shape = model(), BatchShape(8, 64, 16)
+    assert bound_from_shapes(SupervisedLoss(built), shape) < math.inf
+    built.model.norm.unfreeze()
+    assert bound_from_shapes(SupervisedLoss(built), shape) == math.inf
+    loss = SupervisedLoss(model())
+    loss.head.projection = None
+    assert bound_from_shapes(loss, shape) == math.inf
+
+
 def test_the_upper_bound_counts_all_experts_of_a_token():
     """Checked without the allowance for the output head, which is large enough to hide experts not counted."""
     args = llama_args(model_type="mixtral", num_local_experts=8, num_experts_per_tok=8, intermediate_size=256)
@@ -509,9 +521,11 @@ def test_the_upper_bound_counts_all_experts_of_a_token():
     shape, head = BatchShape(8, 64, 16), TILES * 4 * device_sizes().head_elements
     step = TrainingStep(built, optim.Adam(1e-3), NALoRAConfig())
     peak = PeakProfiler(step).profile(shape, safe=2**40).at(8, 64)
-    assert peak < bound_from_shapes(built, shape) - head
+    assert peak < bound_from_shapes(SupervisedLoss(built), shape) - head
     built.args.num_experts_per_tok = 1
-    assert peak > bound_from_shapes(built, shape) - head  # otherwise the check above could not fail
+    assert (
+        peak > bound_from_shapes(SupervisedLoss(built), shape) - head
+    )  # otherwise the check above could not fail
 
 
 def test_recurrences_keep_their_share_of_the_peak():

@@ -35,10 +35,10 @@ OPTIMIZERS = {
 SETTINGS = NALoRAConfig(rank=4, scale=20.0, num_layers=-1, mask_warmup=1)
 
 
-def make_step(optimizer="adam", dtype=mx.float32, module=None, **changes):
+def make_step(optimizer="adam", dtype=mx.float32, module=None, num_layers=3, **changes):
     """Return the training step of a small model with random adapters."""
     mx.random.seed(0)
-    args = llama_args(num_hidden_layers=3, **changes)
+    args = llama_args(num_hidden_layers=num_layers, **changes)
     model = build_model(args=args) if module is None else build_model(module=module, args=args)
     model.set_dtype(dtype)
     adapt(model, SETTINGS)
@@ -161,6 +161,93 @@ def test_a_checkpoint_has_the_names_of_single_arrays(monkeypatch):
     tree = step.state_tree()
     other.load_state_tree(tree)
     assert_equal(trained(other, 2), trained(step, 2))
+
+
+@pytest.mark.parametrize("frozen", ["lora_a", "lora_b"])
+def test_an_adapter_of_which_one_half_is_frozen_keeps_its_scale(frozen):
+    plain = NALoRAConfig(rank=4, scale=20.0, num_layers=-1, mask="off", step_scaling=False)
+    batch, losses = make_batch(), []
+    for half in (None, frozen):
+        mx.random.seed(0)
+        model = build_model()
+        adapt(model, plain)
+        random_adapters(model, size=0.05)
+        if half:
+            model.freeze(keys=[half])
+        loss, _ = TrainingStep(model, optim.SGD(0.0), plain)(batch, batch.supervised_tokens, None, True)
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_scaled_weights_do_not_stay_in_the_model_after_an_exception(monkeypatch):
+    step = TrainingStep(make_step().model, optim.SGD(1.0), SETTINGS, compiled=False)
+    before = step.weights.current()
+    batch = make_batch()
+
+    def interrupted(*arrays):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "loss", interrupted)
+    with pytest.raises((KeyboardInterrupt, AttributeError)):
+        step(batch, batch.supervised_tokens, None, True)
+    assert all(array is before[name] for name, array in step.weights.current().items())
+
+
+def test_layers_that_the_forward_never_reaches_are_left_alone():
+    args = llama_args(num_hidden_layers=2)
+    model = build_model(args=args)
+    model.extra = build_model(args=args | {"intermediate_size": 52}).model.layers[0]  # of another shape
+    layers = [*model.layers, model.extra]
+    type(model).layers = property(lambda self: self.model.layers if self is not model else layers)
+    try:
+        adapt(model, SETTINGS)
+        step = TrainingStep(model, optim.Adam(1e-2), SETTINGS)
+        assert "extra.mlp" in step.importance["layers"]
+        before = step.weights.current()["extra.mlp.gate_proj.lora_a"]
+        trained(step, 2)
+    finally:
+        type(model).layers = property(lambda self: self.model.layers)
+    assert mx.array_equal(step.weights.current()["extra.mlp.gate_proj.lora_a"], before)
+
+
+def test_several_optimizers_train_as_one():
+    """MultiOptimizer selects parameters by their path in a tree like the model's."""
+
+    def several():
+        by_name = [lambda path, _: "lora_a" in path]
+        return optim.MultiOptimizer([optim.SGD(1e-2), optim.SGD(1e-2)], by_name)
+
+    model = make_step().model
+    one = trained(TrainingStep(model, optim.SGD(1e-2), SETTINGS), 1)
+    step = TrainingStep(make_step().model, several(), SETTINGS)
+    two = trained(step, 1)
+    for name in step.weights.places:
+        assert mx.allclose(one[name], two[name], rtol=1e-5, atol=1e-6), name
+    step.load_state_tree(step.state_tree())
+
+
+@pytest.mark.parametrize("earlier", ["step", "mlx"])
+def test_an_optimizer_that_was_used_before_keeps_its_moments(earlier):
+    """By a step of ours on a model with other layers, or by mlx itself."""
+    optimizer = optim.Adam(1e-2)
+    model = make_step().model
+    if earlier == "mlx":
+        parameters = model.trainable_parameters()
+        optimizer.init(parameters)
+        state = dict(tree_flatten(optimizer.state))
+    else:
+        small = TrainingStep(make_step(num_layers=1).model, optimizer, SETTINGS)
+        trained(small, 2)
+        state = dict(tree_flatten(small.weights.stacks.unstack_state(optimizer.state)))
+    step = TrainingStep(model, optimizer, SETTINGS)
+    new = dict(tree_flatten(step.weights.stacks.unstack_state(optimizer.state)))
+    assert {name for name in new if name.endswith(".m")} == {f"{name}.m" for name in step.weights.places}
+    for name, array in new.items():
+        if earlier == "mlx":
+            assert mx.array_equal(array, state[name]), name
+        elif name in state and "layers.0" in name:
+            assert array.shape == state[name].shape
+    trained(step, 1)
 
 
 def test_gradient_of_a_stack():
