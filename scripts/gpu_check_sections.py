@@ -181,7 +181,7 @@ def variants() -> dict[str, tuple[AbstractContextManager[Any], bool | None]]:
         "na-lora, tiles 1024 x 8192": (tiles(1024, 8192), None),
         "na-lora, tiles 2048 x 8192": (tiles(2048, 8192), None),
         "na-lora, tiles 4096 x 16384": (tiles(4096, 16384), None),
-        "na-lora, own attention, blocks of 512": (sizes(fused_attention=False, attention_queries=512), None),
+        "na-lora, own attention, blocks of 512": (sizes(fused_attention=False, score_bytes=0), None),
         "na-lora, MLX's attention": (patch.object(step_module, "lean_attention", nullcontext), None),
         "na-lora, no kernels": (using_kernels(False), None),
         "na-lora, a CPU's sizes": (using_sizes("cpu"), None),

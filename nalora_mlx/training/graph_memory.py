@@ -52,11 +52,11 @@ class TaskSize(NamedTuple):
     elements: float  # that they read and write
 
 
-# An operation of a CPU is two entries of a task: the work and the release of its buffers. CUDA's graphs are smaller.
+# An operation of a CPU is two entries of a task: the work and the release of its buffers.
 TASK_SIZES = {
     "cpu": TaskSize(5, float("inf")),
     "metal": TaskSize(50, 50 * 2**20),
-    "cuda": TaskSize(50, 50 * 2**20),
+    "cuda": TaskSize(100, 1000 * 2**20),  # of the largest GPUs
 }
 
 
