@@ -12,8 +12,9 @@ from nalora_mlx.ops.kernels.fused import CHANNELS, INPUTS, THREADS, TILE
 
 CONSTANTS = ("Broadcast", "Full")
 VIEWS = ("Transpose", "Reshape", "Squeeze", "ExpandDims", "Slice", "Split", "Flatten", "Unflatten")
-VIEWS += ("AsStrided", "CustomTransforms", "StopGradient", *CONSTANTS)
 STUB = "Depends"  # the operation of mx.depends, which KernelStub uses
+ORDER = "Order"  # that of other calls of mx.depends; its outputs are its first inputs
+VIEWS += ("AsStrided", "CustomTransforms", "StopGradient", ORDER, *CONSTANTS)
 Shape = tuple[int, ...]
 
 
@@ -129,6 +130,9 @@ class Graph:
                 self.writes[source].append(target)
                 if not target.startswith("in"):  # operations that produce the inputs do not count
                     self.producer[target] = source
+        for operation, kind in self.kinds.items():
+            if kind == STUB and len(self.reads[operation]) < len(INPUTS):  # an ordinary mx.depends
+                self.kinds[operation] = ORDER
 
     def ancestors(self, arrays: list[str]) -> set[str]:
         """Return the operations that the arrays are computed by, back to the inputs."""
@@ -179,6 +183,8 @@ class Graph:
             return (*shapes[0][:-1], shapes[1][-1])
         if kind == "CustomTransforms":  # its inputs are the function's arguments, then its outputs
             return shapes[writes.index(array) - len(writes)]
+        if kind == ORDER:
+            return shapes[writes.index(array)]
         if kind == "Transpose":
             return shapes[0][::-1]
         if kind == "Split":
@@ -199,6 +205,8 @@ class Graph:
             return mx.float32 if mx.float32 in self.matmul_partner_dtypes(array) else self.dtype
         if kind == "Matmul":
             return self.dtype_of(self.reads[operation][0])
+        if kind == ORDER:
+            return self.dtype_of(self.reads[operation][self.writes[operation].index(array)])
         dtypes = {self.dtype_of(a) for a in self.reads[operation] if not self.is_constant(a)}
         return mx.float32 if mx.float32 in dtypes else self.dtype
 

@@ -150,6 +150,7 @@ def test_layer_statistics_of_a_training_step(mask):
         mask=mx.array(m),
         above_boundary=mx.array(above * (1 - 0.9**k)),
     )
+    step.set_layers(layers)
     statistics = describe_layers(step)["model.layers.1.mlp"]
     assert statistics["sparsity"] == pytest.approx(np.mean(m < 0.1), abs=1e-6)
     assert statistics["sparsity"] == pytest.approx(
