@@ -77,17 +77,17 @@ def quick():
 
 
 def test_names_and_paths_are_replaced(monkeypatch):
-    monkeypatch.setattr(mac_check, "_names", lambda: {"Anna-Mac", "anna"})
+    monkeypatch.setattr(mac_check, "_names", lambda: {"Tester-Mac", "tester"})
     monkeypatch.setattr(
-        mac_check, "_paths", lambda: [("/Users/anna/work", "PROJECT"), ("/Users/anna", "HOME")]
+        mac_check, "_paths", lambda: [("/home/tester/work", "PROJECT"), ("/home/tester", "HOME")]
     )
     value = {
-        "a": ["/Users/anna/work/x.py", "/Users/anna/.cache", 3, None],
-        "anna-mac.local": "hannah of Anna",
+        "a": ["/home/tester/work/x.py", "/home/tester/.cache", 3, None],
+        "tester-mac.local": "contesters of Tester",
     }
     assert mac_check.anonymous(value) == {
         "a": ["PROJECT/x.py", "HOME/.cache", 3, None],
-        "NAME.local": "hannah of NAME",
+        "NAME.local": "contesters of NAME",
     }
 
 
