@@ -9,13 +9,16 @@ if TYPE_CHECKING:
     from nalora_mlx.adapters import adapt, fuse_model, load_adapter
     from nalora_mlx.core import InputError, NALoRAConfig, TrainingConfig
     from nalora_mlx.data import preview
+    from nalora_mlx.finetuning import FinetuneResult, finetune
     from nalora_mlx.training import train
 
 __all__ = [
+    "FinetuneResult",
     "InputError",
     "NALoRAConfig",
     "TrainingConfig",
     "adapt",
+    "finetune",
     "fuse_model",
     "load_adapter",
     "preview",
@@ -23,10 +26,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FinetuneResult": "finetuning",
     "InputError": "core",
     "NALoRAConfig": "core",
     "TrainingConfig": "core",
     "adapt": "adapters",
+    "finetune": "finetuning",
     "fuse_model": "adapters",
     "load_adapter": "adapters",
     "preview": "data",

@@ -135,7 +135,7 @@ class RunConfig(TrainingConfig, DataConfig):
     resume_adapter_file: str | None = setting(None, "file with adapter weights to start from")
     resume: str | None = setting(
         None,
-        "continue a run from its last checkpoint, or from the one at PATH; give the flags of that run",
+        "continue the run in adapter_path with its own settings, from its last checkpoint or the one at PATH",
         nargs="?",
         const="latest",
     )
@@ -144,6 +144,9 @@ class RunConfig(TrainingConfig, DataConfig):
     )
     adapter_path: str = setting(
         "adapters", "directory to save the adapter to; without --train, to load it from"
+    )
+    samples: bool = setting(
+        True, "at the end of training, keep a few answers of the base and the tuned model, for nalora report"
     )
     plan: bool = setting(False, "only predict how much memory the run needs, and suggest settings that fit")
     memory_budget: int | None = setting(
@@ -173,8 +176,6 @@ class RunConfig(TrainingConfig, DataConfig):
         found += not_a_count(self, "test_batches")
         if not (self.train or self.test or self.plan):
             found.append("nothing to do; give --train, --test or both, or --plan")
-        if self.resume is not None and not self.train:
-            found.append("resume needs --train")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             found.append(f"learning_rate is {self.learning_rate}; it must be above 0")
         for name in self.optimizer_config:
@@ -211,8 +212,19 @@ class RunConfig(TrainingConfig, DataConfig):
         return NALoRAConfig(**coerce(settings, NALoRAConfig, "adapter settings"))
 
 
-def load_run_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
-    """Merge defaults, a YAML file and command-line flags. Flags override the file, and the file overrides defaults.
+def load_run_config(
+    path: Path | None,
+    flags: Mapping[str, Any],
+    saved: Mapping[str, Any] | None = None,
+    where: str = "command line",
+) -> RunConfig:
+    """Merge defaults, the settings of a resumed run, a YAML file and flags; each overrides those before it.
+
+    Args:
+        path: YAML file of settings; None for none.
+        flags: settings by name, as from a command line. Those of the adapter are names of their own.
+        saved: settings of the run that is resumed, as from a file.
+        where: of the flags, for messages.
 
     Raises:
         InputError: a key is unknown (the message suggests the nearest one), a value has the wrong type, or one place
@@ -222,26 +234,40 @@ def load_run_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
     default = RunConfig()
     adapter = NALoRAConfig()
     places = {name: str(path) for name, value in given.items() if value != getattr(default, name)}
-    flags_given = {name: f"--{name.replace('_', '-')}" for name in flags}
-    flags = dict(flags)
-    _reject_two_lengths(flags, "command line")
-    if "iters" in flags:
-        given.pop("epochs", None)  # both set the length of the run, and flags win
-    if "data" in flags:
-        given.pop("hf_dataset", None)  # likewise: both say where the data is
-    for group, names in GROUPS.items():
+    for group in GROUPS:
         for name, value in given.get(group, {}).items():
             if value != getattr(adapter, name, None):
                 places[name] = f"{group} in {path}"
-        nested = {name: flags.pop(name) for name in names if name in flags}
-        if nested:
-            given[group] = {**given.get(group, {}), **nested}
-    given.update(coerce(flags, RunConfig, "command line"))
+    flags_given = {name: f"--{name.replace('_', '-')}" for name in flags}
+    flags = dict(flags)
+    _reject_two_lengths(flags, where)
+    given = _override(saved or {}, given)
+    nested = {
+        group: {name: flags.pop(name) for name in names if name in flags} for group, names in GROUPS.items()
+    }
+    given = _override(given, coerce(flags, RunConfig, where) | {key: of for key, of in nested.items() if of})
     if "optimizer" in given:
         given["optimizer"] = given["optimizer"].lower()  # mlx-lm accepts AdamW, too
     config = dataclasses.replace(default, **given)
+    config.train |= config.resume is not None
     config.given = places | flags_given
     return config
+
+
+def _override(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with others on top. Two that mean the same (how long, which data) do not stay together."""
+    merged = dict(below)
+    for name, other in (
+        ("iters", "epochs"),
+        ("epochs", "iters"),
+        ("data", "hf_dataset"),
+        ("hf_dataset", "data"),
+    ):
+        if above.get(name) is not None:
+            merged.pop(other, None)
+    for name, value in above.items():
+        merged[name] = {**(merged.get(name) or {}), **value} if name in GROUPS else value
+    return merged
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from nalora_mlx.core.parsing import reject_unknown
 FEATURE_KEYS = tuple(f"{part}_feature" for part in ("prompt", "completion", "chat", "text"))
 ENTRY_KEYS = ("path", "ratio", *FEATURE_KEYS)
 LARGEST_RATIO = 1000
+ROWS_IN_MEMORY = "rows given in Python"  # the path of an entry whose rows come from no file
 
 
 def data_entries(data: Any) -> list[dict[str, Any]]:

@@ -1,9 +1,12 @@
 """Exceptions that the commands print as one line, and helpers that shorten messages."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _SOURCE = re.compile(r"(\S.*?:\d+): ")  # file:line at the start of a problem
+_SPLIT_NOTICE = re.compile(
+    r"(train|valid|test): ([\d,]+ (?:of [\d,]+ )?rows?) (.*?)(?: \(([^()]*:\d[^()]*)\))?(; .*|)"
+)
 MAX_SHOWN = 10  # items of a list; the others are only counted
 
 
@@ -47,6 +50,31 @@ def places(sources: Sequence[str], most: int = MAX_SHOWN) -> str:
         shown.append(source.removeprefix(file) if file == before else source)
     rest = len(sources) - most
     return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+
+
+def merge_splits(notices: Iterable[str]) -> list[str]:
+    """Merge notices that say the same about several splits; the later ones only add their split, rows and places.
+
+    A notice of a split is "train: 3 of 320 rows ... (places); what to do". Texts of any other form are unchanged.
+    """
+    found: dict[str, tuple[str, list[str]]] = {}
+    for number, notice in enumerate(notices):
+        match = _SPLIT_NOTICE.fullmatch(notice)
+        if match is None:
+            found[f"{number}"] = (notice, [])
+            continue
+        split, rows, what, where, remedy = match.groups()
+        key = re.sub(r"\d[\d,]*", "0", what) + remedy
+        if key not in found:
+            found[key] = (notice, [])
+        else:
+            found[key][1].append(f"{split}: {rows}{f' ({where})' if where else ''}")
+    return [f"{notice}; also {', '.join(others)}" if others else notice for notice, others in found.values()]
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 row", "1,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:

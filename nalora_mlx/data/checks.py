@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nalora_mlx.core.config import RunConfig
-from nalora_mlx.core.data_entries import data_entries
-from nalora_mlx.core.errors import InputError, listed
+from nalora_mlx.core.data_entries import ROWS_IN_MEMORY, data_entries
+from nalora_mlx.core.errors import InputError, counted, listed
 from nalora_mlx.core.parsing import nearest
 from nalora_mlx.data.chats.chat_encoder import ChatEncoder
 from nalora_mlx.data.findings import Finding, Findings
 from nalora_mlx.data.rows.formats import Features, Row, parse_rows
 from nalora_mlx.data.rows.survey import Survey
 from nalora_mlx.data.sources.files import Remarks
-from nalora_mlx.data.sources.loading import Source, hub_entry_splits, open_source
+from nalora_mlx.data.sources.loading import SPLITS, Source, hub_entry_splits, numbered, open_source
 from nalora_mlx.data.splits import choose_training_rows, digest
 from nalora_mlx.data.tokenization import Split, tokenize_rows
 
@@ -46,7 +46,11 @@ class RunData:
 
 
 def read_rows(
-    config: RunConfig, names: Sequence[str], all_needed: bool = True, compare_with_test: bool = False
+    config: RunConfig,
+    names: Sequence[str],
+    all_needed: bool = True,
+    compare_with_test: bool = False,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> RunData:
     """Read the splits of a run, and check what can be checked without a tokenizer.
 
@@ -57,6 +61,7 @@ def read_rows(
         names: of the splits.
         all_needed: require a test set if it is among the names; the training set is always required.
         compare_with_test: look for training and validation rows in the test set too, even if `names` lacks it.
+        rows: the rows by split, if `data` is `ROWS_IN_MEMORY`.
 
     Raises:
         InputError: there is no such file, directory or dataset, or a required split is empty.
@@ -67,7 +72,7 @@ def read_rows(
     )
     entries = _entries(config)
     for entry in entries:
-        source = _open(config, entry, names, remarks)
+        source = _open(config, entry, names, remarks, rows)
         features = _features(config, entry, source)
         parsed: dict[str, list[Row]] = {}
         for name, contents in source.splits.items():
@@ -82,12 +87,31 @@ def read_rows(
     for name in names:
         needed = name == "train" or (all_needed and name == "test")
         if needed and not found.problems and not any(splits[name] for splits in found.sources):
+            if rows is not None:
+                raise InputError(f"data: no rows for {name}; give some, as in data={{'{name}': [...]}}")
             paths = " ".join(entry["path"] for entry in entries)
             raise InputError(f"--data {paths}: no rows for {name}; add rows to {name}.jsonl")
     test = _test_rows(config, entries) if compare_with_test and "test" not in names else []
     found.notices += duplicate_notices([*found.sources, {"test": test}])
     if "train" in names and not found.problems:
         found.notices += choose_training_rows(found.sources, entries, config.valid_fraction, config.seed)
+    return found
+
+
+def read_run(config: RunConfig, rows: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> RunData:
+    """Read the splits that a run trains, validates and tests on, before anything slow is imported.
+
+    Args:
+        config: settings of the run.
+        rows: the rows by split, if `data` is `ROWS_IN_MEMORY`.
+
+    Raises:
+        InputError: lists the rows that cannot be used.
+    """
+    names = [name for name in SPLITS if (config.test if name == "test" else config.train)]
+    found = read_rows(config, names, compare_with_test=config.train, rows=rows)
+    if found.problems:
+        raise InputError(listed(found.problems))
     return found
 
 
@@ -98,7 +122,17 @@ def _entries(config: RunConfig) -> list[dict[str, Any]]:
     return config.hf_dataset if isinstance(config.hf_dataset, list) else [config.hf_dataset]
 
 
-def _open(config: RunConfig, entry: Mapping[str, Any], names: Sequence[str], remarks: Remarks) -> Source:
+def _open(
+    config: RunConfig,
+    entry: Mapping[str, Any],
+    names: Sequence[str],
+    remarks: Remarks,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]] | None,
+) -> Source:
+    if rows is not None:
+        return Source({name: numbered(rows.get(name, ()), name) for name in names})
+    if entry["path"] == ROWS_IN_MEMORY:
+        raise InputError("the run was trained on rows given in Python; give them again: finetune(data=...)")
     if config.hf_dataset:
         return Source(hub_entry_splits(entry, names))
     return open_source(entry["path"], names, remarks)
@@ -158,8 +192,8 @@ def duplicate_notices(datasets: Sequence[Mapping[str, Sequence[Row]]]) -> list[s
                 if first != name:
                     duplicates.setdefault((first, name), []).append(f"{row.source} is {first_source}")
     return [
-        f"{name}: {len(pairs)} rows are in {first} too ({listed(pairs, ', ')}); "
-        f"their loss says little; remove them from one of the two"
+        f"{name}: {counted(len(pairs), 'row')} {'is' if len(pairs) == 1 else 'are'} in {first} too "
+        f"({listed(pairs, ', ')}); their loss says little; remove them from one of the two"
         for (first, name), pairs in duplicates.items()
     ]
 

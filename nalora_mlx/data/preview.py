@@ -6,6 +6,7 @@ from typing import Any
 from nalora_mlx.data.chats.chat_encoder import ChatEncoder
 from nalora_mlx.data.rows.formats import Features, parse_rows
 from nalora_mlx.data.rows.survey import Survey
+from nalora_mlx.data.sources.loading import numbered
 from nalora_mlx.data.tokenization import Split, tokenize_rows
 
 UNLIMITED = 2**31 - 1
@@ -32,9 +33,8 @@ def preview(
         `sequences`, each with `tokens` (int32 [n]), `loss_mask` (bool [n]) and `source` ("row 1"); `notices` about odd
         rows; and `errors`, one for each unusable row.
     """
-    contents = [(f"row {number}", row) for number, row in enumerate(rows, 1)]
     survey = Survey()
-    parsed, problems = parse_rows(contents, Features(mask_prompt=mask_prompt), survey)
+    parsed, problems = parse_rows(numbered(rows), Features(mask_prompt=mask_prompt), survey)
     encoder = ChatEncoder(tokenizer, mask_prompt, last_turn_only)
     split = tokenize_rows(parsed, encoder, max_seq_length or UNLIMITED, "rows")
     split.notices = survey.notices("rows") + split.notices

@@ -1,20 +1,23 @@
 """Tokenization: rows become token ids with a loss mask over the supervised tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from nalora_mlx.core.config import TrainingConfig
 from nalora_mlx.core.errors import InputError, first_line, listed
 from nalora_mlx.data.chats.chat_encoder import ChatEncoder, TokenSequence
 from nalora_mlx.data.chats.dropped import control_token, dropped_parts
 from nalora_mlx.data.chats.text_encoder import TextEncoder
 from nalora_mlx.data.findings import Finding, Findings
 from nalora_mlx.data.rows.formats import Features, Row, parse_rows
+from nalora_mlx.data.sources.loading import numbered
 
 # The end token must be among the last supervised tokens; templates may write a line break after it.
 END_WINDOW = 4
+ALL_TOKENS = Features()  # the usual keys, and no mask
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,16 @@ class Split:
 
 
 def tokenize_split(
-    rows: Sequence[tuple[str, dict[str, Any]]],
+    rows: Iterable[Mapping[str, Any]] | Iterable[tuple[str, Mapping[str, Any]]],
     tokenizer: Any,
-    features: Features,
-    max_seq_length: int,
+    features: Features = ALL_TOKENS,
+    max_seq_length: int = TrainingConfig.max_seq_length,
     name: str = "data",
 ) -> Split:
     """Tokenize rows, truncate long ones, and drop those without a supervised token; notices say which.
 
     Args:
-        rows: (source, row) pairs.
+        rows: dicts in any supported format, or (source, dict) pairs, whose sources messages name.
         tokenizer: tokenizer wrapper of mlx-lm.
         features: keys of the rows, and whether prompts are masked.
         max_seq_length: maximum number of tokens per sequence.
@@ -81,7 +84,9 @@ def tokenize_split(
     Raises:
         InputError: rows are invalid, or none has a supervised token; the message names the rows.
     """
-    parsed, problems = parse_rows(rows, features)
+    given: list[Any] = list(rows)
+    with_sources = all(isinstance(row, tuple) for row in given)
+    parsed, problems = parse_rows(given if with_sources else numbered(given), features)
     split = tokenize_rows(parsed, ChatEncoder(tokenizer, features.mask_prompt), max_seq_length, name)
     if problems or split.errors:
         raise InputError(listed(problems + split.errors))

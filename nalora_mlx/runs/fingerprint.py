@@ -99,16 +99,12 @@ def _optimizer_identity(optimizer: optim.Optimizer) -> dict[str, Any]:
     return identity
 
 
-def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """Return the differences between two JSON values, one phrase each with its dotted path."""
+def differences(before: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Return the differences between two JSON values: dotted path, value before and value now."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
-            phrase
+            found
             for key in dict.fromkeys((*before, *now))
-            for phrase in differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+            for found in differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         ]
-    if before == now:
-        return []
-    if max(len(str(before)), len(str(now))) > 60:
-        return [f"{path} differs"]
-    return [f"{path} was {before}, is {now}"]
+    return [] if before == now else [(path, before, now)]

@@ -1,6 +1,6 @@
 """Services that receive a run's metrics: TensorBoard, and those of mlx-lm through its callbacks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +133,24 @@ class MlxLmCallback:
         elif self.callback is None:
             return  # starting failed
         elif event.get("split") == "train":
-            self.callback.on_train_loss_report(
-                {
-                    "iteration": event["step"],
-                    "train_loss": event["loss"],
-                    "learning_rate": event["learning_rate"],
-                    "iterations_per_second": event["iterations_per_second"],
-                    "tokens_per_second": event["tokens_per_second"],
-                    "trained_tokens": event["tokens"],
-                    "peak_memory": event["peak_memory_gb"],
-                }
-            )
+            self.callback.on_train_loss_report(report_info(event))
         elif event.get("split") == "valid":
-            self.callback.on_val_loss_report(
-                {"iteration": event["step"], "val_loss": event["loss"], "val_time": event["seconds"]}
-            )
+            self.callback.on_val_loss_report(validation_info(event))
+
+
+def report_info(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what mlx-lm's callbacks get of a report of the training loss."""
+    return {
+        "iteration": event["step"],
+        "train_loss": event["loss"],
+        "learning_rate": event["learning_rate"],
+        "iterations_per_second": event["iterations_per_second"],
+        "tokens_per_second": event["tokens_per_second"],
+        "trained_tokens": event["tokens"],
+        "peak_memory": event["peak_memory_gb"],
+    }
+
+
+def validation_info(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what mlx-lm's callbacks get of a validation."""
+    return {"iteration": event["step"], "val_loss": event["loss"], "val_time": event["seconds"]}

@@ -7,7 +7,7 @@ these are in the checkpoint, so nothing else is needed to find the next batch.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from nalora_mlx.adapters.files import (
     load_weights,
 )
 from nalora_mlx.core import storage, trees
-from nalora_mlx.core.config import RunConfig, TrainingConfig
+from nalora_mlx.core.config import RunConfig, TrainingConfig, load_run_config
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.parsing import coerce, reject_unknown
 from nalora_mlx.core.versions import numeric_versions
@@ -32,6 +32,7 @@ from nalora_mlx.runs.checkpoints import BEST_FILE, CHECKPOINTS
 from nalora_mlx.runs.directory import holds_run
 from nalora_mlx.runs.fingerprint import differences, fingerprint
 from nalora_mlx.runs.progress import Progress
+from nalora_mlx.runs.saved_settings import EXPLAINED_BY, changed_settings, resumed_settings, settings_to_save
 
 STATE_FILE = "training_state.json"
 STATE_ARRAYS = "training_state.safetensors"
@@ -46,6 +47,7 @@ class State:
 
     progress: Progress
     identity: dict[str, Any]
+    config: dict[str, Any]
     versions: dict[str, Any]
     arrays: dict[str, Any]
     best: str | None
@@ -68,7 +70,7 @@ def checkpoint_files(
         state: trees of arrays, the optimizer's and the importance's.
         progress: counters and losses so far. Its iteration is the position in the data and in the metrics.
         identity: see `runs.fingerprint`.
-        config: settings, for people to read.
+        config: settings, with which the run can be resumed.
         best: file of the best adapter so far, if there is one.
     """
     weights = adapter_weights(model)
@@ -78,7 +80,7 @@ def checkpoint_files(
         "progress": asdict(progress),
         "identity": identity,
         "versions": numeric_versions(),
-        "config": {f.name: getattr(config, f.name) for f in fields(TrainingConfig)},
+        "config": settings_to_save(config),
         "arrays": {ADAPTER_FILE: fingerprint(weights), STATE_ARRAYS: fingerprint(arrays)},
         "best": None if best is None else _file_digest(best),
     }
@@ -159,7 +161,7 @@ def read_state(directory: Path) -> State:
     if content.pop("seal", None) != _seal(content):
         raise InputError(_changed(path))
     parts = {}
-    for name in ("progress", "identity", "versions", "arrays"):
+    for name in ("progress", "identity", "config", "versions", "arrays"):
         if not isinstance(content.get(name), dict):
             raise InputError(f"{path}: {name!r} is missing or not an object")
         parts[name] = content[name]
@@ -168,15 +170,83 @@ def read_state(directory: Path) -> State:
     return State(Progress(**coerce(given, Progress, f"{path}: progress")), **parts, best=content.get("best"))
 
 
-DATA_SETTINGS = (
-    " (data differs with its files, and with --valid-fraction, ratios, --mask-prompt, --last-turn-only, --chunk, "
-    "--max-seq-length and the chat template)"
-)
+# What differs between two runs, if no setting explains it -> in words.
+DIFFERENT = {
+    "base_model.weights": "the base model has other weights",
+    "base_model.settings": "the base model has another config",
+    "training_data.tokens": "the training rows, or how they are tokenized, have changed",
+    "validation_data.tokens": "the validation rows, or how they are tokenized, have changed",
+    "training_data.rows": "the training set had {before} sequences, and has {now}",
+    "validation_data.rows": "the validation set had {before} sequences, and has {now}",
+    "workers": "it ran on {before} workers, and runs on {now}",
+}
+
+
+def with_saved_settings(
+    config: RunConfig, path: Path | None, flags: Mapping[str, Any], where: str = "command line"
+) -> RunConfig:
+    """Return the settings of the run that is resumed, with those of a file and flags on top.
+
+    Args:
+        config: the settings of file and flags alone, which say what is resumed.
+        path, flags, where: see `load_run_config`.
+
+    Raises:
+        InputError: there is no checkpoint, or it does not hold the run's settings, and no model is given.
+    """
+    checkpoint = find_checkpoint(str(config.resume), Path(config.adapter_path or ".").expanduser())
+    saved = resumed_settings(read_state(checkpoint).config, _run_directory(checkpoint))
+    if saved is None and "model" not in config.given:
+        raise InputError(
+            f"--resume: {checkpoint} does not hold the run's settings; give its flags again, at least --model and "
+            "--data"
+        )
+    return load_run_config(path, flags, saved, where)
+
+
+def _run_directory(checkpoint: Path) -> Path:
+    """Return the directory of the run that wrote a checkpoint; that of the checkpoint if it was copied elsewhere."""
+    parent = checkpoint.absolute().parent
+    return parent.parent if parent.name == CHECKPOINTS else checkpoint
+
+
+def run_differences(
+    checkpoint: Path, saved: State, identity: Mapping[str, Any], config: TrainingConfig
+) -> list[str]:
+    """Return in words how a run differs from the one that wrote a checkpoint; none if it computes the same.
+
+    Settings that can explain a difference are named instead of it.
+    """
+    found = differences(saved.identity, identity)
+    if not found:
+        return []
+    changed = changed_settings(saved.config, config, _run_directory(checkpoint))
+    phrases: dict[str, None] = {}  # in order, each once
+    other_rows = {path.removesuffix("rows") + "tokens" for path, _, _ in found if path.endswith("_data.rows")}
+    for path, before, now in found:
+        if path in other_rows:
+            continue  # of course
+        settings = EXPLAINED_BY.get(path) or EXPLAINED_BY.get(path.partition(".")[0], ())
+        causes = [name for name in settings if name in changed]
+        if causes:
+            phrases |= dict.fromkeys(changed[name] for name in causes)
+        elif path in DIFFERENT:
+            phrases[DIFFERENT[path].format(before=before, now=now)] = None
+        else:
+            phrases[_difference(path, before, now)] = None
+    return list(phrases)
+
+
+def _difference(path: str, before: Any, now: Any) -> str:
+    before, now = (f"{value:.6g}" if isinstance(value, float) else str(value) for value in (before, now))
+    what = path.removeprefix("training.").replace("_", " ").replace(".", ": ")
+    return f"{what} was {before}, is {now}" if max(len(before), len(now)) <= 60 else f"{what} differs"
 
 
 def restore(
     directory: Path,
     identity: Mapping[str, Any],
+    config: TrainingConfig,
     model: nn.Module,
     state: Mapping[str, Any],
     iterations: int,
@@ -189,6 +259,7 @@ def restore(
     Args:
         directory: the checkpoint.
         identity: of this run.
+        config: settings of this run.
         model: adapted like the model of the checkpoint.
         state: trees with the names and shapes of those that were saved.
         iterations: iterations of this run.
@@ -202,11 +273,10 @@ def restore(
             does not fit.
     """
     saved = read_state(directory)
-    wrong = differences(saved.identity, identity)
+    wrong = run_differences(directory, saved, identity, config)
     if wrong and not anyway:
         raise InputError(
-            f"--resume {directory}: not the same run: {listed(wrong)}; restore these settings"
-            f"{DATA_SETTINGS if any('_data' in phrase for phrase in wrong) else ''}, or give --resume-anyway"
+            f"--resume {directory}: not the same run: {listed(wrong)}; change that back, or give --resume-anyway"
         )
     if saved.progress.iteration > iterations:
         raise InputError(
@@ -214,7 +284,8 @@ def restore(
         )
     notices = [f"resuming although {phrase}" for phrase in wrong]
     if others := differences(saved.versions, numeric_versions()):
-        notices.append(f"results may differ in the last digits: {listed(others)}")
+        versions = [_difference(*other) for other in others]
+        notices.append(f"results may differ in the last digits: {listed(versions)}")
     _check_copies(directory, saved)
     _restore_arrays(directory, saved, model, state)
     return saved.progress, notices

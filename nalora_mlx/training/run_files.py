@@ -78,7 +78,7 @@ class RunFiles:
             return []
         state = self.step.state_tree()
         self.progress, notices = restore(
-            self.resume, self.identity, self.step.model, state, iterations, anyway
+            self.resume, self.identity, self.config, self.step.model, state, iterations, anyway
         )
         self.step.load_state_tree(state)
         if self.progress.iteration == iterations:

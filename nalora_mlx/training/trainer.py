@@ -1,6 +1,6 @@
 """Train a model: check everything that can be refused, then run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import numpy as np
 from nalora_mlx.adapters.attach import adapt_result
 from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.core.config import TrainingConfig
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.data.padding import padded_length
-from nalora_mlx.data.tokenization import Example
+from nalora_mlx.data.rows.formats import Features
+from nalora_mlx.data.tokenization import Example, Split, tokenize_split
 from nalora_mlx.models import packed_rows
 from nalora_mlx.runs.progress import TrainResult
 from nalora_mlx.training.device_memory import wired_memory
@@ -26,11 +27,13 @@ from nalora_mlx.training.memory_bound import bound_from_shapes
 from nalora_mlx.training.memory_plan import largest_batch
 from nalora_mlx.training.run import Run
 
+Rows = Split | Sequence[Example] | Sequence[Mapping[str, Any]]
+
 
 def train(
     model: nn.Module,
-    train_set: Sequence[Example],
-    valid_set: Sequence[Example] = (),
+    train_set: Rows,
+    valid_set: Rows = (),
     config: TrainingConfig | None = None,
     optimizer: optim.Optimizer | None = None,
     output: str | Path | None = None,
@@ -41,6 +44,8 @@ def train(
     stop: Callable[[], bool] | None = None,
     loss: SupervisedLoss | None = None,
     peak_bytes: float | None = None,
+    tokenizer: Any = None,
+    mask_prompt: bool = False,
 ) -> TrainResult:
     """Train a model's adapters, or whatever else of it is not frozen.
 
@@ -49,8 +54,9 @@ def train(
 
     Args:
         model: adapted by `adapt`, whose result holds the NA settings; other models train without the mechanisms.
-        train_set: tokenized rows, see `nalora_mlx.data.tokenize_split`.
-        valid_set: rows for validation; empty skips it.
+        train_set: what `preview` or `tokenize_split` return, their `sequences`, or rows as dicts in any supported
+            format, with `tokenizer`.
+        valid_set: the same for validation; empty skips it.
         config: settings; the defaults if None.
         optimizer: any mlx optimizer; Adam with the default learning rate if None.
         output: directory for adapters.safetensors, best/ and checkpoints/; None saves nothing. A previous run there is
@@ -63,6 +69,8 @@ def train(
         stop: asked while each update runs; True ends the run after that update, saved.
         loss: the model's loss, if one was made after adapting it; made here if None.
         peak_bytes: the run's planned peak memory, which Metal keeps resident; None for an upper bound.
+        tokenizer: tokenizer wrapper of mlx-lm, for rows as dicts.
+        mask_prompt: supervise only the assistant turns of rows that are dicts.
 
     Raises:
         InputError: bad settings, an empty training set, nothing to train, no disk space, an output directory in use, or
@@ -71,6 +79,10 @@ def train(
         RunError: the end of the run could not be saved.
     """
     config = config or TrainingConfig()
+    train_set, valid_set = (
+        tokenized(rows, tokenizer, mask_prompt, config, name)
+        for rows, name in ((train_set, "train_set"), (valid_set, "valid_set"))
+    )
     check(train_set, valid_set, adapter_weights(model), config)
     if output is not None and adapter_config is None and adapt_result(model) is None:
         raise InputError(
@@ -99,6 +111,30 @@ def train(
 
     with wired_memory(config.wired_limit, peak):
         return run.run()
+
+
+def tokenized(
+    rows: Rows, tokenizer: Any, mask_prompt: bool, config: TrainingConfig, name: str
+) -> Sequence[Example]:
+    """Return rows as `train` takes them as tokenized sequences.
+
+    Raises:
+        InputError: a row cannot be used, or rows are dicts and there is no tokenizer.
+    """
+    if isinstance(rows, Split):
+        if rows.errors:
+            raise InputError(f"{name}: {listed(rows.errors)}")
+        return rows.sequences
+    wrong = [row for row in rows if not isinstance(row, Example)]
+    if not wrong:
+        return rows  # type: ignore[return-value]
+    if tokenizer is None or not all(isinstance(row, Mapping) for row in rows):
+        raise InputError(
+            f"{name} holds {type(wrong[0]).__name__}; give rows as dicts with tokenizer=, or what "
+            "nalora_mlx.preview(rows, tokenizer) returns"
+        )
+    features = Features(mask_prompt=mask_prompt)
+    return tokenize_split(wrong, tokenizer, features, config.max_seq_length, name).sequences
 
 
 def check(

@@ -25,7 +25,7 @@ import nalora_mlx
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.files import adapter_weights, check_adapter, load_any_adapter
-from nalora_mlx.core.config import RunConfig, load_run_config
+from nalora_mlx.core.config import RunConfig, TrainingConfig, load_run_config
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import coerce
 from nalora_mlx.core.yaml_files import read_yaml
@@ -373,9 +373,12 @@ def test_checkpoints(data, run_directory, tmp_path):
     (directory / name).write_bytes(content)
     before, key = snapshot(directory), mx.random.state[0].tolist()
     model, trees = state_of(directory)
-    done, _ = attempt(
-        lambda: restore(directory, read_state(directory).identity, model, trees, 10), name, "--resume"
-    )
+    settings = TrainingConfig(iters=10)
+
+    def resume():
+        return restore(directory, read_state(directory).identity, settings, model, trees, 10)
+
+    done, _ = attempt(resume, name, "--resume")
     mx.random.seed(key[0] << 32 | key[1])
     if done:
         if name.endswith(".json"):

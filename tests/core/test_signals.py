@@ -49,7 +49,7 @@ def test_the_first_signal_saves_and_says_how_to_resume(
     assert process.returncode == status
     (line,) = errors.splitlines()
     assert line.startswith(f"nalora lora: {word}: stopped at iteration ")
-    assert line.endswith(f"saved in {output}; the same command with --resume continues from there")
+    assert line.endswith(f"saved in {output}; nalora lora --resume --adapter-path {output} continues from there")
     assert "finishing this update and saving; once more ends the run at once" in said
     (step,) = checkpoints.steps(output / "checkpoints")
     assert f"stopped at iteration {step}," in line
@@ -94,7 +94,7 @@ def test_the_second_signal_ends_the_run_at_once(model_directory, data_directory,
     assert status == 130
     assert errors == (
         f"nalora lora: interrupted: ended at once; the checkpoint of iteration {before} is complete; "
-        "the same command with --resume continues from there\n"
+        f"nalora lora --resume --adapter-path {output} continues from there\n"
     )
     assert steps == [before]
     read_state(output / "checkpoints" / f"step-{before:07d}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from nalora_mlx.core.data_entries import FEATURE_KEYS, ratio_problem
 from nalora_mlx.core.errors import InputError, first_line, listed
+from nalora_mlx.core.notices import Note
 from nalora_mlx.core.parsing import reject_unknown
 from nalora_mlx.data.sources.files import RawRow, Remarks
 from nalora_mlx.data.sources.readers import (
@@ -31,6 +32,7 @@ HUB_KEYS = (  # of an entry of hf_dataset; those of mlx-lm, and ratio
     *FEATURE_KEYS,
     "ratio",
 )
+EXAMPLE_ROW = '{"prompt": "...", "completion": "..."}'
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")  # as the Hub names the parts of a split
 
@@ -66,6 +68,25 @@ def open_source(path: str, names: Sequence[str], remarks: Remarks) -> Source:
             "train.jsonl (and valid.jsonl, test.jsonl)"
         )
     return Source(hub_splits(path, names, remarks))
+
+
+def numbered(rows: Iterable[Mapping[str, Any]], split: str = "train") -> list[RawRow]:
+    """Return rows that are in memory with a source each: "row 1", or "valid row 1" in another split.
+
+    Raises:
+        InputError: a row is not a mapping.
+    """
+    if isinstance(rows, str | bytes | Mapping):
+        raise InputError(f"the {split} rows are {type(rows).__name__}; give a list of dicts")
+    prefix = "" if split == "train" else f"{split} "
+    found = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise InputError(
+                f"{prefix}row {number} is {type(row).__name__}; give a dict, such as {EXAMPLE_ROW}"
+            )
+        found.append((f"{prefix}row {number}", without_nulls(dict(row))))
+    return found
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -123,7 +144,7 @@ def _named_split(
     if there is None:
         return []
     if there != name:
-        remarks.notices.append(f"{where}: {there!r} is read as the {name} split")
+        remarks.notices.append(Note(f"{where}: {there!r} is read as the {name} split"))
     return found[there]
 
 

@@ -1,0 +1,290 @@
+"""A whole fine-tuning job, from settings to a trained and tested adapter: what `nalora lora` and `finetune` do."""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from rich.console import Console
+
+from nalora_mlx.adapters.attach import adapt, adapt_dora, unfreeze_layers
+from nalora_mlx.adapters.files import (
+    adapter_config,
+    adapter_weights,
+    chat_entry,
+    load_any_adapter,
+    load_weights,
+)
+from nalora_mlx.adapters.merge_record import contains_adapter
+from nalora_mlx.core.background import in_background
+from nalora_mlx.core.config import METHOD_LABELS, RunConfig
+from nalora_mlx.core.errors import InputError, counted, listed
+from nalora_mlx.data.batches import evaluation_batches
+from nalora_mlx.data.checks import RunData, tokenize
+from nalora_mlx.data.summary import histogram, mask_pieces, summary
+from nalora_mlx.data.tokenization import Split
+from nalora_mlx.models.context_length import context_notices
+from nalora_mlx.models.loading import (
+    is_quantized,
+    is_slow_on_cpu,
+    load_module,
+    load_tokenizer,
+    local_directory,
+)
+from nalora_mlx.ops.kernels.healthcheck import compile_notices
+from nalora_mlx.runs.display import Display
+from nalora_mlx.runs.loggers import reporters
+from nalora_mlx.runs.metrics import METRICS_FILE, MetricsFile
+from nalora_mlx.runs.progress import TrainResult
+from nalora_mlx.runs.record import RECORD_FILE, RecordFile
+from nalora_mlx.runs.resume import find_start
+from nalora_mlx.training.chats import configure_run_chats
+from nalora_mlx.training.device_faults import explain_device_faults
+from nalora_mlx.training.distributed import workers
+from nalora_mlx.training.evaluation import evaluate
+from nalora_mlx.training.events import Listener
+from nalora_mlx.training.interruption import interruptible
+from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.memory_plan import default_budget, memory_advice
+from nalora_mlx.training.optimizers import configured_optimizer
+from nalora_mlx.training.schedules import length_notices
+from nalora_mlx.training.trainer import train
+
+
+def open_display(quiet: bool = False, phrase: Callable[[str], str] = str) -> Display:
+    """Return the display of a job; it is silent on all workers but the first.
+
+    Args:
+        quiet: show nothing.
+        phrase: rewrites what is shown.
+    """
+    return Display(Console(quiet=True) if quiet or workers().rank else None, phrase)
+
+
+class Job:
+    """One job. Constructing it changes nothing; `run` does everything.
+
+    Args:
+        config: settings, which have been checked.
+        data: the rows of the job.
+        display: shows what happens.
+        listeners: called with each event of the training, in addition to the display and the files.
+        stop: asked while each update runs; True ends the training after that update, saved.
+
+    Attributes:
+        output: the run's directory.
+        model, tokenizer: loaded by `run`; the model has the trained adapter at the end.
+        splits: the tokenized rows by split.
+        result: of the training; None without one.
+        signal: the number of the signal that ended the training; None without one.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: RunData,
+        display: Display,
+        listeners: Sequence[Listener] = (),
+        stop: Callable[[], bool] | None = None,
+    ):
+        self.config, self.data, self.display = config, data, display
+        self.listeners, self.stop = listeners, stop
+        self.output = Path(config.adapter_path or ".").expanduser()
+        self.start: Path | None = None  # checkpoint or adapter to start from
+        self.started = threading.Event()  # set once the output directory is this run's own
+        self.result: TrainResult | None = None
+        self.signal: int | None = None
+
+    def run(self) -> None:
+        """Load the model, check everything, then plan, train and test.
+
+        Raises:
+            InputError: bad rows, a model or settings that do not fit, or a checkpoint of another run.
+            RunError: the device failed, or the end of the run could not be saved.
+            FloatingPointError: too many updates in a row had a NaN or infinite loss or gradient.
+        """
+        config = self.config
+        if config.train:
+            configured_optimizer(config)  # what it refuses, it refuses before the model is loaded
+            self.start = find_start(config, self.output)
+        if config.resume is not None:
+            self.display.note(f"resuming from {self.start}")
+        self.load()
+        with explain_device_faults(config, self.output, self.quantized, self.start, self.started):
+            loss = None
+            if config.train:
+                loss = self.train()
+            elif config.adapter_path:
+                load_any_adapter(self.model, self.output)
+            if config.test and self.signal is None:
+                self.test(loss)
+
+    # --- data and model ---------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load model and tokenizer, and tokenize the rows in the background.
+
+        Raises:
+            InputError: the model cannot be loaded, or rows cannot be used.
+        """
+        config, display = self.config, self.display
+        display.note(f"loading {config.model}")
+        self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        self.chat = configure_run_chats(config, self.tokenizer, self.start, self.notify)
+        tokenized = in_background(lambda: tokenize(self.data, self.tokenizer, config.max_seq_length))
+        self.model, model_config = load_module(
+            config.model, config.trust_remote_code, config.quantize, self.notify
+        )
+        self.quantized = is_quantized(model_config)
+        adapter = self.start if config.train else self.output if config.adapter_path else None
+        if adapter is not None and contains_adapter(local_directory(config.model), adapter):
+            self.notify(f"{config.model} already contains {adapter}, which is applied twice now")
+        if is_slow_on_cpu(self.model):
+            self.notify(
+                "half-precision weights are about fifty times slower than float32 on a CPU; "
+                "mlx_lm.convert --dtype float32 makes a float32 copy"
+            )
+        self.splits = self.checked(tokenized())
+        display.notices(context_notices(self.splits, model_config))
+
+    def checked(self, splits: dict[str, Split]) -> dict[str, Split]:
+        """Show what the tokenized splits hold, and return them.
+
+        Raises:
+            InputError: lists the rows that cannot be used.
+        """
+        config, display = self.config, self.display
+        if errors := [error for split in splits.values() for error in split.errors]:
+            raise InputError(listed(errors))
+        for name, split in splits.items():
+            if split.sequences:
+                display.note(summary(name, split))
+                for line in histogram(split.sequences) if name == "train" else ():
+                    display.note(line)
+        display.notices(notice for split in splits.values() for notice in split.notices)
+        if config.train and not splits["valid"].sequences:
+            display.note("note: no validation set (valid.jsonl): no validation, and no best adapter")
+        for example in next(iter(splits.values())).sequences[: config.show_masks]:
+            display.masks(example.source, mask_pieces(example, self.tokenizer))
+        return splits
+
+    def notify(self, text: str) -> None:
+        """Show a notice."""
+        self.display.notices([text])
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def train(self) -> SupervisedLoss:
+        """Attach adapters, plan the memory and train; with --plan only plan. Return the model's loss."""
+        config, model, display = self.config, self.model, self.display
+        mx.random.seed(config.seed)
+        optimizer = configured_optimizer(config)
+        display.notices(length_notices(config, self.splits) + compile_notices())
+        content = self.attach_adapters()
+        if self.start is not None and config.resume is None:
+            load_weights(model, self.start)
+            mx.eval(model.parameters())  # read now: the file may be moved aside next
+            display.note(f"starting from {self.start}")
+        trainable = sum(array.size for array in adapter_weights(model).values())
+        display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
+        display.status.memory_limit = default_budget()
+        loss, examples = SupervisedLoss(model), self.splits["train"].sequences
+        with display.trials() as show:
+            advice = memory_advice(model, examples, config, configured_optimizer, workers(), loss, show)
+        for line in advice.lines:
+            display.note(line)
+        if config.plan:
+            return loss
+        if config.memory_budget is not None:
+            mx.set_memory_limit(config.memory_budget)  # near it, MLX waits for running work and frees memory
+        with interruptible(self.output, display) as request:
+            self.result = train(
+                model,
+                examples,
+                self.splits["valid"].sequences,
+                config,
+                optimizer,
+                self.output,
+                self.all_listeners(),
+                content,
+                self.start if config.resume is not None else None,
+                config.resume_anyway,
+                lambda: request() or (self.stop is not None and self.stop()),
+                loss,
+                advice.peak_bytes,
+            )
+        self.signal = request.number if self.result.stopped else None
+        if self.signal is None:
+            self.show_result(self.result)
+        return loss
+
+    def show_result(self, result: TrainResult) -> None:
+        """Show how the training ended."""
+        display = self.display
+        if result.stopped:
+            display.note(f"stopped at iteration {result.iterations}: {result.stopped}")
+        if result.skipped:
+            none = "" if result.updates else "; none was applied, so the weights are as they were"
+            display.note(f"note: {counted(result.skipped, 'update')} skipped, see above{none}")
+        for line in result.describe_validation(self.output / "best"):
+            display.note(line)
+        took = f"{result.seconds:.0f} s, after {display.preparation:.0f} s of preparation"
+        display.note(f"done in {took}: adapter in {self.output}")
+
+    def attach_adapters(self) -> dict[str, Any]:
+        """Make the model trainable as the fine-tune type says; return the content of adapter_config.json."""
+        config, model, display = self.config, self.model, self.display
+        if config.fine_tune_type == "full":
+            count = unfreeze_layers(model, config.num_layers)
+            display.note(f"full fine-tuning of {counted(count, 'layer')}")
+            return {"fine_tune_type": "full", "num_layers": count, **chat_entry(self.chat)}
+        attach = adapt_dora if config.fine_tune_type == "dora" else adapt
+        result = attach(model, config.lora_config())
+        display.notices(result.notices)
+        for skipped in result.skipped:
+            display.note(f"note: {skipped.path}: {skipped.reason}")
+        activations = ", ".join(sorted({mlp.activation for mlp in result.gated}))
+        display.note(
+            f"{METHOD_LABELS[config.fine_tune_type]} of rank {result.config.rank} on "
+            f"{counted(result.config.num_layers, 'layer')}: {counted(len(result.gated), 'gated MLP')}"
+            f"{f' ({activations})' if activations else ''}, {counted(len(result.plain), 'other module')}"
+        )
+        if config.fine_tune_type == "lora":
+            display.note("note: plain LoRA, as requested; fine_tune_type na-lora (the default) gives NA-LoRA")
+        content = adapter_config(model, self.chat)
+        json.dumps(content)  # fails here, not after an hour, if JSON cannot hold it
+        return content
+
+    def all_listeners(self) -> list[Listener]:
+        """Return the listeners of the run; none on workers other than the first."""
+        if workers().rank:
+            return []
+        config, warn = self.config, self.display.note
+        return [
+            lambda _: self.started.set(),
+            self.display,
+            RecordFile(self.output / RECORD_FILE, config, self.splits, warn),
+            MetricsFile(self.output / METRICS_FILE, warn),
+            *reporters(config, warn),
+            *self.listeners,
+        ]
+
+    # --- test -------------------------------------------------------------------------------------------------
+
+    def test(self, loss: SupervisedLoss | None) -> None:
+        """Compute the loss on the test set, show it, and add it to the metrics."""
+        config, world = self.config, workers()
+        sequences = self.splits["test"].sequences
+        batches = evaluation_batches(
+            sequences, config.batch_size, config.test_batches, config.seed, world.share
+        )
+        value, tokens = evaluate(self.model, batches, loss=loss, workers=world)
+        self.display.note(
+            f"test loss {value:.4f}, perplexity {math.exp(min(value, 700)):.3f}, over {counted(tokens, 'token')}"
+        )
+        if config.adapter_path and self.output.is_dir() and world.rank == 0:
+            event = {"event": "metrics", "split": "test", "loss": value, "tokens": tokens}
+            MetricsFile(self.output / METRICS_FILE)(event)

@@ -1,0 +1,160 @@
+"""Sample answers at the end of training: the same few prompts, answered by the base and by the tuned model."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+from mlx_lm import stream_generate
+
+from nalora_mlx.adapters.comparison import without_adapters
+from nalora_mlx.core.errors import first_line
+from nalora_mlx.models.conversation import render_prompt
+from nalora_mlx.runs.samples import write_samples_file
+from nalora_mlx.training.distributed import workers
+
+SHARE = 0.05  # of the time of training, for all answers together,
+LEAST_SECONDS, MOST_SECONDS = 20.0, 60.0  # within these bounds
+TUNED_SHARE = 2.0  # time for an answer of the tuned model, compared with one of the base model
+SHORTEST_LIMIT, LONGEST_LIMIT = 96, 256  # tokens of an answer
+MARGIN = 32  # tokens beyond the longest expected answer
+PREFILL = 32  # tokens of a prompt between two looks at the clock
+
+
+class _Answer(NamedTuple):
+    text: str
+    complete: bool
+
+
+class _CutError(Exception):
+    """The time for an answer is over, or a stop was requested."""
+
+
+def write_samples(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Mapping[str, Any]],
+    output: Path,
+    notify: Callable[[str], None],
+    trained: float = 0.0,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Answer prompts with the tuned model and without its adapters, and write samples.json. Never fails a run.
+
+    Decoding is greedy. The model stays as it was. After full fine-tuning there is no base model to ask. Only the
+    first of several workers answers.
+
+    Args:
+        model: the tuned model.
+        tokenizer: its tokenizer, which renders chats as in training.
+        prompts: see `runs.samples.choose_prompts`.
+        output: the run's directory.
+        notify: called with a notice if there are no answers.
+        trained: seconds that training took. The answers take at most a twentieth of them, or 20 s if that is more,
+            and never more than 60 s.
+        stop: returns whether to leave without writing anything.
+
+    Returns:
+        The samples, as `runs.samples.read_samples` returns them; none if something went wrong.
+    """
+    if workers().rank or not prompts:
+        return []
+    training, seconds = model.training, min(max(SHARE * trained, LEAST_SECONDS), MOST_SECONDS)
+    try:
+        model.eval()
+        samples, limit = _answer_all(model, tokenizer, prompts, seconds, stop)
+        if stop():
+            return []
+        if not samples:
+            notify(f"no sample answers: the model is too slow to answer within {seconds:.0f} s")
+            return []
+        write_samples_file(output, samples, limit)
+    except Exception as error:
+        notify(f"no sample answers were kept: {first_line(error)}")
+        return []
+    finally:
+        model.train(training)
+    return samples
+
+
+def _answer_all(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Mapping[str, Any]],
+    seconds: float,
+    stop: Callable[[], bool],
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the samples, without those for which there was no time, and the limit of an answer in tokens."""
+    expected = [len(tokenizer.encode(prompt["expected"] or "")) for prompt in prompts]
+    limit = min(max(max(expected) + MARGIN, SHORTEST_LIMIT), LONGEST_LIMIT)
+    has_base = any("lora_a" in module for _, module in model.named_modules())
+    end = time.monotonic() + seconds
+    left = len(prompts) * (TUNED_SHARE + has_base)
+
+    def ask(prompt: Mapping[str, Any], share: float) -> _Answer | None:
+        nonlocal left
+        now = time.monotonic()
+        deadline = (
+            now + (end - now) * share / left
+        )  # earlier answers leave what they did not need to later ones
+        left -= share
+        return _answer(
+            model, tokenizer, _encode(tokenizer, prompt), limit, lambda: stop() or time.monotonic() > deadline
+        )
+
+    after = [ask(prompt, TUNED_SHARE) for prompt in prompts]
+    before: list[_Answer | None] = [None] * len(prompts)
+    if has_base:
+        with without_adapters(model):
+            before = [ask(prompt, 1.0) for prompt in prompts]
+    return [
+        {
+            **prompt,
+            "before": None if base is None else base.text,
+            "before_complete": base is not None and base.complete,
+            "after": tuned.text,
+            "complete": tuned.complete,
+        }
+        for prompt, base, tuned in zip(prompts, before, after, strict=True)
+        if tuned is not None
+    ], limit
+
+
+def _encode(tokenizer: Any, prompt: Mapping[str, Any]) -> str | list[int]:
+    """Return a prompt as the model reads it: token ids of a chat, or plain text."""
+    if "messages" not in prompt:
+        return str(prompt["text"])
+    arguments = prompt.get("chat_template_kwargs", {})
+    return render_prompt(tokenizer, prompt["messages"], prompt.get("tools"), arguments)
+
+
+def _answer(
+    model: nn.Module, tokenizer: Any, prompt: str | list[int], limit: int, is_over: Callable[[], bool]
+) -> _Answer | None:
+    """Return the greedy answer to a prompt as far as there is time for it; None if there is not even for a token."""
+    text, complete = "", False
+
+    def check(*_: int) -> None:
+        if is_over():
+            raise _CutError
+
+    responses = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=limit,
+        prefill_step_size=PREFILL,
+        prompt_progress_callback=check,
+    )
+    try:
+        with closing(responses):  # it sets MLX's stream and wired limit as long as it is open
+            for response in responses:
+                text += response.text
+                complete = response.finish_reason == "stop"
+                if response.finish_reason is None:
+                    check()
+    except _CutError:
+        return _Answer(text.strip(), False) if text else None
+    return _Answer(text.strip(), complete)
