@@ -1,69 +1,51 @@
-"""Code that all commands share: one-line errors, exit statuses, and flags. Imports nothing heavy."""
+"""Code that commands share: one-line errors, exit statuses, models and chats. Imports nothing heavy."""
 
-import argparse
-import dataclasses
 import importlib
 import io
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from nalora_mlx import __version__
+from nalora_mlx.arguments import EXIT_USAGE, Parser, add_common
 from nalora_mlx.core.device_faults import explain
 from nalora_mlx.core.errors import InputError, RunError
-from nalora_mlx.core.parsing import base_types, did_you_mean
-from nalora_mlx.core.paths import check_paths, expanded
+from nalora_mlx.core.paths import check_paths, expanded, is_hub_name
 from nalora_mlx.core.signals import SIGNALS, Stopped
-from nalora_mlx.core.template_args import EXAMPLE, parse_template_args
 
 if TYPE_CHECKING:
     from nalora_mlx.models.chat_templates import ChatSettings
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
-COMMANDS = {
-    "lora": "fine-tune and evaluate a model",
-    "fuse": "merge an adapter into the weights of its base model",
-    "export": "write GGUF, PEFT and mlx-lm files",
-    "generate": "answer one prompt",
-    "chat": "chat with a model, or with base and tuned model side by side",
-    "serve": "start an OpenAI-compatible HTTP server",
-    "report": "write an HTML report of one run, or of several compared",
-    "doctor": "check the machine, and a run before it starts",
-    "completion": "print a completion script for a shell",
+# What one does -> the commands for it, in the order in which a new user meets them.
+COMMAND_GROUPS = {
+    "train": {
+        "doctor": "check the machine, and a model and data before training",
+        "lora": "fine-tune and evaluate a model",
+    },
+    "try the result": {
+        "chat": "chat with a model, or with base and tuned model side by side",
+        "generate": "answer one prompt",
+        "report": "write an HTML report of one run, or of several compared",
+    },
+    "use it elsewhere": {
+        "fuse": "merge an adapter into the weights of its base model",
+        "export": "write GGUF, PEFT and mlx-lm files",
+        "serve": "start an OpenAI-compatible HTTP server",
+    },
+    "set up": {"completion": "print a completion script for a shell"},
 }
-PACKAGES = ("export", "report", "serve")  # commands that are packages
+COMMANDS = {name: text for group in COMMAND_GROUPS.values() for name, text in group.items()}
+PACKAGES = ("chat", "doctor", "export", "report", "serve")  # commands that are packages
 
 
 def command(name: str) -> ModuleType:
     """Import the module of a command; it has `build_parser(prog)` and `run(args)`."""
     return importlib.import_module(f"nalora_mlx.{name}" + (".__main__" if name in PACKAGES else ""))
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that prints errors as one line."""
-
-    def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error in one line, suggest the nearest flag, and exit with status 2."""
-        if message.startswith("unrecognized arguments:"):
-            flags = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-            message += next(filter(None, (did_you_mean(flag, _flags(self)) for flag in flags)), "")
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-
-def _flags(parser: argparse.ArgumentParser) -> list[str]:
-    """Return all flags of a parser and its subparsers."""
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            flags += [flag for below in action.choices.values() for flag in _flags(below)]
-    return flags
 
 
 def execute(
@@ -102,14 +84,6 @@ def execute(
         return _fail(prog, "failed", _explained(error), EXIT_FAILED)
 
 
-def add_common(parser: Parser) -> None:
-    """Add the flags of every command."""
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument(
-        "--version", action="version", version=f"nalora {__version__}", help="show the version and exit"
-    )
-
-
 def _terminate(_signal: int, _frame: Any) -> NoReturn:
     raise Stopped(signal.SIGTERM, "stopped by SIGTERM")
 
@@ -127,74 +101,26 @@ def _fail(prog: str, what: str, message: str, status: int) -> int:
     return status
 
 
-def add_settings(parser: argparse._ActionsContainer, settings: type, skip: tuple[str, ...] = ()) -> None:
-    """Add a flag for each field of a settings dataclass; a flag that is not given is absent from the result.
+def require_model(model: str | None, adapter: str | Path | None = None) -> None:
+    """Raise InputError if --model is not given; the message names the model that the adapter was trained on.
 
-    Types come from the fields' annotations; help texts, choices and the like from their metadata. Defaults are shown in
-    the help, but the parser does not set them.
+    Args:
+        model: value of --model.
+        adapter: directory of the adapter; None without one.
     """
-    types = get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        metadata = field.metadata
-        if field.name in skip or metadata.get("yaml_only"):
-            continue
-        flag = "--" + metadata.get("flag_name", field.name.replace("_", "-"))
-        text = metadata["help"] + _default_text(field.default)
-        options: dict[str, Any] = {
-            "help": text.replace("%", "%%"),
-            "default": argparse.SUPPRESS,
-            "dest": field.name,
-        }
-        kind = base_types(types[field.name])[0]
-        if get_origin(kind) is tuple:  # argparse converts item by item
-            kind = get_args(kind)[0]
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-            continue
-        options |= {name: metadata[name] for name in ("choices", "nargs", "metavar") if name in metadata}
-        if "const" in metadata:  # the value of the flag without an argument
-            options |= {"const": metadata["const"], "metavar": "PATH"}
-        if metadata.get("size"):  # `coerce` parses it
-            options["metavar"] = "SIZE"
-        elif get_origin(kind) is dict:
-            options |= {"type": _template_args, "metavar": "JSON"}
-        else:
-            options["type"] = kind
-            if kind in (int, float):
-                options["metavar"] = "N"
-        parser.add_argument(flag, **options)
+    if model is not None:
+        return
+    from nalora_mlx.runs.base_model import trained_model
 
-
-def _template_args(text: str) -> dict[str, Any]:
-    """Parse a JSON flag for argparse, which hides the messages of other exceptions."""
-    try:
-        return parse_template_args(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _default_text(default: Any) -> str:
-    """Return a default for the help text; nothing for None, whose meaning the help text says itself."""
-    if default is None:
-        return ""
-    if isinstance(default, bool):
-        return f" (default: {str(default).lower()})"
-    return f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
-
-
-def add_chat_flags(parser: argparse._ActionsContainer, *aliases: str) -> None:
-    """Add --chat-template and --chat-template-args; `aliases` are other names of the latter."""
-    parser.add_argument(
-        "--chat-template",
-        metavar="X",
-        help="chat template: a file, a template of the model by name, or chatml (default: as the adapter was trained)",
-    )
-    parser.add_argument(
-        "--chat-template-args",
-        *aliases,
-        metavar="JSON",
-        type=_template_args,
-        help=f"arguments of the chat template, a JSON object such as '{EXAMPLE}' (default: as the adapter was trained)",
+    trained = None if adapter is None else trained_model(Path(adapter).expanduser())
+    if trained is None:
+        raise InputError("--model is missing; give a directory, or a Hugging Face repo (OWNER/NAME)")
+    if not is_hub_name(trained) and not Path(trained).exists():
+        raise InputError(
+            f"--model is missing; {adapter} was trained on a model named {trained}: give its directory"
+        )
+    raise InputError(
+        f"--model is missing; {adapter} was trained on {trained}: give --model {shlex.quote(trained)}"
     )
 
 
@@ -221,21 +147,6 @@ def configure_chats(
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
     return settings
-
-
-def add_forwarded(
-    parser: Parser,
-    values: Sequence[tuple[tuple[str, ...], str, type]],
-    lists: Sequence[tuple[tuple[str, ...], str]],
-    switches: Sequence[tuple[tuple[str, ...], str]],
-) -> None:
-    """Add flags that mlx-lm parses again; a flag that is not given is absent from the result."""
-    for names, text, kind in values:
-        parser.add_argument(*names, help=text, type=kind, metavar="X", default=argparse.SUPPRESS)
-    for names, text in lists:
-        parser.add_argument(*names, help=text, metavar="X", nargs="+", default=argparse.SUPPRESS)
-    for names, text in switches:
-        parser.add_argument(*names, help=text, action="store_true", default=argparse.SUPPRESS)
 
 
 def check_forwarded(given: Mapping[str, Any]) -> None:
@@ -271,17 +182,17 @@ def prepare_forwarded(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def note_merged(model: str, adapter: str | Path | None) -> None:
-    """Print a notice if `nalora fuse` merged an adapter into a model before.
+    """Print a notice if `nalora fuse` merged an adapter, or another one of its run, into a model before.
 
     Args:
         model: directory or Hugging Face repo of the model.
         adapter: directory of the adapter, or the file of its weights; None without one.
     """
-    from nalora_mlx.adapters.merge_record import contains_adapter
+    from nalora_mlx.adapters.merge_record import twice_notice
     from nalora_mlx.models.loading import local_directory
 
-    if adapter is not None and contains_adapter(local_directory(model), Path(adapter).expanduser()):
-        print(f"note: {model} already contains {adapter}, which is applied twice now", file=sys.stderr)
+    if adapter is not None and (text := twice_notice(model, local_directory(model), adapter)):
+        print(f"note: {text}", file=sys.stderr)
 
 
 def loading_configured(

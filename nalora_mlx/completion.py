@@ -5,24 +5,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nalora_mlx.cli import COMMANDS, Parser, add_common, command
+from nalora_mlx.arguments import Parser, add_common
+from nalora_mlx.cli import COMMANDS, command
 
-# Where each shell looks for completion scripts when it starts.
-PLACES = {
-    "bash": "~/.local/share/bash-completion/completions/nalora (needs bash-completion)",
-    "zsh": "_nalora in a directory of $fpath",
-    "fish": "~/.config/fish/completions/nalora.fish",
-}
+SHELLS = ("bash", "zsh", "fish")
 
 
 def build_parser(prog: str) -> Parser:
     """Build a parser that takes the shell."""
-    places = "; ".join(f"{shell}: {place}" for shell, place in PLACES.items())
     parser = Parser(
         prog=prog,
-        description=f"Print a completion script. Save it where your shell looks for it: {places}.",
+        usage="SHELL",
+        description="Print a script that completes nalora's commands and flags, for a file that your shell reads.",
+        examples="""
+        bash, with the package bash-completion
+          nalora completion bash > ~/.local/share/bash-completion/completions/nalora
+        zsh, with fpath+=~/.zfunc before compinit in ~/.zshrc
+          nalora completion zsh > ~/.zfunc/_nalora
+        fish
+          nalora completion fish > ~/.config/fish/completions/nalora.fish
+        """,
     )
-    parser.add_argument("shell", choices=tuple(PLACES), help="shell to print the script for")
+    shells = f"shell to print the script for: {', '.join(SHELLS)}"
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=shells)
     return parser
 
 

@@ -22,13 +22,8 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 Callback = Callable[[dict[str, Any]], None]
-ARGUMENTS = (
-    "model",
-    "data",
-    "adapter_path",
-    "train",
-    "plan",
-)  # settings that `finetune` has under another name
+# Settings that are arguments of `finetune`, some under another name.
+ARGUMENTS = ("model", "data", "adapter_path", "train", "plan")
 SETTINGS = (*(f.name for f in fields(RunConfig) if f.name not in ARGUMENTS), *LORA_NAMES, *NA_NAMES)
 
 
@@ -60,6 +55,13 @@ class FinetuneResult:
         if training.first_valid_loss is not None and training.valid_loss is not None:
             losses = f"validation loss {training.first_valid_loss:.4g} -> {training.valid_loss:.4g}"
         return f"<FinetuneResult: {losses} in {training.iterations} iterations, adapter in {self.path}>"
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """A few prompts of the data with the answers before and after training, see `samples.json` in docs/runs.md."""
+        from nalora_mlx.runs.samples import read_samples
+
+        return read_samples(self.path)
 
     def generate(
         self, prompt: str | list[dict[str, Any]], max_tokens: int = 256, temp: float = 0.0, top_p: float = 0.0

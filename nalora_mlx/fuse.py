@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nalora_mlx.cli import Parser, add_chat_flags, configure_chats, note_merged
+from nalora_mlx.arguments import Parser, add_chat_flags
+from nalora_mlx.cli import configure_chats, require_model
 from nalora_mlx.core.errors import InputError, RunError
 from nalora_mlx.core.paths import check_paths
 from nalora_mlx.export.upload import check_upload, upload_directory
@@ -15,19 +16,42 @@ if TYPE_CHECKING:
 
     from nalora_mlx.adapters.merge_quality import MergeQuality
     from nalora_mlx.export.merged_model import KeptNames, MergedModel
-    from nalora_mlx.models.model_files import ModelFiles
+    from nalora_mlx.export.results import Step
     from nalora_mlx.models.stored_tensors import StoredTensors
+
+DEFAULT_MODEL = "mlx_model"  # as in mlx_lm.fuse
 
 
 def build_parser(prog: str) -> Parser:
     """Build a parser with the flags of mlx_lm.fuse, our own, and those of the chat template."""
-    parser = Parser(prog=prog, description="Merge an adapter into the weights of its base model.")
+    parser = Parser(
+        prog=prog,
+        usage="--model MODEL --adapter-path DIR --save-path DIR [options]",
+        description="Merge an adapter into the weights of its base model, and measure what the merge keeps.",
+        examples="""
+        write one model that needs no adapter
+          nalora fuse --model Qwen/Qwen3-0.6B --adapter-path adapters --save-path tuned
+        merge the adapter with the lowest validation loss
+          nalora fuse --model Qwen/Qwen3-0.6B --adapter-path adapters/best --save-path tuned
+        merge into a quantized base, and write full precision
+          nalora fuse --model mlx-community/Qwen3-0.6B-4bit --adapter-path adapters --dequantize
+        """,
+        essentials=("model", "adapter_path", "save_path", "bits", "dequantize", "overwrite", "upload_repo"),
+    )
     add = parser.add_argument
     add(
-        "--model", default="mlx_model", help="base model: directory or Hugging Face repo (default: mlx_model)"
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help=f"base model: directory or Hugging Face repo (default: {DEFAULT_MODEL})",
     )
-    add("--save-path", default="fused_model", help="directory to write (default: fused_model)")
-    add("--adapter-path", default="adapters", help="directory of the adapter (default: adapters)")
+    add(
+        "--adapter-path",
+        default="adapters",
+        metavar="DIR",
+        help="directory of the adapter (default: adapters)",
+    )
+    add("--save-path", default="fused_model", metavar="DIR", help="directory to write (default: fused_model)")
     add(
         "--upload-repo",
         "--push-to-hub",
@@ -37,6 +61,7 @@ def build_parser(prog: str) -> Parser:
     add(
         "--bits",
         default="8",
+        metavar="BITS",
         help="bits of the merged layers of a quantized base, or 'same' to keep the base's; 4 bits lose most of the "
         "update (default: 8)",
     )
@@ -51,6 +76,7 @@ def build_parser(prog: str) -> Parser:
     add(
         "--gguf-path",
         default="ggml-model-f16.gguf",
+        metavar="FILE",
         help="name of the GGUF file (default: ggml-model-f16.gguf)",
     )
     add("--overwrite", action="store_true", help="replace the model at --save-path")
@@ -65,17 +91,22 @@ def run(args: argparse.Namespace) -> None:
     _check(args, target)
     from nalora_mlx.adapters.files import load_any_adapter
     from nalora_mlx.adapters.merge import check_bits, check_finite_layers, dequantize_scaled_experts
+    from nalora_mlx.adapters.merge_record import merge_record, reject_twice
+    from nalora_mlx.export.merge_notes import lost_message, model_notes, next_steps, quality_notes
     from nalora_mlx.export.merged_model import MergedModel
-    from nalora_mlx.models.chat_templates import OWN, format_args, own_templates
+    from nalora_mlx.export.results import print_notes, print_steps
+    from nalora_mlx.models.chat_templates import OWN, own_templates
     from nalora_mlx.models.hub import fetch_small_files
     from nalora_mlx.models.loading import load_model, local_directory
     from nalora_mlx.models.model_files import model_files
-    from nalora_mlx.models.stored_tensors import find_stored_tensors
+    from nalora_mlx.models.stored_tensors import find_stored_tensors, format_bytes
+    from nalora_mlx.runs.checkpoints import final_adapters
 
     bits = None if args.bits == "same" else int(args.bits)
     adapter = Path(args.adapter_path).expanduser()
-    model, tokenizer, _ = load_model(args.model, args.trust_remote_code)
     source = local_directory(args.model)
+    reject_twice(args.model, source, args.adapter_path, ", or use this model as it is")
+    model, tokenizer, _ = load_model(args.model, args.trust_remote_code)
     if not Path(args.model).expanduser().exists():
         fetch_small_files(args.model)
     if args.export_gguf:
@@ -86,7 +117,6 @@ def run(args: argparse.Namespace) -> None:
     if args.dequantize:
         dequantize_scaled_experts(model)
     load_any_adapter(model, adapter)
-    note_merged(args.model, args.adapter_path)
     own_template = own_templates(tokenizer).get(OWN)
     chat = configure_chats(tokenizer, args.chat_template, args.chat_template_args, args.adapter_path)
     if not args.dequantize:
@@ -95,25 +125,26 @@ def run(args: argparse.Namespace) -> None:
     template = None if chat.template == own_template else chat.template
     files = model_files(source, stored.file_names, template, keeps_quantization=args.keep_all)
     model.eval()
-    print("merging, and comparing answers before and after; this may take a minute", flush=True)
+    print(
+        "merging, and comparing answers before and after; this may take a minute", file=sys.stderr, flush=True
+    )
     model, merged, quality = _merge(model, tokenizer, bits, args.dequantize)
+    if quality and quality.mostly_lost and not args.force:
+        raise InputError(lost_message(args, quality, bool(quantized)))
+    record = merge_record(source, adapter, final_adapters(adapter))
+    whole = MergedModel(source, model, merged, files, kept, record)
+    _write(args, target, whole, quality)
+    print_notes(model_notes(source, stored, files, args.keep_all, chat) + quality_notes(args, quality))
     if quality:
-        print(f"kept: {quality}")
-        if quality.mostly_lost and not args.force:
-            raise InputError(_lost_message(args, quality, bool(quantized)))
-    _write(args, target, MergedModel(source, model, merged, files, kept), quality)
+        print(f"{quality.verdict}\n  ({quality.basis})")
     done = f"merged {len(merged)} layers into" if merged else "wrote the fully trained weights to"
-    print(f"{done} {args.save_path}")
-    for note in _notes(source, stored, files, args.keep_all):
-        print(f"note: {note}")
-    if chat.args:
-        print(
-            f"note: a model cannot hold arguments of its chat template; use it with {format_args(chat.args)}"
-        )
+    print(f"{done} {args.save_path} ({format_bytes(whole.nbytes())})")
+    steps = next_steps(args, tokenizer, chat)
     if args.export_gguf:
-        _export_gguf(target, args.gguf_path, tokenizer)
+        steps += _export_gguf(target, args.gguf_path, tokenizer)
     if args.upload_repo:
         upload_directory(target, args.upload_repo, f"the model is in {target}", "fuse")
+    print_steps(steps)
 
 
 def _keep_names(
@@ -177,8 +208,7 @@ def _write(
     Raises:
         RunError: the disk is full, or the directory is not writable.
     """
-    from nalora_mlx.adapters.merge_record import RECORD_FILE, merge_record
-    from nalora_mlx.core.storage import free_space, json_writer, new_directory
+    from nalora_mlx.core.storage import free_space, new_directory
     from nalora_mlx.models.stored_tensors import format_bytes
 
     needed, free = merged.nbytes(), free_space(target)
@@ -190,9 +220,7 @@ def _write(
     try:
         with new_directory(target) as temporary:
             merged.write(temporary)
-            record = merge_record(merged.base, Path(args.adapter_path).expanduser())
-            json_writer(record)(temporary / RECORD_FILE)
-            _write_card(args, temporary, merged.base, str(quality) if quality else None)
+            _write_card(args, temporary, merged.base, quality.numbers if quality else None)
     except OSError as error:
         raise RunError(
             f"--save-path {args.save_path}: the model could not be written ({error.strerror or error}); choose "
@@ -200,36 +228,13 @@ def _write(
         ) from error
 
 
-def _notes(source: Path, stored: "StoredTensors", files: "ModelFiles", keep_all: bool) -> list[str]:
-    """Say what the merged model lacks of its base, and what differs."""
-    from nalora_mlx.core.storage import read_json
-    from nalora_mlx.models.config_translation import mlx_lm_ignores_rope
-
-    notes = []
-    if not keep_all and (unused := stored.describe_unused()):
-        notes.append(f"not copied, because mlx-lm does not use it: {unused}; --keep-all keeps it")
-    if not keep_all and stored.has_own_layout:
-        notes.append(
-            "tensors have the names and forms of mlx-lm, which differ from the base's, so that only programs based on "
-            "mlx-lm load the model; --keep-all writes those of the base"
-        )
-    if left := files.describe_left_behind():
-        notes.append(f"not copied: {left}")
-    if files.written:
-        names = " and ".join(sorted(files.written))
-        notes.append(f"the chat template is the one that the adapter was trained with, in {names}")
-    if mlx_lm_ignores_rope(read_json(source / "config.json")):
-        notes.append(
-            "as with the base, mlx-lm's own commands ignore rope_parameters in config.json; use nalora's"
-        )
-    return notes
-
-
 def _check(args: argparse.Namespace, target: Path) -> None:
     """Check the flags and the output directory, before anything slow."""
     if args.bits not in ("same", "2", "3", "4", "5", "6", "8"):
         raise InputError(f"--bits {args.bits}: choose 2, 3, 4, 5, 6, 8 or same")
     _check_target(target, args)
+    if args.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).exists():
+        require_model(None, args.adapter_path)
     check_paths(args.model, args.adapter_path)
     if args.upload_repo:
         check_upload(args.upload_repo, "--upload-repo")
@@ -258,19 +263,6 @@ def _check_target(target: Path, args: argparse.Namespace) -> None:
         raise InputError(
             f"--save-path {args.save_path}: holds more than a model and is not overwritten; choose another"
         )
-
-
-def _lost_message(args: argparse.Namespace, quality: "MergeQuality", quantized: bool) -> str:
-    """Say that a merge loses most of the adapter's effect, and what to do."""
-    lost = f"the merged model loses most of the adapter's effect ({quality})"
-    if quantized:
-        better = "--dequantize" if args.bits == "8" else "--bits 8 or --dequantize"
-        return f"--bits {args.bits}: {lost}; give {better}, or --force to write it anyway"
-    flag = "--dequantize" if args.dequantize else f"--model {args.model}"
-    return (
-        f"{flag}: {lost}, because the update is smaller than 16-bit weights can represent; use the adapter unmerged, "
-        "or give --force to write it anyway"
-    )
 
 
 def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: str | None) -> None:
@@ -304,15 +296,19 @@ def _check_gguf(target: Path, name: str, base: Path) -> None:
     plan_gguf(base, "f16")
 
 
-def _export_gguf(model: Path, name: str, tokenizer: Any) -> None:
+def _export_gguf(model: Path, name: str, tokenizer: Any) -> "list[Step]":
+    """Write the merged model as GGUF; return how it is used."""
     from nalora_mlx.export.gguf.model import export_gguf
     from nalora_mlx.export.modelfile import write_modelfile
+    from nalora_mlx.export.results import gguf_steps, print_notes, print_written
+    from nalora_mlx.models.stored_tensors import format_bytes
 
-    report = export_gguf(model, model / name, "f16")
-    modelfile, notes = write_modelfile(report.path, tokenizer)
-    for note in report.notes + notes:
-        print(f"note: {note}")
-    print(f"wrote {report.path} and {modelfile.name}")
+    result = export_gguf(model, model / name, "f16")
+    modelfile, notes = write_modelfile(result.path, tokenizer)
+    print_notes(result.notes + notes)
+    print_written(result.path, f"{result.type}, {format_bytes(result.bytes)}")
+    print_written(modelfile, "for Ollama")
+    return gguf_steps(result.path, modelfile)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,48 @@ if TYPE_CHECKING:
     from nalora_mlx.training.job import Job
 
 
+# The settings in the order of the help. Those before the bar are on the short page, too.
+GROUPS = {
+    "model and data": "model data mask_prompt show_masks | valid_fraction last_turn_only chunk prompt_feature "
+    "completion_feature text_feature chat_feature chat_template chat_template_args trust_remote_code",
+    "training": "train test iters epochs batch_size learning_rate max_seq_length | optimizer grad_accumulation_steps "
+    "grad_clip packing seed max_bad_steps",
+    "adapter (num_layers and lora_parameters in YAML)": "fine_tune_type num_layers rank | scale dropout keys",
+    "results": "adapter_path resume | resume_adapter_file resume_anyway save_every keep_last samples push_to_hub",
+    "validation and reports": "| steps_per_report steps_per_eval val_batches test_batches early_stopping report_to "
+    "project_name",
+    "memory": "plan quantize grad_checkpoint | grad_checkpoint_every memory_budget clear_cache_threshold wired_limit",
+    "NA-LoRA (na_parameters in YAML; docs/method.md)": "| " + " ".join(NAParameters.__dataclass_fields__),
+}
+EXAMPLES = """
+train on your own rows, with the loss on the answers only
+  nalora lora --train --model Qwen/Qwen3-0.6B --data tickets.csv --mask-prompt
+see first how much memory a run needs
+  nalora lora --plan --model Qwen/Qwen3-0.6B --data tickets.csv --quantize 4 --batch-size 8
+continue a run from its last checkpoint, for longer
+  nalora lora --resume --adapter-path adapters --iters 2000
+"""
+
+
 def build_parser(prog: str) -> Parser:
     """Add a flag for every setting; the YAML-only ones are those of mlx_lm.lora."""
-    parser = Parser(prog=prog, description="Fine-tune a model with NA-LoRA, and evaluate it.")
-    parser.add_argument(
-        "-c", "--config", type=Path, help="YAML file of settings, as for mlx_lm.lora; flags override it"
+    essentials = " ".join(names.partition("|")[0] for names in GROUPS.values()).split()
+    parser = Parser(
+        prog=prog,
+        usage="--model MODEL --data DATA --train [options]",
+        description="Fine-tune a model with NA-LoRA, LoRA, DoRA or all of its weights, and evaluate it.",
+        examples=EXAMPLES,
+        essentials=[*essentials, "config"],
     )
-    add_settings(parser.add_argument_group("run"), RunConfig)
-    lora = parser.add_argument_group("adapter (lora_parameters in YAML)")
-    na_names = tuple(NAParameters.__dataclass_fields__)
-    add_settings(lora, NALoRAConfig, skip=(*na_names, "num_layers"))
-    na = parser.add_argument_group("NA-LoRA (na_parameters in YAML)")
-    add_settings(na, NAParameters)
+    for title, listed in GROUPS.items():
+        group = parser.add_argument_group(title)
+        names = listed.replace("|", "").split()
+        of_run = [name for name in names if name in RunConfig.__dataclass_fields__]
+        add_settings(group, RunConfig, of_run)
+        add_settings(group, NALoRAConfig, [name for name in names if name not in of_run])
+        if "model" in names:
+            config = "YAML file of settings, as for mlx_lm.lora; flags override it"
+            group.add_argument("-c", "--config", type=Path, metavar="FILE", help=config)
     return parser
 
 

@@ -3,9 +3,10 @@
     python scripts/screenshots.py --model MODEL RUN RUN
     python scripts/screenshots.py --model MODEL RUN RUN --only terminal-training terminal-compare
 
-The reports show the first run in light mode, in dark mode and on a phone, and a comparison of both runs. The terminals
-run the commands in TERMINALS: one trains on examples/bakery (three minutes), the other chats with the first run's
-adapter. Requires the extras report and browser, and Chromium with chromedriver.
+The reports show the first run in light mode, in dark mode, on a phone and as a card, and a comparison of both runs. The
+runs need answers: samples.json, which nalora lora writes. The terminals run the commands in TERMINALS: one trains on
+examples/bakery (three minutes), the other chats with the first run's adapter. Requires the extras report and browser,
+and Chromium with chromedriver.
 """
 
 import argparse
@@ -32,21 +33,20 @@ ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 # name -> number of runs, width, dark mode, id of the element at the top (None: top of the page), height
 REPORTS = {
-    "report-light": (1, 1280, False, None, 1500),
-    "report-dark": (1, 1280, True, "na", 1560),
-    "report-channels": (1, 1280, False, "channels-0", 410),
-    "report-answers": (1, 1280, False, "answers", 700),
-    "report-compare": (2, 1280, False, None, 1330),
-    "report-compare-layers": (2, 1280, True, "na", 900),
-    "report-phone": (1, 390, False, None, 1500),
+    "report-light": (1, 1280, False, None, 1290),
+    "report-dark": (1, 1280, True, "loss", 1180),
+    "report-layers": (1, 1280, False, "fold-na", 1560),
+    "report-compare": (2, 1280, False, None, 1500),
+    "report-phone": (1, 390, False, None, 1480),
 }
+CARD = "report-card"  # card.png of the first run's report
 COLUMNS = 92  # of the terminal
 # name -> command, lines to type at its prompts, regular expression for the screen at which to take the screenshot
 TERMINALS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "terminal-training": (
         "nalora lora --config examples/bakery/config.yaml --model SmolLM2-135M-Instruct",
         (),
-        r" 4[0-9]/48 ",
+        r"merge +nalora fuse .* adapters",
     ),
     "terminal-compare": (
         "nalora chat --model SmolLM2-135M-Instruct --adapter-path adapters",
@@ -64,18 +64,19 @@ def main() -> None:
     """Write the reports to a temporary directory, run the terminal commands, and take all screenshots."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs=2, type=Path, metavar="RUN")
-    parser.add_argument("--model", required=True, help="base model of the runs, used to generate answers")
+    parser.add_argument("--model", required=True, help="base model of the runs, for the terminals")
     parser.add_argument("--output", type=Path, default=IMAGES, help="directory for the screenshots")
-    parser.add_argument("--only", nargs="+", choices=[*REPORTS, *TERMINALS], default=[*REPORTS, *TERMINALS])
+    names = [*REPORTS, CARD, *TERMINALS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         pages = {}
-        for count in {REPORTS[name][0] for name in args.only if name in REPORTS}:
+        for count in {
+            REPORTS[name][0] if name in REPORTS else 1 for name in args.only if name not in TERMINALS
+        }:
             output = Path(directory) / str(count)
             command = [sys.executable, "-m", "nalora_mlx.report", *args.runs[:count], "--output", output]
-            if count == 1:
-                command += ["--model", args.model, "--max-tokens", "80"]
             subprocess.run(list(map(str, command)), check=True)
             pages[count] = output / "report.html"
         for name in args.only:
@@ -87,6 +88,8 @@ def main() -> None:
             for name in args.only:
                 if name in TERMINALS:
                     image = capture_terminal(browser, pages[name])
+                elif name == CARD:
+                    image = (pages[1].parent / "card.png").read_bytes()
                 else:
                     count, width, dark, top, height = REPORTS[name]
                     image = capture_report(browser, pages[count], width, dark, top, height)
@@ -121,16 +124,29 @@ def capture_report(
     while not browser.execute_script("return document.documentElement.dataset.drawn"):
         time.sleep(0.1)
     browser.execute_script("document.querySelector('nav').style.position = 'static'")
-    if page.parent.name == "2":  # the losses of two runs soon come close, so use the log scale
-        browser.execute_script("document.getElementById('log').click()")
     top = 0
     if element is not None:
+        browser.execute_script(
+            "const fold = document.getElementById(arguments[0]).closest('details'); if (fold) fold.open = true",
+            element,
+        )
+        time.sleep(1)  # its charts are drawn
         top = browser.execute_script(
             "const at = document.getElementById(arguments[0]);"
             "return (at.closest('figure') || at).getBoundingClientRect().top + scrollY - 20",
             element,
         )
-    return capture(browser, top, width, height)
+    return with_palette(capture(browser, top, width, height))
+
+
+def with_palette(png: bytes) -> bytes:
+    """Reduce a PNG to 256 colors, which makes it half as large."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image.quantize(256, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def capture(browser: Any, top: float, width: float, height: float) -> bytes:
@@ -158,7 +174,7 @@ def terminal_page(model: str, run: Path, command: str, inputs: tuple[str, ...], 
 
 
 def run_until(command: str, inputs: tuple[str, ...], until: str, directory: Path) -> list[str]:
-    """Run a command in a pseudo-terminal until its screen matches a pattern, then kill it.
+    """Run a command in a pseudo-terminal until its screen matches a pattern, then kill it if it has not ended.
 
     Types one of the input lines at each prompt.
 
@@ -177,11 +193,12 @@ def run_until(command: str, inputs: tuple[str, ...], until: str, directory: Path
     output, remaining = b"", list(inputs)
     try:
         while True:
+            ended = False
             try:
                 output += os.read(leader, 65536)
             except OSError:
-                raise SystemExit(f"{command} exited early:\n{output.decode()}") from None
-            if select.select([leader], [], [], 0.1)[0]:
+                ended = True
+            if not ended and select.select([leader], [], [], 0.1)[0]:
                 continue  # the screen is still being drawn
             rows = screen_rows(output.decode())
             plain = Text.from_ansi("\n".join(rows)).plain.rstrip()
@@ -189,6 +206,8 @@ def run_until(command: str, inputs: tuple[str, ...], until: str, directory: Path
                 os.write(leader, f"{remaining.pop(0)}\n".encode())
             elif not remaining and re.search(until, plain):
                 return rows
+            if ended:
+                raise SystemExit(f"{command} exited early:\n{output.decode()}")
     finally:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)

@@ -60,7 +60,7 @@ class AdaptResult:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptResult:
+def adapt(model: nn.Module, config: NALoRAConfig | None = None, *, verify_all: bool = True) -> AdaptResult:
     """Attach NA-LoRA adapters to a model of mlx-lm, in place, and freeze its other parameters.
 
     The model's outputs do not change, because lora_b is zero.
@@ -73,6 +73,8 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptResult:
     Args:
         model: a model as mlx-lm loads it, dense or quantized.
         config: settings; the defaults if None.
+        verify_all: compare every rebuilt gated MLP with its original. If false, only the first of those that differ in
+            nothing but their weights: a preview, which reads few of the weights of a lazily loaded model.
 
     Returns:
         What was attached. It is kept with the model, where `train` and `fuse_model` find it.
@@ -89,6 +91,7 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptResult:
     model.freeze()
     adapters = {path: _lora(module, config, index) for index, (path, module) in enumerate(targets.items())}
     dtype = layouts.compute_dtype(model)
+    precise: dict[Any, bool] = {}  # how the last verified gated MLP of each kind rounds
     for match in layouts.find_gated_mlps(model):
         paths = match.projection_paths
         if not any(paths[name] in adapters for name in (match.layout.gate, match.layout.up)):
@@ -102,6 +105,11 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None) -> AdaptResult:
         projections = {name: adapters.get(path, match.module[name]) for name, path in paths.items()}
         try:
             gated = _rebuild(match, projections, result.config, dtype)
+            alike = layouts.kind(match, gated.layout, gated.activation)
+            if verify_all or alike not in precise:
+                _match_precision(match, gated, dtype)
+                precise[alike] = gated.precise
+            gated.precise = precise[alike]
         except ValueError as error:
             result.skipped.append(Skipped(match.path, f"stays plain LoRA: {error}"))
             continue
@@ -213,7 +221,7 @@ def _lora(module: nn.Module, config: NALoRAConfig, index: int) -> nn.Module:
 def _rebuild(
     match: Match, projections: Mapping[str, nn.Module], config: NALoRAConfig, dtype: mx.Dtype
 ) -> GatedMLP:
-    """Rebuild a gated MLP on adapted projections and verify it, kernels included.
+    """Rebuild a gated MLP on adapted projections, and verify its kernels.
 
     Raises:
         ValueError: NA-LoRA cannot act on it, with the reason.
@@ -224,7 +232,6 @@ def _rebuild(
     if not gated.step_factors(mx.ones(gated.shape)):
         raise ValueError(f"its {' or '.join(config.branches)} projection has no adapter")
     gated.verify_kernels(dtype, config.rank)
-    _match_precision(match, gated, dtype)
     return gated
 
 

@@ -300,6 +300,13 @@ def verify(match: Match, rebuilt: nn.Module, dtype: mx.Dtype) -> float:
     return largest
 
 
+def kind(match: Match, layout: Layout, activation: Activation) -> tuple[Any, ...]:
+    """Return what a gated MLP has in common with those that differ from it in nothing but their weights."""
+    arrays = tree_flatten(match.module.parameters())
+    module, shapes = type(match.module), tuple((path, array.shape, array.dtype) for path, array in arrays)
+    return module, layout, activation, shapes
+
+
 # --- sizes and dtypes ---------------------------------------------------------------------------------------
 
 

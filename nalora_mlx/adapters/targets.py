@@ -13,7 +13,8 @@ import mlx.nn as nn
 
 from nalora_mlx.adapters import layouts
 from nalora_mlx.core.config import NALoRAConfig
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.errors import InputError, counted
+from nalora_mlx.core.notices import Note
 from nalora_mlx.core.parsing import nearest
 
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
@@ -29,6 +30,8 @@ GATE_NAMES = frozenset(
         *("w_lora", "a_lora", "v_lora", "g_lora"),  # RWKV-7
     }
 )
+# What other tools call the choice of all linear layers.
+ALL_LINEAR = ("all-linear", "all_linear", "all", "linear")
 # Reasons to leave a key out by default.
 GATE, ROUTER, BLOCKED = "gates of the recurrence", "routers", "another kind of layer has this key too"
 
@@ -81,10 +84,13 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
         InputError: No key names a module, the layers have no module that an adapter fits, or the rank is larger than
             the dimensions of every layer.
     """
-    notices = []
+    notices: list[str] = []
     if config.num_layers > len(model.layers):
         notices.append(
-            f"num_layers is {config.num_layers}, but the model has {len(model.layers)} layers; all of them are adapted"
+            Note(
+                f"num_layers is {config.num_layers}, but the model has {counted(len(model.layers), 'layer')}; "
+                "all of them are adapted"
+            )
         )
     layers = _choose_layers(model, config.num_layers)
     candidates = _find_candidates(model, layers)
@@ -289,4 +295,19 @@ def _unknown_keys(keys: tuple[str, ...], candidates: _Candidates) -> list[str]:
     # Full paths that a key of a layer covers are no better suggestions than that key.
     full_paths = {path for path in outside if not any(path.endswith(f".{key}") for key in layer_keys)}
     known = sorted(layer_keys | full_paths)
-    return [f"key {key!r} names no linear or embedding layer{nearest(key, known)}" for key in unknown]
+    return [f"key {key!r} names no linear or embedding layer{_meant_keys(key, known)}" for key in unknown]
+
+
+def _meant_keys(key: str, known: list[str]) -> str:
+    """Return a suggestion of the keys that a wrong one means, or else a list of all keys.
+
+    Other tools call modules by the last part of their path, take several separated by commas, and have a word for all.
+    """
+    if key.lower() in ALL_LINEAR:
+        return "; leave keys out to adapt all linear and embedding layers"
+    if "," in key:
+        return f"; separate keys by spaces: --keys {' '.join(part.strip() for part in key.split(','))}"
+    ends = [name for name in known if f".{name}".endswith(f".{key}") or f".{key}".endswith(f".{name}")]
+    if ends:
+        return f"; did you mean {' or '.join(map(repr, ends))}?"
+    return nearest(key, known)

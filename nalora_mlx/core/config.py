@@ -55,9 +55,7 @@ class TrainingConfig:
         "number of consecutive updates with a NaN or infinite loss or gradient before stopping",
         may_change=True,
     )
-    max_seq_length: int = setting(
-        2048, "maximum length of a row in tokens; longer rows are truncated", may_change=True
-    )
+    max_seq_length: int = setting(2048, "maximum tokens of a row; longer rows are truncated", may_change=True)
     grad_checkpoint: bool = setting(False, "save memory by recomputing activations in the backward pass")
     grad_checkpoint_every: int = setting(1, "with grad_checkpoint, recompute only every N-th layer")
     grad_accumulation_steps: int = setting(1, "number of batches per optimizer update")
@@ -118,32 +116,35 @@ class RunConfig(TrainingConfig, DataConfig):
     default -> where they are given, in words.
     """
 
-    model: str = setting("Qwen/Qwen3-0.6b", "model directory, or Hugging Face repo")
+    model: str = setting("Qwen/Qwen3-0.6b", "base model: directory or Hugging Face repo", metavar="MODEL")
     train: bool = setting(False, "train the model")
     test: bool = setting(False, "evaluate on the test set, with --train after training")
     test_batches: int = setting(500, "number of test batches; -1 for all")
     fine_tune_type: str = setting("na-lora", "fine-tuning method", choices=FINE_TUNE_TYPES)
     optimizer: str = setting("adam", "optimizer", choices=OPTIMIZERS)
     optimizer_config: dict[str, Any] = setting({}, "settings per optimizer", yaml_only=True)
-    learning_rate: float = setting(1e-5, "learning rate")
+    learning_rate: float = setting(1e-5, "learning rate", metavar="RATE")
     lr_schedule: dict[str, Any] | None = setting(None, "learning rate schedule", yaml_only=True)
     num_layers: int = setting(16, "number of layers to adapt, counted from the end; -1 for all")
     lora_parameters: dict[str, Any] = setting({}, "rank, scale, dropout, keys", yaml_only=True)
     na_parameters: dict[str, Any] = setting(
         {}, "settings of NA-LoRA: mask, statistic, beta and so on", yaml_only=True
     )
-    resume_adapter_file: str | None = setting(None, "file with adapter weights to start from")
+    resume_adapter_file: str | None = setting(
+        None, "adapter to start from: directory, or file of its weights", metavar="PATH"
+    )
     resume: str | None = setting(
         None,
-        "continue the run in adapter_path with its own settings, from its last checkpoint or the one at PATH",
+        "continue the run in adapter_path, or from the checkpoint at PATH",
         nargs="?",
         const="latest",
+        metavar="PATH",
     )
     resume_anyway: bool = setting(
         False, "resume even if settings, model or data differ from those of the run"
     )
     adapter_path: str = setting(
-        "adapters", "directory to save the adapter to; without --train, to load it from"
+        "adapters", "where to save the adapter; without --train, load it", metavar="DIR"
     )
     samples: bool = setting(
         True, "at the end of training, keep a few answers of the base and the tuned model, for nalora report"
@@ -155,7 +156,7 @@ class RunConfig(TrainingConfig, DataConfig):
         size=True,
     )
     quantize: int | None = setting(
-        None, "number of bits to quantize the base model to on load (default: none)"
+        None, "bits to quantize the base model to on load, such as 4 (default: none)", metavar="BITS"
     )
     report_to: str | None = setting(
         None, "services to report metrics to, separated by commas: wandb, swanlab, tensorboard"

@@ -20,13 +20,15 @@ class NAParameters:
     )
     statistic: str = setting(
         "derivative",
-        "measure of a channel's responsiveness: |phi'(z)| or |phi'(z) u|",
+        "measure of a channel's responsiveness, |phi'(z)| or |phi'(z) u|",
         choices=("derivative", "sensitivity"),
     )
-    beta: float = setting(0.9, "decay rate of the importance's moving average, per optimizer update")
+    beta: float = setting(
+        0.9, "decay rate of the importance's moving average, per optimizer update", metavar="RATE"
+    )
     mask_every: int = setting(1, "number of optimizer updates from one mask to the next")
     mask_warmup: int = setting(10, "number of optimizer updates before the mask starts")
-    keep_fraction: float = setting(0.5, "fraction of channels that a hard mask keeps")
+    keep_fraction: float = setting(0.5, "fraction of channels that a hard mask keeps", metavar="FRACTION")
     step_scaling: bool = setting(True, "scale updates by the regions of the homogeneity partition")
     gamma: tuple[float, ...] = setting(
         (0.5, 1.0, 1.0), "update scale in the suppressed, transition and homogeneous regions", nargs=3
@@ -86,12 +88,15 @@ class NALoRAConfig(NAParameters):
 
     rank: int = setting(8, "rank of the low-rank update", flag=True)
     scale: float = setting(20.0, "factor of the low-rank update; alpha / rank in other libraries", flag=True)
-    dropout: float = setting(0.0, "dropout rate on the input of the low-rank update", flag=True)
+    dropout: float = setting(
+        0.0, "dropout rate on the input of the low-rank update", flag=True, metavar="RATE"
+    )
     keys: tuple[str, ...] | None = setting(
         None,
         "modules to adapt, for example mlp.gate_proj (default: all linear and embedding layers)",
         flag=True,
         nargs="+",
+        metavar="KEY",
     )
     num_layers: int = setting(16, "number of layers to adapt, counted from the end; -1 for all")
 

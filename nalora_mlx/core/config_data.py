@@ -28,12 +28,15 @@ class DataConfig:
 
     data: str | dict[str, Any] | list[Any] = setting(
         "mlx-community/WikiSQL",
-        "directory with {train,valid,test} as .jsonl, .json, .csv, .tsv or .parquet, or with texts (.txt, .md); "
-        "a file; or a Hugging Face dataset. Several are joined; PATH=RATIO sets how often an epoch holds the rows",
+        "file or directory of {train,valid,test} as .jsonl, .json, .csv, .tsv, .parquet, .txt or .md; or Hugging Face "
+        "dataset; several are joined, DATA=RATIO repeats rows",
         nargs="+",
+        metavar="DATA",
     )
     valid_fraction: float = setting(
-        0.05, "fraction of the training rows to validate on if there is no validation set; 0 for none"
+        0.05,
+        "fraction of the training rows to validate on if there is no validation set; 0 for none",
+        metavar="FRACTION",
     )
     chunk: bool = setting(
         False, "cut texts longer than max_seq_length into several sequences, instead of truncating them"
@@ -42,7 +45,7 @@ class DataConfig:
     last_turn_only: bool = setting(
         False, "with mask_prompt, train on the last assistant turn of a chat only, as mlx_lm.lora does"
     )
-    show_masks: int = setting(0, "number of training rows to print with their supervised tokens marked")
+    show_masks: int = setting(0, "training rows to print, with the supervised tokens marked")
     hf_dataset: dict[str, Any] | list[Any] | None = setting(
         None, "Hugging Face datasets: path, splits, features", yaml_only=True
     )

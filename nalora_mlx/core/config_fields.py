@@ -3,6 +3,8 @@
 from dataclasses import field, fields
 from typing import Any
 
+from nalora_mlx.core.parsing import meant_value
+
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """Declare a field of a settings dataclass.
@@ -10,7 +12,7 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
     Args:
         default: the only place where the default is written.
         help: help text of the flag.
-        metadata: options of the flag, see `nalora_mlx.cli.add_settings`: choices, nargs, const and
+        metadata: options of the flag, see `nalora_mlx.arguments.add_settings`: choices, nargs, const and
             metavar as in argparse; flag_name for a flag that is not named like the setting;
             size=True for a number of bytes such as 2GB; yaml_only=True for no flag. flag=True marks a setting of
             `NALoRAConfig` that is a flag of its own, and may_change=True one that may differ when a run is resumed.
@@ -29,7 +31,8 @@ def wrong_choices(settings: Any) -> list[str]:
         value = getattr(settings, f.name)
         for item in value if isinstance(value, tuple) else (value,):
             if choices and item not in choices:
-                found.append(f"{f.name} is {item!r}; choose from {', '.join(choices)}")
+                meant = meant_value(f.name, item, choices)
+                found.append(f"{f.name} is {item!r}; choose from {', '.join(choices)}{meant}")
     return found
 
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 _SOURCE = re.compile(r"(\S.*?:\d+): ")  # file:line at the start of a problem
+_PLACES = r" \(([^()]*:\d[^()]*)\)"
 _SPLIT_NOTICE = re.compile(
-    r"(train|valid|test): ([\d,]+ (?:of [\d,]+ )?rows?) (.*?)(?: \(([^()]*:\d[^()]*)\))?(; .*|)"
+    rf"(train|valid|test): (?:([\d,]+ (?:of [\d,]+ )?rows?) \w+ )?(.*?)(?:{_PLACES})?(; .*|)"
 )
 MAX_SHOWN = 10  # items of a list; the others are only counted
 
@@ -55,20 +56,20 @@ def places(sources: Sequence[str], most: int = MAX_SHOWN) -> str:
 def merge_splits(notices: Iterable[str]) -> list[str]:
     """Merge notices that say the same about several splits; the later ones only add their split, rows and places.
 
-    A notice of a split is "train: 3 of 320 rows ... (places); what to do". Texts of any other form are unchanged.
+    A notice of a split is "train: 3 of 320 rows have ... (places); what to do", where the number of rows and the places
+    may be missing. Other texts are unchanged.
     """
-    found: dict[str, tuple[str, list[str]]] = {}
+    found: dict[object, tuple[str, list[str]]] = {}
     for number, notice in enumerate(notices):
         match = _SPLIT_NOTICE.fullmatch(notice)
         if match is None:
-            found[f"{number}"] = (notice, [])
+            found[number] = (notice, [])
             continue
         split, rows, what, where, remedy = match.groups()
-        key = re.sub(r"\d[\d,]*", "0", what) + remedy
-        if key not in found:
-            found[key] = (notice, [])
-        else:
-            found[key][1].append(f"{split}: {rows}{f' ({where})' if where else ''}")
+        same = re.sub(r"\d[\d,]*", "0", re.sub(_PLACES, "", what)).replace(" was ", " were ")
+        first = found.setdefault((rows is None, same, remedy), (notice, []))
+        if first[0] is not notice:
+            first[1].append(split + (f": {rows}" if rows else "") + (f" ({where})" if where else ""))
     return [f"{notice}; also {', '.join(others)}" if others else notice for notice, others in found.values()]
 
 

@@ -2,13 +2,15 @@
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.core.synonyms import ADVICE, FILE_ONLY, SYNONYMS
+from nalora_mlx.core.synonyms import ADVICE, FILE_ONLY, RESULTS, SYNONYMS, VALUE_ADVICE, VALUES
+
+CLOSE = 0.65  # similarity of spelling, from 0 to 1, above which a name is suggested
 
 _TYPE_NAMES = {
     int: "a whole number",
@@ -21,44 +23,92 @@ _TYPE_NAMES = {
 }
 
 
-def nearest(name: str, known: Collection[str], groups: Mapping[str, str] | None = None) -> str:
-    """Return a suggestion of the known name that is closest to a wrong one, or else a list of all known names."""
-    return did_you_mean(name, known, groups) or f"; known names: {', '.join(sorted(known))}"
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return a suggestion of the known name that is spelled most like a wrong one, or else a list of all of them."""
+    return did_you_mean(name, known) or _list_of(known)
 
 
-def did_you_mean(name: str, known: Collection[str], groups: Mapping[str, str] | None = None) -> str:
-    """Return a suggestion of the known name that is closest to a wrong one; an empty string if none is close.
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Return a suggestion of the known name that is spelled most like a wrong one; an empty string if none is close."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=CLOSE)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
-    Names of other tools come first, see `synonyms`: of lora_layers, num_layers is closer in meaning than
-    lora_parameters.
+
+def meant_name(
+    name: str,
+    known: Collection[str],
+    groups: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    synonyms: Mapping[str, Sequence[str]] = SYNONYMS,
+) -> str:
+    """Return a suggestion of the setting, flag or command that a wrong name means; an empty string if there is none.
+
+    Meaning comes before spelling: lora_layers means num_layers, although lora_parameters is spelled more like it. A
+    name whose meaning is not among the known ones gets no suggestion by spelling, which would be wrong.
 
     Args:
         name: the wrong name, or a flag.
         known: the names, or the flags.
         groups: settings that belong under another key -> that key.
+        aliases: further names of known ones -> the known ones.
+        synonyms: names of other tools -> what they may stand for here.
     """
-    plain = str(name).lower().lstrip("-").replace("-", "_")
-    meant = SYNONYMS.get(plain, plain)
-    found = {known_name.lstrip("-").replace("-", "_"): known_name for known_name in known}
+    plain = _plain(name)
+    found = dict(aliases or {}) | {_plain(known_name): known_name for known_name in known}
+
+    def suggestion(word: str) -> str:
+        for meant in (word, *synonyms.get(word, ())):
+            if meant == "adapter_path" and word in RESULTS and "train" not in found:
+                continue  # only training writes there
+            if meant in found and found[meant] != name:
+                example = f", as in {FILE_ONLY[meant]}" if meant in FILE_ONLY else ""
+                return f"; did you mean {found[meant]!r}{example}?"
+            if groups and meant in groups:
+                return f"; write {meant!r} under {groups[meant]!r}"
+            if meant in FILE_ONLY and "config" in found and str(name).startswith("-"):
+                return f"; write {FILE_ONLY[meant]} into the file of --config"
+        return ""
+
     advice = f"; {ADVICE[plain]}" if plain in ADVICE else ""
-    if meant in found and meant != name:
-        example = f", as in {FILE_ONLY[meant]}" if meant in FILE_ONLY else ""
-        return f"; did you mean {found[meant]!r}{example}?{advice}"
-    if groups and meant in groups:
-        return f"; write {meant!r} under {groups[meant]!r}{advice}"
-    if meant in FILE_ONLY and str(name).startswith("--"):
-        return f"; write {FILE_ONLY[meant]} into the file of --config"
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return (f"; did you mean {close[0]!r}?" if close else "") + advice
+    if direct := suggestion(plain):
+        return direct + advice
+    if plain in synonyms:
+        return advice
+    words = [*found, *(word for word in synonyms if suggestion(word))]
+    close = difflib.get_close_matches(plain, words, n=1, cutoff=CLOSE)
+    return (suggestion(close[0]) if close else "") + advice
+
+
+def _list_of(known: Collection[str]) -> str:
+    return f"; known names: {', '.join(sorted(known))}"
+
+
+def meant_value(setting: str, value: object, choices: Collection[str]) -> str:
+    """Return a suggestion of the choice that a wrong value means; an empty string if there is none."""
+    text = str(value).lower()
+    known = {**{choice: choice for choice in choices}, **VALUES.get(setting, {})}
+    close = difflib.get_close_matches(text, known, n=1, cutoff=CLOSE)
+    if not close or known[close[0]] not in choices:
+        return ""
+    advice = f" {VALUE_ADVICE[text]}" if text in VALUE_ADVICE else ""
+    return f"; did you mean {known[close[0]]!r}{advice}?"
+
+
+def _plain(name: object) -> str:
+    return str(name).lower().lstrip("-").replace("-", "_")
 
 
 def reject_unknown(
     given: Any, known: Collection[str], where: str, groups: Mapping[str, str] | None = None
 ) -> None:
-    """Raise InputError if `given` is not a mapping or has unknown keys; for `groups`, see `did_you_mean`."""
+    """Raise InputError if `given` is not a mapping or has unknown keys; for `groups`, see `meant_name`."""
     if not isinstance(given, Mapping):
         raise InputError(f"{where} must be a mapping of names to values, not {type(given).__name__}")
-    unknown = [f"unknown key {key!r}{nearest(key, known, groups)}" for key in given if key not in known]
+    unknown = [
+        f"unknown key {key!r}{meant_name(key, known, groups) or _list_of(known)}"
+        for key in given
+        if key not in known
+    ]
     if unknown:
         raise InputError(f"{where}: " + "; ".join(unknown))
 

@@ -1,4 +1,8 @@
-"""Handling of Ctrl-C, SIGTERM and SIGHUP: the first stops a run after the current step, the second kills it."""
+"""Handling of Ctrl-C, SIGTERM and SIGHUP.
+
+In a run, the first signal stops it after the current step, and the second ends the process (`stoppable`). In commands
+that have nothing to save, the first signal ends the process (`ending_at_once`).
+"""
 
 import os
 import signal
@@ -6,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 SIGNALS: dict[int, str] = {
     signal.SIGINT: "interrupted",
@@ -36,33 +41,49 @@ class StopRequest:
 def stoppable(first: Callable[[int], None], second: Callable[[int], None]) -> Iterator[StopRequest]:
     """Turn the first signal into a request to stop, and let the second one end the process at once.
 
-    Python runs signal handlers only between its own operations, never during a long MLX evaluation, and merges signals
-    of the same kind. So the signal numbers go through a pipe to a thread, which receives each of them immediately.
-
     Args:
-        first: called in that thread on the first signal.
+        first: called in another thread on the first signal.
         second: called in that thread on the second signal, before the process ends with status 128 + its number,
             without cleanup.
     """
     request = StopRequest()
+
+    def receive(number: int) -> None:
+        if request.number is None:
+            request.number = number
+            first(number)
+        else:
+            _end(number, second)
+
+    with _receiving(receive):
+        yield request
+
+
+@contextmanager
+def ending_at_once(last: Callable[[int], None]) -> Iterator[None]:
+    """Let the first signal end the process at once, with status 128 + its number and without cleanup.
+
+    Args:
+        last: called in another thread before the process ends.
+    """
+    with _receiving(lambda number: _end(number, last)):
+        yield
+
+
+@contextmanager
+def _receiving(receive: Callable[[int], None]) -> Iterator[None]:
+    """Call a function in a thread with the number of each signal.
+
+    Python runs signal handlers only between its own operations, never during a long MLX evaluation, and merges signals
+    of the same kind. So the signal numbers go through a pipe to the thread, which receives each of them immediately.
+    """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
 
     def watch() -> None:
         while byte := os.read(reading, 1):
-            number = byte[0]
-            if number not in SIGNALS:
-                continue
-            if request.number is None:
-                request.number = number
-                first(number)
-                continue
-            try:
-                second(number)
-                if sys.stdout.isatty():
-                    os.write(sys.stdout.fileno(), b"\x1b[?25h")  # show the cursor, which a progress bar hides
-            finally:
-                os._exit(128 + number)
+            if byte[0] in SIGNALS:
+                receive(byte[0])
 
     # Signals that are ignored stay ignored, as under nohup or in a background job of a shell.
     handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -71,7 +92,7 @@ def stoppable(first: Callable[[int], None], second: Callable[[int], None]) -> It
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield request
+        yield
     finally:
         signal.set_wakeup_fd(before)
         for number, handler in handlers.items():
@@ -79,3 +100,12 @@ def stoppable(first: Callable[[int], None], second: Callable[[int], None]) -> It
         os.close(writing)
         thread.join()
         os.close(reading)
+
+
+def _end(number: int, last: Callable[[int], None]) -> NoReturn:
+    try:
+        last(number)
+        if sys.stdout.isatty():
+            os.write(sys.stdout.fileno(), b"\x1b[?25h")  # show the cursor, which a progress bar hides
+    finally:
+        os._exit(128 + number)

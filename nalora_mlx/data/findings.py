@@ -4,7 +4,8 @@ from collections import defaultdict
 from enum import Enum
 from typing import Any
 
-from nalora_mlx.core.errors import places
+from nalora_mlx.core.errors import counted, places
+from nalora_mlx.core.notices import Note
 
 
 class Finding(Enum):
@@ -25,16 +26,16 @@ class Finding(Enum):
     )
     UNSUPERVISED = (
         "have no supervised token and were left out",
-        "they have no answer, or the prompt alone fills --max-seq-length",
+        "there is no answer, or the prompt alone fills --max-seq-length",
     )
     SPLIT_CHATS = (
         "are rendered differently once later turns follow",
-        "they became {sequences} sequences, so that each answer follows exactly what the model reads in use "
+        "this gives {sequences} sequences, so that each answer follows exactly what the model reads in use "
         "(--last-turn-only trains the last answers only)",
     )
     OPENED_PROMPT = (
         "have answers that do not begin with {detail!r}, which the chat template puts before each answer in use",
-        "they are trained after it; {opened_remedy}",
+        "training puts it there too; {opened_remedy}",
     )
     NO_END_TOKEN = (
         "do not end in a supervised end-of-sequence token",
@@ -64,7 +65,7 @@ class Finding(Enum):
     UNANSWERED = ("end in messages that no answer follows", "nothing is trained on these messages")
     IGNORED_TOOLS = (
         "have 'tools' that the chat template leaves out",
-        "they are trained on without tools; use a model whose template renders tools, "
+        "training leaves them out too; use a model whose template renders tools, "
         "or put the tools into a system message",
     )
     IGNORED_TOOL_CALLS = (
@@ -72,6 +73,18 @@ class Finding(Enum):
         "turns with content are trained on without their calls, the others are left out; "
         "use a model whose template renders tool calls, or put the calls into 'content'",
     )
+
+
+# Kinds that are handled as they should be.
+NOTES = {Finding.SPLIT_CHATS, Finding.OPENED_PROMPT, Finding.DOUBLE_START, Finding.UNANSWERED}
+SINGULAR = {  # of the verbs that begin what is said
+    "have": "has",
+    "are": "is",
+    "do": "does",
+    "hold": "holds",
+    "begin": "begins",
+    "end": "ends",
+}
 
 
 class Findings:
@@ -93,12 +106,23 @@ class Findings:
             self.details.setdefault(kind, detail)
 
     def notices(self, name: str, rows: int, **details: Any) -> list[str]:
-        """Return a sentence for each kind found: how many of the split's `rows`, which, and what to do."""
+        """Return a sentence for each kind found: how many of the split's `rows`, which, and what to do.
+
+        Those that ask for nothing are of type `Note`.
+        """
         sentences = []
         for kind in Finding:
             if sources := self.sources[kind]:
-                what, remedy = (text.format(detail=self.details[kind], **details) for text in kind.value)
-                sentences.append(
-                    f"{name}: {len(sources)} of {rows} rows {what} ({places(sources)}); {remedy}"
+                what, remedy = kind.value
+                what = what if len(sources) > 1 else _singular(what)
+                what, remedy = (part.format(detail=self.details[kind], **details) for part in (what, remedy))
+                text = (
+                    f"{name}: {len(sources)} of {counted(rows, 'row')} {what} ({places(sources)}); {remedy}"
                 )
+                sentences.append(Note(text) if kind in NOTES else text)
         return sentences
+
+
+def _singular(what: str) -> str:
+    verb, rest = what.split(" ", 1)
+    return f"{SINGULAR[verb]} {rest}".replace(" and were ", " and was ")

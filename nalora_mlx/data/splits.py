@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nalora_mlx.core.errors import InputError, listed
+from nalora_mlx.core.errors import InputError, counted, listed
+from nalora_mlx.core.notices import Note
 from nalora_mlx.data.rows.formats import Row
 from nalora_mlx.data.rows.messages import TEMPLATE_KEYS
 
@@ -41,17 +42,20 @@ def choose_training_rows(
     left_out = total - sum(len(splits["train"]) for splits in datasets)
     if left_out == total:
         raise InputError(f"all {total} training rows have weight 0; give at least one of them another weight")
-    notices = [f"train: {left_out} of {total} rows have weight 0 and are left out"] if left_out else []
+    notices: list[str] = []
+    if left_out:
+        verbs = "has weight 0 and is" if left_out == 1 else "have weight 0 and are"
+        notices.append(Note(f"train: {left_out} of {counted(total, 'row')} {verbs} left out"))
     if valid_fraction and all("valid" in splits and not splits["valid"] for splits in datasets):
         notices.append(_hold_out(datasets, valid_fraction, seed))
     if len(datasets) > 1 or any(entry.get("ratio", 1) != 1 for entry in entries):
         for splits, entry in zip(datasets, entries, strict=True):
             splits["train"] = _weighted(splits["train"], entry.get("ratio", 1), seed)
         shares = [
-            f"{sum(row.weight for row in splits['train'])} rows of {entry['path']}"
+            f"{counted(sum(row.weight for row in splits['train']), 'row')} of {entry['path']}"
             for splits, entry in zip(datasets, entries, strict=True)
         ]
-        notices.append(f"an epoch holds {listed(shares, ', ')}")
+        notices.append(Note(f"an epoch holds {listed(shares, ', ')}"))
     return notices
 
 
@@ -67,7 +71,9 @@ def _hold_out(datasets: Sequence[dict[str, list[Row]]], fraction: float, seed: i
     if not chosen:
         return f"no validation set, and too few different rows to hold some out (rows: {total})"
     count = sum(len(splits["valid"]) for splits in datasets)
-    return f"no validation set: {count} of {total} rows held out by seed (--valid-fraction {fraction:g})"
+    return Note(
+        f"no validation set: {count} of {counted(total, 'row')} held out by seed (--valid-fraction {fraction:g})"
+    )
 
 
 def _weighted(rows: Sequence[Row], ratio: float, seed: int) -> list[Row]:

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from nalora_mlx.core.errors import counted
 from nalora_mlx.core.terminal import drawable
 from nalora_mlx.data.tokenization import Example, Split
 
-MAX_BARS = 12  # of a histogram
+MAX_BARS = 8  # of a histogram
+LONG_TAIL = 8  # medians from which on the longest row is much longer than most
 
 
 def length_statistics(examples: Sequence[Example]) -> dict[str, int]:
@@ -30,27 +32,53 @@ def length_statistics(examples: Sequence[Example]) -> dict[str, int]:
 def summary(name: str, split: Split) -> str:
     """Return one line about a split: rows, sequences if they are more, tokens, the supervised share, and lengths."""
     found = length_statistics(split.sequences)
-    rows, sequences = split.rows, found["sequences"]
+    sequences = found["sequences"]
+    parts = f" in {counted(sequences, 'sequence')}" if sequences > split.rows else ""
+    shortest, longest = found["shortest"], found["longest"]
+    lengths = (
+        f"{shortest:,} to {longest:,}, median {found['median']:,}" if longest > shortest else f"{longest:,}"
+    )
     return (
-        f"{name}: {rows} rows{f' in {sequences} sequences' * (sequences > rows)}, {found['tokens']} tokens, "
-        f"{found['supervised'] / found['tokens']:.0%} of them supervised; lengths {found['shortest']} to "
-        f"{found['longest']}, half of them up to {found['median']}, 95% up to {found['p95']}"
+        f"{name}: {counted(split.rows, 'row')}{parts}, {counted(found['tokens'], 'token')}, "
+        f"{found['supervised'] / found['tokens']:.0%} supervised; lengths {lengths}"
     )
 
 
 def histogram(examples: Sequence[Example], width: int = 40) -> list[str]:
-    """Return lines that draw how many rows fall into each range of lengths in tokens."""
+    """Return lines that draw how many rows have which lengths in tokens; none if one line would hold them all.
+
+    Ranges are equally wide, or each is twice as wide as the one before if the longest row is much longer than most.
+    Empty ones are left out.
+    """
     lengths = np.array([len(example.tokens) for example in examples])
-    shortest, longest = int(lengths.min()), int(lengths.max())
-    step = -(-(longest - shortest + 1) // MAX_BARS)
-    counts = np.bincount((lengths - shortest) // step)
+    counts = [
+        (low, high, int(((lengths >= low) & (lengths <= high)).sum())) for low, high in _ranges(lengths)
+    ]
+    filled = [row for row in counts if row[2]]
+    if len(filled) < 2:
+        return []
     full, thin = drawable("█", "#"), drawable("▏", "|")
+    digits, most = len(f"{filled[-1][1]:,}"), max(number for *_, number in filled)
+    has_ranges = any(low < high for low, high, _ in filled)
     lines = []
-    for i, count in enumerate(counts):
-        low = shortest + i * step
-        bar = full * round(width * count / counts.max())
-        lines.append(f"{low:>7} to {low + step - 1:<7} {bar or (thin if count else '')} {count}")
+    for low, high, number in filled:
+        begin = f"{low:>{digits},} to " if low < high else " " * (digits + 4) * has_ranges
+        lines.append(f"  {begin}{high:>{digits},} {full * round(width * number / most) or thin} {number:,}")
     return lines
+
+
+def _ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Return up to MAX_BARS ranges [low, high] that hold all lengths. They end at round numbers."""
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if longest > LONG_TAIL * np.median(lengths):
+        first, last = (shortest - 1).bit_length(), (longest - 1).bit_length()
+        kept = range(first, last + 1)[-MAX_BARS:]
+        ends = [2 ** (first - 1) if kept[0] == first > 0 else 0, *(2**power for power in kept)]
+    else:
+        steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+        step = next(step for step in steps if (longest - 1) // step - (shortest - 1) // step < MAX_BARS)
+        ends = list(range((shortest - 1) // step * step, longest + step, step))
+    return [(low + 1, high) for low, high in itertools.pairwise(ends)]
 
 
 def mask_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

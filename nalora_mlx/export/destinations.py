@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.export import lmstudio, ollama
+from nalora_mlx.export.results import Step, print_notes
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,16 @@ class Destination:
         if self.in_lmstudio is not None:
             if self.in_lmstudio != self.output:
                 lmstudio.place(self.output, self.in_lmstudio)
-            missing = "; LM Studio was not found, and will read it once it is installed"
-            note = "" if self.has_lmstudio else missing
-            print(f"LM Studio has it as {self.lmstudio} ({self.in_lmstudio}){note}")
+            print(f"LM Studio has it as {self.lmstudio} ({self.in_lmstudio})")
+            if not self.has_lmstudio:
+                print_notes(["LM Studio was not found, and will read the file once it is installed"])
         if self.ollama is not None and modelfile is not None:
             ollama.create_model(self.ollama, modelfile)
-            print(f"Ollama has it as {self.ollama}: ollama run {self.ollama}")
+            print(f"Ollama has it as {self.ollama}")
+
+    def steps(self) -> list[Step]:
+        """Return how a delivered model is used; nothing if it was only written to a file."""
+        return [] if self.ollama is None else [("Ollama", [["ollama", "run", self.ollama]])]
 
 
 def choose_destination(args: argparse.Namespace, type: str) -> Destination:

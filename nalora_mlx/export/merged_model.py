@@ -6,7 +6,7 @@ The weights have the names and the layout that mlx-lm gives them or, with `KeptN
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from nalora_mlx.adapters.merge import merged_quantization
+from nalora_mlx.adapters.merge_record import RECORD_KEY
 from nalora_mlx.core import storage
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.tensor_files import copy_with_replaced
@@ -36,6 +37,7 @@ class MergedModel:
         merged: the merged layers by path.
         files: the base's other files.
         kept: where the merged arrays belong in the base's files; None to write mlx-lm's names.
+        record: of the merged adapters, for config.json.
     """
 
     base: Path
@@ -43,6 +45,7 @@ class MergedModel:
     merged: dict[str, nn.Module]
     files: ModelFiles
     kept: "KeptNames | None" = None
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Return the size of the directory in bytes, without headers, config and model card."""
@@ -58,7 +61,7 @@ class MergedModel:
             OSError: the disk is full, or the target is not writable.
         """
         self.files.write(target)
-        (target / "config.json").write_bytes(self._config())
+        (target / "config.json").write_bytes(with_record(self._config(), self.record))
         if self.kept is None:
             _write_weights(self.model, target)
         else:
@@ -97,6 +100,15 @@ def _merged_config(path: Path, quantization: Mapping[str, Any] | None) -> bytes:
             if "quantization_config" in place:
                 place["quantization_config"] = quantization
     return path.read_bytes() if json.dumps(config) == before else _json_bytes(config)
+
+
+def with_record(config: bytes, record: Mapping[str, Any]) -> bytes:
+    """Return the content of a config.json with the record of the merged adapters; the rest keeps its bytes."""
+    content = json.loads(config)
+    if not record or RECORD_KEY in content:
+        return _json_bytes(content | {RECORD_KEY: record}) if record else config
+    text = config.decode().rstrip().removesuffix("}").rstrip()
+    return f'{text}{"," if content else ""}\n    "{RECORD_KEY}": {json.dumps(record)}\n}}\n'.encode()
 
 
 def _json_bytes(content: Any) -> bytes:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nalora_mlx.core.errors import places
+from nalora_mlx.core.errors import counted, places
 from nalora_mlx.data.tokenization import Split
 
 # Keys of config.json, as families of models name it. Models that count no positions, such as Mamba, have none of them.
@@ -45,7 +45,8 @@ def context_notices(splits: Mapping[str, Split], config: Mapping[str, Any]) -> l
                 lengths[example.source] = max(length, lengths.get(example.source, 0))
         if lengths:
             notices.append(
-                f"{name}: {len(lengths)} rows are longer than the {limit} tokens that the model was made for, the "
+                f"{name}: {counted(len(lengths), 'row')} {'is' if len(lengths) == 1 else 'are'} longer than the "
+                f"{limit} tokens that the model was made for, the "
                 f"longest has {max(lengths.values())}: {places(list(lengths))}; --max-seq-length {limit} truncates them"
             )
     return notices

@@ -66,6 +66,11 @@ class Conversation:
         """The messages without the system message."""
         return [message for message in self.messages if message["role"] != "system"]
 
+    @property
+    def questions(self) -> list[str]:
+        """The user's messages that have an answer."""
+        return [message["content"] for message in self.messages if message["role"] == "user"]
+
     def set_system(self, text: str) -> None:
         """Set the system message, or remove it if the text is empty.
 

@@ -54,3 +54,19 @@ def original_name(name: str, directory: Path, config: dict[str, Any]) -> str | N
     base = card.get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     return base if isinstance(base, str) and is_hub_name(base) else None
+
+
+def model_description(name: str, directory: Path, config: dict[str, Any], weights: int) -> dict[str, Any]:
+    """Return what a model is called and how large it is, for people: "name", "type" and "parameters".
+
+    The name is that of a Hub repo. A local directory gives its own name, unless its card names the repo that it was
+    converted from.
+
+    Args:
+        name: the model as the user gave it, a path or a Hub name.
+        directory: its local directory.
+        config: its config.json.
+        weights: number of its parameters.
+    """
+    found = name if is_hub_name(name) else original_name(name, directory, config) or directory.resolve().name
+    return {"name": found, "type": config.get("model_type"), "parameters": weights}

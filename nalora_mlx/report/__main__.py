@@ -2,13 +2,16 @@
 
 import argparse
 import importlib.util
+import os
 import time
+import webbrowser
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nalora_mlx.cli import Parser, add_chat_flags
+from nalora_mlx.arguments import Parser, add_model
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.optional_dependencies import install_command
 from nalora_mlx.core.signals import Stopped
 from nalora_mlx.report.style import MAX_RUNS
 
@@ -20,8 +23,20 @@ REQUIRED_PACKAGES = ("matplotlib", "plotly", "jinja2")
 
 
 def build_parser(prog: str) -> Parser:
-    """Build the parser: the runs, the output, and prompts for the models."""
-    parser = Parser(prog=prog, description="Write an HTML page and PNG plots of a run, or compare several.")
+    """Build the parser: the runs, the output, and what to do with it."""
+    parser = Parser(
+        prog=prog,
+        usage="RUN ... [options]",
+        description="Write an HTML page and PNG plots of a run, or compare several.",
+        examples="""
+        write adapters/report/report.html, and open it in the browser
+          nalora report adapters --open
+        follow a run while it trains
+          nalora report adapters --watch
+        compare two runs
+          nalora report runs/lora runs/na-lora --output comparison
+        """,
+    )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="directory that nalora lora trained into")
     add(
@@ -38,16 +53,8 @@ def build_parser(prog: str) -> Parser:
         metavar="SECONDS",
         help="with --watch: update interval (default: 10)",
     )
-    add("--model", help="base model, to compare its answers with those of the runs")
-    add(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="with --model: message to answer; repeatable (default: the first prompts of the validation rows)",
-    )
-    add("--max-tokens", type=int, default=128, metavar="N", help="maximum tokens of an answer (default: 128)")
-    add_chat_flags(parser)
+    add_model(parser, "base model, for runs that kept no answers (older ones, --no-samples)")
+    add("--open", action="store_true", help="open the page in the browser")
     return parser
 
 
@@ -63,50 +70,41 @@ def run(args: argparse.Namespace) -> None:
     _check_output(output)
     check_paths(args.model)
     if args.watch:
-        _watch(paths, output, args.every)
+        _watch(paths, output, args.every, args.open)
     runs = read_runs(paths)
-    plots = write_report(runs, output)
     if args.model:
-        plots = write_report(runs, output, _ask_models(args, runs))
+        from nalora_mlx.report.missing_answers import add_answers
+
+        add_answers(args.model, runs, lambda text: print(text, flush=True))
+    images = write_report(runs, output)
     page = output / PAGE
-    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), {', '.join(plots)}")
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), {', '.join(images)}")
+    if args.open and not args.watch:
+        _open_in_browser(page)
 
 
-def write_report(
-    runs: "list[RunData]",
-    output: Path,
-    answers: list[dict[str, Any]] | None = None,
-    refresh: float | None = None,
-) -> list[str]:
-    """Write the page and the plots, each file atomically; return the names of the plots."""
+def write_report(runs: "list[RunData]", output: Path, refresh: float | None = None) -> list[str]:
+    """Write the page and the images, each file atomically; return the names of the images."""
     from nalora_mlx.core.storage import bytes_writer, write_file
+    from nalora_mlx.report.card import CARD, draw_card
     from nalora_mlx.report.page import render_page
     from nalora_mlx.report.plots import draw_plots
 
-    plots = draw_plots(runs)
-    for name, png in plots.items():
+    images = {CARD: draw_card(runs), **draw_plots(runs)}
+    for name, png in images.items():
         write_file(output / name, bytes_writer(png))
-    write_file(output / PAGE, bytes_writer(render_page(runs, answers, refresh).encode()))
-    return list(plots)
+    write_file(output / PAGE, bytes_writer(render_page(runs, refresh, CARD).encode()))
+    return list(images)
 
 
 def _check_flags(args: argparse.Namespace) -> None:
     missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"nalora report needs {', '.join(missing)}: pip install 'nalora-mlx[report]'")
+        raise InputError(f"nalora report needs {', '.join(missing)}: {install_command('report')}")
     if len(args.runs) > MAX_RUNS:
         raise InputError(f"{len(args.runs)} runs given; a report compares at most {MAX_RUNS}")
-    for flag, given in (
-        ("--prompt", args.prompt),
-        ("--chat-template", args.chat_template),
-        ("--chat-template-args", args.chat_template_args),
-    ):
-        if given and not args.model:
-            raise InputError(f"{flag} needs --model, the model to ask")
     if not 1 <= args.every <= 3600:
         raise InputError(f"--every {args.every:g}: must be from 1 to 3600 seconds")
-    if args.max_tokens < 1:
-        raise InputError(f"--max-tokens {args.max_tokens}: must be at least 1")
 
 
 def _check_output(output: Path) -> None:
@@ -122,7 +120,7 @@ def _check_output(output: Path) -> None:
                 raise InputError(f"{page} was not written by nalora report; choose another --output")
 
 
-def _watch(paths: list[Path], output: Path, every: float) -> None:
+def _watch(paths: list[Path], output: Path, every: float, show: bool) -> None:
     """Update the report until the runs end. If interrupted, leave a page that no longer reloads itself."""
     from nalora_mlx.report.run_data import NoReportYet, read_runs
 
@@ -133,6 +131,9 @@ def _watch(paths: list[Path], output: Path, every: float) -> None:
             try:
                 runs = read_runs(paths)
                 write_report(runs, output, refresh=every)
+                if show:
+                    _open_in_browser(output / PAGE)
+                    show = False
                 message = f"iteration {max(run.last_step for run in runs)}: {output / PAGE}"
             except NoReportYet:
                 ended, message = False, f"waiting for the first report in {', '.join(map(str, paths))}"
@@ -157,25 +158,14 @@ def _any_running(paths: list[Path]) -> bool:
     return any(is_locked(path) for path in paths)
 
 
-def _ask_models(args: argparse.Namespace, runs: "list[RunData]") -> list[dict[str, Any]]:
-    """Return the answers of the base model and of each run to the prompts."""
-    from nalora_mlx.core.paths import check_paths
-    from nalora_mlx.report.answers import answers
-
-    for run in runs:
-        check_paths(args.model, str(run.path))
-    prompts = [{"messages": [{"role": "user", "content": prompt}]} for prompt in args.prompt]
-    prompts = prompts or next((run.samples for run in runs if run.samples), [])
-    if not prompts:
-        raise InputError("the run has not saved any prompts of its data; give --prompt TEXT")
-    return answers(
-        args.model,
-        [(run.name, run.path) for run in runs],
-        prompts,
-        args.max_tokens,
-        args.chat_template,
-        args.chat_template_args,
-    )
+def _open_in_browser(page: Path) -> None:
+    """Open a page in the browser, if there is one: not over SSH, and not in a browser that runs in the terminal."""
+    try:
+        browser = webbrowser.get()
+        if type(browser) is not webbrowser.GenericBrowser or "BROWSER" in os.environ:
+            browser.open(page.resolve().as_uri())
+    except (webbrowser.Error, OSError):
+        pass
 
 
 if __name__ == "__main__":

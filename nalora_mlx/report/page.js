@@ -1,7 +1,7 @@
 "use strict";
 // Draws the charts of a report from the page's JSON data, in the colors of the current theme.
 (() => {
-  const { runs, scalars, statistics, markers, dashes, colorScale, regionColors, regions, lastStep, refresh, storageKey } = JSON.parse(document.getElementById("data").textContent);
+  const { runs, scalars, statistics, markers, dashes, colorScale, regionColors, regions, lastStep, fewValidations, logScale, refresh, storageKey } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const element = (id) => document.getElementById(id);
   const themeColor = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
@@ -32,9 +32,12 @@
   const steps = (more = {}) => axis("iteration", { range: range[0] < range[1] ? range : undefined, rangemode: "tozero", ...more });
   const rgba = (hex, alpha) => `rgba(${[1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)).join(",")},${alpha})`;
 
+  const isFolded = (place) => place.closest("details:not([open])") !== null;
+
+  // Charts in closed folds have no size. They are drawn when their fold opens.
   function draw(id, traces, shape) {
     const place = element(id);
-    if (!place) return;
+    if (!place || isFolded(place)) return;
     Plotly.react(place, traces, shape, { displayModeBar: false, responsive: true, doubleClick: "reset" });
     if (iterationCharts.has(id)) return;
     iterationCharts.add(id);
@@ -50,8 +53,12 @@
     range = next;
     [element("from").value, element("to").value] = range;
     saved("range", JSON.stringify([range[0], range[1] === lastStep ? null : range[1]]));
-    for (const id of iterationCharts) Plotly.relayout(id, { "xaxis.range": [...range] });
+    for (const id of iterationCharts) if (!isFolded(element(id))) Plotly.relayout(id, { "xaxis.range": [...range] });
   }
+
+  const label = (x, y, text, ax, ay, color, log) => ({
+    x, y: log ? Math.log10(y) : y, text, ax, ay, bgcolor: themeColor("card"), bordercolor: color, borderpad: 3, arrowcolor: color, arrowwidth: 1.2, arrowhead: 0, standoff: 9,
+  });
 
   function lossChart() {
     const traces = [], labels = [], log = element("log").checked;
@@ -65,13 +72,14 @@
         traces.push({ x, y, mode: "lines", line: { color: training, width: several ? 1.5 : 2, dash: dashes[i] }, name: name + "training", hovertemplate: "%{y:.4f}" });
       }
       if (run.valid[0].length) {
-        traces.push({ x: run.valid[0], y: run.valid[1], mode: "lines+markers", line: { color: validation, width: 2.5 }, marker: { symbol: markers[i], size: run.valid[0].length > 60 ? 4 : 7 }, name: name + "validation", hovertemplate: "%{y:.4f}" });
+        const count = run.valid[0].length, few = count <= fewValidations; // a line through few points looks like a curve, and there is none
+        traces.push({ x: run.valid[0], y: run.valid[1], mode: few ? "markers" : "lines+markers", line: { color: validation, width: 2.5 }, cliponaxis: false, marker: { symbol: markers[i], size: few ? 10 : count > 60 ? 4 : 7, color: validation }, name: name + "validation", hovertemplate: "%{y:.4f}" });
+        if (few && !several && run.valid[0][0] === 0 && run.valid[1][0] !== null) labels.push(label(0, run.valid[1][0], `before ${run.valid[1][0].toPrecision(3)}`, 58, -4, validation, log));
       }
       if (run.best) {
         traces.push({ x: [run.best[0]], y: [run.best[1]], mode: "markers", cliponaxis: false, marker: { symbol: "star", size: 16, color: validation, line: { color: themeColor("card"), width: 1.5 } }, name: name + "best", hoverinfo: "skip", showlegend: !several });
-        // Labels of several runs would overlap. The summary and the caption have these numbers too.
-        if (!several) labels.push({ x: run.best[0], y: log ? Math.log10(run.best[1]) : run.best[1], text: `best ${run.best[1].toPrecision(4)}`, ax: run.best[0] > 0.8 * lastStep ? -36 : 36, ay: -34,
-          bgcolor: themeColor("card"), bordercolor: validation, borderpad: 3, arrowcolor: validation, arrowwidth: 1.2, arrowhead: 0, standoff: 9 });
+        // Labels of several runs would overlap. The result and the caption have these numbers too.
+        if (!several && run.best[0] > 0) labels.push(label(run.best[0], run.best[1], `best ${run.best[1].toPrecision(3)}`, run.best[0] > 0.8 * lastStep ? -36 : 36, -34, validation, log));
       }
     });
     draw("chart-loss", traces, layout(steps(), axis("loss (nats per token)", log ? { type: "log", dtick: "D2", tickformat: "~g" } : {}), { showlegend: true, annotations: labels }));
@@ -86,7 +94,7 @@
         const shown = (smooth || found), main = { x: shown[0], y: shown[1], mode: "lines", line, name: run.name, hovertemplate: `%{y:${format}}` };
         return smooth && !several ? [{ x: found[0], y: found[1], mode: "lines", line: { color: rgba(themeColor(`run-${i}`), 0.28), width: 1 }, hoverinfo: "skip" }, main] : [main];
       });
-      draw("chart-" + name, traces, layout(steps(), axis(unit, { rangemode: "tozero", exponentformat: name === "learning_rate" ? "e" : "SI" }), { showlegend: several }));
+      draw("chart-" + name, traces, layout(steps(), axis(unit, { range: [0, 1.12 * extent(traces.map((trace) => [trace.y]))[1]], exponentformat: name === "learning_rate" ? "e" : "SI" }), { showlegend: several }));
     }
   }
 
@@ -185,12 +193,35 @@
       layout(steps({ showgrid: false }), axis("channel, by final importance", { autorange: "reversed", showgrid: false }), { hovermode: "closest" }));
   }
 
-  // One kind of chart at a time, so that the page stays responsive.
-  function drawAll(done = () => {}) {
-    const parts = [lossChart, scalarCharts, heatCharts, layerCharts];
+  // Shortens long texts, with a button that shows all of them.
+  function clampTexts() {
+    for (const text of document.querySelectorAll(".clamp")) {
+      text.classList.add("clamped");
+      if (text.scrollHeight <= text.clientHeight + 4) { text.classList.remove("clamped"); continue; }
+      const more = document.createElement("button");
+      more.type = "button";
+      more.className = "more";
+      const show = (all) => {
+        text.classList.toggle("clamped", !all);
+        more.textContent = all ? "Show less" : "Show more";
+        more.setAttribute("aria-expanded", all);
+      };
+      more.setAttribute("aria-controls", text.id);
+      more.addEventListener("click", () => show(more.getAttribute("aria-expanded") !== "true"));
+      show(false);
+      text.after(more);
+    }
+  }
+
+  // One kind of chart at a time, so that the page stays responsive. A later call takes over from an earlier one.
+  let calls = 0;
+  function drawAll() {
+    const call = ++calls, parts = [lossChart, scalarCharts, heatCharts, layerCharts];
     const next = () => {
+      if (call !== calls) return;
       const part = parts.shift();
-      if (!part) return done();
+      // Milliseconds from navigation to the first frame with all charts; the tests read it.
+      if (!part) return requestAnimationFrame(() => setTimeout(() => { root.dataset.drawn ||= Math.round(performance.now()); }));
       part();
       setTimeout(next);
     };
@@ -220,19 +251,29 @@
     });
   }
   const log = element("log");
-  log.checked = saved("log") === "true";
+  log.checked = (saved("log") ?? String(logScale)) === "true";
   log.addEventListener("change", () => { saved("log", log.checked); lossChart(); });
-  const details = [...document.querySelectorAll("details")];
+  const folds = [...document.querySelectorAll("details")];
   const open = JSON.parse(saved("open") || "[]");
-  for (const each of details) {
-    each.open = open.includes(each.querySelector("summary").textContent);
-    each.addEventListener("toggle", () => saved("open", JSON.stringify(details.filter((one) => one.open).map((one) => one.querySelector("summary").textContent))));
+  for (const fold of folds) {
+    fold.open = open.includes(fold.id);
+    fold.addEventListener("toggle", () => {
+      saved("open", JSON.stringify(folds.filter((each) => each.open).map((each) => each.id)));
+      if (fold.open && fold.querySelector(".chart")) drawAll();
+    });
   }
+  // A link to a section opens it.
+  const openTarget = () => {
+    const fold = location.hash.length > 1 && element(decodeURIComponent(location.hash.slice(1)))?.closest("details");
+    if (fold) fold.open = true;
+  };
+  addEventListener("hashchange", openTarget);
+  openTarget();
+  clampTexts();
   [element("from").value, element("to").value] = range;
   for (const id of ["from", "to"]) element(id).addEventListener("change", () => setRange([+element("from").value, +element("to").value]));
   element("all").addEventListener("click", () => setRange([0, lastStep]));
-  // Milliseconds from navigation to the first frame with all charts; the tests read it.
-  drawAll(() => requestAnimationFrame(() => setTimeout(() => { root.dataset.drawn = Math.round(performance.now()); })));
+  drawAll();
 
   const pause = element("pause");
   if (pause) {

@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nalora_mlx.report.advice import FEW_VALIDATIONS
+from nalora_mlx.report.chart_data import (
+    NOISY_SCALARS,
+    SCALARS,
+    SMOOTHING_MIN_REPORTS,
+    has_scalar,
+    smoothing_window,
+)
 from nalora_mlx.report.downsampling import downsample, running_mean
-from nalora_mlx.report.page import NOISY_SCALARS, SCALARS, SMOOTHING_MIN_REPORTS, has_scalar, smoothing_window
+from nalora_mlx.report.formatting import format_number
 from nalora_mlx.report.run_data import Grid, RunData, short_layers
 from nalora_mlx.report.style import COLORMAP, MATPLOTLIB_DASHES, MATPLOTLIB_MARKERS, RUN_COLORS_LIGHT
-from nalora_mlx.report.tables import format_number, statistic_label
+from nalora_mlx.report.tables import statistic_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +33,7 @@ HEATMAP_STATISTICS = (
     "multiplier.p90",
 )
 MAX_HEATMAPS_PER_ROW = 4
+MAX_TICKS = 6  # on an axis of a heat map; drawing them takes most of the time
 RC_PARAMS: Any = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -112,8 +121,9 @@ def _plot_losses(ax: "Axes", run: RunData, i: int, several: bool) -> None:
             run.valid["loss"],
             color=validation_color,
             marker=MATPLOTLIB_MARKERS[i],
-            markersize=4,
-            linewidth=2,
+            markersize=4 if len(run.valid["step"]) > FEW_VALIDATIONS else 7,
+            # A line through few points looks like a curve, and there is none.
+            linewidth=2 if len(run.valid["step"]) > FEW_VALIDATIONS else 0,
             label=f"{prefix}validation",
         )
     if run.best_validation is None:
@@ -150,7 +160,8 @@ def _draw_scalars(runs: list[RunData], keys: list[str]) -> bytes:
                     label=run.name,
                 )
             ax.set(title=SCALARS[key].title, xlabel="iteration", ylabel=SCALARS[key].axis)
-            ax.set_ylim(bottom=0)
+            highest = max((np.nanmax(run.train[key], initial=0) for run in runs), default=0)
+            ax.set_ylim(0, 1.12 * highest or None)  # a constant line stays clear of the frame
             if len(runs) > 1:
                 ax.legend()
 
@@ -178,7 +189,7 @@ def _draw_heatmaps(runs: list[RunData], statistics: list[str]) -> bytes:
             grids = [run.grids[name].values for run in runs if name in run.grids]
             limits = (0, 1) if name.startswith("occupancy.") else _limits(grids)
             _plot_heatmap(ax, run.grids[name], limits, unit)
-            tick_step = -(-len(run.layers) // 12)
+            tick_step = -(-len(run.layers) // MAX_TICKS)
             ax.set_yticks(range(0, len(run.layers), tick_step), short_layers(run.layers)[::tick_step])
 
     return _render(draw, (3.7 * columns, 3.2 * rows), rows, columns)
@@ -209,13 +220,16 @@ def _draw_channels(runs: list[RunData]) -> bytes:
 
 
 def _plot_heatmap(ax: "Axes", grid: Grid, limits: tuple[float, float], unit: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.grid(False)
     ax.set_xlabel("iteration")
     edges = np.concatenate([[0], grid.steps])  # a report covers the steps since the previous one
     rows = np.arange(len(grid.values) + 1) - 0.5
     low, high = limits
     mesh = ax.pcolormesh(edges, rows, grid.values, cmap=COLORMAP, vmin=low, vmax=high, rasterized=True)
-    ax.figure.colorbar(mesh, ax=ax, label=unit)
+    ax.xaxis.set_major_locator(MaxNLocator(MAX_TICKS - 1))
+    ax.figure.colorbar(mesh, ax=ax, label=unit, ticks=MaxNLocator(MAX_TICKS - 1))
 
 
 def _limits(grids: list[np.ndarray]) -> tuple[float, float]:

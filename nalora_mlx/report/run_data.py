@@ -1,6 +1,7 @@
 """Runs as read from their directories: losses, statistics of layers, settings and environment."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from nalora_mlx.report.downsampling import MAX_COLUMNS, average_columns
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.checkpoints import CHECKPOINTS
 from nalora_mlx.runs.metrics import METRICS_FILE
+from nalora_mlx.runs.samples import read_samples
 
 SCALARS = ("loss", "learning_rate", "tokens_per_second", "peak_memory_gb", "gradient_norm")
 MAX_LAYER_REPORTS = (
@@ -49,6 +51,7 @@ class RunData:
     test_loss: float | None = None
     tokens: int = 0
     skipped: int = 0
+    seconds: float = 0.0  # of training and validation
     layers: list[str] = field(default_factory=list)
     grids: dict[str, Grid] = field(default_factory=dict)  # by statistic, one row per layer
     channels: dict[str, Grid] = field(
@@ -57,7 +60,11 @@ class RunData:
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)  # prompts from its data
+    model: dict[str, Any] = field(
+        default_factory=dict
+    )  # name, type and number of parameters of the base model
+    samples: list[dict[str, Any]] = field(default_factory=list)  # prompts with answers, see `read_samples`
+    prompts: list[dict[str, Any]] = field(default_factory=list)  # saved at the start, also without answers
 
     @property
     def method(self) -> str | None:
@@ -121,7 +128,9 @@ def read_run(path: Path, name: str) -> RunData:
         skipped=max((record.get("skipped") or 0 for record in train), default=0),
         layers=layers,
         grids=grids,
+        seconds=_duration(train, valid),
         channels=_channel_grids(with_layers),
+        samples=read_samples(path),
     )
     _read_description(run)
     return run
@@ -179,6 +188,15 @@ def _distinct_names(paths: list[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
+def _duration(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> float:
+    """Return the seconds that training and validation took, from the speed of each report; 0 if it is not known."""
+    seconds, last = 0.0, 0
+    for record in train:
+        seconds += (record["step"] - last) / (record.get("iterations_per_second") or math.inf)
+        last = record["step"]
+    return seconds + sum(record.get("seconds") or 0 for record in valid) if seconds else 0.0
+
+
 def _column(records: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([np.nan if record.get(key) is None else record[key] for record in records], dtype=float)
 
@@ -227,7 +245,7 @@ def _channel_grids(records: list[dict[str, Any]]) -> dict[str, Grid]:
 
 
 def _read_description(run: RunData) -> None:
-    """Set settings, data, samples and environment from run.json, or else from the adapter and the last checkpoint."""
+    """Set settings, data, prompts and environment from run.json, or else from the adapter and the last checkpoint."""
     from nalora_mlx.runs.record import RECORD_FILE
     from nalora_mlx.runs.resume import STATE_FILE
 
@@ -248,7 +266,8 @@ def _read_description(run: RunData) -> None:
         if "rows" in (identity.get(key) or {})
     }
     run.environment = record.get("environment") or state.get("versions") or {}
-    run.samples = record.get("samples") or []
+    run.model = record.get("model") or {}
+    run.prompts = record.get("samples") or []
 
 
 def _flatten_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,25 @@
-"""The text and numbers of a report: summary, captions, and tables of losses, layers, settings, data and environment."""
+"""Captions of charts, and tables of losses, layers, settings, data and environment."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from nalora_mlx.report.formatting import format_number
 from nalora_mlx.report.run_data import RunData, short_layers
 
 MAX_LOSS_ROWS = 40
+FIRST_SETTINGS = (
+    *("model", "data", "hf_dataset", "fine_tune_type", "rank", "scale", "num_layers", "iters", "batch_size"),
+    *(
+        "grad_accumulation_steps",
+        "learning_rate",
+        "lr_schedule",
+        "optimizer",
+        "max_seq_length",
+        "mask_prompt",
+        "seed",
+    ),
+)
 PARTS = {"mean": "mean over channels", "p10": "10th percentile", "p50": "median", "p90": "90th percentile"}
 # Statistics of channels, by their name in metrics.jsonl: group and unit.
 CHANNEL_STATISTICS = {
@@ -17,22 +28,6 @@ CHANNEL_STATISTICS = {
     "step_scale": ("Step scale", "step scale g"),
     "multiplier": ("Step multiplier", "step multiplier q"),
 }
-
-
-@dataclass
-class Cell:
-    """A value in the summary, with a note, and whether it is the best of all runs."""
-
-    value: str
-    note: str = ""
-    best: bool = False
-
-
-def format_number(value: float | None, digits: int = 4) -> str:
-    """Format a number with a few significant digits; "-" if there is none."""
-    if value is None or not np.isfinite(value):
-        return "-"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
 def statistic_label(statistic: str) -> tuple[str, str, str]:
@@ -52,72 +47,6 @@ def statistic_label(statistic: str) -> tuple[str, str, str]:
     return "Other", statistic, statistic
 
 
-# --- summary -----------------------------------------------------------------------------------------
-
-
-def summary(runs: list[RunData]) -> list[tuple[str, list[Cell]]]:
-    """Return the lines of the summary: a name, and a cell for each run."""
-    lowest = min((run.best_validation[1] for run in runs if run.best_validation), default=None)
-    compared = sum(run.best_validation is not None for run in runs) > 1
-
-    def best_validation(run: RunData) -> Cell | None:
-        if run.best_validation is None:
-            return None
-        step, loss = run.best_validation
-        place = f"at iteration {step:,}" if step else "before training: no later one is lower"
-        return Cell(format_number(loss), place, compared and loss == lowest)
-
-    lines: list[tuple[str, Callable[[RunData], Cell | None]]] = [
-        ("Best validation loss", best_validation),
-        ("Loss before", _loss_before),
-        ("Training loss", _training_loss),
-        ("Test loss", _test_loss),
-        ("Iterations", lambda run: Cell(f"{run.last_step:,}", f"trained on {run.tokens:,} tokens")),
-        ("Speed", _speed),
-        ("Peak memory", _peak_memory),
-        ("Selection misalignment", _misalignment),
-        ("Skipped updates", lambda run: Cell(f"{run.skipped:,}") if run.skipped else None),
-    ]
-    rows = [(name, [make_cell(run) for run in runs]) for name, make_cell in lines]
-    return [(name, [cell or Cell("-") for cell in cells]) for name, cells in rows if any(cells)]
-
-
-def _loss_before(run: RunData) -> Cell | None:
-    if not len(run.valid["loss"]) or run.valid["step"][0] != 0:
-        return None
-    return Cell(format_number(run.valid["loss"][0]), "validation, at iteration 0")
-
-
-def _training_loss(run: RunData) -> Cell | None:
-    losses = run.train["loss"]
-    return Cell(format_number(losses[-1]), "last report") if len(losses) else None
-
-
-def _test_loss(run: RunData) -> Cell | None:
-    return None if run.test_loss is None else Cell(format_number(run.test_loss))
-
-
-def _speed(run: RunData) -> Cell | None:
-    values = run.train["tokens_per_second"]
-    return None if _all_nan(values) else Cell(f"{np.nanmedian(values):,.0f}", "tokens/s, median")
-
-
-def _peak_memory(run: RunData) -> Cell | None:
-    values = run.train["peak_memory_gb"]
-    return None if _all_nan(values) else Cell(f"{format_number(float(np.nanmax(values)), 3)} GB")
-
-
-def _misalignment(run: RunData) -> Cell | None:
-    grid = run.grids.get("misalignment")
-    if grid is None or _all_nan(grid.values[:, -1]):
-        return None
-    return Cell(f"{np.nanmean(grid.values[:, -1]):.3f}", "mean over layers, at the end")
-
-
-def _all_nan(values: np.ndarray) -> bool:
-    return not len(values) or bool(np.isnan(values).all())
-
-
 # --- captions ----------------------------------------------------------------------------------------
 
 
@@ -134,7 +63,8 @@ def loss_caption(runs: list[RunData]) -> str:
             place = f"at iteration {step:,}" if step else "before training, which did not lower it"
             parts.append(f"best validation loss {format_number(loss)} {place}")
         sentences.append((run, f"{', '.join(parts)}."))
-    return _join_sentences(sentences, len(runs) > 1)
+    text = _join_sentences(sentences, len(runs) > 1)
+    return f"{text} The loss measures how surprised the model is by the right text; lower is better."
 
 
 def scalar_caption(runs: list[RunData], key: str, unit: str) -> str:
@@ -173,6 +103,19 @@ def loss_table(run: RunData, split: str) -> dict[str, Any] | None:
     }
 
 
+def na_sentence(runs: list[RunData]) -> str:
+    """Say what NA-LoRA did, in a sentence or two."""
+    text = (
+        "NA-LoRA watches how strongly each channel of the model's MLPs responds, and holds back the steps of "
+        "channels that hardly do."
+    )
+    grids = [(run, run.grids["effective"].values[:, -1]) for run in runs if "effective" in run.grids]
+    shares = [(run, np.nanmean(share)) for run, share in grids if not np.isnan(share).all()]
+    if len(runs) == 1 and shares:
+        text += f" At the end, training acted on {shares[0][1]:.0%} of the channels of a layer, on average."
+    return text
+
+
 def layer_table(run: RunData) -> dict[str, Any]:
     """Return a table of every layer's statistics at the last report."""
     names = [name for name in run.grids if not name.startswith("mask.") or name == "mask.mean"]
@@ -188,15 +131,25 @@ def layer_table(run: RunData) -> dict[str, Any]:
 
 
 def settings_table(runs: list[RunData]) -> dict[str, Any]:
-    """Return all settings, a column for each run; rows that differ are marked and come first."""
+    """Return all settings, a column for each run: first those that differ, which are marked, then the main ones."""
     names = [
         name
         for name in dict.fromkeys(name for run in runs for name in run.settings)
         if any(run.settings.get(name) not in (None, {}) for run in runs)
     ]
     rows = [_row(name, [_format_value(run.settings.get(name)) for run in runs]) for name in names]
-    rows.sort(key=lambda row: not row["differs"])
+    first = [name.replace("_", " ") for name in FIRST_SETTINGS]
+    rows.sort(
+        key=lambda row: (not row["differs"], first.index(row["name"]) if row["name"] in first else len(first))
+    )
     return {"title": "Settings", "head": _head(runs), "rows": rows}
+
+
+def differing_settings(runs: list[RunData]) -> dict[str, Any] | None:
+    """Return the settings in which runs differ; None for one run, or without a difference."""
+    table = settings_table(runs)
+    rows = [row for row in table["rows"] if row["differs"]]
+    return {**table, "title": "What differs", "rows": rows} if rows else None
 
 
 def data_table(runs: list[RunData]) -> dict[str, Any]:

@@ -29,6 +29,16 @@ def steps(parent: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def final_adapters(directory: Path) -> list[Path]:
+    """Return the latest and the best adapter of a run, given its directory or that of any of its adapters."""
+    directory = directory.resolve()
+    if directory.name == BEST:
+        directory = directory.parent
+    elif directory.parent.name == CHECKPOINTS:
+        directory = directory.parent.parent
+    return [path for path in (directory, directory / BEST) if (path / ADAPTER_FILE).exists()]
+
+
 def prune_checkpoints(parent: Path, keep: int) -> None:
     """Remove all but the last `keep` checkpoints, each in one step."""
     for path in list(steps(parent).values())[:-keep]:

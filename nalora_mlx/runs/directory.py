@@ -12,6 +12,7 @@ from nalora_mlx.runs.checkpoints import BEST, BEST_FILE, CHECKPOINTS
 from nalora_mlx.runs.loggers import TENSORBOARD
 from nalora_mlx.runs.metrics import METRICS_FILE, keep_until
 from nalora_mlx.runs.record import RECORD_FILE
+from nalora_mlx.runs.samples import SAMPLES_FILE
 
 REPORT = "report"
 RUN_FILES = (
@@ -21,6 +22,7 @@ RUN_FILES = (
     BEST,
     CHECKPOINTS,
     RECORD_FILE,
+    SAMPLES_FILE,
     REPORT,
     TENSORBOARD,
 )
@@ -56,11 +58,13 @@ def archive_previous_run(output: Path) -> Path | None:
 def rewind(output: Path, source: Path, iteration: int) -> Path | None:
     """Restore a run's directory to the state at a checkpoint. Later files are moved to previous/N, not deleted.
 
-    1. Move aside what the checkpoint does not have: later checkpoints and a later best adapter. If the checkpoint is
-       from another directory, move aside the whole run.
+    1. Move aside what the checkpoint does not have: later checkpoints, a later best adapter, and the sample answers
+       of a later adapter. If the checkpoint is from another directory, move aside the whole run.
     2. Copy the metrics of this run along with what was moved, so that a complete copy remains.
     3. Restore the best adapter, the adapter and its config from the checkpoint.
     4. Truncate the metrics after the checkpoint's iteration.
+    5. Remove sample answers that are still there. They are of the adapter that the run trains further, and the end of
+       training writes new ones.
 
     Args:
         output: the run's directory.
@@ -77,6 +81,8 @@ def rewind(output: Path, source: Path, iteration: int) -> Path | None:
         outdated += [checkpoints.step_directory(Path(CHECKPOINTS), step) for step in later]
         if not _same_file(output / BEST / ADAPTER_FILE, source / BEST_FILE):
             outdated.append(BEST)
+        if outdated:
+            outdated.append(SAMPLES_FILE)
     else:
         outdated += RUN_FILES
     metrics = source.parent.parent / METRICS_FILE
@@ -91,6 +97,7 @@ def rewind(output: Path, source: Path, iteration: int) -> Path | None:
     for name in (ADAPTER_CONFIG, ADAPTER_FILE):
         storage.write_file(output / name, storage.copy_writer(source / name))
     keep_until(metrics, output / METRICS_FILE, iteration)
+    (output / SAMPLES_FILE).unlink(missing_ok=True)
     return archive
 
 

@@ -17,7 +17,7 @@ from nalora_mlx.core.terminal import LastingConsole, has_colors, marked_text
 from nalora_mlx.runs.status import Status, before_training, duration, is_worse_than_before, memory_use
 
 SPEED_WINDOW = 3600.0  # seconds of steps from which the time left is estimated; one step may take minutes
-SAMPLE_LINES = 6  # of a prompt or an answer that are shown
+SAMPLE_LINES, SAMPLE_CHARACTERS = 6, 400  # of a prompt or an answer that are shown
 
 
 class TimeLeft(ProgressColumn):
@@ -31,6 +31,14 @@ class TimeLeft(ProgressColumn):
         return Text("" if left is None else f"{duration(left)} left", "cyan")
 
 
+def default_console() -> Console:
+    """Return a console for standard output. A notebook, which keeps all output, gets plain lines without a bar."""
+    console = LastingConsole(highlight=False)
+    if not console.is_jupyter:
+        return console
+    return LastingConsole(highlight=False, force_jupyter=False, force_terminal=False)
+
+
 class Display:
     """A listener of `train` that shows its events, and a context manager that closes the progress bar.
 
@@ -39,7 +47,7 @@ class Display:
 
     def __init__(self, console: Console | None = None, phrase: Callable[[str], str] = str):
         self.phrase = phrase  # rewrites what is printed
-        self.console = console or LastingConsole(highlight=False)
+        self.console = console or default_console()
         self.progress: Progress | None = None
         self.live: Live | None = None
         self.interactive = self.console.is_terminal and not self.console.is_dumb_terminal
@@ -76,16 +84,28 @@ class Display:
         text = marked_text(source, pieces, has_colors(self.console))
         self.console.print(text, soft_wrap=not self.interactive)
 
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Show what takes a while, until it is over."""
+        if not self.interactive:
+            yield
+            return
+        with self.console.status(text):
+            yield
+
     def sample(self, sample: Mapping[str, Any]) -> None:
-        """Show a prompt with its answers before and after training, if a person is looking."""
+        """Show a prompt, its answers before and after training, and the expected one if the last is another.
+
+        Prints nothing if output is piped.
+        """
         if not self.interactive:
             return
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         ended = {"before": sample.get("before_complete", True), "after": sample["complete"]}
-        for name in ("prompt", "before", "after"):
-            if sample[name] is not None:
+        for name in ("prompt", "before", "after", "expected"):
+            if sample[name] is not None and (name != "expected" or sample[name].strip() != sample["after"]):
                 text = _opening(sample[name], ended.get(name, True))
                 table.add_row(name, Text(text, "bold" if name == "after" else ""))
         with suppress(OSError):
@@ -187,10 +207,13 @@ class Display:
 
 
 def _opening(text: str, ended: bool) -> str:
-    """Return the first lines of a text, with dots if that is not all of it."""
-    lines = [line for line in text.splitlines() if line.strip()]
+    """Return the beginning of a text, with dots if that is not all of it."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    shown = "\n".join(lines[:SAMPLE_LINES])
     ended = ended and len(lines) <= SAMPLE_LINES
-    return "\n".join(lines[:SAMPLE_LINES]) + ("" if ended else " ...")
+    if len(shown) > SAMPLE_CHARACTERS:
+        shown, ended = shown[:SAMPLE_CHARACTERS].rsplit(maxsplit=1)[0], False
+    return shown if ended else f"{shown} ..."
 
 
 def _command_lines(words: Sequence[str], columns: int | None) -> list[str]:

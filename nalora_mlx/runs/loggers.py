@@ -6,6 +6,7 @@ from typing import Any
 
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError, first_line
+from nalora_mlx.core.optional_dependencies import install_command, install_packages
 from nalora_mlx.runs.record import record
 
 TENSORBOARD = "tensorboard"  # name of the service, and of its directory in the run's directory
@@ -66,7 +67,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise InputError(
-                "--report-to tensorboard: needs tensorboardX; pip install 'nalora-mlx[tensorboard]'"
+                f"--report-to tensorboard: needs tensorboardX; {install_command('tensorboard')}"
             ) from None
         self.directory, self.writer_class = directory, SummaryWriter
         self.writer: Any = None
@@ -115,7 +116,7 @@ class MlxLmCallback:
         if name not in known:
             raise InputError(f"--report-to {name}: choose from {', '.join([*known, TENSORBOARD])}")
         if getattr(callbacks, name) is None:
-            raise InputError(f"--report-to {name}: needs {name}; pip install {name}")
+            raise InputError(f"--report-to {name}: needs {name}; {install_packages(name)}")
         self.name, self.config = name, config
         self.callback: Any = None
 

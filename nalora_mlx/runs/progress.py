@@ -38,16 +38,18 @@ class TrainResult:
             "NaN or infinite" if loss is None else f"{loss:.4f}"
             for loss in (self.first_valid_loss, self.valid_loss)
         )
+        is_last = self.best_valid_loss == self.valid_loss
+        found = f"best {self.best_valid_loss:.4f} at iteration {self.best_iteration}: {best}"
         lines = [
-            f"validation loss {before} before, {after} after, best {self.best_valid_loss:.4f} at iteration "
-            f"{self.best_iteration} ({best})"
+            f"validation loss {before} before training, {after} after ({'the best' if is_last else found})"
         ]
         if not improves(self.best_valid_loss, self.first_valid_loss):
-            lines.append(
-                f"note: training did not help: validation loss {before} before it, {self.best_valid_loss:.4f} at best; "
-                f"the model is better without this adapter ({best} holds the best that was trained); lower the "
-                "learning rate, or look at the rows"
-            )
+            lines = [
+                f"validation loss {before} before training, {after} after",
+                f"note: training did not help: the best adapter, in {best}, has a validation loss of "
+                f"{self.best_valid_loss:.4f}, so the model is better without it; lower the learning rate, or look at "
+                "the rows",
+            ]
         return lines
 
 

@@ -2,23 +2,19 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.data_entries import data_entries
-from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.versions import environment
-from nalora_mlx.data.rows.formats import Features, Row, parse_row
-from nalora_mlx.data.sources.loading import HUB_KEYS, is_text, read_again
+from nalora_mlx.data.sources.loading import HUB_KEYS
 from nalora_mlx.data.summary import length_statistics
 from nalora_mlx.data.tokenization import Split
 
 RECORD_FILE = "run.json"
-SAMPLES = 3  # prompts to save, so that a report can show answers to them
-OPENING = 12  # words of a text that make a prompt
 
 
 class RecordFile:
@@ -29,6 +25,8 @@ class RecordFile:
         config: the run's settings.
         splits: the tokenized rows by split.
         warn: called with a message if the file cannot be written.
+        prompts: a few prompts of the data, see `runs.samples.choose_prompts`.
+        model: the base model: "name", "type" and "parameters".
     """
 
     def __init__(
@@ -37,16 +35,18 @@ class RecordFile:
         config: RunConfig,
         splits: Mapping[str, Split],
         warn: Callable[[str], None] = print,
+        prompts: Sequence[Mapping[str, Any]] = (),
+        model: Mapping[str, Any] = {},
     ):
-        self.path, self.config, self.splits, self.warn = path, config, splits, warn
+        self.path, self.warn = path, warn
+        self.content = record(config, splits) | {"samples": list(prompts), "model": dict(model)}
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Write the file at the start event. An earlier run has been archived by then."""
         if event["event"] != "start":
             return
         try:
-            content = storage.json_writer(record(self.config, self.splits))
-            storage.write_file(self.path, content)
+            storage.write_file(self.path, storage.json_writer(self.content))
         except OSError as error:
             self.warn(f"note: {self.path} could not be written ({error.strerror}); the run goes on")
 
@@ -73,7 +73,6 @@ def record(config: RunConfig, splits: Mapping[str, Split]) -> dict[str, Any]:
             for name, split in splits.items()
             if split.sequences
         },
-        "samples": samples(splits, config),
         "environment": environment(),
     }
 
@@ -96,47 +95,3 @@ def _public_keys(datasets: Any) -> Any:
     return (
         {key: datasets[key] for key in HUB_KEYS if key in datasets and key != "config"} if datasets else None
     )
-
-
-def samples(splits: Mapping[str, Split], config: RunConfig) -> list[dict[str, Any]]:
-    """Return prompts of the first validation rows, or of training rows if there is no validation set.
-
-    Only rows of local files are used. A prompt has "messages", the chat before its last answer, and "tools" and
-    "chat_template_kwargs" if there are any; or "text", the first words of a text.
-    """
-    name = next((name for name in ("valid", "train") if name in splits and len(splits[name])), None)
-    sources = [example.source for example in splits[name].sequences[: 10 * SAMPLES]] if name else []
-    found: list[dict[str, Any]] = []
-    try:
-        contents = read_again(sources)
-        for source in dict.fromkeys(sources):
-            if source in contents:
-                sample = _sample(parse_row(source, contents[source], _features(source, config)))
-                if sample and sample not in found:
-                    found.append(sample)
-    except InputError:  # a file has changed
-        pass
-    return found[:SAMPLES]
-
-
-def _features(source: str, config: RunConfig) -> Features:
-    """Return the features of the entry of `data` that a row comes from."""
-    if is_text(source):
-        return Features()
-    for entry in data_entries(config.data):
-        path = str(Path(entry["path"]).expanduser())
-        if source.startswith((f"{path}/", f"{path}:", f"{path}[")):
-            return Features.from_config(config, entry)
-    return Features.from_config(config)
-
-
-def _sample(row: Row) -> dict[str, Any] | None:
-    """Return what a row asks a model; None if that is not plain text."""
-    if not row.messages:
-        return {"text": " ".join(row.text.split(" ")[:OPENING])}
-    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-    messages = row.messages[: answers[-1]] if answers else row.messages
-    if not messages or not all(isinstance(message.get("content"), str) for message in messages):
-        return None
-    optional = {"tools": row.tools, "chat_template_kwargs": dict(row.template_args)}
-    return {"messages": messages, **{key: value for key, value in optional.items() if value}}

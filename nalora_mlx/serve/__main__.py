@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
+from nalora_mlx.arguments import Parser, add_chat_flags, add_forwarded, add_model
 from nalora_mlx.cli import (
-    Parser,
-    add_chat_flags,
-    add_forwarded,
     check_forwarded,
     forwarded_argv,
     note_merged,
     prepare_forwarded,
+    require_model,
 )
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.paths import check_paths
@@ -26,32 +25,38 @@ from nalora_mlx.serve.model_names import ServedModels, parse_adapters
 
 HOST, PORT = "127.0.0.1", 8080  # defaults of mlx_lm.server; reachable from this machine only
 
-# The flags of mlx_lm.server: (names, help, type). All are forwarded unchanged; a test checks that the list is complete
-# but for --adapter-path and those of the chat template.
+# The flags of mlx_lm.server: (names, value, help, type). All are forwarded unchanged; a test checks that the list is
+# complete but for --adapter-path and those of the chat template.
 VALUES = (
     (
         ("--host",),
+        "ADDRESS",
         f"address to listen on; 0.0.0.0 accepts connections from other machines (default: {HOST}, this machine only)",
         str,
     ),
-    (("--port",), f"port to listen on (default: {PORT})", int),
-    (("--allowed-origins",), "allowed web origins, separated by commas (default: *)", str),
-    (("--draft-model",), "model for speculative decoding", str),
-    (("--num-draft-tokens",), "tokens drafted per step (default: 3)", int),
-    (("--log-level",), "DEBUG, INFO, WARNING, ERROR or CRITICAL (default: INFO)", str),
-    (("--temp",), "sampling temperature of requests without one (default: 0, greedy)", float),
-    (("--top-p",), "top-p sampling threshold of requests without one (default: 1)", float),
-    (("--top-k",), "top-k sampling cutoff of requests without one (default: 0, off)", int),
-    (("--min-p",), "min-p sampling threshold of requests without one (default: 0, off)", float),
-    (("--max-tokens",), "maximum length of an answer, for requests without one (default: 512)", int),
-    (("--decode-concurrency",), "answers generated in parallel (default: 32)", int),
-    (("--prompt-concurrency",), "prompts processed in parallel (default: 8)", int),
-    (("--prefill-step-size",), "prompt tokens processed per step (default: 2048)", int),
-    (("--prompt-cache-size",), "maximum number of key-value caches to keep (default: 10)", int),
-    (("--prompt-cache-bytes",), "maximum memory of the kept key-value caches, such as 2GB", str),
-    (("--kv-bits",), "quantize the key-value cache to this many bits; disables parallel requests", int),
-    (("--kv-group-size",), "group size of the quantized key-value cache (default: 64)", int),
-    (("--quantized-kv-start",), "quantize the key-value cache from this token on (default: 5000)", int),
+    (("--port",), "PORT", f"port to listen on (default: {PORT})", int),
+    (("--allowed-origins",), "URL,...", "allowed web origins, separated by commas (default: *)", str),
+    (("--draft-model",), "MODEL", "model for speculative decoding", str),
+    (("--num-draft-tokens",), "N", "tokens drafted per step (default: 3)", int),
+    (("--log-level",), "LEVEL", "DEBUG, INFO, WARNING, ERROR or CRITICAL (default: INFO)", str),
+    (("--temp",), "T", "sampling temperature of requests without one (default: 0, greedy)", float),
+    (("--top-p",), "P", "top-p sampling threshold of requests without one (default: 1)", float),
+    (("--top-k",), "N", "top-k sampling cutoff of requests without one (default: 0, off)", int),
+    (("--min-p",), "P", "min-p sampling threshold of requests without one (default: 0, off)", float),
+    (("--max-tokens",), "N", "maximum length of an answer, for requests without one (default: 512)", int),
+    (("--decode-concurrency",), "N", "answers generated in parallel (default: 32)", int),
+    (("--prompt-concurrency",), "N", "prompts processed in parallel (default: 8)", int),
+    (("--prefill-step-size",), "N", "prompt tokens processed per step (default: 2048)", int),
+    (("--prompt-cache-size",), "N", "maximum number of key-value caches to keep (default: 10)", int),
+    (("--prompt-cache-bytes",), "SIZE", "maximum memory of the kept key-value caches, such as 2GB", str),
+    (
+        ("--kv-bits",),
+        "BITS",
+        "quantize the key-value cache to this many bits; disables parallel requests",
+        int,
+    ),
+    (("--kv-group-size",), "N", "group size of the quantized key-value cache (default: 64)", int),
+    (("--quantized-kv-start",), "N", "quantize the key-value cache from this token on (default: 5000)", int),
 )
 SWITCHES = (
     (("--trust-remote-code",), "run code that comes with the model"),
@@ -63,13 +68,21 @@ def build_parser(prog: str) -> Parser:
     """Build a parser with the single-machine flags of mlx_lm.server, which parses them again."""
     parser = Parser(
         prog=prog,
+        usage="--model MODEL [--adapter-path [NAME=]DIR] [options]",
         description="Start mlx-lm's OpenAI-compatible HTTP server (/v1/chat/completions and others) for one model. "
         "Every request is answered by this model and adapter, whatever model it names. With several adapters, or one "
         "that has a NAME, a request's model chooses: a NAME, or the base model (its name, base, or none given).",
+        examples="""
+        serve the tuned model on http://127.0.0.1:8080/v1
+          nalora serve --model Qwen/Qwen3-0.6B --adapter-path adapters
+        serve two adapters and their base; requests choose by name
+          nalora serve --model Qwen/Qwen3-0.6B --adapter-path support=runs/a --adapter-path sales=runs/b
+        serve a merged model to other machines
+          nalora serve --model tuned --host 0.0.0.0 --port 9000
+        """,
+        essentials=("model", "adapter_path", "host", "port", "max_tokens", "temp"),
     )
-    parser.add_argument(
-        "--model", required=True, metavar="X", help="local model directory or Hugging Face repo"
-    )
+    add_model(parser)
     parser.add_argument(
         "--adapter-path",
         action="append",
@@ -78,7 +91,7 @@ def build_parser(prog: str) -> Parser:
         help="directory of a trained adapter; repeat it to serve several on one base model (default NAME: the last "
         "part of DIR)",
     )
-    add_forwarded(parser, VALUES, (), SWITCHES)
+    add_forwarded(parser, VALUES, switches=SWITCHES)
     add_chat_flags(parser)
     return parser
 
@@ -86,6 +99,7 @@ def build_parser(prog: str) -> Parser:
 def run(args: argparse.Namespace) -> None:
     """Check the flags, load the models and serve until Ctrl-C or SIGTERM."""
     given = vars(args)
+    require_model(given["model"], next((path.rpartition("=")[2] for path in given["adapter_path"]), None))
     host, port = given.get("host", HOST), given.get("port", PORT)
     served = parse_adapters(given["model"], given.pop("adapter_path"))
     check_forwarded(given)

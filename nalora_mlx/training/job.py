@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.utils import get_total_parameters
 from rich.console import Console
 
 from nalora_mlx.adapters.attach import adapt, adapt_dora, unfreeze_layers
@@ -18,7 +19,7 @@ from nalora_mlx.adapters.files import (
     load_any_adapter,
     load_weights,
 )
-from nalora_mlx.adapters.merge_record import contains_adapter
+from nalora_mlx.adapters.merge_record import twice_notice
 from nalora_mlx.core.background import in_background
 from nalora_mlx.core.config import METHOD_LABELS, RunConfig
 from nalora_mlx.core.errors import InputError, counted, listed
@@ -27,20 +28,24 @@ from nalora_mlx.data.checks import RunData, tokenize
 from nalora_mlx.data.summary import histogram, mask_pieces, summary
 from nalora_mlx.data.tokenization import Split
 from nalora_mlx.models.context_length import context_notices
+from nalora_mlx.models.hub import model_description
 from nalora_mlx.models.loading import (
     is_quantized,
-    is_slow_on_cpu,
     load_module,
     load_tokenizer,
     local_directory,
+    slow_on_cpu_notice,
 )
 from nalora_mlx.ops.kernels.healthcheck import compile_notices
 from nalora_mlx.runs.display import Display
 from nalora_mlx.runs.loggers import reporters
 from nalora_mlx.runs.metrics import METRICS_FILE, MetricsFile
+from nalora_mlx.runs.next_steps import next_steps
 from nalora_mlx.runs.progress import TrainResult
 from nalora_mlx.runs.record import RECORD_FILE, RecordFile
 from nalora_mlx.runs.resume import find_start
+from nalora_mlx.runs.samples import choose_prompts
+from nalora_mlx.runs.status import duration
 from nalora_mlx.training.chats import configure_run_chats
 from nalora_mlx.training.device_faults import explain_device_faults
 from nalora_mlx.training.distributed import workers
@@ -50,6 +55,7 @@ from nalora_mlx.training.interruption import interruptible
 from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.memory_plan import default_budget, memory_advice
 from nalora_mlx.training.optimizers import configured_optimizer
+from nalora_mlx.training.samples import write_samples
 from nalora_mlx.training.schedules import length_notices
 from nalora_mlx.training.trainer import train
 
@@ -92,6 +98,7 @@ class Job:
     ):
         self.config, self.data, self.display = config, data, display
         self.listeners, self.stop = listeners, stop
+        self.prompts = choose_prompts(data)
         self.output = Path(config.adapter_path or ".").expanduser()
         self.start: Path | None = None  # checkpoint or adapter to start from
         self.started = threading.Event()  # set once the output directory is this run's own
@@ -134,19 +141,20 @@ class Job:
         display.note(f"loading {config.model}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.chat = configure_run_chats(config, self.tokenizer, self.start, self.notify)
+        if slow := slow_on_cpu_notice(config.model, config.quantize):
+            self.notify(slow)
         tokenized = in_background(lambda: tokenize(self.data, self.tokenizer, config.max_seq_length))
         self.model, model_config = load_module(
             config.model, config.trust_remote_code, config.quantize, self.notify
         )
         self.quantized = is_quantized(model_config)
+        size = get_total_parameters(self.model)
+        self.description = model_description(config.model, local_directory(config.model), model_config, size)
         adapter = self.start if config.train else self.output if config.adapter_path else None
-        if adapter is not None and contains_adapter(local_directory(config.model), adapter):
-            self.notify(f"{config.model} already contains {adapter}, which is applied twice now")
-        if is_slow_on_cpu(self.model):
-            self.notify(
-                "half-precision weights are about fifty times slower than float32 on a CPU; "
-                "mlx_lm.convert --dtype float32 makes a float32 copy"
-            )
+        if adapter is not None and (
+            twice := twice_notice(config.model, local_directory(config.model), adapter)
+        ):
+            self.notify(twice)
         self.splits = self.checked(tokenized())
         display.notices(context_notices(self.splits, model_config))
 
@@ -216,10 +224,25 @@ class Job:
                 loss,
                 advice.peak_bytes,
             )
-        self.signal = request.number if self.result.stopped else None
-        if self.signal is None:
-            self.show_result(self.result)
+            if not self.result.stopped or request.number is None:
+                self.finish(self.result, request)
+        self.signal = request.number
         return loss
+
+    def finish(self, result: TrainResult, stop: Callable[[], bool]) -> None:
+        """Show how the training ended, keep sample answers, and say what to do next."""
+        self.show_result(result)
+        if workers().rank:
+            return
+        prompts = choose_prompts(self.data)
+        if self.config.samples:
+            with self.display.waiting("answering a few prompts, before and after training"):
+                samples = write_samples(
+                    self.model, self.tokenizer, prompts, self.output, self.notify, result.seconds, stop
+                )
+            if samples:
+                self.display.sample(samples[0])
+        self.display.next_steps(next_steps(self.config, result, self.prompts))
 
     def show_result(self, result: TrainResult) -> None:
         """Show how the training ended."""
@@ -231,7 +254,7 @@ class Job:
             display.note(f"note: {counted(result.skipped, 'update')} skipped, see above{none}")
         for line in result.describe_validation(self.output / "best"):
             display.note(line)
-        took = f"{result.seconds:.0f} s, after {display.preparation:.0f} s of preparation"
+        took = f"{duration(result.seconds)}, after {display.preparation:.0f} s of preparation"
         display.note(f"done in {took}: adapter in {self.output}")
 
     def attach_adapters(self) -> dict[str, Any]:
@@ -266,7 +289,7 @@ class Job:
         return [
             lambda _: self.started.set(),
             self.display,
-            RecordFile(self.output / RECORD_FILE, config, self.splits, warn),
+            RecordFile(self.output / RECORD_FILE, config, self.splits, warn, self.prompts, self.description),
             MetricsFile(self.output / METRICS_FILE, warn),
             *reporters(config, warn),
             *self.listeners,

@@ -1,25 +1,23 @@
 """How much memory a run needs, what fits into a budget, and what to tell the user before the run starts."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
 from nalora_mlx.adapters.attach import adapt_result
 from nalora_mlx.core.config import PLAIN_LORA, RunConfig, TrainingConfig
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.errors import InputError, counted
 from nalora_mlx.core.trees import nbytes
 from nalora_mlx.data.batches import epoch_batches, pack_shapes, row_shapes
 from nalora_mlx.data.packing import epoch_packs
 from nalora_mlx.data.padding import PAD_TO, padded_length, rounded_length
 from nalora_mlx.data.tokenization import Example
+from nalora_mlx.ops.device_memory import default_budget, device_memory
 from nalora_mlx.ops.device_sizes import device_kind
 from nalora_mlx.training.distributed import ALONE, Workers
 from nalora_mlx.training.last_good import keeps_weights
@@ -30,8 +28,6 @@ from nalora_mlx.training.step import TrainingStep, recomputed_layers
 
 MOST_EXTRAPOLATED = 4  # times the measured length; no claim is made beyond
 PATIENCE = 60  # seconds of trials, after which only those are made that the plan cannot do without
-RAM_SHARE = 0.8  # of the RAM, on a device without a recommended working set
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 def largest_batch(
@@ -100,18 +96,18 @@ class Plan:
     def lines(self) -> list[str]:
         """Return what `--plan` prints."""
         rows, length = self.shape.rows, self.shape.length
-        kind = "packed sequences" if self.shape.packed else "rows"
+        kind = "packed sequence" if self.shape.packed else "row"
         at_least = " at least" if self.longest == MOST_EXTRAPOLATED * length else ""
         lines = [
-            f"memory: about {_gb(self.needed)} for the largest batch, {rows} {kind} of {length} tokens; "
+            f"memory: about {_gb(self.needed)} for the largest batch, {counted(rows, kind)} of {length} tokens; "
             f"weights {_gb(self.weights)}, budget {_gb(self.budget)}: {'fits' if self.fits else 'does not fit'}",
-            f"at {length} tokens: up to {self.peak.rows_within(self.budget, length)} {kind} per batch; "
-            f"at {rows} {kind}: up to {self.longest} tokens{at_least}",
+            f"at {length} tokens: up to {counted(self.peak.rows_within(self.budget, length), kind)} per batch; "
+            f"at {counted(rows, kind)}: up to {self.longest} tokens{at_least}",
         ]
         if self.checkpointed is not None:
             lines.append(
                 f"with --grad-checkpoint: about {_gb(self.checkpointed.at(rows, length))}, "
-                f"up to {self.checkpointed.rows_within(self.budget, length)} {kind} per batch"
+                f"up to {counted(self.checkpointed.rows_within(self.budget, length), kind)} per batch"
             )
         if self.incomplete:
             lines.append(
@@ -266,31 +262,6 @@ def memory_advice(
     if found.needed > max(budget, device_memory()):  # on a CPU, MLX would crash without a message
         raise InputError(f"{found.lines()[0]}; {remedies}")
     return MemoryAdvice([] if found.fits else [f"note: {found.lines()[0]}; {remedies}"], found.needed)
-
-
-def default_budget() -> int:
-    """Return the bytes that a run should stay within: Metal's recommended working set, or a share of the memory."""
-    recommended = mx.device_info().get("max_recommended_working_set_size")
-    if device_kind() == "metal" and isinstance(recommended, int):
-        return recommended
-    return int(RAM_SHARE * device_memory())
-
-
-def device_memory() -> float:
-    """Return the bytes of memory that the default device computes in: that of a CUDA GPU, or the machine's RAM."""
-    total = mx.device_info().get("total_memory") if device_kind() == "cuda" else None
-    return total if isinstance(total, int) else machine_memory()
-
-
-def machine_memory() -> float:
-    """Return the bytes of RAM of the machine, or of the container in which this process runs."""
-    memory: float = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups 2 and 1
-        try:
-            return min(memory, int((CGROUPS / name).read_text()))
-        except (OSError, ValueError):  # missing, or the word max
-            continue
-    return memory
 
 
 def _gb(size: float) -> str:

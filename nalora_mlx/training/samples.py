@@ -17,6 +17,7 @@ from nalora_mlx.training.distributed import workers
 
 SHARE = 0.05  # of the time of training, for all answers together,
 LEAST_SECONDS, MOST_SECONDS = 20.0, 60.0  # within these bounds
+FIRST_SHARE = 0.5  # of that time, for the first answer
 TUNED_SHARE = 2.0  # time for an answer of the tuned model, compared with one of the base model
 SHORTEST_LIMIT, LONGEST_LIMIT = 96, 256  # tokens of an answer
 MARGIN = 32  # tokens beyond the longest expected answer
@@ -86,29 +87,37 @@ def _answer_all(
     seconds: float,
     stop: Callable[[], bool],
 ) -> tuple[list[dict[str, Any]], int]:
-    """Return the samples, without those for which there was no time, and the limit of an answer in tokens."""
+    """Return the samples and the limit of an answer in tokens.
+
+    1. Answer the first prompt with the tuned model, in at most half of the time. If that is too short for one token,
+       there are no samples.
+    2. Keep as many prompts as there will be time for at this speed.
+    3. Divide the remaining time among the other answers. What one does not need is for those after it.
+    """
     expected = [len(tokenizer.encode(prompt["expected"] or "")) for prompt in prompts]
     limit = min(max(max(expected) + MARGIN, SHORTEST_LIMIT), LONGEST_LIMIT)
     has_base = any("lora_a" in module for _, module in model.named_modules())
-    end = time.monotonic() + seconds
-    left = len(prompts) * (TUNED_SHARE + has_base)
+    began = time.monotonic()
 
     def ask(prompt: Mapping[str, Any], share: float) -> _Answer | None:
-        nonlocal left
         now = time.monotonic()
-        deadline = (
-            now + (end - now) * share / left
-        )  # earlier answers leave what they did not need to later ones
-        left -= share
+        deadline = now + (began + seconds - now) * share
         return _answer(
             model, tokenizer, _encode(tokenizer, prompt), limit, lambda: stop() or time.monotonic() > deadline
         )
 
-    after = [ask(prompt, TUNED_SHARE) for prompt in prompts]
+    after = [ask(prompts[0], FIRST_SHARE)]
+    if after[0] is None:
+        return [], limit
+    for_one = (1 + has_base / TUNED_SHARE) * (time.monotonic() - began)
+    prompts = prompts[: max(int(seconds / for_one), 1)]
+    for done in range(1, len(prompts)):
+        left = (len(prompts) - done) * TUNED_SHARE + len(prompts) * has_base
+        after.append(ask(prompts[done], TUNED_SHARE / left))
     before: list[_Answer | None] = [None] * len(prompts)
     if has_base:
         with without_adapters(model):
-            before = [ask(prompt, 1.0) for prompt in prompts]
+            before = [ask(prompt, 1 / (len(prompts) - done)) for done, prompt in enumerate(prompts)]
     return [
         {
             **prompt,

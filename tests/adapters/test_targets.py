@@ -9,6 +9,7 @@ from nalora_mlx.adapters.descriptions import group_layers, group_reasons
 from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.adapters.targets import BLOCKED, GATE, ROUTER, select_targets
 from nalora_mlx.core.config import NALoRAConfig
+from nalora_mlx.core.errors import InputError
 from tests.adapters.test_miniatures import NAMES, build, load_module
 
 GLU = "gate_proj up_proj down_proj"
@@ -168,6 +169,26 @@ def paths(modules):
 
 def keys_left_out(targets, reason):
     return {key for key, why in targets.left_out.items() if why == reason}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "message"),
+    [
+        ("qwen2", "q_proj", "'q_proj' names no .*; did you mean 'self_attn.q_proj'\\?"),
+        ("qwen2", "layers.mlp.up_proj", "did you mean 'mlp.up_proj'\\?"),
+        ("qwen2", "q_proj,v_proj", "separate keys by spaces: --keys q_proj v_proj"),
+        ("qwen2", "all-linear", "leave keys out to adapt all linear and embedding layers"),
+        (
+            "jamba",
+            "gate_proj",
+            "did you mean 'feed_forward.gate_proj' or 'feed_forward.switch_mlp.gate_proj'",
+        ),
+        ("qwen2", "zzz", "known names: .*self_attn.q_proj"),
+    ],
+)
+def test_a_wrong_key_comes_with_the_keys_that_the_model_has(name, key, message):
+    with pytest.raises(InputError, match=message):
+        select_targets(build(name), NALoRAConfig(keys=(key,), num_layers=-1))
 
 
 @pytest.mark.parametrize("name", KEYS)

@@ -21,7 +21,7 @@ from rich.console import Console
 from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.comparison import load_tuned
 from nalora_mlx.adapters.files import adapter_config, adapter_weights
-from nalora_mlx.chat import COMMANDS, Chat
+from nalora_mlx.chat.loop import COMMANDS, Chat
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.models.conversation import Conversation
@@ -127,18 +127,68 @@ def test_history_system_and_reset(tuned, capsys, monkeypatch):
     assert re.sub("cut at 8 tokens; raise --max-tokens for longer answers\n", "", err) == ""
 
 
-def test_compare_can_be_switched_on_and_off(base, tuned, capsys, monkeypatch):
-    lines = [QUESTION, "/compare", SECOND, "/compare", QUESTION]
+THIRD = "the dog is red"
+
+
+def transcript(model, *questions, system=()):
+    """Return mlx-lm's answers to questions, each with the model's own earlier answers as its history."""
+    history = [*system]
+    for question in questions:
+        history += [question, greedy(model, *history, question)]
+    return history[len(system) + 1 :: 2]
+
+
+def test_each_model_has_its_own_history_when_compare_is_switched(base, tuned, capsys, monkeypatch):
+    """Off, on, off and on again: the base answers what it has missed, as if it had been there from the start."""
+    lines = [QUESTION, SECOND, "/compare", THIRD, "/compare", QUESTION, "/compare", SECOND]
     out, err, chat = talk(base, tuned, capsys, monkeypatch, *lines)
-    first = greedy(tuned, QUESTION)
-    theirs, ours = (greedy(model, QUESTION, first, SECOND) for model in (base, tuned))
-    last = greedy(tuned, QUESTION, first, SECOND, ours, QUESTION)
-    assert out == f"{first}\nbase:\n{theirs}\ntuned:\n{ours}\n{last}\n"
+    questions = [QUESTION, SECOND, THIRD, QUESTION, SECOND]
+    theirs, ours = transcript(base, *questions), transcript(tuned, *questions)
+    # With the tuned model's answers as its history, the base would say something else.
+    assert theirs[2] != greedy(base, QUESTION, ours[0], SECOND, ours[1], THIRD)
+    both = [f"base:\n{theirs[i]}\ntuned:\n{ours[i]}" for i in (2, 4)]
+    assert out == "\n".join([ours[0], ours[1], both[0], ours[3], both[1], ""])
     assert [line for line in err.splitlines() if "model" in line] == [
-        "base and tuned model both answer",
+        "the base model first answers your 2 earlier messages, unseen",
+        "base and tuned model both answer, each with its own history",
         "only the tuned model answers",
+        "the base model first answers your earlier message, unseen",
+        "base and tuned model both answer, each with its own history",
     ]
+    assert [m["content"] for m in chat.base.turns[1::2]] == theirs
+
+
+def test_reset_and_system_keep_both_histories_in_step(base, tuned, capsys, monkeypatch):
+    lines = [QUESTION, "/compare", SECOND, "/reset", "/system the dog", THIRD, "/compare", "/compare", SECOND]
+    out, err, _ = talk(base, tuned, capsys, monkeypatch, *lines)
+    texts = {}
+    for name, model in (("base", base), ("tuned", tuned)):
+        after = transcript(model, THIRD, SECOND, system=[("the dog",)])
+        texts[name] = [transcript(model, QUESTION, SECOND)[1], *after]
+    answers = zip(texts["base"], texts["tuned"], strict=True)
+    shown = "".join(f"base:\n{theirs}\ntuned:\n{ours}\n" for theirs, ours in answers)
+    assert out == f"{greedy(tuned, QUESTION)}\n{shown}"
+    assert err.count("first answers") == 1  # after the reset, the base has missed nothing
+
+
+def test_ctrl_c_while_the_base_catches_up_leaves_comparing_off(base, tuned, capsys, monkeypatch):
+    _, _, chat = talk(base, tuned, capsys, monkeypatch, QUESTION, SECOND)
+    whole = chat.base.answer
+
+    def stopped(text, **settings):
+        if text == SECOND:
+            raise KeyboardInterrupt
+        yield from whole(text, **settings)
+
+    chat.interactive = True
+    monkeypatch.setattr(chat.base, "answer", stopped)
+    chat.handle("/compare")
     assert not chat.comparing
+    assert chat.base.messages == []
+    assert capsys.readouterr().out.splitlines()[-1] == "only the tuned model answers"
+    monkeypatch.undo()
+    chat.handle("/compare")
+    assert [m["content"] for m in chat.base.turns[1::2]] == transcript(base, QUESTION, SECOND)
 
 
 @pytest.mark.parametrize("width", [100, 60])
@@ -181,8 +231,9 @@ def test_an_unknown_command_does_not_reach_the_model(tuned, capsys, monkeypatch)
     lines = err.splitlines()
     assert lines[0].startswith("no command /sytem; the commands are /system, /compare, /reset, /help, /quit")
     assert [line.split("  ")[0] for line in lines[1:6]] == [command.usage for command in COMMANDS]
-    assert lines[6] == "comparing needs --model BASE with --adapter-path ADAPTER"
-    assert lines[7].startswith("no command /;")
+    assert lines[6].split() == ["Ctrl-C", "stop", "an", "answer"]
+    assert lines[7] == "comparing needs --model BASE with --adapter-path ADAPTER"
+    assert lines[8].startswith("no command /;")
 
 
 def test_a_message_can_start_with_a_space_and_a_slash(tuned, capsys, monkeypatch):
@@ -299,13 +350,40 @@ def endless(model_directory, tmp_path_factory):
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(endless):
     terminal = Terminal("-m", "nalora_mlx", "chat", *endless, TERM="xterm")
-    terminal.until("/help lists")
+    terminal.until("/help")
     terminal.type(QUESTION + "\r")
     terminal.until(r"(\w+ ){20}")
     terminal.type("\x03")
     terminal.until("stopped; this turn is removed from the history[^>]*> ")
     terminal.type("/quti\x7f\x7fit\r")  # two backspaces: the line can be edited
     assert terminal.status() == 0
+
+
+def test_the_first_line_names_models_and_ends(model_directory, adapter):
+    """At the prompt, an empty line is ignored, one Ctrl-C says how to end the chat, and Ctrl-D ends it."""
+    flags = ["--model", model_directory, "--adapter-path", adapter]
+    terminal = Terminal("-m", "nalora_mlx", "chat", *flags, TERM="xterm", COLUMNS="500")
+    first = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.until("> "))
+    assert f"{model_directory} with {adapter}\r\n" in first
+    assert "Type a message. /compare: the base model answers too; /help: commands; Ctrl-D: end\r\n" in first
+    terminal.type("\r")
+    terminal.until("> ")
+    terminal.type("/reset\r")
+    terminal.until("all turns removed[^>]*> ")
+    terminal.type("\x03")
+    terminal.until("Ctrl-D or /quit ends the chat[^>]*> ")
+    terminal.type("\x04")
+    assert terminal.status() == 0
+
+
+def test_ctrl_c_twice_at_the_prompt_ends_the_chat(endless):
+    terminal = Terminal("-m", "nalora_mlx", "chat", *endless, TERM="xterm")
+    terminal.until("> ")
+    terminal.type("\x03")
+    terminal.until("Ctrl-D or /quit ends the chat[^>]*> ")
+    terminal.type("\x03")
+    terminal.until("interrupted: stopped by Ctrl-C")
+    assert terminal.status() == 130
 
 
 def test_ctrl_c_ends_a_chat_that_is_piped(endless):

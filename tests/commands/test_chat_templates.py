@@ -204,7 +204,9 @@ def test_a_fused_model_has_the_template_for_every_tool(
     )
     fused = tmp_path / "fused"
     assert nalora("fuse", "--model", model_directory, "--adapter-path", adapter, "--save-path", fused) == 0
-    assert f"use it with --chat-template-args '{json.dumps(ARGS)}'" in capsys.readouterr().out
+    done = capsys.readouterr()
+    assert f"use it with --chat-template-args '{json.dumps(ARGS)}'" in done.err
+    assert f"  nalora chat --model {fused} --chat-template-args '{json.dumps(ARGS)}'\n" in done.out
     assert (fused / "chat_template.jinja").read_text() == TEMPLATE
     _, tokenizer = load(str(fused))
     messages = [{"role": "user", "content": QUESTION}]
@@ -253,7 +255,7 @@ def test_the_settings_survive_an_export_to_mlx(model_directory, adapter, tmp_pat
     assert nalora("export", "mlx", *where, tmp_path / "mlx") == 0
     assert read_chat_settings(tmp_path / "mlx") == read_chat_settings(adapter)
     assert nalora("export", "peft", *where, tmp_path / "peft") == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "holds no chat template" in printed
     assert json.dumps(ARGS) in printed
 
@@ -274,7 +276,7 @@ def test_a_gguf_has_the_adapters_template(model_directory, adapter, tmp_path, ca
     assert nalora("export", "gguf", *where) == 0
     field = gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.chat_template"]
     assert field.contents() == TEMPLATE
-    assert json.dumps(ARGS) in capsys.readouterr().out
+    assert json.dumps(ARGS) in capsys.readouterr().err
 
 
 # --- what can be wrong ---------------------------------------------------------------------------------------

@@ -119,13 +119,13 @@ def test_generate_has_every_flag_of_mlx_lm():
 
     peer = importlib.import_module("mlx_lm.generate").setup_arg_parser()
     ours = {option for action in build_parser("x")._actions for option in action.option_strings}
-    added = {"--chat-template", "--chat-template-args"}
+    added = {"--chat-template", "--chat-template-args", "--help-all"}
     assert ours == added | {option for action in peer._actions for option in action.option_strings}
     kinds = {option: action for action in peer._actions for option in action.option_strings}
-    for names, _, kind in VALUES:
+    for names, _, _, kind in VALUES:
         assert kinds[names[0]].nargs is None
         assert kind in (kinds[names[0]].type or str, str)
-    assert all(kinds[names[0]].nargs == "+" for names, _ in LISTS)
+    assert all(kinds[names[0]].nargs == "+" for names, *_ in LISTS)
     assert all(kinds[names[0]].nargs == 0 for names, _ in SWITCHES)
 
 
@@ -150,7 +150,7 @@ def test_mlx_lm_fuse_reads_the_adapter(model_directory, adapter, fused, tmp_path
 
 
 def test_fuse_has_every_flag_of_mlx_lm():
-    from nalora_mlx.chat import build_parser as chat_parser
+    from nalora_mlx.chat.__main__ import build_parser as chat_parser
     from nalora_mlx.fuse import build_parser
 
     ours = {option for action in build_parser("x")._actions for option in action.option_strings}
@@ -338,6 +338,9 @@ def test_bad_input_is_one_line(model_directory, data_directory, tmp_path):
         "--help",
     )
     refused([*lora, *model, *data, "--keys", "mlp.gate"], "did you mean 'mlp.gate_proj'")
+    refused(
+        [*lora, *model, *data, "--keys", "q_proj"], "'q_proj' names no .*; did you mean 'self_attn.q_proj'\\?"
+    )
     refused(["nalora_mlx.lora", *model, *data], "nothing to do; give --train")
     refused(
         ["nalora_mlx.lora", "--test", *model, *data, "--adapter-path", tmp_path / "x"], "no adapter in .*x"
@@ -353,6 +356,36 @@ def test_bad_input_of_the_other_commands(model_directory, fused, tmp_path):
     refused(["nalora_mlx.generate", *model, "--adapter-path", "nowhere"], "--adapter-path nowhere")
     refused(["nalora_mlx.chat", "--model", "./nowhere"], "--model ./nowhere")
     refused(["nalora_mlx.export", "gguf", *model, "--output", fused], "--output .* is a directory")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("generate", "--prompt", "hi"),
+        ("chat",),
+        ("serve",),
+        ("fuse",),
+        ("export", "gguf", "--output", "x.gguf"),
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_missing_model_is_said_and_nothing_is_fetched(
+    argv, model_directory, adapter, tmp_path, monkeypatch, capsys
+):
+    """mlx-lm's commands have models of their own, which they would fetch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("fetches a model"))
+    if argv[0] != "fuse":  # which looks for an adapter first
+        assert main([*argv]) == 2
+        assert (
+            "error: --model is missing; give a directory, or a Hugging Face repo" in capsys.readouterr().err
+        )
+    assert main([*argv, "--adapter-path", str(adapter / "best")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"error: --model is missing; {adapter / 'best'} was trained on {model_directory}: give --model"
+        in error
+    )
 
 
 def test_overwrite_replaces_only_models(model_directory, adapter, tmp_path, capsys):

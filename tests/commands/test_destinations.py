@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import stat
 import sys
@@ -19,6 +20,7 @@ from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.export import lmstudio
 from nalora_mlx.export.upload import upload_adapter
 from nalora_mlx.models import loading
+from nalora_mlx.models.stored_tensors import format_bytes
 from tests.conftest import random_adapters
 from tests.interop import gguf_models
 
@@ -99,7 +101,13 @@ def test_ollama_creates_the_model(base, adapter, ollama, tmp_path, capfd):
     create = ["create", "me/tuned:8b", "-f", "tuned.gguf.Modelfile"]
     assert [call["argv"] for call in calls(ollama)] == [["list"], create]
     assert calls(ollama)[1]["cwd"] == str(output.parent)  # FROM ./tuned.gguf is relative
-    assert "ollama run me/tuned:8b" in capfd.readouterr().out
+    done = capfd.readouterr()
+    assert done.out.splitlines()[2:] == [
+        "Ollama has it as me/tuned:8b",
+        "",
+        "next:",
+        "  Ollama  ollama run me/tuned:8b",
+    ]
 
 
 def test_ollama_is_asked_before_the_export(base, ollama, tmp_path, capsys, monkeypatch):
@@ -149,8 +157,10 @@ def test_lmstudio_gets_the_model_in_its_layout(base, adapter, user, capsys):
     path = user / ".lmstudio" / "models" / "me" / "tuned" / "tuned-Q8_0.gguf"
     assert path.read_bytes()[:4] == b"GGUF"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert "LM Studio has it as me/tuned" in (out := capsys.readouterr().out)
-    assert "LM Studio was not found" in out
+    done = capsys.readouterr()
+    assert f"LM Studio has it as me/tuned ({path})" in done.out
+    assert "ollama" not in done.out
+    assert "LM Studio was not found" in done.err
     content = path.read_bytes()
     assert export(base, "--lmstudio", "me/tuned", "--type", "q8_0") == 2
     assert "tuned-Q8_0.gguf exists; choose another NAME, or give --overwrite" in capsys.readouterr().err
@@ -158,7 +168,7 @@ def test_lmstudio_gets_the_model_in_its_layout(base, adapter, user, capsys):
     assert export(base, "--lmstudio", "me/tuned") == 0  # another type is another file
     assert export(base, "--lmstudio", "me/tuned", "--type", "q8_0", "--overwrite") == 0
     assert path.read_bytes() != content  # without the adapter
-    assert "LM Studio was not found" not in capsys.readouterr().out
+    assert "LM Studio was not found" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -208,7 +218,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(base, adapter, user
     assert export(base, *flags, "--lmstudio", "me/tuned", "--ollama", "tuned") == 0
     path = user / ".lmstudio" / "models" / "me" / "tuned" / "tuned-Q8_0.gguf"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"would write {path}: llama, q8_0, ")
+    assert lines[0].startswith(f"would write {path}: q8_0, ")
     assert lines[1:] == [
         f"would write {path}.Modelfile",
         f"would run, in {path.parent}: ollama create tuned -f {path.name}.Modelfile "
@@ -227,9 +237,58 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(base, adapter, user
 def test_the_size_of_a_dry_run_is_that_of_the_export(base, user, tmp_path, capsys):
     flags = ["--output", tmp_path / "out.gguf", "--type", "q8_0"]
     assert export(base, *flags, "--dry-run") == 0
-    planned = capsys.readouterr().out.splitlines()[0].partition(" tensors")[0].rpartition(" ")[2]
+    planned = capsys.readouterr().out.splitlines()[0].rpartition(", ")[2]
     assert export(base, *flags) == 0
-    assert f"{planned} tensors" in capsys.readouterr().out
+    gguf = pytest.importorskip("gguf")
+    tensors = gguf.GGUFReader(tmp_path / "out.gguf").tensors
+    assert planned == format_bytes(sum(tensor.n_bytes for tensor in tensors))
+
+
+# --- what is printed ----------------------------------------------------------------------------------------
+
+
+def test_results_go_to_stdout_and_notes_to_stderr(base, adapter, user, tmp_path, capsys):
+    """Files and commands with quoted paths; no note that asks for nothing. Types may be written in capitals."""
+    output = tmp_path / "My model (1).gguf"
+    quoted = f"'{output}'"
+    assert export(base, "--adapter-path", adapter, "--output", output, "--type", "Q4_0") == 0
+    done = capsys.readouterr()
+    size = format_bytes(output.stat().st_size)
+    assert done.out.splitlines() == [
+        f"wrote {output}: q4_0, {size}",
+        f"wrote {output}.Modelfile: for Ollama",
+        "",
+        "next:",
+        f"  llama.cpp  llama-cli -m {quoted}",
+        f"  Ollama     ollama create my-model-1 -f '{output}.Modelfile' && ollama run my-model-1",
+        f"  LM Studio  lms import --hard-link {quoted}",
+    ]
+    # That the output head has more bits asks for nothing.
+    guesses = "note: Ollama cannot express the model's chat template and guesses one; check its answers\n"
+    assert done.err == guesses
+    assert export(base, "--output", output, "--overwrite") == 0
+    done = capsys.readouterr()
+    assert done.err == f"note: {output.name}.Modelfile exists and was not changed\n"
+    assert "note" not in done.out
+
+
+def test_what_a_gguf_adapter_needs(base, adapter, user, tmp_path, capsys):
+    """The base model's GGUF is asked for only if it is not there."""
+    output = tmp_path / "lora.gguf"
+    flags = ["--model", str(base), "--adapter-path", str(adapter), "--output", str(output)]
+    assert main(["export", "gguf-lora", *flags]) == 0
+    steps = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    model = tmp_path / "model.gguf"
+    assert steps == [
+        f"  base model  nalora export gguf --model {base} --output {model}",
+        f"  llama.cpp   llama-cli -m {model} --lora {output}",
+        f"  Ollama      ollama create lora -f {output}.Modelfile && ollama run lora",
+    ]
+    assert main(shlex.split(steps[0].removeprefix("  base model  nalora "))) == 0
+    capsys.readouterr()
+    assert main(["export", "gguf-lora", *flags, "--overwrite"]) == 0
+    steps = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    assert [step.split()[0] for step in steps] == ["llama.cpp", "Ollama"]
 
 
 def test_a_dry_run_refuses_what_the_export_refuses(base, ollama, tmp_path, capsys):

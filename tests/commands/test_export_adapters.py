@@ -326,7 +326,7 @@ def test_adapters_in_subdirectories(model_directory, tmp_path, capsys):
     assert "give one of the adapters in it: first, second" in capsys.readouterr().err
     shutil.copytree(adapter, place, dirs_exist_ok=True)
     assert export(model_directory, tmp_path / "out", "--from-peft", place) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "note: first is another adapter" in printed
     assert "note: second is another adapter" in printed
 
@@ -666,7 +666,7 @@ def test_documented_commands_parse(line):
 
 
 def test_documentation_lists_all_types_and_models():
-    from nalora_mlx.export.__main__ import FORMATS, TYPES
+    from nalora_mlx.export.arguments import FORMATS, TYPES
     from nalora_mlx.export.gguf.architectures import ARCHITECTURES
     from nalora_mlx.export.peft_names import MODEL_TYPES
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from mlx_lm import generate
 from mlx_lm.models import llama, nanochat, qwen3_moe
 from mlx_lm.utils import dequantize_model, load
 
+from nalora_mlx import cli
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters import merge_quality
 from nalora_mlx.adapters.attach import adapt, adapt_dora
@@ -44,8 +47,8 @@ MOE = WIDE | {
 }
 
 
-def quantized_model(seed=0):
-    model = build_model(seed, args=WIDE, gain=1.0)
+def quantized_model(seed=0, gain=1.0):
+    model = build_model(seed, args=WIDE, gain=gain)
     nn.quantize(model, 64, 4)
     mx.eval(model.parameters())
     return model
@@ -149,7 +152,16 @@ def test_fusing_a_quantized_base_keeps_the_effect_and_reloads_in_unmodified_mlx_
     name = "model.embed_tokens.weight"
     assert before[name].dtype == mx.uint32
     assert mx.array_equal(before[name], after[name])
-    assert "kept: KL divergence" in capsys.readouterr().out
+    done = capsys.readouterr()
+    verdict, basis, merged = done.out.splitlines()[:3]
+    same = r"(100|9[5-9](\.\d)?)% same first choice"
+    assert re.fullmatch(rf"the merged model answers like base \+ adapter: {same}", verdict)
+    alone = r"the base alone: [0-9.]+%"
+    assert re.fullmatch(rf"  \(over 128 tokens in answers to 8 general questions; {alone}\)", basis)
+    assert "KL" not in done.out + done.err
+    assert "KL divergence from base + adapter" in (tmp_path / "fused" / "README.md").read_text()
+    assert merged.startswith(f"merged 21 layers into {tmp_path / 'fused'} (")
+    assert done.err == "merging, and comparing answers before and after; this may take a minute\n"
 
 
 BASES = {  # (module, args, group size, bits, mode)
@@ -206,20 +218,23 @@ def test_mlx_lm_generate_answers_like_base_and_adapter(quantized, tmp_path):
 
 
 def test_a_merge_that_loses_the_effect_is_refused_before_writing(tokenizer_directory, tmp_path, capsys):
-    base, adapter = save_both(tokenizer_directory, tmp_path, quantized_model(), 0.02)
+    base, adapter = save_both(tokenizer_directory, tmp_path, quantized_model(gain=2.0), 0.02)
     assert fuse(base, adapter, tmp_path / "fused", "--bits", "same") == 2
-    assert "loses most of the adapter's effect" in (error := capsys.readouterr().err)
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert re.search(
+        r"--bits same: the merged model loses most of the adapter's effect: [0-9.]+% same first choice", error
+    )
     assert "give --bits 8 or --dequantize, or --force" in error
-    assert error.count("\n") == 1
     assert not (tmp_path / "fused").exists()
     assert fuse(base, adapter, tmp_path / "fused", "--bits", "same", "--force") == 0
+    assert capsys.readouterr().out.startswith("the merged model loses most of the adapter's effect: ")
     assert fuse(base, adapter, tmp_path / "dense", "--dequantize") == 0
     assert "quantization" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
 def test_errors_on_a_full_precision_base_do_not_mention_bits(tokenizer_directory, tmp_path, capsys):
     """An update below the resolution of bfloat16: neither --bits nor --dequantize would help."""
-    model = build_model(args=WIDE, dtype=mx.bfloat16, gain=1.0)
+    model = build_model(args=WIDE, dtype=mx.bfloat16, gain=8.0)
     base, adapter = save_both(tokenizer_directory, tmp_path, model, 3e-4, WIDE)
     assert fuse(base, adapter, tmp_path / "fused") == 2
     error = capsys.readouterr().err
@@ -270,7 +285,66 @@ def test_an_adapter_without_effect_is_merged(model_directory, tmp_path, capsys):
     model = build_model()
     adapt(model, NALoRAConfig(num_layers=-1))
     assert fuse(model_directory, save_adapter(model, tmp_path / "adapter"), tmp_path / "fused") == 0
-    assert "no measurable effect" in capsys.readouterr().out
+    done = capsys.readouterr()
+    assert "adapter: 100% same first choice\n" in done.out
+    assert "the base alone: 100%)" in done.out
+    assert "note: the adapter hardly changes the answers" in done.err
+
+
+def test_an_adapter_that_is_barely_trained_is_merged(tokenizer_directory, tmp_path, capsys):
+    """Rounding is as large as its effect, but no answer shows either."""
+    base, adapter = save_both(tokenizer_directory, tmp_path, quantized_model(gain=2.0), 0.003)
+    base = base.rename(tmp_path / "a base")
+    assert fuse(base, adapter, tmp_path / "fused") == 0
+    loss, effect = measured(tmp_path / "fused")
+    assert 0.5 * effect < loss < merge_quality.NEGLIGIBLE
+    done = capsys.readouterr()
+    assert "answers like base + adapter" in done.out
+    command = f"nalora chat --model '{base}' --adapter-path {adapter} --compare"
+    assert (
+        f"note: the adapter hardly changes the answers to these questions; ask it your own: {command}"
+        in done.err
+    )
+
+
+def measured(fused):
+    """Return the divergences in a model card: of the merged model and of the base from base + adapter."""
+    found = re.search(
+        r"from base \+ adapter (\S+) nats \(base alone: (\S+)\)", (fused / "README.md").read_text()
+    )
+    return float(found[1]), float(found[2])
+
+
+@pytest.mark.parametrize(
+    ("loss", "effect", "lost"),
+    [(1e-4, 0.0, False), (1.9e-3, 1e-4, False), (2.1e-3, 1e-4, True), (0.4, 1.0, False), (0.6, 1.0, True)],
+)
+def test_a_merge_is_lost_by_an_absolute_and_a_relative_scale(loss, effect, lost):
+    assert merge_quality.MergeQuality(loss, 0.9, effect, 0.5, 100).mostly_lost == lost
+
+
+def test_only_all_equal_choices_are_a_hundred_percent():
+    quality = merge_quality.MergeQuality(1e-3, 1 - 1 / 5000, 1.0, 0.123456, 5000)
+    assert quality.verdict.endswith("answers like base + adapter: 99.9% same first choice")
+    assert quality.basis.startswith("over 5000 tokens")
+    assert quality.basis.endswith("the base alone: 12.3%")
+    assert "answers mostly like" in merge_quality.MergeQuality(1e-3, 0.9, 1.0, 0.5, 100).verdict
+
+
+def test_next_steps_run_as_they_are_printed(model_directory, tmp_path, capsys):
+    """Paths are quoted for a shell."""
+    model = build_model()
+    adapt(model, NALoRAConfig(num_layers=-1))
+    random_adapters(model)
+    adapter, output = save_adapter(model, tmp_path / "adapter"), tmp_path / "tuned; it's mine"
+    assert fuse(model_directory, adapter, output) == 0
+    lines = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
+    chat, export = (shlex.split(line)[1:] for line in lines)
+    assert chat == ["nalora", "chat", "--model", str(output)]
+    assert export[:6] == ["nalora", "export", "gguf", "--model", str(output), "--type"]
+    assert export[-1] == f"{output.name}.gguf"
+    for name, *arguments in (chat[1:], export[1:]):
+        cli.command(name).build_parser(name).parse_args(arguments)
 
 
 # --- the measure -------------------------------------------------------------------------------------

@@ -12,13 +12,17 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm import convert
 from mlx_lm.utils import load
+from transformers import AutoConfig
 
 from nalora_mlx.adapters import merge_quality
 from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.merge_quality import MergeQuality
+from nalora_mlx.adapters.merge_record import RECORD_KEY
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import NALoRAConfig
+from nalora_mlx.models import loading
 from nalora_mlx.models.model_files import model_files
 from nalora_mlx.models.tolerances import relative_error
 from tests.commands.test_fuse import WIDE, fuse, main, save_adapter
@@ -66,6 +70,12 @@ def write(directory, files):
         (directory / name).write_bytes(content)
 
 
+def config_of(directory):
+    """Return the content of a merged model's config.json without the record of its adapters."""
+    content = json.loads((directory / "config.json").read_text())
+    return {name: value for name, value in content.items() if name != RECORD_KEY}
+
+
 def make_adapter(directory, model=None, size=0.05, chat=None):
     model = model or build_model()
     adapt(model, NALoRAConfig(num_layers=-1, rank=4, scale=4.0))
@@ -108,13 +118,14 @@ def test_all_other_files_are_the_bases_byte_for_byte(base, tmp_path, capsys):
     assert fuse(base, make_adapter(tmp_path / "adapter"), tmp_path / "fused") == 0
     before, after = tree(base), tree(tmp_path / "fused")
     assert not any(path.is_symlink() for path in (tmp_path / "fused").rglob("*"))
-    new = {"README.md", "model.safetensors", "model.safetensors.index.json", "nalora_fuse.json"}
+    new = {"README.md", "model.safetensors", "model.safetensors.index.json", "config.json"}
     assert {name for name in after if after[name] != before.get(name)} == new
     assert before.keys() - after.keys() == {*LEFT_BEHIND, ".gitattributes", ".cache/y"}
-    assert after["config.json"] == config
-    out = capsys.readouterr().out
-    assert "only programs based on mlx-lm" not in out
-    note = next(line for line in out.splitlines() if "note: not copied" in line)
+    assert after["config.json"].startswith(config.removesuffix(b"}"))
+    assert set(json.loads(after["config.json"])) - set(json.loads(config)) == {RECORD_KEY}
+    err = capsys.readouterr().err
+    assert "only programs based on mlx-lm" not in err
+    note = next(line for line in err.splitlines() if "note: not copied" in line)
     for name, reason in LEFT_BEHIND.items():
         group = next(group for group in note.split("; ") if reason in group)
         assert name.partition("/")[0] in group
@@ -128,8 +139,8 @@ def test_rope_parameters_are_kept_and_a_note_says_who_ignores_them(base, tmp_pat
         changes = changes or {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
         (base / "config.json").write_text(json.dumps(config | changes))
         assert fuse(base, adapter, tmp_path / name) == 0
-        assert json.loads((tmp_path / name / "config.json").read_text()) == config | changes
-        assert ("ignore rope_parameters" in capsys.readouterr().out) == noted
+        assert config_of(tmp_path / name) == config | changes
+        assert ("ignore rope_parameters" in capsys.readouterr().err) == noted
 
 
 @pytest.mark.parametrize("online", [True, False])
@@ -265,12 +276,12 @@ def test_only_the_chat_template_changes_if_the_adapter_has_its_own(base, tmp_pat
         after["tokenizer_config.json"] == entry.replace(json.dumps(CHAT_TEMPLATE), json.dumps(OTHER)).encode()
     )
     changed = {name for name in before if after.get(name, before[name]) != before[name]}
-    assert changed == {"chat_template.jinja", "tokenizer_config.json", "model.safetensors"}
+    assert changed == {"chat_template.jinja", "tokenizer_config.json", "model.safetensors", "config.json"}
     # Other templates would be preferred to it in some programs.
     assert before.keys() - after.keys() == {"chat_template.json", "additional_chat_templates/rag.jinja"}
-    out = capsys.readouterr().out
-    assert "chat template is the one that the adapter was trained with" in out
-    assert "chat_template.json (chat templates that the adapter's replaces)" in out
+    err = capsys.readouterr().err
+    assert "chat template is the one that the adapter was trained with" in err
+    assert "chat_template.json (chat templates that the adapter's replaces)" in err
     messages = [{"role": "user", "content": "cat"}]
     assert load(str(tmp_path / "fused"))[1].apply_chat_template(messages, tokenize=False) == "[cat] é"
     # The base's own template, named by the adapter, changes nothing.
@@ -327,7 +338,7 @@ def test_the_config_of_a_quantized_model_changes_in_the_bits_only(tokenizer_dire
     for name, flags in (("eight", ()), ("same", ("--bits", "same", "--force")), ("dense", ("--dequantize",))):
         assert fuse(base, adapter, tmp_path / name, *flags) == 0
     before = json.loads((base / "config.json").read_text())
-    after = json.loads((tmp_path / "eight" / "config.json").read_text())
+    after = config_of(tmp_path / "eight")
     assert list(after) == list(before)
     assert after["quantization"] == after["quantization_config"]
     bits = after["quantization"]
@@ -337,8 +348,9 @@ def test_the_config_of_a_quantized_model_changes_in_the_bits_only(tokenizer_dire
     assert bits == four | dict.fromkeys(layers, eight)
     for key in before.keys() - {"quantization", "quantization_config"}:
         assert after[key] == before[key]
-    assert (tmp_path / "same" / "config.json").read_bytes() == (base / "config.json").read_bytes()
-    dense = json.loads((tmp_path / "dense" / "config.json").read_text())
+    unchanged = (base / "config.json").read_bytes().removesuffix(b"\n}")
+    assert (tmp_path / "same" / "config.json").read_bytes().startswith(unchanged)
+    dense = config_of(tmp_path / "dense")
     assert list(dense.items()) == [item for item in before.items() if "quantization" not in item[0]]
 
 
@@ -357,9 +369,9 @@ def test_the_config_of_another_programs_quantization(tokenizer_directory, tmp_pa
         assert fuse(base, adapter, tmp_path / name, *flags) == 0
         found = load(str(tmp_path / name))[0](tokens)
         np.testing.assert_allclose(np.array(found), np.array(model(tokens)), rtol=0, atol=1e-5)
-    assert (tmp_path / "kept" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert config_of(tmp_path / "kept") == json.loads((base / "config.json").read_text())
     bits = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-    assert json.loads((tmp_path / "fused" / "config.json").read_text()) == WIDE | {
+    assert config_of(tmp_path / "fused") == WIDE | {
         "quantization": bits,
         "quantization_config": bits,
     }
@@ -370,6 +382,7 @@ def test_the_config_of_another_programs_quantization(tokenizer_directory, tmp_pa
 
 def one_error(capsys):
     error = capsys.readouterr().err
+    error = error.removeprefix("merging, and comparing answers before and after; this may take a minute\n")
     assert error.count("\n") == 1
     return error
 
@@ -431,31 +444,109 @@ def test_logits_of_nan_equal_nothing():
 # --- a model that contains the adapter ---------------------------------------------------------------
 
 
-def test_an_adapter_that_a_model_contains_is_noticed(base, tmp_path, capsys):
-    adapter, other = make_adapter(tmp_path / "adapter"), make_adapter(tmp_path / "other", size=0.04)
-    fused, again = tmp_path / "fused", tmp_path / "again"
-    assert fuse(base, adapter, fused) == 0
-    assert fuse(fused, other, again) == 0
+TWICE = "so it is applied twice; use the base model that it was trained on, or no adapter"
+
+
+def make_run(directory, **settings):
+    """Make a run: its latest adapter, its best one and a checkpoint, all different."""
+    make_adapter(directory, **settings)
+    make_adapter(directory / "best", size=0.06)
+    make_adapter(directory / "checkpoints" / "step-0000001", size=0.07)
+    return directory
+
+
+@pytest.fixture
+def merged(base, tmp_path):
+    """A model into which two adapters were merged, the second one in a second merge: (model, first run, second)."""
+    run, other = make_run(tmp_path / "run"), make_adapter(tmp_path / "other", size=0.04)
+    assert fuse(base, run, tmp_path / "once") == 0
+    assert fuse(tmp_path / "once", other, tmp_path / "merged") == 0
+    return tmp_path / "merged", run, other
+
+
+def ask(model, adapter):
+    flags = ["--model", str(model), "--adapter-path", str(adapter)]
+    assert main(["generate", *flags, "--prompt", "cat", "--max-tokens", "1"]) == 0
+
+
+def test_an_adapter_that_a_model_contains_is_noticed_wherever_it_is(merged, tmp_path, capsys):
+    model, run, other = merged
     assert "already contains" not in capsys.readouterr().err
-    assert str(tmp_path) not in (again / "nalora_fuse.json").read_text()
-    notice = f"note: {again} already contains {adapter}, which is applied twice now\n"
-    flags = ["--model", str(again), "--adapter-path", str(adapter)]
-    commands = [
-        ["fuse", *flags, "--save-path", str(tmp_path / "thrice")],
-        ["generate", *flags, "--prompt", "cat", "--max-tokens", "1"],
-        ["export", "mlx", *flags, "--output", str(tmp_path / "exported")],
-    ]
-    for command in commands:
-        assert main(command) == 0
-        assert notice in capsys.readouterr().err, command
+    assert str(tmp_path) not in (model / "config.json").read_text()
+    copy = shutil.copytree(run, tmp_path / "copy")
     # The arrays count, not their file.
-    arrays = dict(mx.load(str(adapter / "adapters.safetensors")))
-    mx.save_safetensors(str(adapter / "adapters.safetensors"), dict(reversed(arrays.items())), {"a": "b"})
-    assert main(commands[1]) == 0
-    assert notice in capsys.readouterr().err
-    assert main([*commands[1][:3], "--adapter-path", str(other), *commands[1][5:]]) == 0
-    assert f"contains {other}" in capsys.readouterr().err
-    assert len(json.loads((tmp_path / "thrice" / "nalora_fuse.json").read_text())["merged_adapters"]) == 3
+    arrays = dict(mx.load(str(copy / "adapters.safetensors")))
+    mx.save_safetensors(str(copy / "adapters.safetensors"), dict(reversed(arrays.items())), {"a": "b"})
+    for adapter in (run, other, copy):
+        ask(model, adapter)
+        assert f"note: {model} already contains {adapter}, {TWICE}" in capsys.readouterr().err
+    ask(model, run / "best")
+    error = capsys.readouterr().err
+    assert f"already contains another adapter of the run that wrote {run / 'best'}, {TWICE}" in error
+    # From a checkpoint, the run is known too.
+    assert fuse(tmp_path / "base", run / "checkpoints" / "step-0000001", tmp_path / "early") == 0
+    capsys.readouterr()
+    for adapter in (run, run / "best"):
+        ask(tmp_path / "early", adapter)
+        assert "already contains another adapter of the run" in capsys.readouterr().err
+    ask(tmp_path / "early", other)
+    assert "already contains" not in capsys.readouterr().err
+
+
+def test_a_converted_copy_of_a_merged_model_keeps_the_record(merged, tmp_path, capsys):
+    """mlx-lm writes its own config.json, tokenizer files and card, and nothing else."""
+    model, run, _ = merged
+    copies = {"dense": {"dtype": "float16"}, "four": {"quantize": True, "q_group_size": 32, "q_bits": 4}}
+    for name, settings in copies.items():
+        convert(str(model), str(tmp_path / name), **settings)
+        capsys.readouterr()
+        ask(tmp_path / name, run)
+        assert f"{tmp_path / name} already contains {run}" in capsys.readouterr().err
+    # Nobody else minds the entry.
+    kept = AutoConfig.from_pretrained(str(model))
+    kept.save_pretrained(tmp_path / "transformers")
+    assert RECORD_KEY in json.loads((tmp_path / "transformers" / "config.json").read_text())
+
+
+def test_commands_that_would_apply_an_adapter_twice(merged, data_directory, tmp_path, capsys, monkeypatch):
+    """fuse and export refuse, before anything slow; the others print a note."""
+    model, run, other = merged
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--model", str(model), "--adapter-path"]
+    outputs = {
+        name: ["export", name, "--output", str(tmp_path / name)]
+        for name in ("mlx", "peft", "gguf", "gguf-lora")
+    }
+    refusing = {"fuse": ["fuse", "--save-path", str(tmp_path / "thrice")], **outputs}
+    remedies = {"fuse": ", or use this model as it is", "gguf": ", or leave --adapter-path out"}
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_model", None)
+        for name, command in refusing.items():
+            assert main([*command, *flags, str(other)]) == 2
+            message = "which would be applied twice; give the base model that it was trained on"
+            expected = f"error: --model {model} already contains {other}, {message}{remedies.get(name, '')}\n"
+            assert capsys.readouterr().err.endswith(expected), name
+            assert main([*command, *flags, str(run / "best")]) == 2
+            assert "already contains another adapter of the run" in one_error(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    data = ["--data", str(data_directory), "--iters", "1", "--batch-size", "1", "--max-seq-length", "32"]
+    start = [
+        "--resume-adapter-file",
+        str(other / "adapters.safetensors"),
+        "--rank",
+        "4",
+        "--num-layers",
+        "-1",
+    ]
+    new = ["--model", str(model), "--adapter-path", str(tmp_path / "new")]
+    for command in (
+        ["chat", *flags, str(other)],
+        ["lora", "--train", *new, *data, *start, "--scale", "4.0", "--steps-per-report", "1"],
+    ):
+        assert main(command) == 0, capsys.readouterr().err
+        done = capsys.readouterr()
+        assert f"already contains {other}" in " ".join((done.out + done.err).split()), command
 
 
 # --- targets that cannot be written ------------------------------------------------------------------

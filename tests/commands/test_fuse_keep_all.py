@@ -21,6 +21,7 @@ from nalora_mlx.models.loading import load_module
 from nalora_mlx.models.stored_tensors import StoredTensors, find_stored_tensors
 from tests.adapters.test_vlm import TEXT, VISION
 from tests.commands.test_fuse import MOE, fuse, save_adapter
+from tests.commands.test_fuse_files import config_of
 from tests.conftest import build_model, random_adapters
 from tests.logit_comparison import close
 
@@ -119,18 +120,18 @@ def test_a_model_with_its_vision_tower_loads_in_transformers(tokenizer_directory
     adapter, alone, tuned = add_adapter(base, tmp_path / "adapter")
     capsys.readouterr()
     assert fuse(base, adapter, fused) == 0
-    out = capsys.readouterr().out
+    err = capsys.readouterr().err
     before, after = tensors(base), tensors(fused)
     assert not any(prefix in name for name in after for prefix in prefixes)
     for prefix in prefixes:
         group = {name: size for name, (_, _, size) in before.items() if name.startswith(f"{prefix}.")}
-        assert f"{prefix} ({len(group)} tensors, {sum(map(len, group.values())) / 1000:.3g} kB)" in out
-    assert "; --keep-all keeps it" in out
+        assert f"{prefix} ({len(group)} tensors, {sum(map(len, group.values())) / 1000:.3g} kB)" in err
+    assert "; --keep-all keeps it" in err
     same_names = kind == "Gemma3"
-    assert ("only programs based on mlx-lm load the model" in out) != same_names
+    assert ("only programs based on mlx-lm load the model" in err) != same_names
 
     assert fuse(base, adapter, kept, "--keep-all") == 0
-    assert "--keep-all" not in capsys.readouterr().out
+    assert "--keep-all" not in capsys.readouterr().err
     after = tensors(kept)
     assert {name: value[:2] for name, value in after.items()} == {n: value[:2] for n, value in before.items()}
     changed = {name for name in before if before[name] != after[name]}
@@ -139,7 +140,9 @@ def test_a_model_with_its_vision_tower_loads_in_transformers(tokenizer_directory
     )
     assert not any(name.startswith(tuple(prefixes)) for name in changed)
     for path in base.iterdir():
-        if path.name not in ("model.safetensors", "README.md"):
+        if path.name == "config.json":
+            assert config_of(kept) == json.loads(path.read_text())
+        elif path.name not in ("model.safetensors", "README.md"):
             assert (kept / path.name).read_bytes() == path.read_bytes()
     for directory in (fused, kept):
         close(logits(load_module(str(directory))[0]), tuned, alone, 1e-5)
@@ -214,8 +217,8 @@ def test_a_model_with_its_vision_tower_loads_in_mlx_vlm(tokenizer_directory, tmp
         assert open_tensor_file(kept / file).tensors.keys() == names
         assert open_tensor_file(kept / file).metadata == {"format": "mlx"}
     assert index["metadata"]["total_size"] == sum(len(content) for _, _, content in after.values())
-    config = (kept / "config.json").read_bytes()
-    assert (config == (base / "config.json").read_bytes()) == (quantized is None)
+    same = config_of(kept) == json.loads((base / "config.json").read_text())
+    assert same == (quantized is None)
     if quantized:
         assert fuse(base, adapter, tmp_path / "dense", "--keep-all", "--dequantize") == 0
         model = utils.load_model(tmp_path / "dense")

@@ -144,7 +144,7 @@ def test_sigterm_stops_the_server(model_directory):
 
 def test_bad_input_is_one_line(model_directory, tmp_path):
     serve, model = "nalora_mlx.serve", ["--model", model_directory]
-    refused([serve], "required: --model")
+    refused([serve], "--model is missing; give a directory, or a Hugging Face repo")
     refused([serve, "--model", "./nowhere"], "--model ./nowhere: no such directory")
     refused([serve, *model, "--adapter-path", tmp_path], "--adapter-path .* has no adapter_config.json")
     refused([serve, *model, "--port", "0"], "--port 0: must be from 1 to 65535")

@@ -60,7 +60,7 @@ def test_settings_without_effect_are_said(short_model, data_directory, tmp_path,
         assert f"\nnote: {notice}" in f"\n{out}"
     assert "rows are longer than the 8 tokens that the model was made for" in out
     # The rate was 0, so training did not help.
-    assert "note: training did not help: validation loss " in out
+    assert "note: training did not help: the best adapter, in " in out
     assert "(best)" not in out
     assert (tmp_path / "a" / "best" / "adapters.safetensors").exists()  # the best that was trained
 

@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 
-from nalora_mlx.cli import Parser, add_settings
-from nalora_mlx.core.config import NALoRAConfig, NAParameters, RunConfig, load_run_config
+from nalora_mlx.arguments import Parser, add_settings
+from nalora_mlx.cli import COMMANDS, command
+from nalora_mlx.core.config import (
+    FINE_TUNE_TYPES,
+    OPTIMIZERS,
+    NALoRAConfig,
+    NAParameters,
+    RunConfig,
+    load_run_config,
+)
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import coerce, parse_size
-from nalora_mlx.core.synonyms import SYNONYMS
+from nalora_mlx.core.synonyms import COMMANDS as COMMAND_SYNONYMS
+from nalora_mlx.core.synonyms import RESULTS, SYNONYMS, VALUES
 from nalora_mlx.core.yaml_files import read_yaml
 from nalora_mlx.lora import build_parser
 
@@ -136,6 +145,9 @@ def test_flags_of_every_kind():
         ("max_steps: 4", r"; did you mean 'iters'\?; iters counts batches, not optimizer updates"),
         ("lora_rank: 4", "; write 'rank' under 'lora_parameters'$"),
         ("mask: soft", "; write 'mask' under 'na_parameters'$"),
+        ("prompt_key: q", r"unknown key 'prompt_key'; did you mean 'prompt_feature'\?"),
+        ("output_dir: a", r"; did you mean 'adapter_path'\?"),
+        ("optim: adam", r"; did you mean 'optimizer'\?"),
         ("lora_alpha: 4", "; set scale to alpha / rank$"),
         ("lora_parameters: {r: 4}\ntrain: true", r"lora_parameters: unknown key 'r'; did you mean 'rank'\?"),
         ("warmup_steps: 4", r"did you mean 'lr_schedule', as in lr_schedule: \{name: cosine_decay, warmup: "),
@@ -183,7 +195,11 @@ def test_invalid_files(tmp_path, text, message):
         ({"batch_size": 0, "seed": -1}, r"batch_size is 0.*seed is -1"),
         ({"lora_parameters": {"rank": 8, "scale": float("inf")}}, "scale is inf"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"fine_tune_type": "qlora"}, "fine_tune_type is 'qlora'"),
+        (
+            {"fine_tune_type": "qlora"},
+            r"fine_tune_type is 'qlora'; .*; did you mean 'na-lora' with quantize 4\?",
+        ),
+        ({"optimizer": "paged_adamw_8bit"}, r"optimizer is .*; did you mean 'adamw'\?"),
         ({"epochs": -1.0}, "epochs is -1.0"),
         ({"epochs": float("inf")}, "epochs is inf"),
         ({"val_batches": 0}, "val_batches is 0"),
@@ -267,6 +283,16 @@ def test_both_lengths_on_the_command_line():
         ("--warmup-steps", "write lr_schedule: {name: cosine_decay, warmup: UPDATES, "),
         ("--lora-alpha", "set scale to alpha / rank"),
         ("--batchsize", "did you mean '--batch-size'?"),
+        ("--max-step", "did you mean '--iters'?"),
+        ("-lr", "did you mean '--learning-rate'?"),
+        ("--output", "did you mean '--adapter-path'?"),
+        ("--prompt-feature", "did you mean '--prompt-key'?"),
+        ("--dataset-text-field", "did you mean '--text-key'?"),
+        ("--weight-decay", "write optimizer_config: {adamw: {weight_decay: 0.01}} into the file of --config"),
+        ("--lr-schedule", "write lr_schedule: {name: cosine_decay, "),
+        ("--bits", "did you mean '--quantize'?"),
+        ("--max-length", "did you mean '--max-seq-length'?"),
+        ("--zzz", "arguments: --zzz 3; see x --help-all"),
     ],
 )
 def test_flags_of_other_tools_are_understood(flag, message, capsys):
@@ -275,15 +301,109 @@ def test_flags_of_other_tools_are_understood(flag, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_every_synonym_names_a_setting_or_a_flag():
-    from nalora_mlx.chat import build_parser as chat
-    from nalora_mlx.generate import build_parser as generate
+def test_every_wrong_flag_gets_its_own_suggestion(capsys):
+    with pytest.raises(SystemExit):
+        build_parser("x").parse_args(["--lr", "1e-4", "--train", "--max-steps", "-5"])
+    error = capsys.readouterr().err
+    assert error.index("'--learning-rate'") < error.index("'--iters'")
+    assert error.count("did you mean") == 2
 
-    actions = [action for build in (generate, chat) for action in build("x")._actions]
+
+FIRST = {"export": ["gguf"], "report": ["RUN"], "completion": ["bash"]}  # arguments that come before flags
+
+
+def options_of(name):
+    """Return the flags of a command and their settings, as names."""
+    actions = command(name).build_parser(name)._actions
     flags = {option.lstrip("-").replace("-", "_") for action in actions for option in action.option_strings}
-    known = {*RunConfig.__dataclass_fields__, *NALoRAConfig.__dataclass_fields__} | flags
-    assert set(SYNONYMS.values()) <= known
-    assert not set(SYNONYMS) & {*RunConfig.__dataclass_fields__, *NALoRAConfig.__dataclass_fields__}
+    return flags | {action.dest for action in actions}
+
+
+def test_every_synonym_names_a_setting_or_a_flag():
+    known = {*RunConfig.__dataclass_fields__, *NALoRAConfig.__dataclass_fields__}
+    for name in COMMANDS:
+        known |= options_of(name)
+    assert {ours for meanings in SYNONYMS.values() for ours in meanings} <= known
+    assert {ours for (ours,) in COMMAND_SYNONYMS.values()} == set(COMMANDS)
+    assert not set(COMMAND_SYNONYMS) & set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_synonym_is_suggested_by_its_command(name, capsys):
+    """Except where the first meaning that the command has is another, or the name is a flag of the command."""
+    parser, options = command(name).build_parser("x"), options_of(name)
+    for word, meanings in SYNONYMS.items():
+        if word in options or not (meant := next((m for m in meanings if m in options), None)):
+            continue
+        if meant == "adapter_path" and word in RESULTS and name != "lora":
+            continue
+        with pytest.raises(SystemExit):
+            parser.parse_args([*FIRST.get(name, ()), f"--{word.replace('_', '-')}"])
+        error = capsys.readouterr().err
+        named = "--" + meant.replace("_", "-")
+        flags = next(
+            a.option_strings for a in parser._actions if a.dest == meant or named in a.option_strings
+        )
+        assert any(f"did you mean '{flag}'?" in error for flag in flags), (word, error)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "message"),
+    [
+        ("chat", "--output", None),  # chat writes nothing
+        ("chat", "--lr", None),
+        ("chat", "--adapter", "--adapter-path"),
+        ("generate", "--max-length", "--max-tokens"),
+        ("generate", "--temperature", "--temp"),
+        ("generate", "--model-path", "--model"),
+        ("fuse", "--output", "--save-path"),
+        ("fuse", "--quantize", "--bits"),
+        ("export", "--out", "--output"),
+        ("export", "--quantize", "--type"),
+        ("report", "--out-dir", "--output"),
+        ("serve", "--lora", "--adapter-path"),
+        ("doctor", "--dataset", "--data"),
+    ],
+)
+def test_a_suggestion_suits_the_command(name, flag, message, capsys):
+    with pytest.raises(SystemExit):
+        command(name).build_parser("x").parse_args([*FIRST.get(name, ()), flag, "3"])
+    error = capsys.readouterr().err
+    assert ("did you mean" in error) == (message is not None)
+    assert message is None or f"did you mean '{message}'?" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "message"),
+    [
+        ("lora", ["--optimizer", "adamw8bit"], "did you mean 'adamw'?"),
+        ("lora", ["--fine-tune-type", "QLoRA"], "did you mean 'na-lora' with quantize 4?"),
+        ("lora", ["--optimizer", "zzz"], "(choose from adam, adamw, muon, sgd, adafactor); see"),
+        ("export", ["gguf", "--type", "int4"], "did you mean 'q4_k_m'?"),
+        ("export", ["gguf", "--type", "q4_k_s"], "did you mean 'q4_k_m'?"),
+        ("export", ["gguff"], "did you mean 'gguf'?"),
+    ],
+)
+def test_values_of_other_tools_are_understood(name, argv, message, capsys):
+    with pytest.raises(SystemExit):
+        command(name).build_parser("x").parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_choices_may_be_written_in_capitals():
+    args = build_parser("x").parse_args(["--optimizer", "AdamW", "--branches", "Gate", "UP"])
+    assert (args.optimizer, args.branches) == ("adamw", ["gate", "up"])
+    args = command("export").build_parser("x").parse_args(["gguf", "--type", "Q4_K_M"])
+    assert args.type == "q4_k_m"
+
+
+def test_values_of_other_tools_name_choices():
+    from nalora_mlx.export.arguments import TYPES
+
+    choices = {"optimizer": OPTIMIZERS, "fine_tune_type": FINE_TUNE_TYPES, "type": TYPES}
+    for setting, values in VALUES.items():
+        assert set(values.values()) <= set(choices[setting])
+        assert not set(values) & set(choices[setting])
 
 
 def test_the_yaml_resolver_is_not_global(tmp_path):

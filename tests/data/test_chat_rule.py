@@ -99,7 +99,7 @@ def test_each_turn_is_trained_once_after_its_context(name, mode):
             else:
                 assert not opened
             several = [
-                notice for notice in split.notices if f"became {len(split.sequences)} sequences" in notice
+                notice for notice in split.notices if f"gives {len(split.sequences)} sequences" in notice
             ]
             assert len(several) == (len(split.sequences) > 1)
 

@@ -166,8 +166,8 @@ def test_notices_of_empty_answers_unknown_roles_and_repeated_rows(tmp_path):
     assert found.notices == [
         f"train: 2 of 5 rows have an empty answer ({place}:2, :4); the model learns to answer nothing; "
         "add the answers or remove the rows",
-        f"train: 1 of 5 rows have roles like 'asistant' ({place}:3); did you mean 'assistant'?",
-        f"valid: 1 of 3 rows have roles like 'asistant' ({valid}:1); did you mean 'assistant'?",
+        f"train: 1 of 5 rows has roles like 'asistant' ({place}:3); did you mean 'assistant'?",
+        f"valid: 1 of 3 rows has roles like 'asistant' ({valid}:1); did you mean 'assistant'?",
         f"valid: 2 rows are in train too ({valid}:1 is {place}:3, {valid}:2 is {place}:1); "
         "their loss says little; remove them from one of the two",
     ]
@@ -213,20 +213,56 @@ def test_dataset_names_cannot_be_paths():
 # --- display ------------------------------------------------------------------------------------------------
 
 
-def test_summary_and_histogram_of_a_split():
-    lengths = [5] * 10 + [6] * 5 + [40]
-    examples = [Example(np.arange(n), np.arange(n) > 2, f"x:{i}") for i, n in enumerate(lengths)]
+def of_lengths(*lengths):
+    return [Example(np.arange(n), np.arange(n) > 2, f"x:{i}") for i, n in enumerate(lengths)]
+
+
+def test_summary_of_a_split():
+    examples = of_lengths(*[5] * 10, *[6] * 5, 1400)
     assert summary("train", Split(examples, rows=16)) == (
-        "train: 16 rows, 120 tokens, 60% of them supervised; lengths 5 to 40, half of them up to 5, 95% up to 14"
+        "train: 16 rows, 1,480 tokens, 97% supervised; lengths 5 to 1,400, median 5"
     )
-    lines = histogram(examples, width=10)
-    counts = [int(line.split()[-1]) for line in lines]
-    assert sum(counts) == 16
-    assert counts[0] == 15
-    assert counts[-1] == 1
-    assert lines[0].count("█") == 10
-    assert len(lines) <= 12
-    assert histogram(examples[:1]) == ["      5 to 5       " + "█" * 40 + " 1"]
+    assert summary("valid", Split(of_lengths(4), rows=1)) == (
+        "valid: 1 row, 4 tokens, 25% supervised; lengths 4"
+    )
+    assert summary("test", Split(examples, rows=3)).startswith("test: 3 rows in 16 sequences, 1,480 tokens,")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ranges", "counts"),
+    [
+        # Round numbers, equally wide.
+        ([71, 80, 81, 90, 91, 122], ["71 to 80", "81 to 90", "91 to 100", "121 to 130"], [2, 2, 1, 1]),
+        ([10, 11, 900, 1000], ["1 to 200", "801 to 1,000"], [2, 2]),
+        ([7, 8, 8], ["7", "8"], [1, 2]),
+        # With a long tail, each as wide as all before.
+        (
+            [20] * 9 + [40, 64, 65, 2048],
+            ["17 to 32", "33 to 64", "65 to 128", "1,025 to 2,048"],
+            [9, 2, 1, 1],
+        ),
+        ([1, 2, 2, 2, 2, 100], ["1", "2", "65 to 128"], [1, 4, 1]),
+        ([2] * 9 + [100_000], ["1 to 1,024", "65,537 to 131,072"], [9, 1]),
+        # One bar says nothing.
+        ([7], [], []),
+        ([7] * 5, [], []),
+        (
+            [41, 42, 43, 44, 45, 46, 47, 48, 49, 50] * 9,
+            ["41 to 42", "43 to 44", "45 to 46", "47 to 48", "49 to 50"],
+            [18] * 5,
+        ),
+    ],
+)
+def test_a_histogram_has_round_ranges_and_no_empty_ones(lengths, ranges, counts):
+    lines = histogram(of_lengths(*lengths), width=10)
+    found = [re.fullmatch(r" +([\d,]+(?: to +[\d,]+)?) ([█▏]+) ([\d,]+)", line).groups() for line in lines]
+    assert [re.sub(" +", " ", label) for label, _, _ in found] == ranges
+    assert [int(number) for _, _, number in found] == counts
+    assert [len(bar.replace("▏", "")) for _, bar, _ in found] == [
+        round(10 * number / max(counts)) for number in counts
+    ]
+    assert len({line.index(bar) for line, (_, bar, _) in zip(lines, found, strict=True)}) <= 1  # aligned
+    assert len(lines) <= 8
 
 
 def test_masks_in_colours_or_brackets(tokenizer):
@@ -299,11 +335,12 @@ def test_lora_compares_with_the_test_set_and_draws_a_histogram(
     write(data, "train", [GOOD, json.dumps(CHAT), GOOD])
     write(data, "test", [json.dumps(CHAT)])
     flags = ["--model", str(model_directory), "--data", str(data), "--iters", "1", "--batch-size", "2"]
+    flags += ["--valid-fraction", "0", "--no-samples"]
     assert main(["lora", "--train", *flags, "--adapter-path", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out
-    assert f"test: 1 rows are in train too ({data}/test.jsonl:1 is {data}/train.jsonl:2)" in out
+    assert f"test: 1 row is in train too ({data}/test.jsonl:1 is {data}/train.jsonl:2)" in out
     (bar,) = [line for line in out.splitlines() if "█" in line and line.endswith(" 2")]
-    assert re.match(r" +\d+ to \d+ +█{40} 2$", bar)
+    assert re.match(r" +\d+( to \d+)? +█{40} 2$", bar)
     # Rows that this run does not use are no problem for it.
     write(data, "test", ["[1]", json.dumps(CHAT)])
     assert read(data, ("train",), train=True).problems == []
@@ -319,16 +356,15 @@ def test_doctor_lists_findings_of_every_kind(model_directory, tmp_path, capsys):
     flags = ["--data", str(data), "--mask-prompt", "--max-seq-length", "30", "--show-masks", "1"]
     assert main(["doctor", *model, *flags]) == 2
     done = capsys.readouterr()
-    assert "2 findings that keep a run from starting" in done.err
+    assert "2 problems that keep a run from starting" in done.err
     for words in (
-        "finding: .*train.jsonl:2: holds a list",
-        "finding: .*train.jsonl:3: no known format",
-        "finding: train: 1 of 3 rows are longer than 30 tokens",
-        "finding: train: 1 of 3 rows have no supervised token",
-        "finding: train: 1 of .* rows have an empty answer",
-        "finding: valid: 1 rows are in train too",
-        r"train: 2 rows, \d+ tokens",
-        "█",
+        "✗ .*train.jsonl:2: holds a list",
+        "✗ .*train.jsonl:3: no known format",
+        "! train: 1 of 3 rows is longer than 30 tokens",
+        "! train: 1 of 3 rows has no supervised token",
+        "! train: 1 of .* rows has an empty answer",
+        "! valid: 1 row is in train too",
+        r"✓ train +2 +\d+ +\d+%",
         "⟦the cat is green",
     ):
         assert re.search(words, done.out), words

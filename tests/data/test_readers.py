@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.optional_dependencies import install_command
 from nalora_mlx.data.sources import json_files
 from nalora_mlx.data.sources.files import Remarks
 from nalora_mlx.data.sources.readers import form_and_stem, read_file, read_texts
@@ -135,7 +136,7 @@ def test_compressed_files(tmp_path, form, suffix):
 @pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow.parquet"), ("a.jsonl.zst", "pyarrow")])
 def test_missing_pyarrow_is_named(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match=rf"{name}: .* pip install 'nalora-mlx\[data\]'"):
+    with pytest.raises(InputError, match=f"{name}: .* {re.escape(install_command('data'))}"):
         list(read_file(write(tmp_path, name, b"x"), Remarks()))
 
 
@@ -314,7 +315,7 @@ def test_texts(tmp_path):
     remarks = Remarks()
     assert list(read_texts(paths, remarks)) == [(str(good), {"text": "one\ntwo\n"})]
     assert remarks.problems == [f"{paths[2]}: not UTF-8 at byte 1; save the file as UTF-8"]
-    assert remarks.notices == ["1 of 3 text files are empty and were left out"]
+    assert remarks.notices == ["1 of 3 text files is empty and was left out"]
 
 
 # --- malformed files ----------------------------------------------------------------------------------------

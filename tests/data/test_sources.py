@@ -7,7 +7,7 @@ import pytest
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.checks import read_rows, tokenize
-from nalora_mlx.data.sources.loading import hub_entry_splits, load_hub, load_local, read_again, read_jsonl
+from nalora_mlx.data.sources.loading import hub_entry_splits, load_hub, load_local, read_jsonl
 from tests.data.test_tokenization import COMPLETION
 
 ROW = json.dumps(COMPLETION) + "\n"
@@ -176,21 +176,6 @@ def test_problems_in_data_that_is_only_compared(tmp_path):
     write(tmp_path, train_jsonl=ROW, test_csv=TABLE + "x\n", test_jsonl="[")
     found = read_rows(RunConfig(data=str(tmp_path)), ("train",), compare_with_test=True)
     assert found.problems == found.notices == []
-
-
-def test_rows_that_are_read_again(tmp_path):
-    write(tmp_path, train_csv=TABLE, a_txt="text", rows_json=json.dumps({"train": [{"text": "a"}]}))
-    wanted = {
-        f"{tmp_path}/train.csv:2",
-        f"{tmp_path}/a.txt",
-        f"{tmp_path}/rows.json[train]:1",
-        "hub/x[train]:1",
-    }
-    assert read_again(wanted) == {
-        f"{tmp_path}/train.csv:2": {"prompt": "what is the bird ?", "completion": "red"},
-        f"{tmp_path}/a.txt": {"text": "text"},
-        f"{tmp_path}/rows.json[train]:1": {"text": "a"},
-    }
 
 
 # --- texts --------------------------------------------------------------------------------------------------

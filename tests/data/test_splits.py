@@ -139,7 +139,8 @@ def test_ratios_hold_exactly(tmp_path, ratio, counts):
     assert Counter(epoch[row(i)["prompt"]] for i in range(20) if epoch[row(i)["prompt"]]) == counts
     assert [epoch[row(i)["prompt"]] for i in range(100, 107)] == [1] * 7
     total = sum(number * rows for number, rows in counts.items())
-    assert found.notices == [f"an epoch holds {total} rows of {tmp_path / 'a'}, 7 rows of {other}"]
+    rows = "1 row" if total == 1 else f"{total} rows"
+    assert found.notices == [f"an epoch holds {rows} of {tmp_path / 'a'}, 7 rows of {other}"]
     assert prompts(read([f"{tmp_path / 'a'}={ratio}", other]), "train") == prompts(found, "train")
 
 

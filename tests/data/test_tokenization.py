@@ -108,7 +108,7 @@ def test_a_template_that_rewrites_earlier_turns_makes_several_sequences(tokenize
     assert "assistant red <|im_end|>" in second  # as generation would see it
     assert [example.source for example in split.sequences] == ["row 1", "row 1"]
     assert split.notices[0].startswith(
-        "rows: 1 of 1 rows are rendered differently once later turns follow (row 1); they became 2 sequences"
+        "rows: 1 of 1 row is rendered differently once later turns follow (row 1); this gives 2 sequences"
     )
     last = preview([{"messages": TURNS[:4]}], tokenizer, last_turn_only=True)
     assert spans(last, tokenizer) == ["the dog <|im_end|>"]
@@ -123,7 +123,7 @@ def test_turns_that_continue_each_other_share_a_sequence(tokenizer):
 def test_a_final_user_turn_is_not_trained_on(tokenizer):
     split = preview([{"messages": TURNS}], tokenizer)
     assert spans(split, tokenizer) == ["the cat <|im_end|> | the dog <|im_end|>"]
-    assert "end in messages that no answer follows" in split.notices[0]
+    assert "ends in messages that no answer follows" in split.notices[0]
 
 
 def test_turns_left_out_by_the_row_are_context(tokenizer):
@@ -199,7 +199,7 @@ def test_tool_calls_in_the_form_that_the_template_reads(template, written, argum
 def test_a_call_that_the_template_leaves_out_is_not_trained_as_an_empty_answer(tokenizer):
     split = preview([{"messages": [*ASKED, CALL, *ASKED, DONE]}], tokenizer)
     assert spans(split, tokenizer) == ["the cat <|im_end|>"]
-    assert "have 'tool_calls' that the chat template leaves out" in split.notices[0]
+    assert "has 'tool_calls' that the chat template leaves out" in split.notices[0]
 
 
 THINKING = {"role": "assistant", "content": "red", "reasoning_content": "the bird"}
@@ -217,50 +217,50 @@ ONLY_STRINGS = CHAT_TEMPLATE.replace("m['content']", "m['content'] if m['content
 @pytest.mark.parametrize(
     ("template", "row", "notice"),
     [
-        (CHAT_TEMPLATE, {"messages": [*ASKED, THINKING]}, "have reasoning that the chat template leaves out"),
+        (CHAT_TEMPLATE, {"messages": [*ASKED, THINKING]}, "has reasoning that the chat template leaves out"),
         (WRITES_REASONING, {"messages": [*ASKED, THINKING]}, None),
         (
             ONLY_KNOWN_ROLES,
             {"prompt": "the bird", "completion": "<think>the bird</think>red"},
-            "have reasoning that the chat template leaves out",
+            "has reasoning that the chat template leaves out",
         ),
         (CHAT_TEMPLATE, {"prompt": "the bird", "completion": "<think>the bird</think>red"}, None),
         (
             ONLY_KNOWN_ROLES,
             {"messages": [{"role": "system", "content": "the cat"}, *ASKED, DONE | {"content": "red"}]},
-            "have a system message that the chat template leaves out",
+            "has a system message that the chat template leaves out",
         ),
         (
             ONLY_KNOWN_ROLES,
             {"messages": [{"role": "developer", "content": "the cat"}, *ASKED, DONE | {"content": "red"}]},
-            "have content (of role 'developer') that the chat template leaves out",
+            "has content (of role 'developer') that the chat template leaves out",
         ),
         (
             ONLY_STRINGS,
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "blue"}]}, DONE]},
             None,
         ),
-        (CHAT_TEMPLATE, {"messages": [*ASKED, CALL]}, "have 'tool_calls' that the chat template leaves out"),
+        (CHAT_TEMPLATE, {"messages": [*ASKED, CALL]}, "has 'tool_calls' that the chat template leaves out"),
         (
             AS_OBJECTS.replace(
                 "{{ m['content'] or '' }} {%", "{% if m.content %}{{ m.content }}{% else %}{%"
             ).replace("{% endfor %}<|im_end|>", "{% endfor %}{% endif %}<|im_end|>"),
             {"messages": [*ASKED, CALL | {"content": "one"}]},
-            "have 'tool_calls' that the chat template leaves out",
+            "has 'tool_calls' that the chat template leaves out",
         ),
         (AS_OBJECTS, {"messages": [*ASKED, CALL]}, None),
-        (CHAT_TEMPLATE, COMPLETION | {"tools": TOOLS}, "have 'tools' that the chat template leaves out"),
+        (CHAT_TEMPLATE, COMPLETION | {"tools": TOOLS}, "has 'tools' that the chat template leaves out"),
         (WRITES_TOOLS + CHAT_TEMPLATE, COMPLETION | {"tools": TOOLS}, None),
         (CHAT_TEMPLATE, COMPLETION | {"tools": []}, None),
         (
             CHAT_TEMPLATE,
             {"prompt": "<|im_start|>user what", "completion": "red"},
-            "hold control tokens such as '<|im_start|>' in their text",
+            "holds control tokens such as '<|im_start|>' in their text",
         ),
         (
             CHAT_TEMPLATE,
             {"prompt": "what", "completion": "red <|im_end|> blue"},
-            "hold control tokens such as '<|im_end|>' in their text",
+            "holds control tokens such as '<|im_end|>' in their text",
         ),
     ],
 )
@@ -302,7 +302,7 @@ def test_the_remedy_for_a_generation_prompt_that_opens_a_thought(tokenizer_direc
     assert spans(split, tokenizer) == ["the cat <|im_end|>"]
     assert tokenizer.decode(split.sequences[0].tokens).endswith("assistant bird the cat <|im_end|>")
     (notice,) = split.notices
-    assert "have answers that do not begin with 'bird'" in notice
+    assert "has answers that do not begin with 'bird'" in notice
     assert ("--chat-template-args" in notice) == reads
     if reads:
         assert preview([row | {"chat_template_kwargs": {"enable_thinking": False}}], tokenizer).notices == []
@@ -396,7 +396,7 @@ def test_one_start_token_for_a_text_that_begins_with_it():
     split = preview(rows, tokenizer, mask_prompt=False)
     assert split.sequences[0].tokens.tolist() == split.sequences[1].tokens.tolist()
     assert (
-        "1 of 2 rows begin with '<|begin_of_text|>', which the tokenizer adds as well (row 2)"
+        "1 of 2 rows begins with '<|begin_of_text|>', which the tokenizer adds as well (row 2)"
         in split.notices[0]
     )
 
@@ -407,7 +407,7 @@ def test_a_tokenizer_without_an_end_token(tokenizer_directory):
     tokenizer._eos_token_ids = set()
     split = preview([{"text": "the cat"}], tokenizer, mask_prompt=False)
     assert tokenizer.decode(split.sequences[0].tokens) == "the cat"
-    assert "do not end in a supervised end-of-sequence token" in split.notices[0]
+    assert "does not end in a supervised end-of-sequence token" in split.notices[0]
 
 
 def test_texts_end_with_one_end_token(tokenizer):
@@ -430,8 +430,8 @@ def test_long_rows_are_cut_and_unsupervised_rows_dropped(tokenizer):
     ]
     split = tokenize_split(rows, tokenizer, Features(mask_prompt=True), 16, "train")
     assert len(split) == 2
-    assert any("1 of 3 rows are longer than 16" in n for n in split.notices)
-    assert any("1 of 3 rows have no supervised token" in n and "d:3" in n for n in split.notices)
+    assert any("1 of 3 rows is longer than 16" in n for n in split.notices)
+    assert any("1 of 3 rows has no supervised token" in n and "d:3" in n for n in split.notices)
     with pytest.raises(InputError, match=r"no row has a supervised token within 16 tokens .*first: d:3"):
         tokenize_split(rows[2:], tokenizer, Features(mask_prompt=True), 16, "train")
 
@@ -469,9 +469,9 @@ def test_answers_after_the_maximum_length_are_left_out_and_counted(tokenizer_dir
     row = Row("x:1", TURNS[:4] * 50)
     split = tokenize_rows([row], ChatEncoder(tokenizer, True), 20)
     assert spans(split, tokenizer) == ["the cat <|im_end|>", "the dog <|im_end|>"]
-    assert "they became 2 sequences" in split.notices[1]
+    assert "this gives 2 sequences" in split.notices[1]
     assert (
-        "1 of 1 rows have answers after the first 20 tokens (x:1); these answers were left out"
+        "1 of 1 row has answers after the first 20 tokens (x:1); these answers were left out"
         in split.notices[0]
     )
     assert len(rendered) < 10
@@ -481,4 +481,4 @@ def test_answers_after_the_maximum_length_are_left_out_and_counted(tokenizer_dir
 def test_template_arguments_that_nothing_reads_are_named(tokenizer):
     row = {"messages": TURNS[:2], "chat_template_kwargs": {"mood": "happy"}}
     (notice,) = preview([row], tokenizer).notices
-    assert "have chat_template_kwargs such as 'mood' that the chat template does not read" in notice
+    assert "has chat_template_kwargs such as 'mood' that the chat template does not read" in notice

@@ -15,6 +15,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from nalora_mlx.__main__ import main
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.optional_dependencies import install_command
 from nalora_mlx.export.lazy_model import LazyWeight
 from tests.interop import llama_cpp
 from tests.interop.configs_common import LONGROPE as SCALING
@@ -445,7 +446,7 @@ def test_missing_and_damaged_files_are_named(tmp_path, file, content, message):
 
 
 def test_command_has_every_type():
-    from nalora_mlx.export.__main__ import TYPES
+    from nalora_mlx.export.arguments import TYPES
 
     assert tuple(gguf_model.FILE_TYPES) == TYPES
 
@@ -460,7 +461,7 @@ def test_unknown_types_and_directories_are_rejected(qwen2, tmp_path):
 def test_missing_gguf_is_reported():
     code = "import sys; sys.modules['gguf'] = None; import nalora_mlx.export.gguf.model"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "InputError: export gguf needs the package gguf: pip install" in run.stderr
+    assert f"InputError: export gguf needs the package gguf: {install_command('export')}" in run.stderr
 
 
 # --- metadata ----------------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.optional_dependencies import install_command
 from tests.interop import llama_cpp
 from tests.interop.gguf_models import PROMPT, build, logits, save
 from tests.logit_comparison import relative_error
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'nalora-mlx[export]'")
-pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install 'nalora-mlx[kquants]'")
+pytest.importorskip("xllamacpp", reason="needs xllamacpp (llama.cpp)")
 gguf_types = pytest.importorskip("nalora_mlx.export.gguf.tensor_types")
 
 TYPES = ("q4_k_m", "q5_k_m", "q6_k")
@@ -122,6 +123,6 @@ def test_llama_cpp_runs_k_quants(tmp_path, type):
 def test_missing_xllamacpp_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     gguf_types._load_llama_cpp.cache_clear()
-    with pytest.raises(InputError, match=r"K-quants need .* pip install 'nalora-mlx\[kquants\]'"):
+    with pytest.raises(InputError, match=f"K-quants need .* {re.escape(install_command('export'))}"):
         gguf_types.check_type("q4_k_m")
     gguf_types.check_type("q4_0")

@@ -199,4 +199,4 @@ def test_export_writes_a_modelfile(tmp_path, capsys):
     assert found[0] == ("FROM", "./model.gguf")
     assert {value for key, value in found if key == "PARAMETER"} >= {'stop "<|begin|>"', 'stop "<|im_end|>"'}
     assert main(["export", "gguf", *where, "--overwrite"]) == 0
-    assert "was not changed" in capsys.readouterr().out
+    assert "was not changed" in capsys.readouterr().err

@@ -211,7 +211,7 @@ def test_copies_of_the_base_are_left_out(tmp_path, capsys, case):
     expected = torch_logits(theirs)
     check_import(base, adapter, tmp_path / "back", expected)
     left_out = next(
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("note: left out")
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("note: left out")
     )
     assert all(
         f"{key.removeprefix('base_model.model.').replace('.base_layer', '')}" in left_out for key in copies

@@ -48,7 +48,7 @@ def test_rows_beyond_the_context_are_a_notice():
     assert context_notices(splits, config) == [
         "train: 2 rows are longer than the 8 tokens that the model was made for, the longest has 12: a.jsonl:9, :12; "
         "--max-seq-length 8 truncates them",
-        "test: 1 rows are longer than the 8 tokens that the model was made for, the longest has 10: a.jsonl:10; "
+        "test: 1 row is longer than the 8 tokens that the model was made for, the longest has 10: a.jsonl:10; "
         "--max-seq-length 8 truncates them",
     ]
     assert context_notices(splits, {}) == []

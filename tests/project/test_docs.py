@@ -22,8 +22,10 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 
+import nalora_mlx
 from nalora_mlx.__main__ import main
-from nalora_mlx.cli import COMMANDS, add_common, command
+from nalora_mlx.arguments import add_common
+from nalora_mlx.cli import COMMANDS, command
 from tests.conftest import CHAT_TEMPLATE
 from tests.interop import gguf_models
 
@@ -39,6 +41,8 @@ SLOW_PAGES = ("getting-started", "migration", "report")  # whose commands take l
 # Lines that no test runs, by how they begin, and why.
 NOT_RUN = {
     "pip": "installs",
+    "pipx": "installs",
+    "uv": "installs",
     "brew": "installs",
     "apt": "installs",
     "sudo": "installs",
@@ -164,16 +168,17 @@ class Reader:
         return words
 
     def shortened(self, words):
-        """Limit a training run to a few iterations, and add the tiny model and its data if they are missing."""
+        """Limit a training run to a few iterations; add the tiny model and its data where they are missing."""
         short = []
         for word in words:
             if short and short[-1] in ("--iters", "--epochs"):
                 short.pop()
             else:
                 short.append(word)
-        if "--model" not in short:
+        resumed = "--resume" in short and "--train" not in short  # with the run's own settings
+        if "--model" not in short and not resumed:
             short += ["--model", "MODEL"]
-        if not {"--data", "--config", "-c"} & set(short):
+        if not {"--data", "--config", "-c"} & set(short) and not resumed:
             short += ["--data", "DATA"]
         Reader.iterations += 1  # a resumed run continues
         return [*short, "--iters", str(Reader.iterations)]
@@ -318,6 +323,47 @@ def test_generated_pages_are_up_to_date(script, monkeypatch):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
     assert not end.value.code
+
+
+def keys_of_events():
+    """Return the keys that docs/api.md names, by callback, or by event and split."""
+    section = (
+        (ROOT / "docs" / "api.md").read_text().partition("### Events and callbacks")[2].partition("\n### ")[0]
+    )
+    rows = re.findall(r"^\| `(\w+)`(?:, of `split` (\w+))? \|.*\| (.*) \|$", section, re.M)
+    return {(name, split): set(re.findall(r"`(\w+)`", keys)) for name, split, keys in rows}
+
+
+def test_the_keys_of_events_are_those_that_are_sent(model_directory, data_directory, tmp_path):
+    sent, events = {}, []
+    rows = [json.loads(line) for line in (data_directory / "train.jsonl").read_text().splitlines()]
+    settings = {"batch_size": 2, "iters": 4, "steps_per_report": 2, "num_layers": 2}
+    callbacks = {
+        name: lambda info, name=name: sent.setdefault((name, ""), set(info))
+        for name in ("on_report", "on_validation", "on_save")
+    }
+    result = nalora_mlx.finetune(
+        model_directory,
+        {"train": rows, "valid": rows},
+        tmp_path / "a",
+        progress=False,
+        **callbacks,
+        **settings,
+    )
+    del settings["num_layers"]
+    nalora_mlx.train(
+        result.model,
+        rows,
+        rows[:2],
+        nalora_mlx.TrainingConfig(**settings),
+        output=tmp_path / "b",
+        tokenizer=result.tokenizer,
+        listeners=[events.append],
+    )
+    for event in events:
+        sent.setdefault((event["event"], event.get("split", "")), set(event) - {"event"})
+    sent.setdefault(("notice", ""), {"text"})  # nothing may have been worth one
+    assert sent == keys_of_events()
 
 
 def test_the_readme_is_short():

@@ -44,16 +44,29 @@ def test_the_bakery_config_loads():
     assert config.lora_config().active
 
 
-def test_the_python_example_runs(model_directory, data_directory):
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "finetune.py", str(model_directory), str(data_directory), "8"],
-        capture_output=True,
-        text=True,
-    )
+def run_example(name, *arguments, directory):
+    """Run a program of examples/ in a directory; return what it prints."""
+    command = [sys.executable, ROOT / "examples" / name, *map(str, arguments)]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "model.layers.0.mlp: silu" in done.stdout
-    before, after = map(float, re.search(r"validation loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
+    return done.stdout
+
+
+def test_the_example_of_finetune_runs(model_directory, tmp_path):
+    printed = run_example("finetune.py", model_directory, "adapters", 8, directory=tmp_path)
+    before, after = map(float, re.search(r"validation loss ([\d.]+) -> ([\d.]+)", printed).groups())
     assert after < before
+    assert len(re.findall(r"^> .*\nbefore: .*\nafter: ", printed, re.M)) == 3
+    assert printed.endswith("adapters-merged\n")
+    assert (tmp_path / "adapters-merged" / "model.safetensors").exists()
+
+
+def test_the_training_loop_runs(model_directory, data_directory, tmp_path):
+    printed = run_example("training_loop.py", model_directory, data_directory, 8, directory=tmp_path)
+    assert "model.layers.0.mlp: silu" in printed
+    before, after = map(float, re.search(r"validation loss ([\d.]+) -> ([\d.]+)", printed).groups())
+    assert after < before
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

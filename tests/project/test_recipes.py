@@ -1,5 +1,6 @@
-"""The recipes in examples/: their data is consistent, their configs train, and the notebook runs."""
+"""The recipes in examples/: their data is consistent, their configs train, and the notebooks run."""
 
+import csv
 import json
 import re
 import shutil
@@ -58,12 +59,12 @@ def with_template(model_directory, target, template):
 # --- data ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["persona", "continuation"])
+@pytest.mark.parametrize("recipe", ["persona", "continuation", "tickets"])
 def test_the_data_equals_the_output_of_its_program(recipe, tmp_path):
     program = EXAMPLES / recipe / "make.py"
     subprocess.run([sys.executable, program, tmp_path], check=True)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) >= 3
+    assert written
     for path in written:
         assert path.read_bytes() == (EXAMPLES / recipe / path.relative_to(tmp_path)).read_bytes(), path
 
@@ -177,6 +178,24 @@ def test_the_log_is_consistent():
     assert max(lamps[12]) < min(lamps[6])
 
 
+def test_the_tickets_are_consistent():
+    """A reply addresses the customer by name and repeats the order's number; a category has one kind of reply."""
+    with open(EXAMPLES / "tickets" / "tickets.csv", newline="", encoding="utf-8") as file:
+        tickets = list(csv.DictReader(file))
+    assert len(tickets) == 160
+    assert len({ticket["message"] for ticket in tickets}) == len(tickets)
+    openings = {}
+    for ticket in tickets:
+        assert list(ticket) == ["message", "category", "reply"]
+        name = ticket["message"].split()[-1]
+        (order,) = re.findall(r"\d{4}", ticket["message"])
+        assert name in ticket["reply"]
+        assert order in ticket["reply"]
+        openings.setdefault(ticket["category"], set()).add(ticket["reply"].split()[0])
+    assert len(openings) == 5
+    assert all(len(words) == 1 for words in openings.values())
+
+
 # --- chat templates -----------------------------------------------------------------------------------------
 
 
@@ -245,28 +264,67 @@ def test_a_recipe_trains(recipe, model_directory, tools_model, tmp_path, monkeyp
     assert "are longer than" not in output.out + output.err
 
 
-# --- the notebook -------------------------------------------------------------------------------------------
+# --- the notebooks ------------------------------------------------------------------------------------------
 
-SMALL = "model_name = {!r}\ndata = {!r}\niterations = 8"
+NOTEBOOKS = {
+    "finetune": "model_name = {model!r}\ndata = {data!r}\noutput = {output!r}\niterations = 8",
+    "own_csv": "model_name = {model!r}\ntable = 'tickets/tickets.csv'\noutput = {output!r}\niterations = 8",
+}
 
 
-def test_the_notebook_runs(model_directory, data_directory):
+def code_cells(name):
+    """Return a notebook and its cells of code."""
     nbformat = pytest.importorskip("nbformat", reason="the extra notebook is not installed")
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+    return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed_text(cells):
+    return "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_committed_with_its_outputs(name):
+    path = EXAMPLES / f"{name}.ipynb"
+    _, code = code_cells(name)
+    assert path.stat().st_size < 200_000
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = {output.output_type for cell in code for output in cell.outputs}
+    assert kinds <= {"stream", "display_data"}  # no errors
+    printed = printed_text(code)
+    assert re.search(r"iteration (\d+)/\1: validation loss", printed)  # trained to the end
+    assert not re.search(r"/(tmp|home|root|work|Users|usr)/|site-packages|\x1b|\r|Warning", printed)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs(name, model_directory, data_directory, tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="the extra notebook is not installed")
     pytest.importorskip("ipykernel", reason="the extra notebook is not installed")
-    notebook = nbformat.read(EXAMPLES / "finetune.ipynb", as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(
-        not cell.outputs and cell.execution_count is None for cell in code
-    )  # committed without outputs
+    notebook, code = code_cells(name)
+    committed = printed_text(code)
     (settings,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
-    assert (EXAMPLES / re.search(r'data = "(.*)"', settings.source)[1] / "train.jsonl").exists()
-    settings.source = SMALL.format(str(model_directory), str(data_directory))
+    path = re.search(r"^(?:data|table) = \"(.*)\"", settings.source, re.M)[1]
+    assert (EXAMPLES / path).exists()
+    settings.source = NOTEBOOKS[name].format(
+        model=str(model_directory), data=str(data_directory), output=str(tmp_path / "adapters")
+    )
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": EXAMPLES}}).execute()
-    printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
-    before, after = map(float, re.search(r"validation loss ([\d.]+) -> ([\d.]+)", printed).groups())
+    printed = printed_text(code)
+    before, after = map(
+        float, re.search(r"validation loss ([\d.]+) before training, ([\d.]+) after", printed).groups()
+    )
     assert after < before
-    assert len(re.findall(r"^model\.layers\.\d+\.mlp: 0\.\d+$", printed, re.M)) == 3  # misalignment of layers
-    pictures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3
-    assert "3 of 3 answers are the same after fusing" in printed
+    assert (tmp_path / "adapters-merged" / "model.safetensors").exists()
+    html = [output for cell in code for output in cell.outputs if "text/html" in output.get("data", {})]
+    assert not html  # the progress is plain text,
+    assert "\x1b" not in printed  # without a bar
+    if name == "finetune":
+        pictures = [
+            output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})
+        ]
+        assert len(pictures) == 3
+        misalignment = r"^model\.layers\.\d+\.mlp: 0\.\d+$"
+        assert len(re.findall(misalignment, printed, re.M)) == 3
+        assert len(re.findall(misalignment, committed, re.M)) == 12
+        for text in (printed, committed):
+            assert "3 of 3 answers are the same after merging" in text

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nalora_mlx.runs.samples import write_samples_file
+
 CHANNELS = 8  # recorded individually in each layer
 LAYER_UPDATES = 50  # reports of a run with new layer statistics; those between repeat them
 
@@ -16,6 +18,7 @@ def write_run(
     every: int = 1,
     seed: int = 0,
     kind: str = "na-lora",
+    samples: list | None = None,
     **na,
 ) -> Path:
     """Write a run whose loss falls as 2 exp(-3 t/T) + 0.5, with the best validation, 0.25, halfway."""
@@ -58,9 +61,28 @@ def write_run(
     if kind == "na-lora":
         config["na_lora"] = settings
     (path / "adapter_config.json").write_text(json.dumps(config))
-    record = {"settings": {"fine_tune_type": kind, "na_parameters": settings, "model": "a/model"}}
+    record = {
+        "settings": {"fine_tune_type": kind, "na_parameters": settings, "model": "a/model", "data": "words"},
+        "data": {"train": {"rows": 320}, "valid": {"rows": 40}},
+    }
     (path / "run.json").write_text(json.dumps(record))
+    if samples:
+        write_samples_file(path, samples, 96)
     return path
+
+
+def sample(prompt: str, expected: str | None, before: str | None, after: str, complete: bool = True) -> dict:
+    """Return an answered prompt as samples.json has it."""
+    return {
+        "source": "valid.jsonl:1",
+        "messages": [{"role": "user", "content": prompt}],
+        "prompt": prompt,
+        "expected": expected,
+        "before": before,
+        "before_complete": True,
+        "after": after,
+        "complete": complete,
+    }
 
 
 def train_loss(progress: float) -> float:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from html import escape
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -12,10 +14,11 @@ import pytest
 
 from nalora_mlx.__main__ import main
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.optional_dependencies import install_command
 from nalora_mlx.runs.metrics import METRICS_FILE
 from nalora_mlx.training.diagnostics import describe_layers
 from tests.conftest import build_model
-from tests.report.report_runs import CHANNELS, channel, write_run
+from tests.report.report_runs import CHANNELS, channel, sample, write_run
 
 pytest.importorskip("matplotlib", reason="the extra report is not installed")
 pytest.importorskip("plotly", reason="the extra report is not installed")
@@ -27,6 +30,8 @@ from nalora_mlx.report import run_data, style, tables
 from nalora_mlx.report.downsampling import average_columns, downsample, running_mean
 from nalora_mlx.report.page import render_page
 from nalora_mlx.report.plots import draw_plots
+from nalora_mlx.report.result import comparison
+from nalora_mlx.report.result import headline as headline_of
 from nalora_mlx.report.run_data import read_run, read_runs, short_layers
 from nalora_mlx.report.style import RUN_COLORS_DARK, RUN_COLORS_LIGHT
 
@@ -200,8 +205,9 @@ def test_a_run_that_did_not_help_says_so(tmp_path):
     path.write_text(path.read_text() + json.dumps(record) + "\n")
     run = read_run(tmp_path / "a", "a")
     assert run.best_validation == (0, 0.01)
-    (cell,) = dict(tables.summary([run]))["Best validation loss"]
-    assert cell.note == "before training: no later one is lower"
+    headline = headline_of(run)
+    assert (headline.before, headline.after) == ("0.01", "1.50")
+    assert headline.words == "14900% higher on 40 rows kept out of training."
     assert "best validation loss 0.01 before training, which did not lower it" in tables.loss_caption([run])
 
 
@@ -240,14 +246,34 @@ def test_names_are_short_and_distinct(tmp_path):
 # --- page and plots ----------------------------------------------------------------------------------
 
 
-def test_best_run_is_marked_and_differing_settings_come_first(tmp_path):
+def test_best_run_is_named_and_differing_settings_come_first(tmp_path):
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", beta=0.5)])
+    assert comparison(runs) == ("a and b are equally good", "Each reaches a validation loss of 0.25.")
     runs[1].valid["loss"][:] = 2.0
-    best = dict(tables.summary(runs))["Best validation loss"]
-    assert [cell.best for cell in best] == [True, False]
+    assert comparison(runs) == ("a is best", "Its validation loss is 0.25; the next best is 2.00.")
     rows = tables.settings_table(runs)["rows"]
     assert [row["differs"] for row in rows] == [True] + [False] * (len(rows) - 1)
     assert rows[0] == {"name": "beta", "cells": ["0.9", "0.5"], "differs": True}
+    assert tables.differing_settings(runs)["rows"] == rows[:1]
+    runs[1].settings |= {"val_batches": 2, "batch_size": 4}
+    assert "validated on different rows" in comparison(runs)[1]
+    runs[1].valid["loss"][:] = np.nan
+    assert comparison(runs)[0] == "No run is best"
+
+
+def test_advice_for_several_runs_is_given_once(tmp_path):
+    paths = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    for path in paths[1:]:
+        metrics = (path / METRICS_FILE).read_text()
+        (path / METRICS_FILE).write_text(metrics.replace('"skipped": 0', '"skipped": 1'))
+    html = render_page(read_runs(paths))
+    advice = html.split('<ul class="advice">')[1].split("</ul>")[0]
+    texts = [re.sub("<.*?>", "", item.partition(">")[2]) for item in advice.split("<li")[1:]]
+    assert [text.partition(".")[0] for text in texts] == [
+        "a: Overfitting after iteration 20",
+        "b, c: 1 update was skipped",
+        *(f"{name}: Overfitting after iteration 20" for name in "bc"),
+    ]
 
 
 def test_names_are_escaped(tmp_path):
@@ -322,14 +348,14 @@ def test_dashes_and_markers_are_distinct():
 
 def test_page_names_the_method(tmp_path):
     for kind, words in (
-        ("na-lora", "(NA-LoRA)"),
-        ("lora", "(LoRA)"),
-        ("dora", "(DoRA)"),
-        ("full", "(full fine-tuning)"),
+        ("na-lora", "NA-LoRA"),
+        ("lora", "LoRA"),
+        ("dora", "DoRA"),
+        ("full", "full fine-tuning"),
     ):
-        assert words in render_page([read_run(write_run(tmp_path / kind, kind=kind), "a")])
-    both = render_page(read_runs([tmp_path / "lora", tmp_path / "na-lora"]))
-    assert "(LoRA, NA-LoRA)" in both
+        assert f"<dt>Method</dt><dd>{words}<" in render_page(
+            [read_run(write_run(tmp_path / kind, kind=kind), "a")]
+        )
     (tmp_path / "na-lora" / "run.json").unlink()  # a run by train() has none
     assert read_run(tmp_path / "na-lora", "a").method == "NA-LoRA"
 
@@ -375,23 +401,29 @@ def test_report_of_a_trained_run(model_directory, data_directory, tmp_path):
     assert record["settings"]["model"] == "model"
     assert record["settings"]["na_parameters"]["gamma"] == [0.5, 1, 1]
     first = json.loads((data_directory / "valid.jsonl").read_text().splitlines()[0])["prompt"]
-    assert record["samples"][0] == {"messages": [{"role": "user", "content": first}]}
+    assert record["samples"][0]["messages"] == [{"role": "user", "content": first}]
     assert len(record["samples"]) == 3
     assert str(tmp_path) not in (run / "run.json").read_text()
 
-    assert nalora("report", run, "--model", model_directory, "--max-tokens", 8) == 0
+    assert nalora("report", run) == 0
     html = (run / "report" / "report.html").read_text()
-    for sample in record["samples"]:
-        assert f'<h3 class="prompt">{sample["messages"][0]["content"]}</h3>' in html
+    samples = json.loads((run / "samples.json").read_text())["samples"]
+    assert len(samples) == 3
+    for each in samples:
+        assert escape(each["prompt"]) in html
+        assert escape(each["expected"]) in html
     for text in (
         "arguments: (0.0001, 8), name: cosine_decay",
         "weight_decay: 0.03",
         "<td>0.5, 1.0, 1.0</td>",
     ):
         assert text in html
-    for name in ("loss.png", "speed.png", "layers.png", "occupancy.png", "channels.png"):
+    for name in ("card.png", "loss.png", "speed.png", "layers.png", "occupancy.png", "channels.png"):
         assert (run / "report" / name).read_bytes().startswith(b"\x89PNG")
     assert "Answers before and after" in html
+    assert record["model"]["type"] == "llama"
+    assert f" fine-tuned on {data_directory.name}</h1>" in html
+    assert "<h1>A llama model (" in html  # "model" names nothing
     assert "9 rows, 162 tokens, 94% supervised" in html
     (found,) = chart_data(html)["runs"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -416,47 +448,9 @@ def test_report_of_a_trained_run(model_directory, data_directory, tmp_path):
     assert not (run / "report").exists()
 
 
-def test_samples_are_the_prompts_of_rows(tmp_path):
-    """A chat without its last answer but with its tools; the first words of a text; nothing for rows without a file."""
-    from nalora_mlx.core.config import RunConfig
-    from nalora_mlx.data.tokenization import Example, Split
-    from nalora_mlx.runs.record import samples
-
-    def turn(role, content):
-        return {"role": role, "content": content}
-
-    chat = [turn("system", "s"), turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
-    words = " ".join(f"w{i}" for i in range(20))
-    rows = [
-        {"messages": [*chat, turn("assistant", "d")], "tools": [{"type": "function"}]},
-        {"text": words},
-        {"text": words},
-        {"prompt": "q", "completion": "a"},
-    ]
-    path = tmp_path / "valid.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one = np.ones(2)
-    valid = Split([Example(one, one, f"{path}:{number}") for number in (1, 2, 3, 4)])
-    train = Split([Example(one, one, "hub/data[train]:1")])
-    config = RunConfig()
-    assert samples({"train": train, "valid": valid}, config) == [
-        {"messages": chat, "tools": [{"type": "function"}]},
-        {"text": " ".join(f"w{i}" for i in range(12))},
-        {"messages": [turn("user", "q")]},
-    ]
-    assert samples({"train": train, "valid": Split([])}, config) == []
-    path.write_text(json.dumps({"ask": "q", "completion": "a"}))
-    entry = {"path": str(tmp_path), "prompt_feature": "ask"}
-    other = str(tmp_path)[:-1]  # a path that begins like that of the rows
-    assert samples({"valid": valid}, RunConfig(data=[other, entry])) == [{"messages": [turn("user", "q")]}]
-    path.write_text("{}")  # changed while the run was prepared
-    assert samples({"valid": valid}, config) == []
-    path.write_text("no JSON")
-    assert samples({"valid": valid}, config) == []
-
-
 def test_errors_are_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "a")
+    answered = write_run(tmp_path / "answered", samples=[sample("q", None, None, "a")])
     empty = tmp_path / "empty"
     empty.mkdir()
     foreign = tmp_path / "out" / "report.html"
@@ -467,8 +461,8 @@ def test_errors_are_one_line(tmp_path, capsys):
         ([tmp_path / "none"], "is not a directory"),
         ([run, run], "given twice"),
         ([run, "--output", foreign.parent], "was not written by nalora report"),
-        ([run, "--prompt", "p"], "--prompt needs --model"),
         ([run, "--model", "a/b"], "has no adapters.safetensors"),
+        ([answered, "--model", "a/b"], "have answers already"),
         ([run, "--model", "./nowhere"], "no such directory"),
         ([foreign], "is a file"),
         ([run, "--watch", "--every", "0"], "--every 0"),
@@ -486,7 +480,7 @@ def test_missing_package_is_reported(tmp_path, monkeypatch):
     from nalora_mlx.report import __main__ as command
 
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "plotly" else name)
-    with pytest.raises(InputError, match=r"needs plotly: pip install 'nalora-mlx\[report\]'"):
+    with pytest.raises(InputError, match=re.escape(f"needs plotly: {install_command('report')}")):
         command.run(command.build_parser("x").parse_args([str(tmp_path)]))
 
 
@@ -523,13 +517,14 @@ def test_watch_updates_until_the_run_ends(tmp_path):
     assert 'id="pause"' not in page_file.read_text()
 
 
-def watch(run, monkeypatch, meanwhile, running=True):
+def watch(run, monkeypatch, meanwhile, *flags, running=True):
     """Run `nalora report RUN --watch` here, without plots. Each sleep calls the next function of `meanwhile`."""
     from nalora_mlx.report import __main__ as command
 
     steps = iter(meanwhile)
     alive = {"running": running}
     monkeypatch.setattr("nalora_mlx.report.plots.draw_plots", lambda runs: {})
+    monkeypatch.setattr("nalora_mlx.report.card.draw_card", lambda runs: b"")
     monkeypatch.setattr(command, "_any_running", lambda _: alive["running"])
 
     def sleep(_):
@@ -540,7 +535,7 @@ def watch(run, monkeypatch, meanwhile, running=True):
             step()
 
     monkeypatch.setattr(command.time, "sleep", sleep)
-    command.run(command.build_parser("x").parse_args([str(run), "--watch"]))
+    command.run(command.build_parser("x").parse_args([str(run), "--watch", *flags]))
 
 
 def test_watch_waits_for_the_first_report(tmp_path, monkeypatch, capsys):
@@ -612,11 +607,56 @@ def test_models_answer_after_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("nalora_mlx.report.plots.draw_plots", lambda runs: {})
     monkeypatch.setattr(command, "_any_running", lambda _: not events)
     monkeypatch.setattr(command.time, "sleep", lambda _: events.append("slept"))
-    answer = [{"prompt": "p", "texts": [("before", "x"), ("after", "y")]}]
-    monkeypatch.setattr(command, "_ask_models", lambda *_: events.append("answered") or answer)
+
+    def answer(model, runs, _):
+        events.append(f"{model} answered")
+        runs[0].samples = [sample("p", None, "x", "y")]
+
+    monkeypatch.setattr("nalora_mlx.report.missing_answers.add_answers", answer)
     command.run(command.build_parser("x").parse_args([str(run), "--watch", "--model", "a/b"]))
-    assert events == ["slept", "answered"]
+    assert events == ["slept", "a/b answered"]
     assert "Answers before and after" in (run / "report" / "report.html").read_text()
+
+
+class Browser:
+    """A browser that only records what it opens."""
+
+    def __init__(self):
+        self.opened = []
+
+    def open(self, url):
+        self.opened.append(url)
+
+
+def test_open_shows_the_page_and_fails_quietly(tmp_path, monkeypatch, capsys):
+    from nalora_mlx.report import __main__ as command
+
+    run, browser = write_run(tmp_path / "a"), Browser()
+    page = run / "report" / "report.html"
+    monkeypatch.setattr(command.webbrowser, "get", lambda: browser)
+    watch(run, monkeypatch, [])
+    assert browser.opened == []
+    watch(run, monkeypatch, [], "--open")
+    assert browser.opened == [page.resolve().as_uri()]  # once, and not for each update
+
+    def no_browser():
+        raise command.webbrowser.Error("could not locate runnable browser")
+
+    monkeypatch.setattr(command.webbrowser, "get", no_browser)
+    capsys.readouterr()
+    command.run(command.build_parser("x").parse_args([str(run), "--open"]))
+    assert capsys.readouterr().out.startswith(str(page))
+    # A browser that would take over the terminal is not started.
+    started = []
+    terminal_browser = command.webbrowser.GenericBrowser("lynx")
+    monkeypatch.setattr(terminal_browser, "open", started.append, raising=False)
+    monkeypatch.setattr(command.webbrowser, "get", lambda: terminal_browser)
+    monkeypatch.delenv("BROWSER", raising=False)
+    command.run(command.build_parser("x").parse_args([str(run), "--open"]))
+    assert started == []
+    monkeypatch.setenv("BROWSER", "lynx")
+    command.run(command.build_parser("x").parse_args([str(run), "--open"]))
+    assert started == [page.resolve().as_uri()]
 
 
 def test_watching_processes_are_not_taken_for_runs(tmp_path):

@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from nalora_mlx.core.terminal import has_colors, marked_text
-from nalora_mlx.runs.display import Display, Status, chart, duration, trend
+from nalora_mlx.runs.display import Display
 from nalora_mlx.runs.progress import Progress
+from nalora_mlx.runs.status import Status, duration, sparkline, trend
 
 START = {"event": "start", "iterations": 100, "done": 0}
 
@@ -55,13 +56,11 @@ EVENTS = [
 ]
 LINES = """\
 validating the model on 2 batches
-iteration   0: validation loss 3.0000, 2.0 s
-iteration  10: loss 2.5000, lr 1.00e-05, 0.50 it/s, 1234 tokens/s, 400 tokens, peak 3.20 of 16.0 GB, \
-misalignment 0.200, 10% done, 0:03:00 left
-iteration  10: validation loss 2.2500, -0.7500 (best), 2.0 s
-iteration  20: loss 2.0000, lr -, 0.50 it/s, 1234 tokens/s, 800 tokens, peak 3.20 of 16.0 GB, \
-20% done, 0:02:40 left
-iteration  20: validation loss 2.5000, +0.2500, 2.0 s
+iteration   0/100: validation loss 3.0000, 2.0 s
+iteration  10/100: loss 2.5000, lr 1.00e-05, 1234 tokens/s, 3.20 GB, 0:03:00 left
+iteration  10/100: validation loss 2.2500 (best), 2.0 s
+iteration  20/100: loss 2.0000, 1234 tokens/s, 3.20 GB, 0:02:40 left
+iteration  20/100: validation loss 2.5000, 2.0 s
 iteration 20: saved to adapters/checkpoints/step-0000020
 note: [bold] is not markup
 """
@@ -79,12 +78,6 @@ def test_plain_lines_when_piped():
     out = io.StringIO()
     show(EVENTS, Console(file=out, width=40))
     assert out.getvalue() == LINES
-
-
-def test_memory_without_a_limit():
-    out = io.StringIO()
-    show([START, report(10, 2.5)], Console(file=out), limit=None)
-    assert ", peak 3.20 GB, misalignment" in out.getvalue()
 
 
 def screen(text):
@@ -141,18 +134,18 @@ def test_a_terminal_shows_the_bar_and_the_status():
     seen = on_a_terminal()
     lines = screen(seen)
     assert lines[:5] == [
-        "iteration   0: validation loss 3.0000, 2.0 s",
-        "iteration  10: validation loss 2.2500, -0.7500 (best), 2.0 s",
-        "iteration  20: validation loss 2.5000, +0.2500, 2.0 s",
+        "iteration   0/100: validation loss 3.0000, 2.0 s",
+        "iteration  10/100: validation loss 2.2500 (best), 2.0 s",
+        "iteration  20/100: validation loss 2.5000, 2.0 s",
         "iteration 20: saved to adapters/checkpoints/step-0000020",
         "note: [bold] is not markup",
     ]
-    assert re.fullmatch(r"training [━╸╺ ]+ 1/100 +1% \S+ left", lines[5])
+    assert re.fullmatch(r"training [━╸╺ ]+ 1/100( \S+ left)?", lines[5])
     assert [" ".join(line.split()) for line in lines[6:]] == [
-        "loss 2.0000 █▁",
+        "loss 2.0000 █▁ from 2.5000",
         "validation 2.5000 best 2.2500 at iteration 10",
         "learning rate none",
-        "speed 1,234 tokens/s, 0.50 iterations/s",
+        "speed 1,234 tokens/s, 2.0 s per iteration",
         "memory 3.20 of 16.0 GB (20%)",
     ]
     assert "\x1b[36m" in seen  # cyan
@@ -187,9 +180,9 @@ def test_supervised_tokens_have_brackets_without_colors():
 # --- parts --------------------------------------------------------------------------------------------------
 
 
-def status(events, limit=10e9):
-    console = Console(file=io.StringIO(), width=100)
-    made = Status(int(limit))
+def status(events, limit=10e9, width=100):
+    console = Console(file=io.StringIO(), width=width)
+    made = Status(limit and int(limit))
     for event in events:
         made.add(event)
     console.print(made)
@@ -198,12 +191,12 @@ def status(events, limit=10e9):
 
 def test_the_status_shows_trend_best_loss_and_full_memory():
     falling = [report(i, 3 - 0.1 * i) for i in range(1, 11)]
-    text = status([*falling, validation(10, 2.0, 2.0)])
-    assert re.search(r"loss +2\.0000  █▇▆▆▅▄▃▃▂▁  falling", text)
-    assert re.search(r"validation +2\.0000  the best so far", text)
+    text = status([*falling, validation(10, 2.0, 2.0) | {"first_loss": 3.5}])
+    assert re.search(r"loss +2\.0000  [█▇▆▅▄▃▂▁]{10}  falling  from 2\.9000", text)
+    assert re.search(r"validation +2\.0000  the best so far  from 3\.5000", text)
     first = status([validation(0, 3.0, None), *falling])
-    assert re.search(r"validation +3\.0000  at iteration 0 *$", first, re.M), first
-    assert re.search(r"misalignment +0\.200", text)
+    assert re.search(r"validation +3\.0000  before training *$", first, re.M), first
+    assert "misalignment" not in text
     assert "nearly full" not in text
     later = status([*falling, validation(10, 2.0, 2.0), validation(15, 2.4, 2.0)])
     assert re.search(r"validation +2\.4000  best 2\.0000 at iteration 10", later)
@@ -211,10 +204,24 @@ def test_the_status_shows_trend_best_loss_and_full_memory():
     assert re.search(
         r"memory +9\.50 of 10\.0 GB \(95%, nearly full\)", status([report(1, 2.0, peak_memory_gb=9.5)])
     )
+    assert re.search(r"memory +3\.20 GB$", status([report(1, 2.0)], limit=None).rstrip())
+    assert re.search(
+        r"speed +1,234 tokens/s, 3\.00 iterations/s", status([report(1, 2.0, iterations_per_second=3.0)])
+    )
 
 
-def test_a_resumed_run_knows_the_best_without_its_iteration():
-    assert re.search(r"validation +2\.4000  best 2\.0000$", status([validation(15, 2.4, 2.0)]).rstrip())
+@pytest.mark.parametrize("width", [70, 80, 140, 300])
+def test_the_status_fits_into_any_terminal(width):
+    """All reports of a long run are in the line of blocks, from the first to the last."""
+    events = [report(i, 3 * 0.99**i, learning_rate=1e-5) for i in range(1, 301)] + [validation(300, 2.0, 2.0)]
+    lines = status(events, width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    blocks = re.search("[█▇▆▅▄▃▂▁]+", lines[0])[0]
+    assert blocks[0] == "█"
+    assert blocks[-1] == "▁"
+    assert len(blocks) == {70: 23, 80: 33, 140: 60, 300: 60}[width]
+    assert lines[0].rstrip().endswith("  falling  from 2.9700")
+    assert len(lines) == 5  # nothing is wrapped
 
 
 def test_no_validation_is_called_best_that_is_worse_than_before_training():
@@ -230,11 +237,11 @@ def test_no_validation_is_called_best_that_is_worse_than_before_training():
     out = io.StringIO()
     show(events, Console(file=out, width=40))
     assert out.getvalue().splitlines() == [
-        "iteration   0: validation loss 3.0000, 2.0 s",
-        "iteration   4: validation loss 43.5000, +40.5000 (not better than before training, 3.0000), 2.0 s",
-        "iteration   8: validation loss 3.0000, -40.5000 (not better than before training, 3.0000), 2.0 s",
-        "iteration  12: validation loss 2.5000, -0.5000 (best), 2.0 s",
-        "iteration  16: validation loss nan, +nan (not better than before training, 3.0000), 2.0 s",
+        "iteration   0/100: validation loss 3.0000, 2.0 s",
+        "iteration   4/100: validation loss 43.5000 (not better than before training, 3.0000), 2.0 s",
+        "iteration   8/100: validation loss 3.0000 (not better than before training, 3.0000), 2.0 s",
+        "iteration  12/100: validation loss 2.5000 (best), 2.0 s",
+        "iteration  16/100: validation loss nan (not better than before training, 3.0000), 2.0 s",
     ]
     text = status(events[1:3])
     assert re.search(r"validation +43\.5000  not better than before training, 3\.0000", text)
@@ -252,27 +259,116 @@ def test_the_end_says_if_training_did_not_help(first, best, helped):
     progress.record_validation(best)
     before = "NaN or infinite" if first is None else f"{first:.4f}"
     lines = progress.result(None).describe_validation(Path("a/best"))
-    assert lines[0] == (
-        f"validation loss {before} before, {best:.4f} after, best {best:.4f} at iteration 4 (a/best)"
-    )
+    assert lines[0].startswith(f"validation loss {before} before training, {best:.4f} after")
+    assert lines[0].endswith(" (the best)") == helped
     assert len(lines) == 2 - helped
     if not helped:
-        assert (
-            f"validation loss {before} before it, {best:.4f} at best; the model is better without" in lines[1]
-        )
+        assert lines[1].startswith("note: training did not help: the best adapter, in a/best, has")
+        assert f"{best:.4f}, so the model is better without it; lower the learning rate" in lines[1]
     assert Progress().result(None).describe_validation(Path("a/best")) == []
 
 
-def test_chart_trend_and_duration():
-    assert chart([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert chart([1, math.nan, 2]) == "▁ █"
-    assert chart([3, 3]) == "▁▁"
+def test_the_end_says_where_a_better_adapter_is():
+    progress = Progress()
+    for iteration, loss in ((0, 3.0), (4, 2.0), (8, 2.5)):
+        progress.iteration = iteration
+        progress.record_validation(loss)
+    assert progress.result(None).describe_validation(Path("a/best")) == [
+        "validation loss 3.0000 before training, 2.5000 after (best 2.0000 at iteration 4: a/best)"
+    ]
+
+
+def test_sparkline_trend_and_duration():
+    powers = [2.0**i for i in range(8)]
+    assert sparkline(powers, 20) == "▁▂▃▄▅▆▇█"  # a log scale
+    assert sparkline(powers[::-1], 8) == "█▇▆▅▄▃▂▁"
+    assert sparkline(powers, 4) == "▁▃▆█"  # means of pairs: 1.5, 6, 24, 96
+    assert sparkline([9, *[1, 0.9, 0.7, 0.5]], 9) == "█▃▂▂▁"  # a first loss of ten times the others
+    assert sparkline([1, math.nan, 2, math.inf], 9) == "▁ █ "
+    assert sparkline([1, math.nan, 2, 2], 2) == "▁█"  # what is known of a group counts
+    assert sparkline([3, 3], 9) == "▁▁"
+    assert sparkline([0, 0], 9) == "▁▁"
+    assert sparkline([0, 1], 9) == "▁█"
+    assert sparkline([], 9) == ""
+    assert sparkline(list(range(1, 1001)), 60)[-1] == "█"
     assert trend([1.0] * 9) == ""
     assert trend([1.0] * 5 + [1.009] * 5) == "level"
     assert trend([1.0] * 5 + [1.02] * 5) == "rising"
     assert trend([1.0] * 5 + [0.9] * 5) == "falling"
     assert trend([1.0] * 9 + [math.inf]) == ""
     assert [duration(s) for s in (0, 59.6, 3661)] == ["0:00:00", "0:01:00", "1:01:01"]
+
+
+# --- after training -----------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_shown_to_a_person_only():
+    sample = {
+        "prompt": "[who]?\n\nyou",
+        "before": "the " * 40,
+        "after": "a\n" * 9,
+        "expected": "b",
+        "complete": True,
+    }
+    out, piped = io.StringIO(), io.StringIO()
+    for file, terminal in ((out, True), (piped, False)):
+        with Display(Console(file=file, width=80, force_terminal=terminal, color_system=None)) as display:
+            display.sample(sample | {"before_complete": False})
+    assert piped.getvalue() == ""
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[1:4] == ["prompt    [who]?", "          you", "before    the" + " the" * 16]
+    assert any(line.endswith("the ...") for line in lines)
+    assert lines[-7:] == ["after     a", *["          a"] * 4, "          a ...", "expected  b"]
+    out = io.StringIO()
+    with Display(Console(file=out, width=80, force_terminal=True, color_system=None)) as display:
+        display.sample(sample | {"before": None, "after": "word " * 500, "expected": None})
+    assert "before" not in out.getvalue()
+    assert re.search(r"word \.\.\. *$", out.getvalue())
+    assert out.getvalue().count("word") == 79
+    out = io.StringIO()
+    with Display(Console(file=out, width=80, force_terminal=True, color_system=None)) as display:
+        display.sample(sample | {"after": "b", "expected": "b\n"})
+    assert "expected" not in out.getvalue()
+
+
+def test_what_follows_the_training_is_below_the_bar():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100, color_system=None)
+    with Display(console) as display:
+        for event in (START, {"event": "step", "step": 100}, report(100, 2.0), {"event": "end"}):
+            display(event)
+        display.note("the end")
+    lines = screen(out.getvalue())
+    assert lines[-1] == "the end"
+    assert re.fullmatch("training ━+ 100/100", lines[0])  # no time is left
+
+
+def test_notices_of_several_splits_are_merged():
+    out = io.StringIO()
+    with Display(Console(file=out, width=40)) as display:
+        display.notices(
+            [
+                "train: 3 of 9 rows are cut (the longest has 30) (a.jsonl:1, :7); raise it",
+                "train: nothing reads the keys 'id' (9 rows, a.jsonl:1); remove them",
+                "valid: 1 of 4 rows is cut (the longest has 20) (b.jsonl:1); raise it",
+                "valid: nothing reads the keys 'id' (4 rows, b.jsonl:1); remove them",
+                "valid: nothing reads the keys 'no' (4 rows, b.jsonl:1); remove them",
+                "something else",
+                "something else",
+            ]
+        )
+    assert out.getvalue().splitlines() == [
+        "note: train: 3 of 9 rows are cut (the longest has 30) (a.jsonl:1, :7); raise it; "
+        "also valid: 1 of 4 rows (b.jsonl:1)",
+        "note: train: nothing reads the keys 'id' (9 rows, a.jsonl:1); remove them; "
+        "also valid (4 rows, b.jsonl:1)",
+        "note: valid: nothing reads the keys 'no' (4 rows, b.jsonl:1); remove them",
+        "note: something else",
+        "note: something else",
+    ]
+
+
+# --- time and closed terminals ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seconds", [1, 60, 400])

@@ -1,6 +1,7 @@
 """Services that receive metrics: TensorBoard, mlx-lm's callbacks, and their failures."""
 
 import json
+import re
 import struct
 import sys
 import time
@@ -12,6 +13,7 @@ from mlx_lm.tuner import callbacks
 from nalora_mlx.__main__ import main
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.optional_dependencies import install_command, install_packages
 from nalora_mlx.runs.loggers import reporters
 
 FLAGS = ["--batch-size", "3", "--steps-per-report", "2", "--steps-per-eval", "4", "--save-every", "4"]
@@ -170,10 +172,10 @@ def test_unknown_and_missing_services_are_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     for named, words in (
         ("nothing", "--report-to nothing: choose from swanlab, wandb, tensorboard"),
-        ("wandb", "--report-to wandb: needs wandb; pip install wandb"),
+        ("wandb", re.escape(f"--report-to wandb: needs wandb; {install_packages('wandb')}")),
         (
             "tensorboard",
-            r"--report-to tensorboard: needs tensorboardX; pip install 'nalora-mlx\[tensorboard\]'",
+            re.escape(f"--report-to tensorboard: needs tensorboardX; {install_command('tensorboard')}"),
         ),
     ):
         with pytest.raises(InputError, match=words):

@@ -289,6 +289,27 @@ def test_a_checkpoint_from_another_directory_starts_a_new_run(stopped, tmp_path)
     assert_same_run(output, tmp_path / "whole")
 
 
+def test_sample_answers_do_not_outlive_their_adapter(tmp_path):
+    output = tmp_path / "a"
+    start_run(output, stop_at=5)
+    (output / "samples.json").write_text("of iteration 5")
+    start_run(output, resume=LATEST, stop_at=7)  # the adapter is trained further
+    assert not (output / "samples.json").exists()
+    assert not (output / "previous").exists()
+    (output / "samples.json").write_text("of iteration 7")
+    back = output / "checkpoints" / "step-0000005"
+    start_run(output, resume=back, stop_at=6)  # everything later is kept
+    assert not (output / "samples.json").exists()
+    assert (output / "previous" / "1" / "samples.json").read_text() == "of iteration 7"
+    (output / "samples.json").write_text("of iteration 6")
+    start_run(output, stop_at=2)  # another run
+    assert not (output / "samples.json").exists()
+    assert (output / "previous" / "2" / "samples.json").read_text() == "of iteration 6"
+    (output / ".samples.123.json").write_text("half")  # of a process that was killed
+    start_run(output, resume=LATEST, stop_at=3)
+    assert not (output / ".samples.123.json").exists()
+
+
 def test_resuming_after_a_shorter_accumulation_window_says_so(tmp_path):
     start_run(tmp_path / "a", iters=5, grad_accumulation_steps=3)
     _, _, notices = start_run(tmp_path / "a", iters=8, grad_accumulation_steps=3, resume=LATEST)

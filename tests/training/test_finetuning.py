@@ -213,6 +213,21 @@ def test_generate_and_fuse_answer_as_mlx_lm_does(model_directory, data_directory
     assert result.generate(chat, max_tokens=8) == answer
 
 
+def test_sample_answers_are_those_of_mlx_lm(model_directory, data_directory, tmp_path):
+    settings = SETTINGS_OF_RUN | {"iters": 30, "samples": True}
+    data = {"train": rows_of(data_directory, "train"), "valid": rows_of(data_directory, "valid")}
+    result = nalora_mlx.finetune(model_directory, data, tmp_path / "a", progress=False, **settings)
+    assert len(result.samples) == 3
+    for adapter, key in ((None, "before"), (str(result.path), "after")):
+        model, tokenizer = mlx_lm.load(str(model_directory), adapter_path=adapter)
+        for sample, row in zip(result.samples, data["valid"], strict=False):
+            assert (sample["prompt"], sample["expected"]) == (row["prompt"], row["completion"])
+            prompt = tokenizer.apply_chat_template(sample["messages"], add_generation_prompt=True)
+            answer = mlx_lm.generate(model, tokenizer, prompt, max_tokens=96)
+            assert sample[key] == answer.strip()
+    assert any(sample["before"] != sample["after"] for sample in result.samples)
+
+
 def test_report_writes_a_page(model_directory, data_directory, tmp_path):
     pytest.importorskip("plotly")
     pytest.importorskip("matplotlib")

@@ -23,6 +23,7 @@ from nalora_mlx.data.batches import epoch_batches, row_shapes, training_batches
 from nalora_mlx.data.padding import PAD_TO
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.ops.device_sizes import device_sizes
+from nalora_mlx.ops import device_memory
 from nalora_mlx.training import memory_plan
 from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.last_good import LastGoodWeights
@@ -413,7 +414,7 @@ def test_trials_that_take_long_are_left_out(monkeypatch):
 
 def test_a_run_that_needs_more_than_the_machine_has_is_refused(monkeypatch):
     built, examples = model(), rows(8, 64)
-    monkeypatch.setattr(memory_plan, "machine_memory", lambda: 2**20)
+    monkeypatch.setattr(device_memory, "machine_memory", lambda: 2**20)
     with pytest.raises(InputError, match=r"^memory: about .* does not fit; what would fit: "):
         memory_advice(built, examples, RunConfig(), new_optimizer)
     planned = memory_advice(built, examples, RunConfig(plan=True), new_optimizer)
@@ -488,14 +489,14 @@ def test_the_largest_batch():
 def test_the_budget_of_a_gpu_is_that_of_its_memory(monkeypatch):
     info = {"max_recommended_working_set_size": 3 << 30, "total_memory": 80 << 30}
     monkeypatch.setattr(mx, "device_info", lambda: info)
-    monkeypatch.setattr(memory_plan, "machine_memory", lambda: 1 << 40)
+    monkeypatch.setattr(device_memory, "machine_memory", lambda: 1 << 40)
     for kind, budget in (("metal", 3 << 30), ("cuda", int(0.8 * (80 << 30))), ("cpu", int(0.8 * (1 << 40)))):
-        monkeypatch.setattr(memory_plan, "device_kind", lambda kind=kind: kind)
+        monkeypatch.setattr(device_memory, "device_kind", lambda kind=kind: kind)
         assert memory_plan.default_budget() == budget
 
 
 def test_the_default_budget_respects_the_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_plan, "CGROUPS", tmp_path)
+    monkeypatch.setattr(device_memory, "CGROUPS", tmp_path)
     machine = memory_plan.default_budget()
     (tmp_path / "memory.max").write_text("max\n")
     assert memory_plan.default_budget() == machine

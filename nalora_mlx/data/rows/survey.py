@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nalora_mlx.core.errors import MAX_SHOWN
+from nalora_mlx.core.notices import Note
 from nalora_mlx.core.parsing import did_you_mean
 from nalora_mlx.data.rows.cells import is_blank
 from nalora_mlx.data.rows.forms import KEY_FLAGS, Form
@@ -42,9 +43,10 @@ class Survey:
 
     def notices(self, name: str) -> list[str]:
         """Return sentences about a split; none if all rows have a form of mlx_lm.lora and nothing else."""
-        found = []
+        found: list[str] = []
         if self._parts:
-            found.append(f"{name}: {'; '.join(map(self._clause, self.forms))}; {KEY_FLAGS} read other keys")
+            forms = "; ".join(map(self._clause, self.forms))
+            found.append(Note(f"{name}: {forms}; {KEY_FLAGS} read other keys"))
         if self._keys:
             meant = next(filter(None, (did_you_mean(key, ROW_KEYS) for key in self._keys)), "")
             remedy = meant or "; remove them, or rename them if they matter"
@@ -61,8 +63,10 @@ class Survey:
             )
         if self._weights:
             found.append(
-                f"{name}: 'weight' is above 1 ({self._weights.where('weight')}); "
-                "an epoch holds these rows several times"
+                Note(
+                    f"{name}: 'weight' is above 1 ({self._weights.where('weight')}); "
+                    "an epoch holds these rows several times"
+                )
             )
         return found
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nalora_mlx.core.errors import InputError, first_line
+from nalora_mlx.core.optional_dependencies import install_command
 
 RawRow = tuple[str, dict[str, Any]]  # source and content
 LONGEST_LINE = 32 * 2**20  # bytes; a longer line is a whole file, and would be cut to a few thousand tokens
@@ -37,7 +38,7 @@ def _open_zstandard(path: Path) -> BinaryIO:
         from pyarrow import input_stream
     except ImportError:
         raise InputError(
-            f"{path}: reading .zst needs pyarrow; pip install 'nalora-mlx[data]', or decompress the file"
+            f"{path}: reading .zst needs pyarrow; {install_command('data')}, or decompress the file"
         ) from None
     return io.BufferedReader(input_stream(str(path), compression="zstd"))
 

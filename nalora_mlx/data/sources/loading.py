@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from nalora_mlx.core.data_entries import FEATURE_KEYS, ratio_problem
 from nalora_mlx.core.errors import InputError, first_line, listed
 from nalora_mlx.core.notices import Note
+from nalora_mlx.core.optional_dependencies import install_command
 from nalora_mlx.core.parsing import reject_unknown
 from nalora_mlx.data.sources.files import RawRow, Remarks
 from nalora_mlx.data.sources.readers import (
@@ -237,37 +238,6 @@ def _text_splits(
     return {name: _named_split(found, name, str(directory), remarks) for name in names}
 
 
-def is_text(source: str) -> bool:
-    """Return whether a row's source is a whole text file."""
-    return Path(source).suffix.lower() in TEXT_FORMS
-
-
-def read_again(sources: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Return the rows of local files with these sources; a file is read up to the last of them.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for path in dict.fromkeys(_file_of(source) for source in sources):
-        if not path.is_file():
-            continue
-        wanted = {source for source in sources if _file_of(source) == path}
-        for rows in _open_file(path, SPLITS, Remarks()).splits.values():
-            for source, content in rows if wanted else ():
-                if source in wanted:
-                    found[source] = content
-                    wanted.discard(source)
-                    if not wanted:
-                        break
-    return found
-
-
-def _file_of(source: str) -> Path:
-    """Return the file of a source: FILE, FILE:LINE or FILE[SPLIT]:NUMBER."""
-    return Path(re.sub(r"(\[\w+\])?:\d+$", "", source))
-
-
 # --- Hugging Face -------------------------------------------------------------------------------------------
 
 
@@ -342,9 +312,7 @@ def _import_datasets(what: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise InputError(
-            f"{what}; to load it from the Hugging Face Hub, pip install 'nalora-mlx[data]'"
-        ) from None
+        raise InputError(f"{what}; to load it from the Hugging Face Hub, {install_command('data')}") from None
     return datasets
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.errors import InputError, counted
+from nalora_mlx.core.notices import Note
 from nalora_mlx.data.sources.files import COMPRESSIONS, RawRow, Remarks, reading
 from nalora_mlx.data.sources.json_files import json_splits, jsonl_rows
 from nalora_mlx.data.sources.tables import csv_rows, parquet_rows, tsv_rows
@@ -83,4 +84,5 @@ def read_texts(paths: Sequence[Path], remarks: Remarks) -> Iterator[RawRow]:
         else:
             empty += 1
     if empty:
-        remarks.notices.append(f"{empty} of {len(paths)} text files are empty and were left out")
+        verbs = "is empty and was" if empty == 1 else "are empty and were"
+        remarks.notices.append(Note(f"{empty} of {counted(len(paths), 'text file')} {verbs} left out"))

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.errors import InputError, first_line
+from nalora_mlx.core.notices import Note
+from nalora_mlx.core.optional_dependencies import install_command
 from nalora_mlx.data.sources.files import LONGEST_LINE, RawRow, Remarks, decode_line, open_file, read_lines
 
 BATCH_ROWS = 256  # rows of a Parquet file to decode at once
@@ -43,7 +45,7 @@ def _table_rows(path: Path, delimiters: str, remarks: Remarks) -> Iterator[RawRo
             delimiter = next((other for other in delimiters if other in first), delimiters[0])
             if delimiter != delimiters[0]:
                 remarks.notices.append(
-                    f"{path}: its header has no comma, so {delimiter!r} separates the cells"
+                    Note(f"{path}: its header has no comma, so {delimiter!r} separates the cells")
                 )
             table = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
             header: list[str] | None = None
@@ -91,7 +93,7 @@ def parquet_rows(path: Path, remarks: Remarks) -> Iterator[RawRow]:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise InputError(
-            f"{path}: reading Parquet needs pyarrow; pip install 'nalora-mlx[data]', or write the rows as .jsonl"
+            f"{path}: reading Parquet needs pyarrow; {install_command('data')}, or write the rows as .jsonl"
         ) from None
     try:
         with ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_mlx.core.notices import Note
 from nalora_mlx.export.gguf.placement import Placement, Placements, interleave, layer_and_rest
 from nalora_mlx.models.rope_config import SLIDING
 
@@ -154,12 +155,12 @@ def config_notes(arch: Architecture, args: Any) -> list[str]:
 def _scaling_notes(arch: Architecture, args: Any) -> list[str]:
     kind = scaling_type(args)
     if arch.ignores_scaling and kind != "default":
-        return [f"RoPE scaling ({kind}) is omitted: mlx-lm ignores it for this model type"]
+        return [Note(f"RoPE scaling ({kind}) is omitted: mlx-lm ignores it for this model type")]
     if kind == "dynamic":
         limit = args.max_position_embeddings
         return [f"GGUF has no dynamic RoPE scaling: the model is the same up to {limit} tokens"]
     if kind == "longrope":
-        return ["the long RoPE factors are used at every length, as in mlx-lm"]
+        return [Note("the long RoPE factors are used at every length, as in mlx-lm")]
     if arch.name == "gemma2":
         return ["every second layer uses the sliding window in llama.cpp and full attention in mlx-lm"]
     return []

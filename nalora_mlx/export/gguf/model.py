@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.notices import Note
 from nalora_mlx.export.gguf.architecture import (
     Architecture,
     arguments,
@@ -121,6 +122,11 @@ class ExportPlan:
     model: LazyModel
     tensors: list[PlannedTensor]
     vocabulary: Vocabulary
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the user about the model and its vocabulary."""
+        return config_notes(self.arch, self.model.args) + self.vocabulary.notes
 
 
 def export_gguf(
@@ -313,7 +319,7 @@ def _safe_name(name: str, arch: Architecture, vocabulary: Vocabulary) -> str:
         name = f"phi-3 {name}"
     if vocabulary.strips_right and not re.search("phi-?3", name, re.IGNORECASE):
         vocabulary.notes.append(
-            "mlx-lm strips the spaces after some special tokens of this model, llama.cpp does not"
+            Note("mlx-lm strips the spaces after some special tokens of this model, llama.cpp does not")
         )
     return name
 

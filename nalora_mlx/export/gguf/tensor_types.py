@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.notices import Note
+from nalora_mlx.core.optional_dependencies import install_command
 
 try:
     import gguf
 except ImportError as error:
-    raise InputError("export gguf needs the package gguf: pip install 'nalora-mlx[export]'") from error
+    raise InputError(f"export gguf needs the package gguf: {install_command('export')}") from error
 
 Type = gguf.GGMLQuantizationType
 
@@ -113,17 +115,20 @@ def byte_size(shape: Sequence[int], type: Any) -> int:
 
 
 def fallback_notes(tensors: Sequence[tuple[tuple[int, ...], Any]], type: str) -> list[str]:
-    """Return notes on matrices, given as (shape, type), that have another type than the requested one."""
+    """Return notes on matrices, given as (shape, type), that have another type than the requested one.
+
+    They ask for nothing: the rows of these matrices do not fit the type, or the type has llama.cpp's usual mixture.
+    """
     requested = FILE_TYPES[type][1].name
     others = Counter(t.name for shape, t in tensors if len(shape) > 1 and t.name not in (requested, "F32"))
     blocks = others.pop(Type.MXFP4.name, 0)
-    kept = [
+    kept = (
         f"{blocks} of {len(tensors)} tensors keep the MXFP4 values of the model, as with every type but f32"
-    ]
-    return (kept if blocks else []) + [
-        f"{count} of {len(tensors)} tensors are {other} instead of {requested}"
-        for other, count in others.items()
-    ]
+    )
+    notes: list[str] = [Note(kept)] if blocks else []
+    for other, count in others.items():
+        notes.append(Note(f"{count} of {len(tensors)} tensors are {other} instead of {requested}"))
+    return notes
 
 
 def quantize(values: np.ndarray, type: Any, use_llama_cpp: bool) -> np.ndarray:
@@ -178,7 +183,7 @@ def _load_llama_cpp() -> ctypes.CDLL:
         function = library.ggml_quantize_chunk
     except (ImportError, StopIteration, OSError, AttributeError) as error:
         raise InputError(
-            "K-quants need llama.cpp's quantizer, in the package xllamacpp: pip install 'nalora-mlx[kquants]' "
+            f"K-quants need llama.cpp's quantizer, in the package xllamacpp: {install_command('export')} "
             f"({error or 'it contains no library'})"
         ) from error
     function.restype = ctypes.c_size_t

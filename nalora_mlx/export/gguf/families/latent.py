@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_mlx.core.notices import Note
 from nalora_mlx.export.gguf.architecture import Architecture, Check, checks
 from nalora_mlx.export.gguf.families.routing import (
     DEEPSEEK,
@@ -196,7 +197,7 @@ def _mistral4_rope(args: Any) -> Iterator[str]:
 def _other_epsilon(args: Any) -> Iterator[str]:
     """Note where mlx-lm has the constant 1e-6 for an epsilon."""
     if args.rms_norm_eps != 1e-6:
-        yield (
+        yield Note(
             f"the norms of compressed queries, keys and values use epsilon {args.rms_norm_eps:g} in llama.cpp and "
             "1e-06 in mlx-lm; the difference is small"
         )

@@ -7,6 +7,7 @@ GGUF has keys for three ends (eos, eot, eom). llama.cpp also ends at tokens that
 from collections.abc import Sequence
 from typing import Any
 
+from nalora_mlx.core.notices import Note
 from nalora_mlx.export.gguf.vocabulary.pieces import NORMAL, UNUSED
 
 # Texts of tokens at which llama.cpp ends.
@@ -73,7 +74,9 @@ def assign_ends(
         )
     extra = [i for i in by_text if i not in ends]
     if names := ", ".join(tokens[i] for i in extra if types[i] != NORMAL):
-        notes.append(f"llama.cpp also ends an answer at {names}, which it knows by name; mlx-lm does not")
+        notes.append(
+            Note(f"llama.cpp also ends an answer at {names}, which it knows by name; mlx-lm does not")
+        )
     if names := ", ".join(tokens[i] for i in extra if types[i] == NORMAL):
         notes.append(
             f"llama.cpp takes {names} for a special token that ends an answer, because of its name; for mlx-lm it is "

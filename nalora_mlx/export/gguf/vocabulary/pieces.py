@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.notices import Note
 from nalora_mlx.export.gguf.vocabulary.pretokenizers import flatten_steps, unsupported_tokenizer
 
 # Token types, with the same numbers in SentencePiece and GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_NORMALIZATION_NOTE = (
+_NORMALIZATION_NOTE = Note(
     "the tokenizer normalizes text and llama.cpp does not: unusual characters or spaces may split differently"
 )
 _RAW_BPE_NOTE = "the tokenizer needs llama.cpp's tokenizer model gemma4, which versions before 2026 lack"
@@ -43,7 +44,8 @@ def pieces_from_json(path: Path, tokenizer: dict[str, Any]) -> Pieces:
     Raises:
         InputError: the BPE was not made by SentencePiece, or handles spaces in an unsupported way.
     """
-    model, notes = tokenizer["model"], []
+    model = tokenizer["model"]
+    notes: list[str] = []
     prefix = marks_spaces = False
     for step in flatten_steps(tokenizer.get("normalizer"), "normalizers"):
         if step["type"] == "Prepend" and step["prepend"] == "▁":
@@ -177,7 +179,7 @@ def pieces_from_proto(path: Path) -> Pieces:
         if kind == USER_DEFINED:  # matched after spaces become ▁ in SentencePiece, and before in llama.cpp
             tokens[i] = tokens[i].replace("▁", " ")
     normalizes = normalizer.get(2) or normalizer.get(4, 1)  # precompiled_charsmap, remove_extra_whitespaces
-    notes = [_NORMALIZATION_NOTE] if normalizes else []
+    notes: list[str] = [_NORMALIZATION_NOTE] if normalizes else []
     prefix = bool(normalizer.get(3, 1))  # add_dummy_prefix
     return Pieces(tokens, types, scores, prefix, notes + [_SPACE_NOTE] * prefix)
 

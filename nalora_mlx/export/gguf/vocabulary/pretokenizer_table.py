@@ -6,6 +6,8 @@ tests/interop/test_gguf_pretokenizers.py compares every row, and every differenc
 from dataclasses import dataclass
 from typing import Any
 
+from nalora_mlx.core.notices import Note
+
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _REST_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -80,10 +82,10 @@ DIFFERENCES = {
         "llama.cpp cuts words with capitals beyond A to Z differently (\u00c9COLE, \u043f\u0440\u0438\u0412\u0435"
         "\u0442), so they get other tokens than in mlx-lm"
     ),
-    "spaces": "llama.cpp cuts words differently at spaces beyond ASCII, such as the ideographic space",
-    "numerals": "llama.cpp groups digits beside letters beyond ASCII, and fractions, differently",
-    "spaces before digits": "llama.cpp cuts several spaces before a digit differently",
-    "scripts": "llama.cpp cuts a few rare scripts (Cherokee, Yi) differently",
+    "spaces": Note("llama.cpp cuts words differently at spaces beyond ASCII, such as the ideographic space"),
+    "numerals": Note("llama.cpp groups digits beside letters beyond ASCII, and fractions, differently"),
+    "spaces before digits": Note("llama.cpp cuts several spaces before a digit differently"),
+    "scripts": Note("llama.cpp cuts a few rare scripts (Cherokee, Yi) differently"),
     "digits": "llama.cpp joins digits that mlx-lm separates",
 }
 

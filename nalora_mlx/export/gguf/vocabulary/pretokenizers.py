@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.notices import Note
 from nalora_mlx.export.gguf.vocabulary.pretokenizer_table import (
     BYTE_LEVEL,
     DIFFERENCES,
@@ -51,21 +52,23 @@ def identify_pretokenizer(
     Raises:
         InputError: both are unknown, or the normalizer is unsupported.
     """
-    notes = []
+    notes: list[str] = []
     for step in flatten_steps(tokenizer.get("normalizer"), "normalizers"):
         if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
             raise unsupported_tokenizer(path, f"has a normalizer {step['type']}, which llama.cpp lacks")
         notes.append(
-            f"mlx-lm normalizes text to Unicode {step['type']} and llama.cpp does not, so text in another form "
-            "(accents or Hangul syllables in separate characters, Hebrew and Arabic with vowel points) gets different "
-            "tokens there"
+            Note(
+                f"mlx-lm normalizes text to Unicode {step['type']} and llama.cpp does not, so text in another form "
+                "(accents or Hangul syllables in separate characters, Hebrew and Arabic with vowel points) gets "
+                "different tokens there"
+            )
         )
     row = _find_row(tokenizer)
     if row is None:
         if given_name is None or given_name not in KNOWN_NAMES:
             found = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False)
             raise unsupported_tokenizer(path, f"has an unknown pre-tokenizer: {found}")
-        return given_name, [*notes, f"the pre-tokenizer is taken from gguf_tokenizer_pre: {given_name}"]
+        return given_name, [*notes, Note(f"the pre-tokenizer is taken from gguf_tokenizer_pre: {given_name}")]
     name, differs, remedy = row.name, row.differs, ""
     if row.closer is not None:
         closer, differs_less = row.closer
@@ -74,7 +77,9 @@ def identify_pretokenizer(
         remedy = f' ("gguf_tokenizer_pre": "{closer}" in tokenizer_config.json avoids it in recent llama.cpp)'
     if not _joins_digits(tokenizer["model"]["vocab"]):
         differs = tuple(key for key in differs if key != "digits")
-    return name, notes + [DIFFERENCES[key] + remedy * (key == "marks") for key in differs]
+    return name, notes + [
+        DIFFERENCES[key] + remedy if key == "marks" else DIFFERENCES[key] for key in differs
+    ]
 
 
 def _joins_digits(vocab: dict[str, int]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from nalora_mlx.core import storage
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.notices import Note
 from nalora_mlx.export.gguf.vocabulary.declared_tokens import (
     AddedToken,
     DeclaredTokens,
@@ -212,7 +213,7 @@ def _add_tokens(vocabulary: Vocabulary, added: Sequence[AddedToken]) -> None:
             vocabulary.types[i] = CONTROL if token.special else USER_DEFINED
     if any({"lstrip", "single_word"} & token.flags for token in added):
         vocabulary.notes.append(
-            "mlx-lm strips the spaces before some special tokens of this model, llama.cpp does not"
+            Note("mlx-lm strips the spaces before some special tokens of this model, llama.cpp does not")
         )
 
 
@@ -228,7 +229,8 @@ def _fit_to_embedding(vocabulary: Vocabulary, size: int) -> None:
     """Pad or cut the vocabulary to the size of the embedding, as llama.cpp requires, and name the unused ids."""
     extra = [token for token in vocabulary.tokens[size:] if token]
     if extra:
-        vocabulary.notes.append(f"left out {len(extra)} tokens without an embedding: {', '.join(extra[:5])}")
+        text = f"left out {len(extra)} tokens without an embedding: {', '.join(extra[:5])}"
+        vocabulary.notes.append(Note(text))
     _extend(vocabulary, size)
     del vocabulary.tokens[size:], vocabulary.types[size:]
     if vocabulary.scores is not None:

@@ -1,13 +1,12 @@
-"""`nalora chat`: chat with a model, with or without an adapter, or with base and tuned model side by side."""
+"""The loop of a chat: it reads messages and commands, and prints the answers of one or two models."""
 
-import argparse
 import sys
 import unicodedata
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nalora_mlx.cli import Parser, add_chat_flags, configure_chats, note_merged
 from nalora_mlx.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +19,8 @@ MIN_COLUMNS = 80  # width of a terminal that shows two answers side by side
 
 class Chat:
     """The loop that reads messages and commands, and prints answers.
+
+    Base and tuned model each have a history of their own: the same messages of the user, and their own answers.
 
     Args:
         console: where answers are printed. Notes go there too in an interactive chat, otherwise to standard error.
@@ -36,15 +37,26 @@ class Chat:
         self.interactive = sys.stdin.isatty()
 
     def loop(self) -> None:
-        """Read lines until the input or the chat ends."""
+        """Read lines until the input or the chat ends. In an interactive chat, Ctrl-C must be typed twice to end it."""
         if self.interactive:
             with suppress(ImportError):  # line editing and history
                 import readline  # noqa: F401
+        interrupted = False
         while not self.ended:
             try:
                 line = input("> " if self.interactive else "").rstrip()
             except EOFError:
+                if self.interactive:
+                    print()
                 return
+            except KeyboardInterrupt:
+                if interrupted or not self.interactive:
+                    raise
+                interrupted = True
+                print()
+                self.note("Ctrl-D or /quit ends the chat")
+                continue
+            interrupted = False
             try:
                 self.handle(SHORTCUTS.get(line, line))
             except InputError as error:
@@ -75,21 +87,25 @@ class Chat:
         """Set the system message, or remove it if there is no text."""
         for conversation in self._conversations():
             conversation.set_system(text)
+        self.confirm(f"system message {'set' if text else 'removed'}")
 
     def toggle_comparison(self, _: str = "") -> None:
         """Start or stop answering with the base model too."""
         self.compare(not self.comparing)
-        self.note("base and tuned model both answer" if self.comparing else "only the tuned model answers")
+        both = "base and tuned model both answer, each with its own history"
+        self.note(both if self.comparing else "only the tuned model answers")
 
     def reset(self, _: str = "") -> None:
         """Remove all turns."""
         for conversation in self._conversations():
             conversation.reset()
+        self.confirm("all turns removed")
 
     def help(self, _: str = "") -> None:
         """List the commands."""
         for command in COMMANDS:
             self.note(f"{command.usage:<14}{command.help}")
+        self.note(f"{'Ctrl-C':<14}stop an answer")
 
     def quit(self, _: str = "") -> None:
         """End the chat."""
@@ -98,15 +114,35 @@ class Chat:
     # --- answers ----------------------------------------------------------------------------------------------
 
     def compare(self, on: bool) -> None:
-        """Switch the base model's answers on or off. The base continues from the tuned model's history.
+        """Switch the base model's answers on or off.
+
+        The base model first answers the messages that it has missed. With the tuned model's answers as its history, it
+        would imitate them; without a history, it would not know what the next message refers to.
 
         Raises:
             InputError: there is no base model.
         """
         if self.base is None:
             raise InputError("comparing needs --model BASE with --adapter-path ADAPTER")
-        self.comparing = on
-        self.base.messages = self.tuned.messages
+        self.comparing = on and self._catch_up(self.base)
+
+    def _catch_up(self, base: "Conversation") -> bool:
+        """Let the base model answer what it has missed; return False if Ctrl-C stops it, and then change nothing."""
+        missed, before = self.tuned.questions[len(base.questions) :], base.messages
+        if not missed:
+            return True
+        earlier = "earlier message" if len(missed) == 1 else f"{len(missed)} earlier messages"
+        self.note(f"the base model first answers your {earlier}, unseen")
+        try:
+            for text in missed:
+                deque(base.answer(text, **self.settings), maxlen=0)
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            base.messages = before
+            print()
+            return False
+        return True
 
     def answer(self, text: str) -> None:
         """Answer a message. In an interactive chat, Ctrl-C stops the answer and removes the turn."""
@@ -124,6 +160,11 @@ class Chat:
                 conversation.messages = messages
             print()
             self.note("stopped; this turn is removed from the history")
+
+    def confirm(self, text: str) -> None:
+        """Print a line that only a person who types needs."""
+        if self.interactive:
+            self.note(text)
 
     def note(self, text: str) -> None:
         """Print a line that is not an answer."""
@@ -209,96 +250,3 @@ COMMANDS = (
     Command("/quit", "", "end the chat, as Ctrl-D does", Chat.quit),
 )
 SHORTCUTS = {"q": "/quit", "r": "/reset", "h": "/help"}  # the commands of mlx_lm.chat
-
-
-def build_parser(prog: str) -> Parser:
-    """Build a parser with the single-machine flags of mlx_lm.chat, --compare, and those of the chat template."""
-    listed = "; ".join(f"{command.usage}: {command.help}" for command in COMMANDS)
-    parser = Parser(
-        prog=prog, description=f"Chat with a model. Chat commands: {listed}. Ctrl-C stops an answer."
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="local model directory or Hugging Face repo")
-    add("--adapter-path", help="directory of a trained adapter")
-    add("--compare", action="store_true", help="answer with and without the adapter, side by side")
-    add("--system-prompt", help="system message")
-    add("--max-tokens", "-m", type=int, default=256, help="maximum length of an answer (default: 256)")
-    add("--temp", type=float, default=0.0, help="sampling temperature (default: 0, greedy)")
-    add("--top-p", type=float, default=1.0, help="top-p sampling threshold (default: 1)")
-    add("--xtc-probability", type=float, default=0.0, help="XTC sampling probability (default: 0)")
-    add("--xtc-threshold", type=float, default=0.1, help="XTC sampling threshold (default: 0.1)")
-    add("--seed", type=int, default=0, help="seed of the sampler (default: 0)")
-    add("--max-kv-size", type=int, help="maximum size of the key-value cache, in tokens")
-    add(
-        "--prefill-step-size", type=int, default=2048, help="prompt tokens processed per step (default: 2048)"
-    )
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add_chat_flags(parser)
-    return parser
-
-
-def run(args: argparse.Namespace) -> None:
-    """Load the model and chat until the input ends."""
-    from nalora_mlx.core.paths import check_paths
-
-    check_paths(args.model, args.adapter_path)
-    if args.compare and args.adapter_path is None:
-        raise InputError("--compare needs --adapter-path: it answers with and without the adapter")
-    from rich.console import Console
-
-    tuned, base = _load(args)
-    chat = Chat(Console(highlight=False), tuned, base, _settings(args, tuned.tokenizer))
-    if args.compare:
-        chat.compare(True)
-    if chat.interactive:
-        adapter = f" with {args.adapter_path}" if args.adapter_path else ""
-        chat.note(f"{args.model}{adapter}. Type a message; /help lists the commands.")
-    chat.loop()
-
-
-def _load(args: argparse.Namespace) -> "tuple[Conversation, Conversation | None]":
-    """Load the model; return conversations with it and, if there is an adapter, with the base alone."""
-    from nalora_mlx.adapters.comparison import load_tuned
-    from nalora_mlx.models.conversation import Conversation
-    from nalora_mlx.models.loading import load_model
-
-    base, tokenizer, _ = load_model(args.model, args.trust_remote_code)
-    configure_chats(tokenizer, args.chat_template, args.chat_template_args, args.adapter_path)
-    if not tokenizer.has_chat_template:
-        raise InputError(
-            f"--model {args.model}: has no chat template; give one with --chat-template, use nalora generate, or an "
-            "instruct model"
-        )
-    base.eval()
-    settings = (tokenizer, args.system_prompt, args.max_kv_size)
-    if not args.adapter_path:
-        return Conversation(base, *settings), None
-    note_merged(args.model, args.adapter_path)
-    tuned = load_tuned(base, args.model, args.adapter_path, args.trust_remote_code)
-    return Conversation(tuned, *settings), Conversation(base, *settings)
-
-
-def _settings(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
-    """Seed the sampler; return the arguments of mlx-lm's `stream_generate`."""
-    import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
-
-    mx.random.seed(args.seed)
-    sampler = make_sampler(
-        args.temp,
-        args.top_p,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
-    return {
-        "max_tokens": args.max_tokens,
-        "sampler": sampler,
-        "prefill_step_size": args.prefill_step_size,
-    }
-
-
-if __name__ == "__main__":
-    from nalora_mlx.__main__ import main
-
-    sys.exit(main(["chat", *sys.argv[1:]]))

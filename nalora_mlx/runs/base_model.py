@@ -1,0 +1,37 @@
+"""The model that a run trained, by which a command that lacks --model can name it."""
+
+from pathlib import Path
+from typing import Any
+
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.storage import read_json
+from nalora_mlx.runs.checkpoints import CHECKPOINTS, steps
+from nalora_mlx.runs.record import RECORD_FILE
+from nalora_mlx.runs.resume import STATE_FILE
+from nalora_mlx.runs.saved_settings import resumed_settings
+
+
+def trained_model(adapter: Path) -> str | None:
+    """Return the base model of an adapter: a path, or a name on the Hub; None if its run does not say.
+
+    The run's latest checkpoint has the path. run.json is made to be shared, and has only the name.
+
+    Args:
+        adapter: directory of a run, of its best adapter, or of one of its checkpoints.
+    """
+    for run in (adapter, adapter.parent, adapter.parent.parent):
+        for checkpoint in reversed(steps(run / CHECKPOINTS).values()):
+            settings = resumed_settings(_content(checkpoint / STATE_FILE).get("config") or {}, run)
+            if settings is not None:
+                return settings["model"]
+        if model := (_content(run / RECORD_FILE).get("settings") or {}).get("model"):
+            return model
+    return None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; nothing if it is missing or damaged."""
+    try:
+        return read_json(path)
+    except InputError:
+        return {}
