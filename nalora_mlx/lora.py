@@ -90,6 +90,8 @@ def raise_if_stopped(job: "Job") -> None:
     from nalora_mlx.training.interruption import how_to_continue
 
     if job.signal is not None and job.result is not None:
+        if not job.result.stopped:
+            raise Stopped(job.signal, f"stopped after training: the adapter in {job.output} is complete")
         iterations = job.result.iterations
         saved = f"at iteration {iterations}, saved in {job.output}; {how_to_continue(job.output)}"
         raise Stopped(job.signal, f"stopped {saved if iterations else 'before the first update'}")

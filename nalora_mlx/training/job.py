@@ -128,6 +128,8 @@ class Job:
                 load_any_adapter(self.model, self.output)
             if config.test and self.signal is None:
                 self.test(loss)
+        if self.result is not None and self.signal is None:
+            self.display.next_steps(next_steps(config, self.result, self.prompts))
 
     # --- data and model ---------------------------------------------------------------------------------------
 
@@ -139,10 +141,10 @@ class Job:
         """
         config, display = self.config, self.display
         display.note(f"loading {config.model}")
-        self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        self.chat = configure_run_chats(config, self.tokenizer, self.start, self.notify)
         if slow := slow_on_cpu_notice(config.model, config.quantize):
             self.notify(slow)
+        self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        self.chat = configure_run_chats(config, self.tokenizer, self.start, self.notify)
         tokenized = in_background(lambda: tokenize(self.data, self.tokenizer, config.max_seq_length))
         self.model, model_config = load_module(
             config.model, config.trust_remote_code, config.quantize, self.notify
@@ -225,24 +227,10 @@ class Job:
                 advice.peak_bytes,
             )
             if not self.result.stopped or request.number is None:
-                self.finish(self.result, request)
+                self.show_result(self.result)
+                self.keep_samples(self.result, request)
         self.signal = request.number
         return loss
-
-    def finish(self, result: TrainResult, stop: Callable[[], bool]) -> None:
-        """Show how the training ended, keep sample answers, and say what to do next."""
-        self.show_result(result)
-        if workers().rank:
-            return
-        prompts = choose_prompts(self.data)
-        if self.config.samples:
-            with self.display.waiting("answering a few prompts, before and after training"):
-                samples = write_samples(
-                    self.model, self.tokenizer, prompts, self.output, self.notify, result.seconds, stop
-                )
-            if samples:
-                self.display.sample(samples[0])
-        self.display.next_steps(next_steps(self.config, result, self.prompts))
 
     def show_result(self, result: TrainResult) -> None:
         """Show how the training ended."""
@@ -256,6 +244,17 @@ class Job:
             display.note(line)
         took = f"{duration(result.seconds)}, after {display.preparation:.0f} s of preparation"
         display.note(f"done in {took}: adapter in {self.output}")
+
+    def keep_samples(self, result: TrainResult, stop: Callable[[], bool]) -> None:
+        """Answer a few prompts with the base and the tuned model, keep the answers, and show one of them."""
+        if not self.config.samples or workers().rank:
+            return
+        with self.display.waiting("answering a few prompts, before and after training"):
+            samples = write_samples(
+                self.model, self.tokenizer, self.prompts, self.output, self.notify, result.seconds, stop
+            )
+        if samples:
+            self.display.sample(samples[0])
 
     def attach_adapters(self) -> dict[str, Any]:
         """Make the model trainable as the fine-tune type says; return the content of adapter_config.json."""

@@ -22,8 +22,8 @@ from nalora_mlx.core.trees import nbytes
 from nalora_mlx.data.batches import epoch_batches, row_shapes, training_batches
 from nalora_mlx.data.padding import PAD_TO
 from nalora_mlx.data.tokenization import Example
-from nalora_mlx.ops.device_sizes import device_sizes
 from nalora_mlx.ops import device_memory
+from nalora_mlx.ops.device_sizes import device_sizes
 from nalora_mlx.training import memory_plan
 from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.last_good import LastGoodWeights
