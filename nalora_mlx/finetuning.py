@@ -199,6 +199,8 @@ def _run(
         display.notices(data.notices)
         job = Job(config, data, display, [collect, *callbacks], stop)
         job.run()
+        if job.signal is None:
+            display.note('next: result.generate("..."), result.report(), result.fuse("fused_model")')
     if job.signal == signal.SIGINT:
         raise KeyboardInterrupt(
             f"saved in {job.output}; finetune(output={str(job.output)!r}, resume=True) continues"

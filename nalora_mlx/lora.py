@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
     if config.plan:
         config.train, config.test = True, False  # --plan does all that precedes training, and nothing else
     from nalora_mlx.data.checks import read_run
+    from nalora_mlx.runs.next_steps import next_steps
     from nalora_mlx.training.job import Job, open_display
 
     with keep_awake(), uploading(config), open_display() as display:
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
         job = Job(config, data, display)
         job.run()
         raise_if_stopped(job)
+        if job.result is not None:
+            display.next_steps(next_steps(config, job.result, job.prompts))
 
 
 def raise_if_stopped(job: "Job") -> None:

@@ -122,7 +122,7 @@ demo/model-f16.gguf   the merged model for llama.cpp
 Next steps:
   bash scripts/environment.sh nalora chat --model demo/fused
   bash scripts/environment.sh nalora chat --model demo/model --adapter-path demo/adapters
-  bash scripts/environment.sh nalora report demo/adapters
+  bash scripts/environment.sh nalora report demo/adapters --open
   bash scripts/environment.sh nalora lora --help
 
 To start your own project, edit examples/bakery and run bash scripts/demo.sh --fresh.

@@ -40,7 +40,6 @@ from nalora_mlx.ops.kernels.healthcheck import compile_notices
 from nalora_mlx.runs.display import Display
 from nalora_mlx.runs.loggers import reporters
 from nalora_mlx.runs.metrics import METRICS_FILE, MetricsFile
-from nalora_mlx.runs.next_steps import next_steps
 from nalora_mlx.runs.progress import TrainResult
 from nalora_mlx.runs.record import RECORD_FILE, RecordFile
 from nalora_mlx.runs.resume import find_start
@@ -128,8 +127,6 @@ class Job:
                 load_any_adapter(self.model, self.output)
             if config.test and self.signal is None:
                 self.test(loss)
-        if self.result is not None and self.signal is None:
-            self.display.next_steps(next_steps(config, self.result, self.prompts))
 
     # --- data and model ---------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ class Survey:
     def __init__(self) -> None:
         self.forms: Counter[str] = Counter()
         self._parts: dict[str, dict[str, str]] = {}  # of each form that is not plain, the keys that rows have
+        self._named = False  # whether the settings name the keys of any row
         self._keys = _Places()
         self._message_keys = _Places()
         self._systems = _Places()
@@ -27,7 +28,9 @@ class Survey:
     def add(self, form: Form, content: Mapping[str, Any]) -> None:
         """Count a row."""
         self.forms[form.name] += 1
-        if not form.named_by:
+        if form.named_by:
+            self._named = True
+        else:
             parts = self._parts.setdefault(form.name, {})
             parts |= {key: part for key, part in form.parts.items() if not is_blank(content.get(key))}
 
@@ -47,7 +50,11 @@ class Survey:
         if self._parts:
             forms = "; ".join(map(self._clause, self.forms))
             found.append(Note(f"{name}: {forms}; {KEY_FLAGS} read other keys"))
-        if self._keys:
+        if self._keys and self._named:
+            found.append(
+                Note(f"{name}: nothing reads the keys {self._keys}")
+            )  # the user has said which to read
+        elif self._keys:
             meant = next(filter(None, (did_you_mean(key, ROW_KEYS) for key in self._keys)), "")
             remedy = meant or "; remove them, or rename them if they matter"
             found.append(f"{name}: nothing reads the keys {self._keys}{remedy}")
