@@ -49,7 +49,9 @@ def test_the_first_signal_saves_and_says_how_to_resume(
     assert process.returncode == status
     (line,) = errors.splitlines()
     assert line.startswith(f"nalora lora: {word}: stopped at iteration ")
-    assert line.endswith(f"saved in {output}; nalora lora --resume --adapter-path {output} continues from there")
+    assert line.endswith(
+        f"saved in {output}; nalora lora --resume --adapter-path {output} continues from there"
+    )
     assert "finishing this update and saving; once more ends the run at once" in said
     (step,) = checkpoints.steps(output / "checkpoints")
     assert f"stopped at iteration {step}," in line

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nalora_mlx.core.config import RunConfig, load_run_config
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.notices import Note
 from nalora_mlx.data.checks import read_rows
 from nalora_mlx.data.rows.formats import IMAGES, PREFERENCES, Features, Row, parse_row, parse_rows
 from nalora_mlx.data.rows.survey import Survey
@@ -412,6 +413,11 @@ def test_keys_that_nothing_reads_are_named():
     assert notices(row | {"systme": "s"}) == [
         "train: nothing reads the keys 'systme' (1 row, x:1); did you mean 'system'?"
     ]
+    split = Survey()
+    named = Features(prompt="prompt", named=frozenset({"prompt", "completion"}))
+    parse_rows([("x:1", row | {"category": "c"})], named, split)
+    (found,) = split.notices("train")  # the user has said which keys to read
+    assert (found, type(found)) == ("train: nothing reads the keys 'category' (1 row, x:1)", Note)
     (text,) = notices({"text": "t", "system": "s", "tools": TOOLS})
     assert "'system', 'tools' (1 row, x:1)" in text
     (both,) = notices({"messages": PAIR, "conversations": PAIR})

@@ -97,7 +97,9 @@ def parse_rows(
         if survey is not None:
             survey.add(form, content)
             if unread is not None:
-                survey.add_unread(source, unread.keys, unread.message_keys, unread.system)
+                survey.add_unread(
+                    source, unread.keys, unread.message_keys, unread.system, bool(features.named)
+                )
                 survey.add_weight(source, row.weight)
     return rows, problems
 

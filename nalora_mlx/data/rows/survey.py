@@ -19,7 +19,7 @@ class Survey:
     def __init__(self) -> None:
         self.forms: Counter[str] = Counter()
         self._parts: dict[str, dict[str, str]] = {}  # of each form that is not plain, the keys that rows have
-        self._named = False  # whether the settings name the keys of any row
+        self._named = False
         self._keys = _Places()
         self._message_keys = _Places()
         self._systems = _Places()
@@ -28,14 +28,18 @@ class Survey:
     def add(self, form: Form, content: Mapping[str, Any]) -> None:
         """Count a row."""
         self.forms[form.name] += 1
-        if form.named_by:
-            self._named = True
-        else:
+        if not form.named_by:
             parts = self._parts.setdefault(form.name, {})
             parts |= {key: part for key, part in form.parts.items() if not is_blank(content.get(key))}
 
-    def add_unread(self, source: str, keys: Iterable[str], message_keys: Iterable[str], system: bool) -> None:
-        """Record what nothing reads in a row: keys of it, keys of its messages, a system prompt."""
+    def add_unread(
+        self, source: str, keys: Iterable[str], message_keys: Iterable[str], system: bool, named: bool
+    ) -> None:
+        """Record what nothing reads in a row: keys of it, keys of its messages, a system prompt.
+
+        `named` is whether the settings name the keys to read.
+        """
+        self._named |= named
         self._keys.add(source, keys)
         self._message_keys.add(source, message_keys)
         self._systems.add(source, ["system"] if system else [])
