@@ -32,6 +32,7 @@ PLAIN_NAMES = frozenset(
     )
 )
 MEANING = "the number of equally likely next tokens the model hesitates between."  # of a perplexity
+SMALL_DIFFERENCE = 1.1  # ratio of two losses up to which one run of each says little
 HASH_LENGTH = 40  # of a snapshot's name in the cache of the Hub
 
 
@@ -223,4 +224,6 @@ def comparison(runs: list[RunData]) -> tuple[str, str]:
         else:
             low, next_best = format_pair(losses[0], losses[1])
             note = f"Its validation loss is {low}; the next best is {next_best}."
+            if losses[1] < SMALL_DIFFERENCE * losses[0]:
+                note += " So small a difference may be chance: train with other seeds before you rely on it."
     return (f"{names} is best" if len(best) == 1 else f"{names} are equally good"), note

@@ -251,6 +251,8 @@ def test_best_run_is_named_and_differing_settings_come_first(tmp_path):
     assert comparison(runs) == ("a and b are equally good", "Each reaches a validation loss of 0.25.")
     runs[1].valid["loss"][:] = 2.0
     assert comparison(runs) == ("a is best", "Its validation loss is 0.25; the next best is 2.00.")
+    runs[1].valid["loss"][:] = 0.26
+    assert "the next best is 0.260. So small a difference may be chance" in comparison(runs)[1]
     rows = tables.settings_table(runs)["rows"]
     assert [row["differs"] for row in rows] == [True] + [False] * (len(rows) - 1)
     assert rows[0] == {"name": "beta", "cells": ["0.9", "0.5"], "differs": True}
