@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 from nalora_mlx import __version__
 from nalora_mlx.arguments import EXIT_USAGE
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
-        print(overview())
+        with suppress(BrokenPipeError):
+            print(overview(), flush=True)
         return 0 if argv else EXIT_USAGE
     if argv[0] == "--version":
         print(f"nalora {__version__}")

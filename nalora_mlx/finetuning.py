@@ -1,11 +1,12 @@
 """`finetune`: a whole fine-tuning job in one call from Python, as `nalora lora` does it."""
 
+import math
 import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nalora_mlx.core.config import NALoRAConfig, RunConfig, load_run_config
 from nalora_mlx.core.config_adapter import LORA_NAMES, NA_NAMES
@@ -24,6 +25,11 @@ Rows = Sequence[Mapping[str, Any]]
 Callback = Callable[[dict[str, Any]], None]
 # Settings that are arguments of `finetune`, some under another name.
 ARGUMENTS = ("model", "data", "adapter_path", "train", "plan")
+OTHER_NAMES = {
+    "adapter_path": "is called output here",
+    "train": "is not a setting: it always trains",
+    "plan": "is not a setting: nalora lora --plan predicts memory",
+}
 SETTINGS = (*(f.name for f in fields(RunConfig) if f.name not in ARGUMENTS), *LORA_NAMES, *NA_NAMES)
 
 
@@ -106,7 +112,7 @@ class FinetuneResult:
         given = ["--model", self.config.model, "--adapter-path", str(self.path), "--save-path", str(target)]
         if self.config.trust_remote_code:
             given.append("--trust-remote-code")
-        fuse.run(fuse.build_parser("fuse").parse_args([*given, *flags]))
+        fuse.run(_parse(fuse.build_parser("fuse"), [*given, *flags]))
         return target
 
     def report(self, output: str | Path | None = None, *flags: str) -> Path:
@@ -123,10 +129,18 @@ class FinetuneResult:
         from nalora_mlx.runs.directory import REPORT
 
         target = self.path / REPORT if output is None else Path(output).expanduser()
-        report.run(
-            report.build_parser("report").parse_args([str(self.path), "--output", str(target), *flags])
-        )
+        report.run(_parse(report.build_parser("report"), [str(self.path), "--output", str(target), *flags]))
         return target / report.PAGE
+
+
+def _parse(parser: Any, argv: Sequence[str]) -> Any:
+    """Parse flags of a command; raise InputError for a wrong one instead of ending the process."""
+
+    def fail(message: str) -> NoReturn:
+        raise InputError(message)
+
+    parser.error = fail
+    return parser.parse_args(argv)
 
 
 def finetune(
@@ -142,7 +156,7 @@ def finetune(
     resume: bool | str | Path = False,
     **settings: Any,
 ) -> FinetuneResult:
-    """Fine-tune a model: read rows, attach adapters, train, and save.
+    """Fine-tune a model: read rows, attach adapters, train, and save. Seeds MLX's random numbers.
 
     Args:
         model: directory or Hugging Face repo of the base model.
@@ -201,31 +215,38 @@ def _run(
         job.run()
         if job.signal is None:
             display.note('next: result.generate("..."), result.report(), result.fuse("fused_model")')
-    if job.signal == signal.SIGINT:
+    if job.signal == signal.SIGINT and job.result is not None and job.result.stopped:
         raise KeyboardInterrupt(
             f"saved in {job.output}; finetune(output={str(job.output)!r}, resume=True) continues"
         )
-    if job.signal is not None:
+    if job.signal not in (None, signal.SIGINT):
         raise SystemExit(128 + job.signal)
     assert job.result is not None
-    return FinetuneResult(job.output, job.result, losses, validation_losses, job.model, job.tokenizer, config)
+    path = job.output.absolute()  # the current directory may change
+    return FinetuneResult(path, job.result, losses, validation_losses, job.model, job.tokenizer, config)
 
 
 def python_names(text: str) -> str:
     """Return a message in which flags are written as settings: mask_prompt instead of --mask-prompt."""
     settings = (*fields(RunConfig), *fields(NALoRAConfig))
     names = {"--" + f.metadata.get("flag_name", f.name.replace("_", "-")): f.name for f in settings}
-    return re.sub(
-        r"(?<![\w-])--[a-z][a-z0-9-]*",
-        lambda flag: names.get(flag[0], flag[0]),
-        text.replace("--adapter-path", "output"),
+    names["--adapter-path"] = "output"
+    parts = re.split(r"(nalora [a-z-]+ --[^;]*)", text)  # commands stay as they are
+    parts[::2] = (
+        re.sub(r"(?<![\w-])--[a-z][a-z0-9-]*", lambda flag: names.get(flag[0], flag[0]), part)
+        for part in parts[::2]
     )
+    return "".join(parts)
 
 
 def _configure(
     model: Any, data: Any, output: Any, resume: bool | str | Path, settings: Mapping[str, Any]
 ) -> tuple[RunConfig, dict[str, Rows] | None]:
     """Return the settings of a run, and the rows by split if they are in memory."""
+    for name in settings.keys() & OTHER_NAMES.keys():
+        raise InputError(f"finetune: {name} {OTHER_NAMES[name]}")
+    if output is None:
+        raise InputError("finetune: output is None; give a directory")
     reject_unknown(settings, SETTINGS, "finetune")
     given = {**settings, "adapter_path": str(output), "train": True}
     if model is not None:
@@ -234,14 +255,16 @@ def _configure(
     if rows is not None:
         given["data"] = ROWS_IN_MEMORY
     elif data is not None:
-        given["data"] = str(data) if isinstance(data, Path) else data
+        given["data"] = str(data) if isinstance(data, str | Path) else list(map(str, data))
     if resume:
         from nalora_mlx.runs.resume import LATEST, with_saved_settings
 
         given["resume"] = LATEST if resume is True else str(resume)
         config = with_saved_settings(load_run_config(None, given, where="finetune"), None, given, "finetune")
     else:
-        missing = [name for name in ("model", "data") if name not in given and "hf_dataset" not in given]
+        missing = [name for name in ("model", "data") if name not in given]
+        if "hf_dataset" in given and "data" in missing:
+            missing.remove("data")
         if missing:
             raise InputError(f"finetune: give {' and '.join(missing)}, or resume=True to continue a run")
         config = load_run_config(None, given, where="finetune")
@@ -265,16 +288,42 @@ def _rows_by_split(data: Any) -> dict[str, Rows] | None:
         splits = {other: name for name, others in SPLIT_NAMES.items() for other in others}
         return {splits[name]: _records(rows) for name, rows in data.items()}
     rows = _records(data)
-    return None if rows and all(isinstance(row, str) for row in rows) else {"train": rows}
+    return None if rows and all(isinstance(row, str | Path) for row in rows) else {"train": rows}
 
 
 def _records(rows: Any) -> list[Any]:
     """Return rows as a list. Empty cells of a DataFrame are left out."""
-    if hasattr(rows, "iloc"):  # of pandas
+    if rows is None:
+        return []
+    if hasattr(rows, "iloc") and hasattr(rows, "columns"):  # of pandas
         return [
-            {name: value for name, value in row.items() if value == value} for row in rows.to_dict("records")
+            {name: _plain(value) for name, value in row.items() if not _is_missing(value)}
+            for row in rows.to_dict("records")
         ]
-    return list(rows)
+    try:
+        return list(rows)
+    except TypeError:
+        raise InputError(
+            f"finetune: data is {type(rows).__name__}; give a path, or a list of dicts"
+        ) from None
+
+
+def _is_missing(value: Any) -> bool:
+    """Return whether a cell of a DataFrame is empty: None, NaN, NaT or NA."""
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or type(value).__name__ in ("NAType", "NaTType")
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return a cell of a DataFrame with its arrays as lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _callbacks(

@@ -236,6 +236,8 @@ def _check(args: argparse.Namespace, target: Path) -> None:
     if args.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).exists():
         require_model(None, args.adapter_path)
     check_paths(args.model, args.adapter_path)
+    if target == Path(args.model).expanduser().resolve():
+        raise InputError(f"--save-path {args.save_path} is the base model itself; give another directory")
     if args.upload_repo:
         check_upload(args.upload_repo, "--upload-repo")
 

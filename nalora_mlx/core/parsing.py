@@ -72,7 +72,7 @@ def meant_name(
     advice = f"; {ADVICE[plain]}" if plain in ADVICE else ""
     if direct := suggestion(plain):
         return direct + advice
-    if plain in synonyms:
+    if plain in synonyms or advice:
         return advice
     words = [*found, *(word for word in synonyms if suggestion(word))]
     close = difflib.get_close_matches(plain, words, n=1, cutoff=CLOSE)

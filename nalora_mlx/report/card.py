@@ -325,4 +325,5 @@ def is_drawable(text: str) -> bool:
 
 
 def _drawable_or(text: str, other: str) -> str:
+    text = text.expandtabs(4)
     return text if is_drawable(text) else other

@@ -32,7 +32,13 @@ from nalora_mlx.runs.checkpoints import BEST_FILE, CHECKPOINTS
 from nalora_mlx.runs.directory import holds_run
 from nalora_mlx.runs.fingerprint import differences, fingerprint
 from nalora_mlx.runs.progress import Progress
-from nalora_mlx.runs.saved_settings import EXPLAINED_BY, changed_settings, resumed_settings, settings_to_save
+from nalora_mlx.runs.saved_settings import (
+    EXPLAINED_BY,
+    changed_settings,
+    missing_paths,
+    resumed_settings,
+    settings_to_save,
+)
 
 STATE_FILE = "training_state.json"
 STATE_ARRAYS = "training_state.safetensors"
@@ -201,6 +207,9 @@ def with_saved_settings(
             f"--resume: {checkpoint} does not hold the run's settings; give its flags again, at least --model and "
             "--data"
         )
+    missing = missing_paths(read_state(checkpoint).config, _run_directory(checkpoint), config.given)
+    if missing:
+        raise InputError(f"--resume {checkpoint}: {listed(missing)}")
     return load_run_config(path, flags, saved, where)
 
 
@@ -222,10 +231,12 @@ def run_differences(
         return []
     changed = changed_settings(saved.config, config, _run_directory(checkpoint))
     phrases: dict[str, None] = {}  # in order, each once
-    other_rows = {path.removesuffix("rows") + "tokens" for path, _, _ in found if path.endswith("_data.rows")}
+    # Other adapters leave other weights frozen.
+    hidden = {"base_model.weights"} if any(path.startswith("adapter.") for path, _, _ in found) else set()
+    hidden |= {path.removesuffix("rows") + "tokens" for path, _, _ in found if path.endswith("_data.rows")}
     for path, before, now in found:
-        if path in other_rows:
-            continue  # of course
+        if path in hidden:
+            continue
         settings = EXPLAINED_BY.get(path) or EXPLAINED_BY.get(path.partition(".")[0], ())
         causes = [name for name in settings if name in changed]
         if causes:

@@ -1,6 +1,7 @@
 """samples.json: a few prompts from a run's data, and how its base model and its tuned model answer them."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ SHORT = 1000  # characters of a row up to which all rows are equally good
 LONGEST = 8000  # characters of a row from which on it is not used
 OPENING = 12  # words of a text that make a prompt
 CONTINUATION = 60  # words after them to compare with
+WORD_LENGTH = 5  # characters that count as a word in a text without spaces
 TYPES: dict[str, type | tuple[type, ...]] = {
     "source": str,
     "prompt": str,
@@ -67,11 +69,13 @@ def _asked(row: Row) -> dict[str, Any] | None:
     if row.images:
         return None
     if not row.messages:
-        words = row.text.split(" ")
+        words = re.findall(r"\S+\s*", row.text)
+        if len(words) < OPENING and len(row.text) > OPENING * WORD_LENGTH:  # a script without spaces
+            words = re.findall(rf"(?s).{{1,{WORD_LENGTH}}}", row.text.strip())
         count = min(OPENING, max(len(words) // 2, 1))
         opening, rest = words[:count], words[count : count + CONTINUATION]
-        text = " ".join(opening)
-        return {"text": text, "prompt": text, "expected": " ".join(rest).strip() or None} if text else None
+        text = "".join(opening).rstrip()
+        return {"text": text, "prompt": text, "expected": "".join(rest).strip() or None} if text else None
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     messages = row.messages[: answers[-1]] if answers else row.messages
     if not messages or not all(isinstance(message.get("content"), str) for message in messages):
@@ -134,7 +138,10 @@ def read_samples(directory: Path) -> list[dict[str, Any]]:
     path = directory / SAMPLES_FILE
     if not path.exists():
         return []
-    content = storage.read_json(path)
+    try:
+        content = storage.read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; remove the file to go on without its answers") from None
     if content.get("format") != FORMAT:
         raise InputError(
             f"{path} has format {content.get('format')!r}, and this version reads {FORMAT}; update nalora-mlx"

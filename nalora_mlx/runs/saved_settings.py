@@ -5,7 +5,7 @@ directories that both share.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,27 @@ def resumed_settings(saved: Mapping[str, Any], directory: Path) -> dict[str, Any
         if len(entries) == 1 and entries[0].keys() == {"path", "ratio"} and entries[0]["ratio"] == 1:
             settings["data"] = settings["data"][0]["path"]
     return settings
+
+
+def missing_paths(saved: Mapping[str, Any], directory: Path, given: Collection[str]) -> list[str]:
+    """Return phrases about paths of a run's settings that do not exist any more, without settings that are given."""
+    settings = resumed_settings(saved, directory) or {}
+    found: list[tuple[str, str]] = []
+    for name in ("model", "chat_template"):
+        if name in settings and str(saved[name]).startswith("."):
+            found.append((name, settings[name]))
+    if "data" in settings:
+        before = data_entries(saved["data"])
+        found += [
+            ("data", now["path"])
+            for old, now in zip(before, data_entries(settings["data"]), strict=True)
+            if old["path"].startswith(".")
+        ]
+    return [
+        f"its {_flag(name)} was {path}, which does not exist; give {_flag(name)}"
+        for name, path in found
+        if name not in given and not os.path.exists(path)
+    ]
 
 
 def changed_settings(saved: Mapping[str, Any], config: TrainingConfig, directory: Path) -> dict[str, str]:

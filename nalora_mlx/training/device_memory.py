@@ -26,6 +26,19 @@ def trim_cache(threshold: int | None = None) -> None:
 
 
 @contextmanager
+def memory_limit(limit: int | None) -> Iterator[None]:
+    """Set MLX's memory limit in bytes, near which it waits for running work and frees memory; None changes nothing."""
+    if limit is None:
+        yield
+        return
+    before = mx.set_memory_limit(limit)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
+
+
+@contextmanager
 def wired_memory(limit: int | None, peak: Callable[[], float]) -> Iterator[None]:
     """Keep a run's memory resident on Metal while the context is open. Other devices wire nothing.
 

@@ -47,6 +47,7 @@ from nalora_mlx.runs.samples import choose_prompts
 from nalora_mlx.runs.status import duration
 from nalora_mlx.training.chats import configure_run_chats
 from nalora_mlx.training.device_faults import explain_device_faults
+from nalora_mlx.training.device_memory import memory_limit
 from nalora_mlx.training.distributed import workers
 from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.events import Listener
@@ -205,9 +206,7 @@ class Job:
             display.note(line)
         if config.plan:
             return loss
-        if config.memory_budget is not None:
-            mx.set_memory_limit(config.memory_budget)  # near it, MLX waits for running work and frees memory
-        with interruptible(self.output, display) as request:
+        with memory_limit(config.memory_budget), interruptible(self.output, display) as request:
             self.result = train(
                 model,
                 examples,

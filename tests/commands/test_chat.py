@@ -378,9 +378,11 @@ def test_the_first_line_names_models_and_ends(model_directory, adapter):
 
 def test_ctrl_c_twice_at_the_prompt_ends_the_chat(endless):
     terminal = Terminal("-m", "nalora_mlx", "chat", *endless, TERM="xterm")
-    terminal.until("> ")
+    terminal.until("/help[^>]*> ")
+    time.sleep(1)  # readline waits for keys only a moment after it has printed the prompt
     terminal.type("\x03")
     terminal.until("Ctrl-D or /quit ends the chat[^>]*> ")
+    time.sleep(1)
     terminal.type("\x03")
     terminal.until("interrupted: stopped by Ctrl-C")
     assert terminal.status() == 130

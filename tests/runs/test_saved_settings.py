@@ -83,6 +83,25 @@ def test_paths_are_relative_and_follow_a_project_that_moves(
     assert arrays(tmp_path / "moved" / "adapters") == arrays(whole)
 
 
+def test_a_model_or_data_that_is_gone_is_not_looked_for_on_the_hub(
+    half, model_directory, data_directory, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("models", model_directory), ("rows", data_directory)):
+        shutil.copytree(source, tmp_path / name / "x")
+    assert lora("--train", "--model", "models/x", "--data", "rows/x", *RUN, "--iters", 3) == 0
+    for name in ("models", "rows"):
+        (tmp_path / name).rename(tmp_path / f"{name}-moved")
+    capsys.readouterr()
+    assert lora("--resume", "--iters", 6) == 2
+    error = capsys.readouterr().err
+    assert "its --model was models/x, which does not exist; give --model" in error
+    assert "its --data was rows/x, which does not exist; give --data" in error
+    flags = ["--model", "models-moved/x", "--data", "rows-moved/x", "--iters", 6]
+    assert lora("--resume", *flags) == 0
+    assert arrays(tmp_path / "adapters")
+
+
 def test_flags_may_change_what_does_not_change_the_run(half, capsys):
     assert lora("--resume", "--adapter-path", half, "--iters", 4, "--save-every", 1) == 0
     assert sorted(path.name for path in (half / "checkpoints").iterdir()) == ["step-0000003", "step-0000004"]
@@ -179,6 +198,21 @@ def test_tokens_of_the_hub_are_not_saved():
     saved = settings_to_save(RunConfig(hf_dataset=[entry, {"path": "c/d", "config": {"token": "secret"}}]))
     assert saved["hf_dataset"] == [{"path": "a/b", "config": {"name": "en"}}, {"path": "c/d"}]
     assert "data" not in saved
+
+
+def test_a_checkpoint_of_an_earlier_version_names_no_other_base_model(
+    half, model_directory, data_directory, capsys
+):
+    def keep_few(config):
+        for name in config.keys() - {"batch_size", "iters", "seed", "max_seq_length"}:
+            del config[name]
+
+    edit_settings(half, keep_few)
+    flags = ["--model", model_directory, "--data", data_directory, "--adapter-path", half, *RUN]
+    assert lora("--resume", *flags, "--num-layers", 3) == 2
+    error = capsys.readouterr().err
+    assert "num layers was 2, is 3" in error
+    assert "base model" not in error
 
 
 def test_no_checkpoint_is_an_error(tmp_path, capsys):

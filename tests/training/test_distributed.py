@@ -208,7 +208,9 @@ def test_two_resumed_workers_equal_uninterrupted_ones(two_workers, tmp_path):
         assert results[0] == results[1]
     saved = checkpoints.steps(two_workers / "resumed" / "rank-0" / "checkpoints")
     assert list(saved) == [ITERATIONS // 2, ITERATIONS]
-    with pytest.raises(InputError, match=r"not the same run: workers was 2, is 1; .*--resume-anyway"):
+    with pytest.raises(
+        InputError, match=r"not the same run: it ran on 2 workers, and runs on 1; .*--resume-anyway"
+    ):
         run_case("hard mask", tmp_path, resume=saved[ITERATIONS // 2])
 
 

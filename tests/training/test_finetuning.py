@@ -94,7 +94,7 @@ def test_a_list_of_rows_holds_out_validation_rows(model_directory, data_director
 class DataFrame:
     """The part of pandas.DataFrame that matters, with an empty cell in each row."""
 
-    iloc = None
+    iloc = columns = None
 
     def __init__(self, rows):
         self.rows = rows
@@ -102,6 +102,33 @@ class DataFrame:
     def to_dict(self, orient):
         assert orient == "records"
         return [row | {"system": math.nan} for row in self.rows]
+
+
+class NAType:
+    """What pandas.NA does."""
+
+    def __bool__(self):
+        raise TypeError("boolean value of NA is ambiguous")
+
+    __eq__ = __ne__ = lambda self, other: self
+
+
+def test_cells_of_a_data_frame_may_be_arrays_and_missing(model_directory, data_directory, tmp_path):
+    """As pandas reads chats from Parquet: arrays of dicts, whose keys may be null."""
+    import numpy as np
+
+    chats = [
+        {"messages": np.array([{"role": "user", "content": row["prompt"], "name": None},
+                               {"role": "assistant", "content": row["completion"], "name": None}]),
+         "tools": NAType()}
+        for row in rows_of(data_directory, "train")
+    ]  # fmt: skip
+    settings = SETTINGS_OF_RUN | {"iters": 2}
+    results = [
+        nalora_mlx.finetune(model_directory, data, tmp_path / "a", progress=False, **settings)
+        for data in (DataFrame(chats), rows_of(data_directory, "train"))
+    ]
+    assert results[0].losses == results[1].losses
 
 
 def test_callbacks_get_what_those_of_mlx_lm_get(model_directory, data_directory, tmp_path):
@@ -242,6 +269,11 @@ BAD = {
     "unknown": ({"lr": 1e-4}, "unknown key 'lr'; did you mean 'learning_rate'"),
     "nothing": ({}, "give model and data, or resume=True"),
     "no data": ({"model": "x"}, "give data, or resume=True"),
+    "train": ({"train": True}, "train is not a setting: it always trains"),
+    "path": ({"adapter_path": "a"}, "adapter_path is called output here"),
+    "output": ({"model": "x", "data": "y", "output": None}, "output is None; give a directory"),
+    "hub": ({"hf_dataset": {"path": "a/b"}}, "give model, or resume=True"),
+    "number": ({"model": "x", "data": 5}, "data is int; give a path, or a list of dicts"),
     "columns": ({"model": "x", "data": {"prompt": ["a"]}}, "a mapping with prompt; give a list of dicts"),
     "row": ({"model": "x", "data": [{"text": "a"}, "b"]}, "row 2 is str; give a dict"),
     "form": ({"model": "x", "data": [{"a": 1}]}, r"row 1: no known format.*prompt_feature.*\(found 'a'\)"),
@@ -272,6 +304,37 @@ def test_every_setting_is_an_argument_and_messages_name_it_so():
     assert names - set(SETTINGS) == {"model", "data", "adapter_path", "train", "plan"}
     text = "--mask-prompt, --prompt-key and --no-such; write --grad-clip 1, or a--b"
     assert python_names(text) == "mask_prompt, prompt_feature and --no-such; write grad_clip 1, or a--b"
+    text = "--data x: saved; nalora lora --resume --adapter-path a continues"
+    assert python_names(text) == "data x: saved; nalora lora --resume --adapter-path a continues"
+
+
+def test_a_run_leaves_the_process_as_it_was(model_directory, data_directory, tmp_path, monkeypatch):
+    handler, limit = signal.getsignal(signal.SIGINT), mx.set_memory_limit(2**40)
+    mx.set_memory_limit(limit)
+    monkeypatch.chdir(tmp_path)
+    settings = SETTINGS_OF_RUN | {"iters": 2, "memory_budget": 10**9, "samples": True}
+    result = nalora_mlx.finetune(model_directory, data_directory, "a", progress=False, **settings)
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert mx.set_memory_limit(limit) == limit
+    monkeypatch.chdir(tmp_path.parent)
+    assert result.samples
+    with pytest.raises(InputError, match="unrecognized arguments: --overwrte"):
+        result.fuse(tmp_path / "fused", "--overwrte")
+
+
+def test_ctrl_c_while_samples_are_answered_leaves_a_finished_run(
+    model_directory, data_directory, tmp_path, monkeypatch
+):
+    from nalora_mlx.training import job
+
+    def write_samples(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return []
+
+    monkeypatch.setattr(job, "write_samples", write_samples)
+    settings = SETTINGS_OF_RUN | {"iters": 2, "samples": True}
+    result = nalora_mlx.finetune(model_directory, data_directory, tmp_path / "a", progress=False, **settings)
+    assert result.training.iterations == 2
 
 
 def test_train_takes_dicts_with_a_tokenizer_and_previews(data_directory, model_directory):
