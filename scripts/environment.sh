@@ -12,7 +12,8 @@
 #   NALORA_DEVICE          cpu or cuda (Linux only; detected by default)
 #   OPENBLAS_CORETYPE, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS
 #                          override the values chosen here
-# The script sets NALORA_DEMO_SMALL=1 if it finds no fast BLAS.
+# The script sets NALORA_DEMO_SMALL=1 if it finds no fast BLAS, and for the command that it runs NALORA_COMMAND, with
+# which messages of nalora begin the commands that they suggest.
 #
 # Compatible with bash 3.2, the version on macOS.
 
@@ -328,5 +329,5 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     exit 2
   fi
   prepare export
-  exec "${RUN[@]}" "$@"
+  exec "${RUN[@]}" "NALORA_COMMAND=bash ${BASH_SOURCE[0]} nalora" "$@"
 fi

@@ -21,6 +21,7 @@ from nalora_mlx.ops.device_sizes import SIZES
 mx.set_default_device(mx.cpu)
 STARTED_PROGRAMS = Path(__file__).parent / "started_programs"
 os.environ.setdefault("NALORA_TEST_DEVICE", "cpu")
+os.environ.pop("NALORA_COMMAND", None)  # set by scripts/environment.sh
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(STARTED_PROGRAMS), os.environ.get("PYTHONPATH")))
 )

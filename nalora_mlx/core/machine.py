@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 
+SLOW_GFLOPS = 20  # of float32 matrix products on a CPU; slower means that no optimized BLAS is in use
 SLOW_PRODUCT = 0.2  # seconds, which no scatter of the measurement explains
 
 

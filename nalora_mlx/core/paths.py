@@ -1,6 +1,9 @@
 """Models and adapters as users name them: local directories, or repos on the Hugging Face Hub."""
 
+import os
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from nalora_mlx.core.errors import InputError
@@ -32,6 +35,16 @@ def check_paths(model: str | None, adapter: str | None = None, flag: str = "--mo
                 raise InputError(
                     f"--adapter-path {adapter}: has no {name}; give the directory of a trained adapter"
                 )
+
+
+def nalora_command() -> str:
+    """Return how the user starts nalora; scripts/environment.sh sets NALORA_COMMAND."""
+    return os.environ.get("NALORA_COMMAND") or "nalora"
+
+
+def as_typed(words: Sequence[str]) -> list[str]:
+    """Return a command with `nalora` as the user starts it."""
+    return [*shlex.split(nalora_command()), *words[1:]] if words[:1] == ["nalora"] else list(words)
 
 
 def is_hub_name(name: str) -> bool:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -17,6 +18,9 @@ SIGNALS: dict[int, str] = {
     signal.SIGTERM: "terminated",
     signal.SIGHUP: "hung up",
 }
+
+
+SAME_PRESS = 0.5  # seconds within which a signal that comes again was sent twice, as by timeout --foreground
 
 
 class Stopped(BaseException):
@@ -44,15 +48,17 @@ def stoppable(first: Callable[[int], None], second: Callable[[int], None]) -> It
     Args:
         first: called in another thread on the first signal.
         second: called in that thread on the second signal, before the process ends with status 128 + its number,
-            without cleanup.
+            without cleanup. The same signal within SAME_PRESS seconds does not count: launchers that pass signals on
+            send it twice.
     """
-    request = StopRequest()
+    request, requested = StopRequest(), 0.0
 
     def receive(number: int) -> None:
+        nonlocal requested
         if request.number is None:
-            request.number = number
+            request.number, requested = number, time.monotonic()
             first(number)
-        else:
+        elif number != request.number or time.monotonic() - requested > SAME_PRESS:
             _end(number, second)
 
     with _receiving(receive):

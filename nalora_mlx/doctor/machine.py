@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from nalora_mlx.doctor.page import Page
 
-SLOW_GFLOPS = 20  # of float32 matrix products on a CPU; slower means that no optimized BLAS is in use
 LOW_DISK = 2e9  # bytes; about what a run of a small model writes
 
 
@@ -35,12 +34,13 @@ def check_machine(page: "Page") -> None:
         return
     with page.working("measuring matrix products"):
         speed = machine.matmul_gflops()
-    if speed >= SLOW_GFLOPS:
+    if speed >= machine.SLOW_GFLOPS:
         page.ok(f"float32 matrix products: {speed:.0f} GFLOP/s")
     else:
         page.warning(
             f"float32 matrix products: {speed:.0f} GFLOP/s, because no optimized BLAS is in use; training takes about "
-            "fifty times as long; preload a BLAS: LD_PRELOAD=libopenblas.so.0 (package libopenblas0-pthread)"
+            "fifty times as long; start with bash scripts/environment.sh, or preload a BLAS: "
+            "LD_PRELOAD=libopenblas.so.0 (package libopenblas0-pthread)"
         )
     if not machine.has_cpp_compiler():
         page.warning("no C++ compiler, without which mx.compile fuses no operations on the CPU; install g++")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nalora_mlx.core.notices import Note
+from nalora_mlx.core.paths import as_typed
 
 # A step: a word that says what it is for, and commands that follow one another.
 Step = tuple[str, Sequence[Sequence[str]]]
@@ -31,7 +32,7 @@ def print_steps(steps: Sequence[Step]) -> None:
     width = max(len(name) for name, _ in steps)
     print("\nnext:")
     for name, commands in steps:
-        print(f"  {name:<{width}}  {' && '.join(map(shlex.join, commands))}")
+        print(f"  {name:<{width}}  {' && '.join(shlex.join(as_typed(words)) for words in commands)}")
 
 
 def gguf_steps(model: Path, modelfile: Path | None, adapter: Path | None = None) -> list[Step]:

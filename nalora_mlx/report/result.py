@@ -128,7 +128,8 @@ def headline(run: RunData) -> Headline:
     step, loss = best if best[0] else (int(steps[-1]), float(losses[-1]))
     before, after = format_pair(first, loss)
     change = 1 - loss / first if first else 0.0
-    direction = f"{abs(change):.0%} {'lower' if change >= 0 else 'higher'}"
+    share = "more than 99%" if 0.995 <= change < 1 else f"{abs(change):.0%}"
+    direction = f"{share} {'lower' if change >= 0 else 'higher'}"
     place = "" if step == run.last_step else f", at iteration {step:,}"
     detail = f"Perplexity from {_perplexity(first)} to {_perplexity(loss)}: {MEANING}"
     return Headline(name, before, after, f"{direction}{_on_rows(run)}{place}.", detail)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nalora_mlx.core.errors import merge_splits
+from nalora_mlx.core.paths import as_typed
 from nalora_mlx.core.terminal import LastingConsole, has_colors, marked_text
 from nalora_mlx.runs.status import Status, before_training, duration, is_worse_than_before, memory_use
 
@@ -88,6 +89,7 @@ class Display:
     def waiting(self, text: str) -> Iterator[None]:
         """Show what takes a while, until it is over."""
         if not self.interactive:
+            self.note(text)
             yield
             return
         with self.console.status(text):
@@ -120,7 +122,9 @@ class Display:
             for name, words in steps:
                 indent = width + 4
                 columns = self.console.width - indent if self.interactive else None
-                text = f"  {name:<{width}}  " + f"\n{' ' * (indent + 2)}".join(_command_lines(words, columns))
+                text = f"  {name:<{width}}  " + f"\n{' ' * (indent + 2)}".join(
+                    _command_lines(as_typed(words), columns)
+                )
                 self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.paths import nalora_command
 from nalora_mlx.core.signals import SIGNALS, StopRequest, stoppable
 from nalora_mlx.runs.checkpoints import CHECKPOINTS, steps
 from nalora_mlx.runs.display import Display
@@ -40,4 +41,4 @@ def interruptible(output: Path, display: Display) -> Iterator[StopRequest]:
 def how_to_continue(output: Path) -> str:
     """Return the command that continues a run, as the end of a sentence."""
     path = "" if str(output) == RunConfig().adapter_path else f" --adapter-path {shlex.quote(str(output))}"
-    return f"nalora lora --resume{path} continues from there"
+    return f"{nalora_command()} lora --resume{path} continues from there"

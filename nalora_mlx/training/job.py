@@ -23,6 +23,7 @@ from nalora_mlx.adapters.merge_record import twice_notice
 from nalora_mlx.core.background import in_background
 from nalora_mlx.core.config import METHOD_LABELS, RunConfig
 from nalora_mlx.core.errors import InputError, counted, listed
+from nalora_mlx.core.machine import SLOW_GFLOPS, matmul_gflops
 from nalora_mlx.data.batches import evaluation_batches
 from nalora_mlx.data.checks import RunData, tokenize
 from nalora_mlx.data.summary import histogram, mask_pieces, summary
@@ -36,6 +37,7 @@ from nalora_mlx.models.loading import (
     local_directory,
     slow_on_cpu_notice,
 )
+from nalora_mlx.ops.device_sizes import device_kind
 from nalora_mlx.ops.kernels.healthcheck import compile_notices
 from nalora_mlx.runs.display import Display
 from nalora_mlx.runs.loggers import reporters
@@ -58,6 +60,8 @@ from nalora_mlx.training.optimizers import configured_optimizer
 from nalora_mlx.training.samples import write_samples
 from nalora_mlx.training.schedules import length_notices
 from nalora_mlx.training.trainer import train
+
+REAL_MODEL = 20_000_000  # parameters from which on the speed of this machine is worth a look
 
 
 def open_display(quiet: bool = False, phrase: Callable[[str], str] = str) -> Display:
@@ -149,6 +153,11 @@ class Job:
         )
         self.quantized = is_quantized(model_config)
         size = get_total_parameters(self.model)
+        if size > REAL_MODEL and device_kind() == "cpu" and matmul_gflops() < SLOW_GFLOPS:
+            self.notify(
+                "matrix products are slow here, because no optimized BLAS is in use: training takes about fifty times "
+                "as long; start with bash scripts/environment.sh, or preload OpenBLAS"
+            )
         self.description = model_description(config.model, local_directory(config.model), model_config, size)
         adapter = self.start if config.train else self.output if config.adapter_path else None
         if adapter is not None and (

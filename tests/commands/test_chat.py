@@ -196,7 +196,7 @@ def test_answers_stand_side_by_side_on_a_wide_terminal(base, tuned, capsys, monk
     out, _, _ = talk(base, tuned, capsys, monkeypatch, "/compare", QUESTION, force_terminal=True, width=width)
     screen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out)
     theirs, ours = greedy(base, QUESTION), greedy(tuned, QUESTION)
-    side_by_side = re.search(rf"{re.escape(theirs.split()[0])} .* {re.escape(ours.split()[0])} ", screen)
+    side_by_side = re.search(rf"{re.escape(theirs.split()[0])} .*  {re.escape(ours.split()[0])} ", screen)
     assert bool(side_by_side) == (width == 100)
     assert bool(re.search("base +tuned", screen)) == (width == 100)
     if width == 60:

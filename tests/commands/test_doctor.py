@@ -279,7 +279,7 @@ def test_a_slow_machine_gets_remedies(capsys, monkeypatch):
     monkeypatch.setattr(machine, "has_cpp_compiler", lambda: False)
     sections, _ = page_of(capsys)
     assert [line[:2] for line in sections["Machine"][3:]] == ["! ", "! "]
-    assert "; preload a BLAS: LD_PRELOAD" in sections["Machine"][3]
+    assert "or preload a BLAS: LD_PRELOAD" in sections["Machine"][3]
     assert sections["Machine"][4].endswith("; install g++")
 
 

@@ -73,6 +73,9 @@ def read_until(process, words):
 def kill_at_once(process, output):
     """Send the second signal; return exit status, stderr and the checkpoints."""
     assert process.poll() is None
+    process.send_signal(signal.SIGINT)  # so soon, it is the first one once more
+    time.sleep(1)
+    assert process.poll() is None
     tic = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

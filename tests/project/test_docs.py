@@ -74,6 +74,7 @@ FOREIGN = {
     "--lora-modules": "vllm",
     "--max-lora-rank": "vllm",
     "--mlx-path": "mlx_lm.convert",
+    "--model-only": "scripts/demo.sh",
     "--hf-path": "mlx_lm.convert",
     "--train-mode": "mlx-lm-lora",
     "--train-type": "mlx-lm-lora",
