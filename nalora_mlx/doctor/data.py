@@ -76,6 +76,9 @@ def check_tokens(
         page.plain(Text(header, "dim"))
     for line in lines:
         page.ok(line)
+    chats = any(row.messages for dataset in rows.sources for found in dataset.values() for row in found)
+    if chats and not config.mask_prompt:
+        page.note("prompts are trained on too; --mask-prompt trains on the answers only")
     print_all(page, [], context_notices(splits, loaded.config) + length_notices(config, splits))
     return list(splits["train"].sequences)
 

@@ -69,6 +69,19 @@ def test_the_page_without_model_and_data(capsys):
     assert err == ""
 
 
+def test_prompts_that_are_trained_on_are_mentioned(model_directory, data_directory, tmp_path, capsys):
+    note = "· prompts are trained on too; --mask-prompt trains on the answers only"
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "the cat is red"}\n' * 4)
+    for data, flags, shown in (
+        (data_directory, [], True),
+        (data_directory, ["--mask-prompt"], False),
+        (texts, [], False),
+    ):
+        sections, _ = page_of(capsys, "--model", model_directory, "--data", data, *flags, *SMALL)
+        assert (note in sections["Data"]) == shown
+
+
 def test_the_page_of_a_run(model_directory, data_directory, capsys):
     flags = ["--model", model_directory, "--data", data_directory, "--mask-prompt"]
     sections, err = page_of(capsys, *flags, *SMALL)

@@ -79,6 +79,12 @@ ROWS = {
         {"text": " ".join(WORDS.split()[:12]), "prompt": " ".join(WORDS.split()[:12])},
         " ".join(WORDS.split()[12:72]),
     ),
+    "leading spaces": ({"text": "\n    one two three"}, {"text": "one", "prompt": "one"}, "two three"),
+    "no spaces": (
+        {"text": "吾輩は猫である" * 40},
+        {"text": ("吾輩は猫である" * 40)[:60], "prompt": ("吾輩は猫である" * 40)[:60]},
+        "吾輩は猫である".join([""] * 41)[60:],
+    ),
     "short text": ({"text": "one two three"}, {"text": "one", "prompt": "one"}, "two three"),
 }
 

@@ -373,3 +373,18 @@ def test_tokenize_split_takes_dicts_and_has_defaults(data_directory, model_direc
     )
     with pytest.raises(InputError, match="row 2 is str"):
         tokenize_split([rows[0], "x"], tokenizer)
+
+
+def test_a_slow_machine_is_announced_before_training(
+    model_directory, data_directory, tmp_path, monkeypatch, capsys
+):
+    from nalora_mlx.training import job
+
+    settings = SETTINGS_OF_RUN | {"iters": 1}
+    monkeypatch.setattr(job, "matmul_gflops", lambda: 3.0)
+    nalora_mlx.finetune(model_directory, data_directory, tmp_path / "a", **settings)
+    assert "matrix products are slow" not in capsys.readouterr().out  # a tiny model: nobody would notice
+    monkeypatch.setattr(job, "REAL_MODEL", 0)
+    nalora_mlx.finetune(model_directory, data_directory, tmp_path / "a", **settings)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.index("matrix products are slow") < said.index("validation loss")
