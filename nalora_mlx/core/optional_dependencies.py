@@ -1,7 +1,6 @@
 """The package's optional dependencies ("extras"): what each is for, which are installed, and how to install others."""
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -80,7 +79,7 @@ def install_packages(*names: str) -> str:
 def _installer() -> str:
     """Return the command that installs into this environment: pip, or uv in an environment without pip."""
     python = shlex.quote(_shown(Path(sys.executable)))
-    if importlib.util.find_spec("pip") is None:
+    if not is_installed("pip"):  # find_spec would switch off setuptools' distutils in this process
         active = os.environ.get("VIRTUAL_ENV") == sys.prefix
         return "uv pip install" + ("" if active else f" --python {python}")
     pip = shutil.which("pip")

@@ -73,12 +73,12 @@ def test_prompts_that_are_trained_on_are_mentioned(model_directory, data_directo
     note = "· prompts are trained on too; --mask-prompt trains on the answers only"
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "the cat is red"}\n' * 4)
-    for data, flags, shown in (
+    for place, flags, shown in (
         (data_directory, [], True),
         (data_directory, ["--mask-prompt"], False),
         (texts, [], False),
     ):
-        sections, _ = page_of(capsys, "--model", model_directory, "--data", data, *flags, *SMALL)
+        sections, _ = page_of(capsys, "--model", model_directory, "--data", place, *flags, *SMALL)
         assert (note in sections["Data"]) == shown
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -38,9 +39,7 @@ def installed(monkeypatch, tmp_path):
         )
         metadata = optional_dependencies.importlib.metadata
         monkeypatch.setattr(metadata, "distribution", lambda name: found)
-        monkeypatch.setattr(
-            optional_dependencies.importlib.util, "find_spec", lambda name: object() if has_pip else None
-        )
+        monkeypatch.setattr(optional_dependencies, "is_installed", lambda name: name == "pip" and has_pip)
         return environment
 
     return pretend
@@ -149,3 +148,13 @@ def test_extras_of_the_project():
     assert Requirement(everything).extras == set(optional_dependencies.EXTRAS) - {"vlm", "notebook"}
     assert extras["export"] == {"gguf", "xllamacpp"}
     assert Requirement(*declared["optional-dependencies"]["kquants"]).extras == {"export"}
+
+
+def test_setuptools_works_after_a_hint():
+    """Looking for pip as a module would make setuptools use the distutils of Python, and fail."""
+    pytest.importorskip("setuptools")
+    program = (
+        "from nalora_mlx.core.optional_dependencies import install_command as i; i('data'); import setuptools"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
