@@ -64,7 +64,7 @@ class FinetuneResult:
 
     @property
     def samples(self) -> list[dict[str, Any]]:
-        """A few prompts of the data with the answers before and after training, see `samples.json` in docs/runs.md."""
+        """The content of `samples.json`: a few prompts with the "expected" answer and those "before" and "after"."""
         from nalora_mlx.runs.samples import read_samples
 
         return read_samples(self.path)

@@ -79,10 +79,10 @@ def quick():
 def test_names_and_paths_are_replaced(monkeypatch):
     monkeypatch.setattr(mac_check, "_names", lambda: {"Tester-Mac", "tester"})
     monkeypatch.setattr(
-        mac_check, "_paths", lambda: [("/home/tester/work", "PROJECT"), ("/home/tester", "HOME")]
+        mac_check, "_paths", lambda: [("/somewhere/tester/work", "PROJECT"), ("/somewhere/tester", "HOME")]
     )
     value = {
-        "a": ["/home/tester/work/x.py", "/home/tester/.cache", 3, None],
+        "a": ["/somewhere/tester/work/x.py", "/somewhere/tester/.cache", 3, None],
         "tester-mac.local": "contesters of Tester",
     }
     assert mac_check.anonymous(value) == {
