@@ -293,6 +293,8 @@ def _rows_by_split(data: Any) -> dict[str, Rows] | None:
 
 def _records(rows: Any) -> list[Any]:
     """Return rows as a list. Empty cells of a DataFrame are left out."""
+    from nalora_mlx.data.sources.tables import without_decoding
+
     if rows is None:
         return []
     if hasattr(rows, "iloc") and hasattr(rows, "columns"):  # of pandas
@@ -301,7 +303,7 @@ def _records(rows: Any) -> list[Any]:
             for row in rows.to_dict("records")
         ]
     try:
-        return list(rows)
+        return list(without_decoding(rows))
     except TypeError:
         raise InputError(
             f"finetune: data is {type(rows).__name__}; give a path, or a list of dicts"
@@ -310,11 +312,8 @@ def _records(rows: Any) -> list[Any]:
 
 def _is_missing(value: Any) -> bool:
     """Return whether a cell of a DataFrame is empty: None, NaN, NaT or NA."""
-    return (
-        value is None
-        or (isinstance(value, float) and math.isnan(value))
-        or type(value).__name__ in ("NAType", "NaTType")
-    )
+    is_null = value is None or type(value).__name__ in ("NAType", "NaTType")
+    return is_null or (isinstance(value, float) and math.isnan(value))
 
 
 def _plain(value: Any) -> Any:

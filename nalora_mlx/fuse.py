@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
     from nalora_mlx.adapters.merge_quality import MergeQuality
-    from nalora_mlx.export.merged_model import KeptNames, MergedModel
+    from nalora_mlx.export.merged_model import MergedModel
     from nalora_mlx.export.results import Step
-    from nalora_mlx.models.stored_tensors import StoredTensors
 
 DEFAULT_MODEL = "mlx_model"  # as in mlx_lm.fuse
 
@@ -92,25 +91,29 @@ def run(args: argparse.Namespace) -> None:
     from nalora_mlx.adapters.files import load_any_adapter
     from nalora_mlx.adapters.merge import check_bits, check_finite_layers, dequantize_scaled_experts
     from nalora_mlx.adapters.merge_record import merge_record, reject_twice
+    from nalora_mlx.adapters.vision import needs_vision
+    from nalora_mlx.core.storage import read_json
+    from nalora_mlx.export.kept_names import choose_names
     from nalora_mlx.export.merge_notes import lost_message, model_notes, next_steps, quality_notes
     from nalora_mlx.export.merged_model import MergedModel
     from nalora_mlx.export.results import print_notes, print_steps
     from nalora_mlx.models.chat_templates import OWN, own_templates
     from nalora_mlx.models.hub import fetch_small_files
-    from nalora_mlx.models.loading import load_model, local_directory
+    from nalora_mlx.models.loading import check_files
     from nalora_mlx.models.model_files import model_files
     from nalora_mlx.models.stored_tensors import find_stored_tensors, format_bytes
     from nalora_mlx.runs.checkpoints import final_adapters
 
     bits = None if args.bits == "same" else int(args.bits)
     adapter = Path(args.adapter_path).expanduser()
-    source = local_directory(args.model)
+    source = check_files(args.model)
     reject_twice(args.model, source, args.adapter_path, ", or use this model as it is")
-    model, tokenizer, _ = load_model(args.model, args.trust_remote_code)
+    images = needs_vision(read_json(source / "config.json"), adapter)
+    model, tokenizer = _load(args, images)
     if not Path(args.model).expanduser().exists():
         fetch_small_files(args.model)
     if args.export_gguf:
-        _check_gguf(target, args.gguf_path, source)
+        _check_gguf(target, args.gguf_path, source, adapter)
     check_finite_layers({"": model}, f"--model {args.model}: weights are NaN or infinite")
     stored = find_stored_tensors(model, source)
     quantized = [path for path, module in model.named_modules() if "scales" in module]
@@ -121,9 +124,9 @@ def run(args: argparse.Namespace) -> None:
     chat = configure_chats(tokenizer, args.chat_template, args.chat_template_args, args.adapter_path)
     if not args.dequantize:
         check_bits(model, bits)
-    kept = _keep_names(args, model, stored, quantized) if args.keep_all else None
+    kept = choose_names(args, model, source, stored, quantized, images)
     template = None if chat.template == own_template else chat.template
-    files = model_files(source, stored.file_names, template, keeps_quantization=args.keep_all)
+    files = model_files(source, stored.file_names, template, keeps_quantization=kept is not None)
     model.eval()
     print(
         "merging, and comparing answers before and after; this may take a minute", file=sys.stderr, flush=True
@@ -133,13 +136,15 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(lost_message(args, quality, bool(quantized)))
     record = merge_record(source, adapter, final_adapters(adapter))
     whole = MergedModel(source, model, merged, files, kept, record)
-    _write(args, target, whole, quality)
-    print_notes(model_notes(source, stored, files, args.keep_all, chat) + quality_notes(args, quality))
+    _write(args, target, whole, quality, images)
+    print_notes(
+        model_notes(source, stored, files, kept is not None, images, chat) + quality_notes(args, quality)
+    )
     if quality:
         print(f"{quality.verdict}\n  ({quality.basis})")
     done = f"merged {len(merged)} layers into" if merged else "wrote the fully trained weights to"
     print(f"{done} {args.save_path} ({format_bytes(whole.nbytes())})")
-    steps = next_steps(args, tokenizer, chat)
+    steps = next_steps(args, tokenizer, chat, images)
     if args.export_gguf:
         steps += _export_gguf(target, args.gguf_path, tokenizer)
     if args.upload_repo:
@@ -147,28 +152,22 @@ def run(args: argparse.Namespace) -> None:
     print_steps(steps)
 
 
-def _keep_names(
-    args: argparse.Namespace, model: "nn.Module", stored: "StoredTensors", quantized: list[str]
-) -> "KeptNames":
-    """Return where the arrays that the merge will change belong in the base's files.
+def _load(args: argparse.Namespace, images: bool) -> "tuple[nn.Module, Any]":
+    """Load the base model and its tokenizer, through mlx-vlm or mlx-lm.
 
     Raises:
-        InputError: some cannot be written back, or kept tensors are quantized in spite of --dequantize.
+        InputError: the model cannot be loaded.
+        RunError: there is not enough memory.
     """
-    from nalora_mlx.adapters.files import ADAPTER_FILE
-    from nalora_mlx.core.storage import array_shapes
-    from nalora_mlx.export.merged_model import keep_names
+    if images:
+        from nalora_mlx.models.vision.loading import open_processor, open_vision_model
 
-    layers = {path for path, module in model.named_modules() if "lora_a" in module}
-    arrays = [] if layers else list(array_shapes(Path(args.adapter_path).expanduser() / ADAPTER_FILE))
-    if args.dequantize:
-        if still := [name for name in stored.unused if name.endswith(".scales")]:
-            raise InputError(
-                f"--keep-all: {still[0].removesuffix('.scales')} is quantized and kept, so that --dequantize would "
-                "make only a part of the model dense; leave one of the two out"
-            )
-        layers |= set(quantized)
-    return keep_names(stored, sorted(layers), arrays)
+        model, config = open_vision_model(args.model, args.trust_remote_code)
+        return model, open_processor(args.model, config, args.trust_remote_code).tokenizer
+    from nalora_mlx.models.loading import load_model
+
+    model, tokenizer, _ = load_model(args.model, args.trust_remote_code)
+    return model, tokenizer
 
 
 def _merge(
@@ -201,7 +200,11 @@ def _merge(
 
 
 def _write(
-    args: argparse.Namespace, target: Path, merged: "MergedModel", quality: "MergeQuality | None"
+    args: argparse.Namespace,
+    target: Path,
+    merged: "MergedModel",
+    quality: "MergeQuality | None",
+    images: bool,
 ) -> None:
     """Write the merged model's directory, which is complete or absent.
 
@@ -220,7 +223,7 @@ def _write(
     try:
         with new_directory(target) as temporary:
             merged.write(temporary)
-            _write_card(args, temporary, merged.base, quality.numbers if quality else None)
+            _write_card(args, temporary, merged.base, quality.numbers if quality else None, images)
     except OSError as error:
         raise RunError(
             f"--save-path {args.save_path}: the model could not be written ({error.strerror or error}); choose "
@@ -267,7 +270,9 @@ def _check_target(target: Path, args: argparse.Namespace) -> None:
         )
 
 
-def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: str | None) -> None:
+def _write_card(
+    args: argparse.Namespace, directory: Path, source: Path, kept: str | None, images: bool
+) -> None:
     """Replace mlx-lm's model card with our own."""
     from nalora_mlx.adapters.files import read_adapter_config
     from nalora_mlx.core.paths import is_hub_name
@@ -286,15 +291,18 @@ def _write_card(args: argparse.Namespace, directory: Path, source: Path, kept: s
         adapter=adapter,
         adapter_config=read_adapter_config(adapter),
         merge_quality=kept,
+        images=images,
     )
 
 
-def _check_gguf(target: Path, name: str, base: Path) -> None:
+def _check_gguf(target: Path, name: str, base: Path, adapter: Path) -> None:
     """Check the GGUF export before the merge: the merged model has the base's architecture and tokenizer."""
     from nalora_mlx.export.gguf.model import check_output, plan_gguf
+    from nalora_mlx.export.updates import reject_towers
 
     if not (target / name).is_relative_to(target):  # a file inside it is replaced with the directory
         check_output(target / name, overwrite=False)
+    reject_towers(adapter, "--export-gguf")
     plan_gguf(base, "f16")
 
 

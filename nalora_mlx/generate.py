@@ -1,9 +1,12 @@
-"""`nalora generate`: answer one prompt with mlx-lm's generator and its flags."""
+"""`nalora generate`: answer one prompt with mlx-lm's generator and its flags; about images, with mlx-vlm's generator."""
 
 import argparse
 import importlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from nalora_mlx.arguments import Parser, add_chat_flags, add_forwarded
@@ -14,8 +17,12 @@ from nalora_mlx.cli import (
     prepare_forwarded,
     require_model,
 )
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.errors import InputError, listed
+from nalora_mlx.core.paths import expanded
+from nalora_mlx.vision_models import load_vision_model, needs_mlx_vlm, why_blind
 
+if TYPE_CHECKING:
+    from nalora_mlx.models.vision.processor import VisionProcessor
 # The flags of mlx_lm.generate: (names, value, help, type). They are repeated here because mlx-lm imports too slowly for
 # --help. All are forwarded unchanged; a test checks that the list is complete but for --chat-template-config, which is
 # another name of --chat-template-args.
@@ -46,7 +53,12 @@ VALUES = (
 )
 LISTS = (
     (("--extra-eos-token",), "TOKEN", "additional end-of-sequence tokens", str),
-    (("--image",), "FILE", "image files, in the order of their placeholders in the prompt", str),
+    (
+        ("--image",),
+        "FILE",
+        "images to ask a vision-language model about; they come before the prompt",
+        str,
+    ),
 )
 SWITCHES = (
     (("--trust-remote-code",), "run code that comes with the model"),
@@ -54,6 +66,17 @@ SWITCHES = (
     (("--use-default-chat-template",), "use the default chat template"),
     (("--quantize-activations", "-qa"), "quantize activations with the settings of their layer"),
 )
+
+# Of these flags, what mlx-vlm's generator takes under the same name, and what it has nothing for.
+PASSED_ON = (
+    "max_tokens",
+    "max_kv_size",
+    "prefill_step_size",
+    "kv_bits",
+    "kv_group_size",
+    "quantized_kv_start",
+)
+MLX_LM_ONLY = ("prompt_cache_file", "draft_model", "num_draft_tokens", "quantize_activations")
 
 
 def build_parser(prog: str) -> Parser:
@@ -69,8 +92,19 @@ def build_parser(prog: str) -> Parser:
           nalora generate --model Qwen/Qwen3-0.6B --prompt 'Where is my parcel?'
         answer a file, and print nothing else
           nalora generate --model tuned --prompt - --max-tokens 500 --verbose False < question.txt
+        ask about an image
+          nalora generate --model Qwen/Qwen2.5-VL-3B-Instruct --image receipt.jpg --prompt 'What is the total?'
         """,
-        essentials=("model", "adapter_path", "prompt", "system_prompt", "max_tokens", "temp", "verbose"),
+        essentials=(
+            "model",
+            "adapter_path",
+            "prompt",
+            "image",
+            "system_prompt",
+            "max_tokens",
+            "temp",
+            "verbose",
+        ),
     )
     add_forwarded(parser, VALUES, LISTS, SWITCHES)
     add_chat_flags(parser, "--chat-template-config")
@@ -78,19 +112,125 @@ def build_parser(prog: str) -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the flags and forward them to mlx_lm.generate."""
+    """Check the flags, and forward them to mlx_lm.generate, or answer with mlx-vlm."""
     given = vars(args)
     require_model(given.get("model"), given.get("adapter_path"))
     check_forwarded(given)
     if not Path(given.get("prompt_cache_file", ".")).exists():
         raise InputError(f"--prompt-cache-file {given['prompt_cache_file']}: no such file")
+    images = [str(expanded(path)) for path in given.get("image", ())]
+    if images:
+        _check_images(images)
     given = prepare_forwarded(given)
+    if images and (blind := why_blind(given["model"])):
+        raise InputError(f"--image: {given['model']} {blind}")
+    if images or needs_mlx_vlm(given["model"], given.get("adapter_path")):
+        _answer_with_mlx_vlm(given, images)
+        return
     # `mlx_lm.generate` is also a function; import_module returns the module.
     mlx_lm_generate = importlib.import_module("mlx_lm.generate")
     load = loading_configured(mlx_lm_generate.load, given)
     argv = ["nalora generate", *forwarded_argv(given)]
     with mock.patch.object(sys, "argv", argv), mock.patch.object(mlx_lm_generate, "load", load):
         mlx_lm_generate.main()
+
+
+def _check_images(paths: list[str]) -> None:
+    """Raise InputError if an image cannot be read, before anything else takes time."""
+    from nalora_mlx.data.images import check_image
+
+    for path in paths:
+        check_image(os.path.abspath(path), "--image")
+
+
+def _answer_with_mlx_vlm(given: dict[str, Any], images: list[str]) -> None:
+    """Load the model through mlx-vlm, and print its answer as mlx_lm.generate does.
+
+    Args:
+        given: the flags, checked.
+        images: paths.
+
+    Raises:
+        InputError: mlx-vlm has nothing for a flag, or an image cannot be read.
+    """
+    if unused := [f"--{name.replace('_', '-')}" for name in MLX_LM_ONLY if name in given]:
+        raise InputError(f"{listed(unused, ', ')}: mlx-vlm, which answers here, has no such flag; remove it")
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    from nalora_mlx.adapters.files import load_any_adapter
+    from nalora_mlx.models.vision.generation import stream_answer
+
+    template, template_args = given.pop("chat_template"), given.pop("chat_template_args")
+    args = importlib.import_module("mlx_lm.generate").setup_arg_parser().parse_args(forwarded_argv(given))
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    model, processor = load_vision_model(
+        args.model, args.adapter_path, template, template_args, args.trust_remote_code
+    )
+    if args.adapter_path is not None:
+        load_any_adapter(model, Path(args.adapter_path))
+        model.eval()
+    tokenizer = processor.tokenizer
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    responses = stream_answer(
+        model,
+        processor,
+        _prompt_text(processor, args, len(images)),
+        [os.path.abspath(path) for path in images],
+        "--prompt",
+        sampler=sampler,
+        **{name: getattr(args, name) for name in PASSED_ON},
+    )
+    _print_answer(responses, args.verbose)
+
+
+def _prompt_text(processor: "VisionProcessor", args: argparse.Namespace, images: int) -> str:
+    """Return the prompt with a placeholder for each image, which come first."""
+    from nalora_mlx.models.vision.generation import message_content, render_chat
+
+    prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    tokenizer = processor.tokenizer
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        start = tokenizer.decode([token for token in tokenizer.encode("") if token == tokenizer.bos_token_id])
+        placed = not images or processor.placeholder in prompt
+        return start + ("" if placed else processor.placeholder * images) + prompt
+    messages = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
+    messages.append({"role": "user", "content": message_content(prompt, images)})
+    return render_chat(processor, messages, "--prompt") + (args.prefill_response or "")
+
+
+def _print_answer(responses: Iterator[Any], verbose: bool) -> None:
+    """Print an answer piece by piece; if verbose, between lines and with the speed, as mlx-lm prints it."""
+    text, response = "", None
+    if verbose:
+        print("=" * 10)
+    for response in responses:
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if not verbose:
+        print(text)
+        return
+    print(f"\n{'=' * 10}")
+    if response is None or not text:
+        print("No text generated for this prompt")
+        return
+    print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
+    print(f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec")
+    print(f"Peak memory: {response.peak_memory:.3f} GB")
 
 
 if __name__ == "__main__":

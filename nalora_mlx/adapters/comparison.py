@@ -10,6 +10,8 @@ from mlx.utils import tree_unflatten
 from nalora_mlx.adapters.files import load_any_adapter
 from nalora_mlx.adapters.merge import base_layer
 from nalora_mlx.models.loading import local_directory, open_module
+from nalora_mlx.models.vision.loading import open_vision_model
+from nalora_mlx.models.vision.model import is_vision_language_model
 
 
 def load_tuned(base: nn.Module, name: str, adapter: str | Path, trust_remote_code: bool = False) -> nn.Module:
@@ -33,7 +35,10 @@ def load_tuned(base: nn.Module, name: str, adapter: str | Path, trust_remote_cod
 def share_weights(model: nn.Module, name: str, trust_remote_code: bool = False) -> nn.Module:
     """Return a second model with the same arrays; changing the modules of one does not affect the other."""
     # Lazy: the arrays in the files are never read.
-    twin, _ = open_module(local_directory(name), trust_remote_code, name=name, lazy=True)
+    if is_vision_language_model(model):
+        twin, _ = open_vision_model(name, trust_remote_code, lazy=True)
+    else:
+        twin, _ = open_module(local_directory(name), trust_remote_code, name=name, lazy=True)
     twin.update(model.parameters())
     return twin
 

@@ -21,11 +21,13 @@ from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.parsing import coerce, reject_unknown
 from nalora_mlx.core.template_args import template_args_problems
 from nalora_mlx.models.chat_templates import ChatSettings, check_template
+from nalora_mlx.models.vision.model import is_vision_language_model
 
 ADAPTER_FILE = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 NA_KEY = "na_lora"  # the NA settings in adapter_config.json
 CHAT_KEY = "chat_template"  # the chat settings, unless they are the tokenizer's own
+IMAGES_KEY = "images"  # true if the adapted model was one of mlx-vlm
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 
 
@@ -52,6 +54,7 @@ def adapter_config(model: nn.Module, chat: ChatSettings | None = None) -> dict[s
         "num_layers": config.num_layers,
         "lora_parameters": config.lora_parameters,
         NA_KEY: config.na_parameters,
+        **({IMAGES_KEY: True} if is_vision_language_model(model) else {}),
         **chat_entry(chat),
     }
 

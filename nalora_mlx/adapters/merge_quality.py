@@ -15,6 +15,7 @@ import mlx.nn as nn
 from nalora_mlx.adapters.comparison import without_adapters
 from nalora_mlx.core.errors import RunError
 from nalora_mlx.models.conversation import greedy_answer, render_prompt
+from nalora_mlx.models.vision.model import is_vision_language_model
 
 # Of several kinds, so that some are close to what an adapter was trained for.
 PROMPTS = (
@@ -121,11 +122,22 @@ def take_reference(model: nn.Module, tokenizer: Any) -> Reference:
     samples = []
     for text in PROMPTS:
         prompt = _encode(tokenizer, text)
-        answer = greedy_answer(model, tokenizer, prompt, ANSWER_TOKENS)
-        samples.append(Sample(prompt + answer.tokens, len(prompt)))
+        if is_vision_language_model(model):
+            answer = _continue_without_cache(model, tokenizer, prompt)
+        else:
+            answer = greedy_answer(model, tokenizer, prompt, ANSWER_TOKENS).tokens
+        samples.append(Sample(prompt + answer, len(prompt)))
     tuned = log_probabilities(model, samples)
     with without_adapters(model):
         return Reference(samples, tuned, log_probabilities(model, samples))
+
+
+def _continue_without_cache(model: nn.Module, tokenizer: Any, prompt: list[int]) -> list[int]:
+    """Return a greedy answer of a model of mlx-vlm, whose caches mlx-lm's generation does not know."""
+    answer: list[int] = []
+    while len(answer) < ANSWER_TOKENS and not set(answer) & set(tokenizer.eos_token_ids):
+        answer.append(int(model(mx.array([prompt + answer]))[0, -1].argmax().item()))
+    return answer
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

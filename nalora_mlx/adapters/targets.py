@@ -16,6 +16,7 @@ from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.core.errors import InputError, counted
 from nalora_mlx.core.notices import Note
 from nalora_mlx.core.parsing import nearest
+from nalora_mlx.models.vision.model import is_vision_language_model
 
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 ROUTER_NAMES = ("gate", "router")
@@ -58,7 +59,7 @@ class Targets:
 class _Layers(NamedTuple):
     """The layers of a model."""
 
-    chosen: list[nn.Module]  # the last num_layers, and all layers of a vision tower
+    chosen: list[nn.Module]  # the last num_layers, and all layers of a vision tower that is adapted
     others: list[nn.Module]
     num_layers: int
 
@@ -75,10 +76,10 @@ class _Candidates(NamedTuple):
 def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
     """Find the modules to adapt, and resolve `keys` and `num_layers`.
 
-    1. Choose the layers: the last `num_layers`, and all layers of a vision tower.
+    1. Choose the layers: the last `num_layers`, and with `vision` all layers of the vision tower.
     2. Find the modules in them that an adapter fits, and those outside.
     3. Choose among these modules by `keys`. Without keys, take all modules in the chosen layers except the routers of
-       experts and the gates of recurrences.
+       experts and the gates of recurrences; with `vision` or `projector`, also the linear layers between the towers.
 
     Raises:
         InputError: No key names a module, the layers have no module that an adapter fits, or the rank is larger than
@@ -92,7 +93,7 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
                 "all of them are adapted"
             )
         )
-    layers = _choose_layers(model, config.num_layers)
+    layers = _choose_layers(model, config)
     candidates = _find_candidates(model, layers)
     adaptable = candidates.outside | {path: module for path, (_, module) in candidates.inside.items()}
     left_out: dict[str, str] = {}
@@ -101,9 +102,15 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
         modules = {path: module for path, (key, module) in candidates.inside.items() if key in keys}
         if not modules:
             raise InputError("the layers of this model have no module that a LoRA adapter fits")
+        if config.vision or config.projector:
+            modules |= _projector(model, candidates)
+        if is_vision_language_model(model):
+            keys = tuple(modules)  # mlx-vlm takes whole paths only; mlx-lm takes them too
     else:
         keys = config.keys
-        modules = {path: module for path, (key, module) in candidates.inside.items() if key in keys}
+        modules = {
+            path: module for path, (key, module) in candidates.inside.items() if key in keys or path in keys
+        }
         modules |= {path: module for path, module in candidates.outside.items() if path in keys}
         problems = _unknown_keys(keys, candidates)
         if not modules:
@@ -155,20 +162,24 @@ def _dimensions(module: nn.Module) -> tuple[int, int] | None:
 # --- layers -------------------------------------------------------------------------------------------------
 
 
-def _choose_layers(model: nn.Module, num_layers: int) -> _Layers:
-    layers, vision = list(model.layers), _vision_layers(model)
+def _choose_layers(model: nn.Module, config: NALoRAConfig) -> _Layers:
+    layers, num_layers = list(model.layers), config.num_layers
+    vision = vision_layers(model) if config.vision else []
+    if (config.vision or config.projector) and not is_vision_language_model(model):
+        flag = "vision" if config.vision else "projector"
+        raise InputError(f"{flag} is set, and the model was not loaded with a vision tower; remove it")
     # As in mlx-lm, 0 and negative numbers mean all layers.
     count = min(num_layers, len(layers)) if num_layers > 0 else len(layers)
     first = len(layers) - count
     return _Layers(layers[first:] + vision, layers[:first], count)
 
 
-def _vision_layers(model: nn.Module) -> list[nn.Module]:
+def vision_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers of an mlx-vlm model's vision tower; none for models of mlx-lm.
 
     The towers of mlx-vlm share the attribute's name but not their structure. The layers are the list with most modules.
     """
-    if not type(model).__module__.startswith("mlx_vlm."):
+    if not is_vision_language_model(model):
         return []
     tower = getattr(model, "vision_tower", getattr(model, "vision_model", None))
     lists = [
@@ -178,6 +189,20 @@ def _vision_layers(model: nn.Module) -> list[nn.Module]:
         if isinstance(value, list) and all(isinstance(item, nn.Module) for item in value)
     ]
     return max(lists, key=lambda layers: sum(len(layer.modules()) for layer in layers), default=[])
+
+
+def _projector(model: nn.Module, candidates: _Candidates) -> dict[str, nn.Module]:
+    """Return the linear layers that are neither in the language model nor in a layer of the vision tower."""
+    left_out = {id(module) for layer in vision_layers(model) for module in layer.modules()} | _read_directly(
+        model
+    )
+    return {
+        path: module
+        for path, module in candidates.outside.items()
+        if isinstance(module, layouts.LINEAR)
+        and not path.startswith("language_model.")
+        and id(module) not in left_out
+    }
 
 
 # --- modules ------------------------------------------------------------------------------------------------
@@ -290,7 +315,7 @@ def _routers(model: nn.Module) -> set[str]:
 def _unknown_keys(keys: tuple[str, ...], candidates: _Candidates) -> list[str]:
     """Return an error message for each key that names no candidate."""
     inside, outside, layer_keys, _ = candidates
-    inside_keys = {key for key, _ in inside.values()}
+    inside_keys = {key for key, _ in inside.values()} | inside.keys()
     unknown = [key for key in keys if key not in outside and key not in inside_keys]
     # Full paths that a key of a layer covers are no better suggestions than that key.
     full_paths = {path for path in outside if not any(path.endswith(f".{key}") for key in layer_keys)}

@@ -96,23 +96,49 @@ def _load(args: argparse.Namespace) -> "tuple[Conversation, Conversation | None]
     from nalora_mlx.adapters.comparison import load_tuned
     from nalora_mlx.models.conversation import Conversation
     from nalora_mlx.models.loading import load_model, print_notice, slow_on_cpu_notice
+    from nalora_mlx.vision_models import needs_mlx_vlm, why_blind
 
     if slow := slow_on_cpu_notice(args.model):
         print_notice(slow)
+    blind = why_blind(args.model)
+    if not blind or needs_mlx_vlm(args.model, args.adapter_path):
+        return _load_vision(args)
     base, tokenizer, _ = load_model(args.model, args.trust_remote_code)
     configure_chats(tokenizer, args.chat_template, args.chat_template_args, args.adapter_path)
-    if not tokenizer.has_chat_template:
-        raise InputError(
-            f"--model {args.model}: has no chat template; give one with --chat-template, use nalora generate, or an "
-            "instruct model"
-        )
+    _require_template(args.model, tokenizer)
     base.eval()
-    settings = (tokenizer, args.system_prompt, args.max_kv_size)
+    settings = (tokenizer, args.system_prompt, args.max_kv_size, f"{args.model} {blind}")
     if not args.adapter_path:
         return Conversation(base, *settings), None
     note_merged(args.model, args.adapter_path)
     tuned = load_tuned(base, args.model, args.adapter_path, args.trust_remote_code)
     return Conversation(tuned, *settings), Conversation(base, *settings)
+
+
+def _load_vision(args: argparse.Namespace) -> "tuple[Conversation, Conversation | None]":
+    """Do what `_load` does, with a model of mlx-vlm."""
+    from nalora_mlx.adapters.comparison import load_tuned
+    from nalora_mlx.models.vision.conversation import VisionConversation
+    from nalora_mlx.vision_models import load_vision_model
+
+    base, processor = load_vision_model(
+        args.model, args.adapter_path, args.chat_template, args.chat_template_args, args.trust_remote_code
+    )
+    _require_template(args.model, processor.tokenizer)
+    settings = (processor, args.system_prompt, args.max_kv_size)
+    if not args.adapter_path:
+        return VisionConversation(base, *settings), None
+    tuned = load_tuned(base, args.model, args.adapter_path, args.trust_remote_code)
+    return VisionConversation(tuned, *settings), VisionConversation(base, *settings)
+
+
+def _require_template(model: str, tokenizer: Any) -> None:
+    """Raise InputError if a tokenizer has no chat template."""
+    if not tokenizer.has_chat_template:
+        raise InputError(
+            f"--model {model}: has no chat template; give one with --chat-template, use nalora generate, or an "
+            "instruct model"
+        )
 
 
 def _settings(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:

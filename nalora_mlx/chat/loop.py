@@ -1,9 +1,11 @@
 """The loop of a chat: it reads messages and commands, and prints the answers of one or two models."""
 
+import os
+import shlex
 import sys
 import unicodedata
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +17,18 @@ if TYPE_CHECKING:
     from nalora_mlx.models.conversation import Conversation
 
 MIN_COLUMNS = 80  # width of a terminal that shows two answers side by side
+Answers = Mapping[str, Generator[str, None, None]]  # of each speaker, in pieces
+
+
+class PendingImage(NamedTuple):
+    """An image that the next message will have, as an image of Pillow."""
+
+    name: str
+    image: Any
+
+    def __str__(self) -> str:
+        """Return how the chat names it."""
+        return f"{self.name} ({self.image.width} x {self.image.height})"
 
 
 class Chat:
@@ -33,6 +47,7 @@ class Chat:
         self, console: "Console", tuned: "Conversation", base: "Conversation | None", settings: dict[str, Any]
     ):
         self.console, self.tuned, self.base, self.settings = console, tuned, base, settings
+        self.pending: list[PendingImage] = []
         self.comparing = self.ended = False
         self.interactive = sys.stdin.isatty()
 
@@ -70,7 +85,7 @@ class Chat:
         """
         if not line.startswith("/"):
             if line.strip():
-                self.answer(line.strip())
+                self.answer(line.strip(), [image.image for image in self.pending])
             return
         name, *argument = line.split(maxsplit=1)
         for command in COMMANDS:
@@ -89,6 +104,29 @@ class Chat:
             conversation.set_system(text)
         self.confirm(f"system message {'set' if text else 'removed'}")
 
+    def add_image(self, path: str = "") -> None:
+        """Put an image before the next message.
+
+        Raises:
+            InputError: the model does not see images, or the image cannot be read.
+        """
+        if self.tuned.blind:
+            raise InputError(f"/image: {self.tuned.blind}")
+        if not path:
+            raise InputError("/image needs the path of an image: /image PATH")
+        from nalora_mlx.data.images import open_image
+
+        name = _typed_path(path)
+        self.pending.append(PendingImage(name, open_image(os.path.abspath(name), "/image")))
+        self.confirm(f"with the next message: {self.pending[-1]}")
+
+    def list_images(self, _: str = "") -> None:
+        """List the images that the next message will have."""
+        for image in self.pending:
+            self.note(f"with the next message: {image}")
+        if not self.pending:
+            self.note(self.tuned.blind or "no images for the next message; /image PATH adds one")
+
     def toggle_comparison(self, _: str = "") -> None:
         """Start or stop answering with the base model too."""
         self.compare(not self.comparing)
@@ -99,6 +137,7 @@ class Chat:
         """Remove all turns."""
         for conversation in self._conversations():
             conversation.reset()
+        self.pending = []
         self.confirm("all turns removed")
 
     def help(self, _: str = "") -> None:
@@ -134,8 +173,8 @@ class Chat:
         earlier = "earlier message" if len(missed) == 1 else f"{len(missed)} earlier messages"
         self.note(f"the base model first answers your {earlier}, unseen")
         try:
-            for text in missed:
-                deque(base.answer(text, **self.settings), maxlen=0)
+            for question in missed:
+                deque(base.answer(question.text, question.images, **self.settings), maxlen=0)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -144,15 +183,20 @@ class Chat:
             return False
         return True
 
-    def answer(self, text: str) -> None:
+    def answer(self, text: str, images: Sequence[Any] = ()) -> None:
         """Answer a message. In an interactive chat, Ctrl-C stops the answer and removes the turn."""
         speakers = {"": self.tuned}
         if self.comparing and self.base is not None:
             speakers = {"base": self.base, "tuned": self.tuned}
         before = [conversation.messages for conversation in speakers.values()]
         show = self._in_columns if self.comparing and self._has_columns() else self._one_by_one
+        answers = {
+            name: conversation.answer(text, images, **self.settings)
+            for name, conversation in speakers.items()
+        }
         try:
-            show(speakers, text)
+            show(speakers, answers)
+            self.pending = []
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -176,30 +220,28 @@ class Chat:
     def _conversations(self) -> "list[Conversation]":
         return [self.tuned] if self.base is None else [self.tuned, self.base]
 
-    def _one_by_one(self, speakers: "dict[str, Conversation]", text: str) -> None:
+    def _one_by_one(self, speakers: "dict[str, Conversation]", answers: Answers) -> None:
         for name, conversation in speakers.items():
             if name:
                 self.console.print(f"{name}:", style="bold")
-            with closing(conversation.answer(text, **self.settings)) as pieces:
+            with closing(answers[name]) as pieces:
                 for piece in pieces:
                     print(self._printable(piece), end="", flush=True)
             print()
             if conversation.cut:
                 self.note(self._cut_note())
 
-    def _in_columns(self, speakers: "dict[str, Conversation]", text: str) -> None:
+    def _in_columns(self, speakers: "dict[str, Conversation]", answers: Answers) -> None:
         from rich.live import Live
 
-        answers = dict.fromkeys(speakers, "")
-        with Live(
-            get_renderable=lambda: _columns(answers), console=self.console, refresh_per_second=8
-        ) as live:
+        texts = dict.fromkeys(speakers, "")
+        with Live(get_renderable=lambda: _columns(texts), console=self.console, refresh_per_second=8) as live:
             for name, conversation in speakers.items():
-                with closing(conversation.answer(text, **self.settings)) as pieces:
+                with closing(answers[name]) as pieces:
                     for piece in pieces:
-                        answers[name] += self._printable(piece)
+                        texts[name] += self._printable(piece)
                 if conversation.cut:
-                    answers[name] += f"\n({self._cut_note()})"
+                    texts[name] += f"\n({self._cut_note()})"
             live.refresh()
 
     def _has_columns(self) -> bool:
@@ -228,6 +270,14 @@ def _columns(answers: dict[str, str]) -> "RenderableType":
     return table
 
 
+def _typed_path(text: str) -> str:
+    """Return the path that a person typed, or a terminal wrote when a file was dropped on it: quoted or escaped."""
+    if not os.path.exists(os.path.expanduser(text)):
+        with suppress(ValueError):
+            text = " ".join(shlex.split(text)) or text
+    return os.path.expanduser(text)
+
+
 class Command(NamedTuple):
     """A chat command: a method of `Chat` that takes the text after the command's name, if there is any."""
 
@@ -244,6 +294,8 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("/system", "TEXT", "set the system message, or remove it without TEXT", Chat.set_system),
+    Command("/image", "PATH", "put an image before the next message; repeat it for several", Chat.add_image),
+    Command("/images", "", "list the images of the next message", Chat.list_images),
     Command("/compare", "", "switch the base model's answers on or off", Chat.toggle_comparison),
     Command("/reset", "", "remove all turns", Chat.reset),
     Command("/help", "", "list the commands", Chat.help),

@@ -99,6 +99,10 @@ class NALoRAConfig(NAParameters):
         metavar="KEY",
     )
     num_layers: int = setting(16, "number of layers to adapt, counted from the end; -1 for all")
+    vision: bool = setting(
+        False, "also adapt the vision tower and the projector of a vision-language model", flag=True
+    )
+    projector: bool = setting(False, "also adapt the projector of a vision-language model", flag=True)
 
     def __post_init__(self) -> None:
         found = self.problems()

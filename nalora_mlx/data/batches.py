@@ -4,9 +4,11 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from nalora_mlx.data.media_batches import collate_media
 from nalora_mlx.data.packing import epoch_packs
 from nalora_mlx.data.padding import PaddedShapes, fit_shapes, padded_length, rounded_length
 from nalora_mlx.data.tokenization import Example
@@ -31,6 +33,7 @@ class Batch:
         segment_ids: int32, the number of an input's row within its sequence, from 1; 0 for padding. None if not packed.
         remote_tokens: supervised tokens of the batch that other workers hold.
         loss_capacity: size of the arrays of `loss_positions`, see `PaddedShapes.loss_capacity`; grows if too small.
+        media: what the images of the rows add, see `data.media_batches.collate_media`; None without images.
     """
 
     inputs: np.ndarray
@@ -41,6 +44,7 @@ class Batch:
     segment_ids: np.ndarray | None = None
     remote_tokens: int = 0
     loss_capacity: int = 0
+    media: dict[str, Any] | None = None
 
     @property
     def supervised_tokens(self) -> int:
@@ -175,7 +179,9 @@ def collate(
     chosen = [examples[row] for row in rows]
     shapes = shapes or row_shapes(chosen)
     length = shapes.length_for(max(example.inputs for example in chosen))
-    return _collate(examples, [[row] for row in rows], length, share, shapes)
+    batch = _collate(examples, [[row] for row in rows], length, share, shapes)
+    media = collate_media([example.media for example in chosen[share]], length)
+    return replace(batch, media=media) if media is not None else batch
 
 
 def collate_packs(

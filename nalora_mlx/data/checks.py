@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.config import RunConfig
@@ -15,8 +16,11 @@ from nalora_mlx.core.data_entries import ROWS_IN_MEMORY, data_entries
 from nalora_mlx.core.errors import InputError, counted, listed
 from nalora_mlx.core.parsing import nearest
 from nalora_mlx.data.chats.chat_encoder import ChatEncoder
+from nalora_mlx.data.chats.placeholders import ImageTexts
 from nalora_mlx.data.findings import Finding, Findings
-from nalora_mlx.data.rows.formats import Features, Row, parse_rows
+from nalora_mlx.data.image_checks import check_images
+from nalora_mlx.data.rows.formats import IMAGES, Features, Row, parse_rows, refused_images
+from nalora_mlx.data.rows.images import MARKER
 from nalora_mlx.data.rows.survey import Survey
 from nalora_mlx.data.sources.files import Remarks
 from nalora_mlx.data.sources.loading import SPLITS, Source, hub_entry_splits, numbered, open_source
@@ -43,6 +47,17 @@ class RunData:
     sources: list[dict[str, list[Row]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a row has images."""
+        return any(row.images for splits in self.sources for rows in splits.values() for row in rows)
+
+
+def images_refused(data: RunData) -> list[str]:
+    """Return a problem for each row with images, for models that do not see."""
+    rows = (row for splits in data.sources for rows in splits.values() for row in rows)
+    return [refused_images(row.source) for row in rows if row.images]
 
 
 def read_rows(
@@ -77,10 +92,13 @@ def read_rows(
         parsed: dict[str, list[Row]] = {}
         for name, contents in source.splits.items():
             survey = Survey()
-            parsed[name], problems = parse_rows(contents, features, survey)
-            found.problems += problems
+            findings = Findings()
+            parsed[name], problems = parse_rows(contents, features, survey, {IMAGES})
+            total = len(parsed[name]) + len(problems)
+            parsed[name], bad_images = check_images(parsed[name], source.directory, findings)
+            found.problems += problems + bad_images
             found.notices += survey.notices(name)
-            found.notices += _odd_rows(parsed[name], name, len(parsed[name]) + len(problems))
+            found.notices += _odd_rows(parsed[name], name, total, findings)
             if source.texts or config.chunk:
                 parsed[name] = [replace(row, chunk=not row.messages) for row in parsed[name]]
         found.sources.append(parsed)
@@ -130,7 +148,7 @@ def _open(
     rows: Mapping[str, Sequence[Mapping[str, Any]]] | None,
 ) -> Source:
     if rows is not None:
-        return Source({name: numbered(rows.get(name, ()), name) for name in names})
+        return Source({name: numbered(rows.get(name, ()), name) for name in names}, directory=Path.cwd())
     if entry["path"] == ROWS_IN_MEMORY:
         raise InputError("the run was trained on rows given in Python; give them again: finetune(data=...)")
     if config.hf_dataset:
@@ -152,14 +170,18 @@ def _test_rows(config: RunConfig, entries: Sequence[Mapping[str, Any]]) -> list[
         with suppress(InputError):
             source = open_source(entry["path"], ["test"], Remarks())
             for contents in source.splits.values():
-                rows += parse_rows(contents, _features(config, entry, source))[0]
+                parsed, _ = parse_rows(contents, _features(config, entry, source), accepted={IMAGES})
+                rows += check_images(parsed, source.directory, Findings())[0]
     return rows
 
 
-def _odd_rows(rows: Sequence[Row], name: str, total: int) -> list[str]:
-    """Return notices of empty answers and unknown roles, among `total` rows of a split."""
-    findings, unknown_roles = Findings(), []
+def _odd_rows(rows: Sequence[Row], name: str, total: int, findings: Findings) -> list[str]:
+    """Return notices of odd rows among `total` rows of a split, with the findings that are there already."""
+    unknown_roles: list[str] = []
+    has_images = any(row.images for row in rows)
     for row in rows:
+        if has_images and not row.images and any(MARKER in message["content"] for message in row.messages):
+            findings.add(Finding.NO_IMAGE, row.source)
         if any(_is_empty_answer(message) for message in row.messages):
             findings.add(Finding.EMPTY_ANSWER, row.source)
         if unknown := [message["role"] for message in row.messages if message["role"] not in ROLES]:
@@ -198,13 +220,16 @@ def duplicate_notices(datasets: Sequence[Mapping[str, Sequence[Row]]]) -> list[s
     ]
 
 
-def tokenize(data: RunData, tokenizer: Any, max_seq_length: int) -> dict[str, Split]:
+def tokenize(
+    data: RunData, tokenizer: Any, max_seq_length: int, images: ImageTexts | None = None
+) -> dict[str, Split]:
     """Tokenize all splits; each holds what is wrong with its rows in `errors`, and what is odd in `notices`.
 
-    A training row of weight n stands n times in its split, but is tokenized once.
+    A training row of weight n stands n times in its split, but is tokenized once. `images` says what images become in
+    the text of a chat; None for models that do not see.
     """
     splits: dict[str, Split] = {}
-    encoder = ChatEncoder(tokenizer, data.mask_prompt, data.last_turn_only)
+    encoder = ChatEncoder(tokenizer, data.mask_prompt, data.last_turn_only, images)
     for dataset in data.sources:
         for name, rows in dataset.items():
             split = splits.setdefault(name, Split([]))

@@ -16,6 +16,11 @@ class Finding(Enum):
         "the model learns to answer nothing; add the answers or remove the rows",
     )
     UNKNOWN_ROLE = ("have roles like {role!r}", "{known_roles}")
+    NO_IMAGE = (
+        "have the text '<image>', but no image",
+        "the model reads it as text; add the images, or remove it",
+    )
+    ANIMATED = ("have images of several frames or pages", "the first one is used")
     TRUNCATED = (
         "are longer than {limit} tokens (the longest has {longest}) and were cut",
         "raise --max-seq-length to keep them whole{chunk_remedy}",
@@ -76,7 +81,13 @@ class Finding(Enum):
 
 
 # Kinds that are handled as they should be.
-NOTES = {Finding.SPLIT_CHATS, Finding.OPENED_PROMPT, Finding.DOUBLE_START, Finding.UNANSWERED}
+NOTES = {
+    Finding.ANIMATED,
+    Finding.SPLIT_CHATS,
+    Finding.OPENED_PROMPT,
+    Finding.DOUBLE_START,
+    Finding.UNANSWERED,
+}
 SINGULAR = {  # of the verbs that begin what is said
     "have": "has",
     "are": "is",

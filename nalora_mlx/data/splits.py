@@ -9,6 +9,7 @@ from typing import Any
 
 from nalora_mlx.core.errors import InputError, counted, listed
 from nalora_mlx.core.notices import Note
+from nalora_mlx.data.images import reference_digest
 from nalora_mlx.data.rows.formats import Row
 from nalora_mlx.data.rows.messages import TEMPLATE_KEYS
 
@@ -84,7 +85,8 @@ def _weighted(rows: Sequence[Row], ratio: float, seed: int) -> list[Row]:
 def digest(row: Row) -> bytes:
     """Return a hash of what a model reads of a row: not its source, its weights, or keys that no template reads."""
     messages = [{key: m[key] for key in m.keys() & TEMPLATE_KEYS} for m in row.messages]
-    content = (messages, row.tools, row.text, row.rejected, row.images, dict(row.template_args))
+    images = [reference_digest(image) for image in row.images]
+    content = (messages, row.tools, row.text, row.rejected, images, dict(row.template_args))
     text = json.dumps(content, sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 

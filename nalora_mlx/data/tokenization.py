@@ -12,6 +12,7 @@ from nalora_mlx.data.chats.chat_encoder import ChatEncoder, TokenSequence
 from nalora_mlx.data.chats.dropped import control_token, dropped_parts
 from nalora_mlx.data.chats.text_encoder import TextEncoder
 from nalora_mlx.data.findings import Finding, Findings
+from nalora_mlx.data.media import RowMedia
 from nalora_mlx.data.rows.formats import Features, Row, parse_rows
 from nalora_mlx.data.sources.loading import numbered
 
@@ -28,11 +29,15 @@ class Example:
         tokens: int32 token ids [n].
         loss_mask: bool [n], true for supervised tokens. The first token never is: nothing predicts it.
         source: where the row comes from, as file:line.
+        images: of the row; a sequence that is the beginning of a chat may lack the last ones.
+        media: what these images add to the tokens; None until they are encoded.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     source: str
+    images: tuple[Any, ...] = ()
+    media: RowMedia | None = None
 
     @property
     def inputs(self) -> int:
@@ -121,9 +126,18 @@ def tokenize_rows(
             elif not _ends(tokens, loss_mask, encoder.text_encoder.end_tokens) and not row.chunk:
                 findings.add(Finding.NO_END_TOKEN, row.source)
             loss_mask[:1] = False  # nothing predicts the first token
+            if row.images and encoder.images is not None:
+                is_image = np.isin(sequence.tokens, list(encoder.images.token_ids))
+                if is_image[max_seq_length - 1 :].any():
+                    split.errors.append(
+                        f"{row.source}: an image reaches beyond the maximum of {max_seq_length} tokens (the row has "
+                        f"{length}); raise --max-seq-length, or make its images smaller"
+                    )
+                    break
+                loss_mask &= ~is_image[:max_seq_length]
             if loss_mask.any():
                 supervised = True
-                split.sequences.append(Example(tokens, loss_mask, row.source))
+                split.sequences.append(Example(tokens, loss_mask, row.source, row.images))
         split.rows += supervised
         if not supervised:
             findings.add(Finding.UNSUPERVISED, row.source)

@@ -59,12 +59,20 @@ def check_tokens(
         config: settings of the run.
         all_rows: tokenize all rows. Otherwise, of large data, a part that has the longest rows.
     """
-    from nalora_mlx.data.checks import tokenize
+    from nalora_mlx.data.checks import images_refused, tokenize
     from nalora_mlx.models.context_length import context_notices
+    from nalora_mlx.models.vision.loading import sees_images
     from nalora_mlx.training.chats import configure_run_chats
     from nalora_mlx.training.schedules import length_notices
 
     configure_run_chats(config, loaded.tokenizer, None, page.notice)
+    if not sees_images(loaded.config):
+        print_all(page, images_refused(rows), [])
+        sources = [
+            {name: [row for row in found if not row.images] for name, found in splits.items()}
+            for splits in rows.sources
+        ]
+        rows = replace(rows, sources=sources)
     if not all_rows:
         rows = _sampled(page, rows)
     with page.working("tokenizing the data"):

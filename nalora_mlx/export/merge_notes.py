@@ -15,16 +15,28 @@ from nalora_mlx.models.stored_tensors import StoredTensors
 
 
 def model_notes(
-    source: Path, stored: StoredTensors, files: ModelFiles, keep_all: bool, chat: ChatSettings
+    source: Path, stored: StoredTensors, files: ModelFiles, kept: bool, images: bool, chat: ChatSettings
 ) -> list[str]:
-    """Say what the merged model lacks of its base or of the adapter's training, and what differs."""
+    """Say what the merged model lacks of its base or of the adapter's training, and what differs.
+
+    Args:
+        source: directory of the base.
+        stored: tensors of the base.
+        files: other files of the merged model.
+        kept: whether the merged model has the names and forms of the base's tensors, and all of them.
+        images: whether the model is one of mlx-vlm, not of mlx-lm.
+        chat: how chats were rendered in the adapter's training.
+    """
     notes = []
-    if not keep_all and (unused := stored.describe_unused()):
-        notes.append(f"not copied, because mlx-lm does not use it: {unused}; --keep-all keeps it")
-    if not keep_all and stored.has_own_layout:
+    library = "mlx-vlm" if images else "mlx-lm"
+    if not kept and (unused := stored.describe_unused()):
+        keeps = "" if images else "; --keep-all keeps it"
+        notes.append(f"not copied, because {library} does not use it: {unused}{keeps}")
+    if not kept and stored.has_own_layout:
+        own = "" if images else "; --keep-all writes those of the base"
         notes.append(
-            "tensors have the names and forms of mlx-lm, which differ from the base's, so that only programs based on "
-            "mlx-lm load the model; --keep-all writes those of the base"
+            f"tensors have the names and forms of {library}, which differ from the base's, so that only programs based "
+            f"on {library} load the model{own}"
         )
     if left := files.describe_left_behind():
         notes.append(f"not copied: {left}")
@@ -35,7 +47,7 @@ def model_notes(
         notes.append(
             f"a model cannot hold arguments of its chat template; use it with {format_args(chat.args)}"
         )
-    if mlx_lm_ignores_rope(read_json(source / "config.json")):
+    if not images and mlx_lm_ignores_rope(read_json(source / "config.json")):
         notes.append(
             "as with the base, mlx-lm's own commands ignore rope_parameters in config.json; use nalora's"
         )
@@ -52,15 +64,15 @@ def quality_notes(args: argparse.Namespace, quality: MergeQuality | None) -> lis
     ]
 
 
-def next_steps(args: argparse.Namespace, tokenizer: Any, chat: ChatSettings) -> list[Step]:
-    """Return what to do with the merged model."""
+def next_steps(args: argparse.Namespace, tokenizer: Any, chat: ChatSettings, images: bool) -> list[Step]:
+    """Return what to do with the merged model; `images` says whether it is one of mlx-vlm."""
     model = ["--model", args.save_path, *["--trust-remote-code"] * args.trust_remote_code]
     if not tokenizer.has_chat_template:
         steps: list[Step] = [("generate", [["nalora", "generate", *model, "--prompt", "Once upon a time"]])]
     else:
         template_args = shlex.split(format_args(chat.args)) if chat.args else []
         steps = [("chat", [["nalora", "chat", *model, *template_args]])]
-    if not args.export_gguf:
+    if not (args.export_gguf or images):  # a GGUF file would hold the language model only
         output = f"{Path(args.save_path).expanduser().resolve().name}.gguf"
         command = ["nalora", "export", "gguf", *model[:2], "--type", "q4_k_m", "--output", output]
         steps.append(("export", [command]))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx import __version__
-from nalora_mlx.adapters.files import ADAPTER_CONFIG, NA_KEY
+from nalora_mlx.adapters.files import ADAPTER_CONFIG, IMAGES_KEY, NA_KEY
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import METHOD_LABELS
 from nalora_mlx.core.errors import InputError
@@ -40,6 +40,7 @@ def write_card(
     adapter: Path,
     adapter_config: dict[str, Any],
     merge_quality: str | None,
+    images: bool = False,
 ) -> None:
     """Write README.md into a model's directory. It contains no path of this machine.
 
@@ -51,17 +52,18 @@ def write_card(
         adapter: directory of the adapter; its metrics.jsonl and run.json are read if they exist.
         adapter_config: content of its adapter_config.json.
         merge_quality: how close the merged model is to base + adapter, as a phrase.
+        images: whether the model is one of mlx-vlm.
     """
     kind = _fine_tune_type(adapter_config)
-    metadata = _metadata("mlx", base, inherited, kind)
+    metadata = _metadata("mlx", base, inherited, kind, images)
     origin = f"[{base}](https://huggingface.co/{base})" if base else "its base model"
     merged = "" if kind == "full" else " The adapter is merged into the weights."
     sections = [
         metadata,
         f"# {title}\n",
         f"This model was fine-tuned from {origin} with {METHOD_LABELS[kind]}, by nalora-mlx {__version__}.{merged} "
-        "It runs in mlx-lm like any other model.\n",
-        f'```bash\nmlx_lm.generate --model {title} --prompt "Hello"\n```\n',
+        f"It runs in {'mlx-vlm' if images else 'mlx-lm'} like any other model.\n",
+        f"```bash\n{_generate(title, images)}\n```\n",
         "## Training\n",
         _format_table(_training_settings(adapter_config, _read_json(adapter / RECORD_FILE))),
     ]
@@ -98,11 +100,13 @@ def adapter_card(
     origin = f"[{base}](https://huggingface.co/{base})" if base else "its base model"
     what = "The trained weights of" if kind == "full" else "An adapter for"
     relation = None if kind == "full" else "adapter"
+    images = bool((trained | config).get(IMAGES_KEY))
+    usage = _peft_usage if is_peft else _mlx_usage
     sections = [
-        _metadata("peft" if is_peft else "mlx", base, inherited, kind, base_model_relation=relation),
+        _metadata("peft" if is_peft else "mlx", base, inherited, kind, images, base_model_relation=relation),
         f"# {repo}\n",
         f"{what} {origin}, trained with {METHOD_LABELS[kind]}, by nalora-mlx {__version__}.\n",
-        _peft_usage(repo, base or "BASE") if is_peft else _mlx_usage(repo, base or "BASE"),
+        usage(repo, base or "BASE", images),
         "## Training\n",
         _format_table(
             _training_settings({**trained, **settings}, _read_json(run / RECORD_FILE) if run else {})
@@ -121,13 +125,15 @@ def _fine_tune_type(adapter_config: dict[str, Any]) -> str:
     return kind if kind in METHOD_LABELS else "lora"
 
 
-def _metadata(library: str, base: str | None, inherited: dict[str, Any], kind: str, **entries: Any) -> str:
+def _metadata(
+    library: str, base: str | None, inherited: dict[str, Any], kind: str, images: bool, **entries: Any
+) -> str:
     """Return the YAML head of a card."""
     from huggingface_hub import ModelCardData
 
     metadata = ModelCardData(
         library_name=library,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if images else "text-generation",
         base_model=base,
         tags=[*(["mlx"] if library == "mlx" else []), OUR_TAG, *(["lora"] if "lora" in kind else [])],
         **{key: inherited[key] for key in INHERITED_METADATA if key in inherited},
@@ -139,30 +145,39 @@ def _metadata(library: str, base: str | None, inherited: dict[str, Any], kind: s
 def _settings_of_peft(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a PEFT adapter under mlx-lm's names."""
     rank = config["r"]
-    # The modules within a layer, as mlx-lm's keys name them.
-    keys = {re.sub(r".*layers\.\d+\.", "", module) for module in config["target_modules"]}
     names = {
         "rank": rank,
         "scale": config["lora_alpha"] / rank,
         "dropout": 0.0,
-        "keys": sorted(keys),
+        "keys": config["target_modules"],
     }
     return {"fine_tune_type": "dora" if config.get("use_dora") else "lora", "lora_parameters": names}
 
 
-def _mlx_usage(repo: str, base: str) -> str:
+def _generate(model: str, images: bool) -> str:
+    """Return a command that answers a prompt."""
+    if images:
+        return f'mlx_vlm.generate --model {model} --image picture.png --prompt "What is this?"'
+    return f'mlx_lm.generate --model {model} --prompt "Hello"'
+
+
+def _mlx_usage(repo: str, base: str, images: bool) -> str:
     name = repo.rpartition("/")[2]
+    command = _generate(f"{base} --adapter-path {name}", images)
+    return f"```bash\nhf download {repo} --local-dir {name}\n{command}\n```\n"
+
+
+def _peft_usage(repo: str, base: str, images: bool) -> str:
+    auto = transformers_class(images)
     return (
-        f"```bash\nhf download {repo} --local-dir {name}\n"
-        f'mlx_lm.generate --model {base} --adapter-path {name} --prompt "Hello"\n```\n'
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{repo}")\n```\n'
     )
 
 
-def _peft_usage(repo: str, base: str) -> str:
-    return (
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo}")\n```\n'
-    )
+def transformers_class(images: bool) -> str:
+    """Return the class of transformers that loads a model."""
+    return "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -178,7 +193,9 @@ def _training_settings(adapter_config: dict[str, Any], record: dict[str, Any]) -
     settings = adapter_config | (record.get("settings") or {})
     train = (record.get("data") or {}).get("train") or {}
     rows: dict[str, Any] = {"layers": adapter_config.get("num_layers")}
-    rows |= {key: lora.get(key) for key in ("rank", "scale", "dropout", "keys")}
+    rows |= {key: lora.get(key) for key in ("rank", "scale", "dropout")}
+    # The modules within a layer, each once: those of vision-language models are whole paths.
+    rows["keys"] = list(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", key) for key in lora.get("keys") or []))
     rows |= {key: settings.get(key) for key in SETTINGS}
     rows |= {"training rows": train.get("rows"), "supervised tokens": train.get("supervised")}
     rows |= {f"NA-LoRA {key}": value for key, value in (adapter_config.get("na_lora") or {}).items()}

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from nalora_mlx.adapters.files import not_finite, read_adapter
+from nalora_mlx.adapters.vision import outside_language
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.export.lazy_model import LazyWeight
 
@@ -127,6 +128,20 @@ def reject_full_weights(updates: AdapterUpdates, format: str) -> None:
     if updates.kind == "full":
         raise InputError(
             f"export {format}: these are fully trained weights, not an adapter; write a model with nalora fuse"
+        )
+
+
+def reject_towers(adapter: Path, format: str) -> None:
+    """Raise InputError if an adapter adapts modules outside the language model, which GGUF files do not hold.
+
+    Args:
+        adapter: directory of the adapter.
+        format: what was asked for.
+    """
+    if paths := outside_language(adapter):
+        raise InputError(
+            f"{format}: {adapter} adapts {paths[0]}, which is not in the language model, and a GGUF file holds nothing "
+            "else; merge it (nalora fuse), and convert the tower with llama.cpp's convert_hf_to_gguf.py --mmproj"
         )
 
 

@@ -1,6 +1,7 @@
 """Chat prompts, greedy answers, and conversations that reuse their key-value cache."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError
@@ -42,19 +43,35 @@ def greedy_answer(model: Any, tokenizer: Any, prompt: str | list[int], max_token
     return Answer(text, tokens)
 
 
+class Question(NamedTuple):
+    """A message of the user: its text, and the images that come before it."""
+
+    text: str
+    images: tuple[Any, ...] = ()
+
+
 class Conversation:
     """A chat with a model.
 
     Each turn renders the whole history and reuses the key-value cache for the longest common prefix.
 
     Attributes:
-        messages: the system message, if there is one, and the turns. The list is replaced, never modified.
+        messages: the system message, if there is one, and the turns. The list is replaced, never modified. The key
+            "images" of a message holds what comes before its content.
         cut: whether the last answer stopped at the token limit.
+        blind: why the model cannot be asked about images, as in "MODEL does not see images"; empty if it can.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, system_prompt: str | None, max_kv_size: int | None = None):
-        self.model, self.tokenizer, self.max_kv_size = model, tokenizer, max_kv_size
-        self.messages: list[dict[str, str]] = []
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        system_prompt: str | None,
+        max_kv_size: int | None = None,
+        blind: str = "this model does not see images",
+    ):
+        self.model, self.tokenizer, self.max_kv_size, self.blind = model, tokenizer, max_kv_size, blind
+        self.messages: list[dict[str, Any]] = []
         self.cached: list[int] = []
         self.cut = False
         self._drop_cache()
@@ -62,14 +79,18 @@ class Conversation:
             self.set_system(system_prompt)
 
     @property
-    def turns(self) -> list[dict[str, str]]:
+    def turns(self) -> list[dict[str, Any]]:
         """The messages without the system message."""
         return [message for message in self.messages if message["role"] != "system"]
 
     @property
-    def questions(self) -> list[str]:
+    def questions(self) -> list[Question]:
         """The user's messages that have an answer."""
-        return [message["content"] for message in self.messages if message["role"] == "user"]
+        return [
+            Question(message["content"], message.get("images", ()))
+            for message in self.messages
+            if message["role"] == "user"
+        ]
 
     def set_system(self, text: str) -> None:
         """Set the system message, or remove it if the text is empty.
@@ -83,7 +104,7 @@ class Conversation:
         turn = [{"role": "user", "content": "x"}]
         try:
             used = not text or self._render(system + turn) != self._render(turn)
-        except TemplateError:
+        except (TemplateError, InputError):
             used = False
         if not used:
             raise InputError("the model's chat template does not support a system message")
@@ -93,35 +114,43 @@ class Conversation:
         """Remove all turns, but keep the system message."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
-    def answer(self, text: str, **settings: Any) -> Generator[str, None, None]:
+    def answer(self, text: str, images: Sequence[Any] = (), **settings: Any) -> Generator[str, None, None]:
         """Yield the answer to a message in pieces. A complete answer and its message are added to the history.
 
         Args:
             text: the user's message.
+            images: what comes before the text, for a model that sees; see `data.images.open_image`.
             settings: arguments of mlx-lm's `stream_generate`, such as `max_tokens` and `sampler`.
         """
-        from mlx_lm import stream_generate
-
-        history = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._render(history)
-        answer, tokens, response = "", [], None
+        message: dict[str, Any] = {"role": "user", "content": text}
+        history = [*self.messages, message | {"images": tuple(images)} if images else message]
+        answer, response = "", None
         try:
-            uncached = self._reuse_cache(prompt)
-            for response in stream_generate(
-                self.model, self.tokenizer, uncached, prompt_cache=self.cache, **settings
-            ):
-                answer += response.text
-                tokens.append(response.token)
-                yield response.text
+            with closing(self._stream(history, settings)) as responses:
+                for response in responses:
+                    answer += response.text
+                    yield response.text
         except BaseException:  # including Ctrl-C and a closed generator: the state of the cache is unknown
             self._drop_cache()
             raise
-        # mlx-lm runs one step ahead: even the last token it yields is in the cache already.
-        self.cached = prompt + tokens
         self.cut = response is not None and response.finish_reason == "length"
         self.messages = [*history, {"role": "assistant", "content": answer}]
 
-    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+    def _stream(self, history: list[dict[str, Any]], settings: dict[str, Any]) -> Generator[Any, None, None]:
+        """Yield the responses of the generator, each with the next piece of the answer."""
+        from mlx_lm import stream_generate
+
+        prompt = self._render(history)
+        uncached, tokens = self._reuse_cache(prompt), []
+        for response in stream_generate(
+            self.model, self.tokenizer, uncached, prompt_cache=self.cache, **settings
+        ):
+            tokens.append(response.token)
+            yield response
+        # mlx-lm runs one step ahead: even the last token it yields is in the cache already.
+        self.cached = prompt + tokens
+
+    def _render(self, messages: list[dict[str, Any]]) -> Any:
         return render_prompt(self.tokenizer, messages)
 
     def _drop_cache(self) -> None:

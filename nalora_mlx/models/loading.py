@@ -62,20 +62,42 @@ def load_module(
     lazy: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load (model, config) without the tokenizer; see `load_model`."""
-    from mlx_lm import utils
-
     directory = check_files(name)
     for notice in translated(directory, name).notices:
         (notify or print_notice)(notice)
     model, config = open_module(directory, trust_remote_code, name=name, lazy=lazy)
-    if quantize is not None:
-        if is_quantized(config):
-            raise InputError(f"--quantize {quantize}: {name} is already quantized; remove the flag")
-        try:
-            model, config = utils.quantize_model(model, config, group_size=64, bits=quantize)
-        except ValueError as error:
-            raise InputError(f"--quantize {quantize}: {error}") from None
-    return model, config
+    return quantized(model, config, quantize, name)
+
+
+def quantized(
+    model: nn.Module,
+    config: dict[str, Any],
+    bits: int | None,
+    name: str,
+    predicate: Callable[[str, nn.Module], bool] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return (model, config) quantized to some bits, in groups of 64; as they are if `bits` is None.
+
+    Args:
+        model: changed in place.
+        config: content of config.json.
+        bits: of a weight.
+        name: of the model, for messages.
+        predicate: whether to quantize the module at a path; None for all.
+
+    Raises:
+        InputError: the model is quantized already, or cannot be.
+    """
+    if bits is None:
+        return model, config
+    if is_quantized(config):
+        raise InputError(f"--quantize {bits}: {name} is already quantized; remove the flag")
+    from mlx_lm import utils
+
+    try:
+        return utils.quantize_model(model, config, group_size=64, bits=bits, quant_predicate=predicate)
+    except ValueError as error:
+        raise InputError(f"--quantize {bits}: {error}") from None
 
 
 def print_notice(text: str) -> None:
@@ -113,7 +135,7 @@ def open_module(
 
     name = str(directory) if name is None else name
     translation = translated(directory, name)
-    with _loading(name):
+    with loading(name):
 
         def classes(config: dict[str, Any]) -> tuple[type, type]:
             model, args = utils._get_classes(config)
@@ -143,7 +165,7 @@ def translated(directory: Path, name: str | None = None) -> Translation:
     from nalora_mlx.models.config_translation import as_read, translate
 
     name = str(directory) if name is None else name
-    with _loading(name):
+    with loading(name):
         config = load_config(directory)
         weights = [array for path in directory.glob("*.safetensors") for array in array_shapes(path)]
         translation = translate(config, weights)
@@ -160,13 +182,14 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     from mlx_lm import utils
 
     directory = check_files(name)
-    with _loading(name):
+    with loading(name):
         ends = utils.load_config(directory).get("eos_token_id")
         return utils.load_tokenizer(directory, {"trust_remote_code": trust_remote_code}, eos_token_ids=ends)
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def loading(name: str) -> Iterator[None]:
+    """Turn what goes wrong while a model is loaded into an InputError or a RunError that names the model."""
     try:
         yield
     except InputError:

@@ -111,6 +111,15 @@ def find_model_class(config: Mapping[str, Any]) -> ModelClass | None:
     return ModelClass(name, args, text_args, text_name, reads_nested and isinstance(text, Mapping))
 
 
+def reads_text(config: Mapping[str, Any]) -> bool:
+    """Return whether mlx-lm has a model of a config's type, which then reads text alone."""
+    try:
+        find_model_class(config)
+    except ValueError:
+        return False
+    return True
+
+
 def text_part(config: Mapping[str, Any], model: ModelClass) -> dict[str, Any]:
     """Return the part of a config that the language model reads."""
     return dict(config[TEXT] if model.nested else config)

@@ -1,7 +1,8 @@
 """The tensors in a model's files: which of them the loaded model uses, and under which names.
 
 A model class of mlx-lm renames, splits, stacks or drops the tensors of a checkpoint in its `sanitize`. It drops those
-of a vision tower, for example. Here `sanitize` runs once more on lazy arrays, and two things are read off:
+of a vision tower, for example. Those of mlx-vlm do so in one `sanitize` for the model and one for each tower. Here they
+run once more on lazy arrays, and two things are read off:
 
 1. An array that comes out as the same object is used as it is stored, under the name that it has afterwards.
 2. Any other array is used if one that comes out is computed from it, which the graph of MLX tells.
@@ -16,10 +17,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from nalora_mlx.core.storage import read_json
 from nalora_mlx.core.tensor_files import TensorFile, open_tensor_file
 from nalora_mlx.models.loading import INDEX
+from nalora_mlx.models.vision.model import is_vision_language_model
 
 _MOST_NAMES = 1000  # of arrays in one call of `export_to_dot`; Python passes at most 1024 keyword arguments
 
@@ -79,15 +82,45 @@ def find_stored_tensors(model: nn.Module, directory: Path) -> StoredTensors:
     for file in files:
         if file.path.name in loaded:
             stored |= mx.load(str(file.path))  # type: ignore[arg-type]
-    args: Any = getattr(model, "args", None) or model.config  # mlx-lm has both names
-    # On a new model, because some classes also change themselves there.
-    sanitize: Any = getattr(type(model)(args), "sanitize", dict)
-    result: dict[str, mx.array] = sanitize(dict(stored))
+    result = _sanitized(model, directory, stored)
     name_of = {id(array): name for name, array in stored.items()}
     names = {path: name_of[id(array)] for path, array in result.items() if id(array) in name_of}
     rest = {name: stored[name] for name in stored.keys() - set(names.values())}
     used = set(names.values()) | _inputs(rest, result.values())
     return StoredTensors(files, names, [name for file in files for name in file.tensors if name not in used])
+
+
+def reads_own_names(model: nn.Module, directory: Path) -> bool:
+    """Return whether weights that are stored under a model's own paths are loaded as they are.
+
+    Args:
+        model: a model of mlx-vlm or mlx-lm.
+        directory: of its base's config.json.
+    """
+    weights = dict(tree_flatten(model.parameters()))
+    result = _sanitized(model, directory, weights)
+    return result.keys() == weights.keys() and all(result[path] is weights[path] for path in weights)
+
+
+def _sanitized(model: nn.Module, directory: Path, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return stored arrays under the names, and in the form, that the model has them.
+
+    `sanitize` is called on new models, because some classes also change themselves there.
+    """
+    if not is_vision_language_model(model):
+        args: Any = getattr(model, "args", None) or model.config  # mlx-lm has both names
+        sanitize: Any = getattr(type(model)(args), "sanitize", dict)
+        result: dict[str, mx.array] = sanitize(dict(stored))
+        return result
+    from mlx_vlm.utils import get_model_and_args, sanitize_weights
+
+    package, _ = get_model_and_args(read_json(directory / "config.json"), directory)
+    result = sanitize_weights(package.Model(model.config), dict(stored))
+    for tower, name in (("VisionModel", "vision"), ("LanguageModel", "text"), ("AudioModel", "audio")):
+        config = getattr(model.config, f"{name}_config", None)
+        if hasattr(package, tower) and config is not None:
+            result = sanitize_weights(getattr(package, tower), result, config)
+    return result
 
 
 def _inputs(arrays: Mapping[str, mx.array], outputs: Iterable[mx.array]) -> set[str]:

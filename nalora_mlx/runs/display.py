@@ -86,14 +86,14 @@ class Display:
         self.console.print(text, soft_wrap=not self.interactive)
 
     @contextmanager
-    def waiting(self, text: str) -> Iterator[None]:
-        """Show what takes a while, until it is over."""
+    def waiting(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Show what takes a while, until it is over. Yields a function that replaces the text."""
         if not self.interactive:
             self.note(text)
-            yield
+            yield lambda _: None
             return
-        with self.console.status(text):
-            yield
+        with self.console.status(text) as status:
+            yield status.update
 
     def sample(self, sample: Mapping[str, Any]) -> None:
         """Show a prompt, its answers before and after training, and the expected one if the last is another.

@@ -75,6 +75,8 @@ def _data_identity(examples: Sequence[Example]) -> dict[str, Any]:
         digest.update(len(example.tokens).to_bytes(8, "little"))
         digest.update(example.tokens.tobytes())
         digest.update(example.loss_mask.tobytes())
+        if example.media is not None:
+            digest.update(example.media.digest.encode())
     return {"rows": len(examples), "tokens": digest.hexdigest()[:16]}
 
 

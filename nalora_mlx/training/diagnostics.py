@@ -8,10 +8,11 @@ import numpy as np
 from nalora_mlx.adapters.forward_pass import ForwardPass, forward_pass
 from nalora_mlx.core.config import NAParameters
 from nalora_mlx.data.batches import Batch
+from nalora_mlx.data.media_batches import first_row
 from nalora_mlx.models.packed_rows import packed_caches
 from nalora_mlx.training import importance
 from nalora_mlx.training.importance import LayerState
-from nalora_mlx.training.step import TrainingStep
+from nalora_mlx.training.step import TrainingStep, media_arrays
 
 PROBE_TOKENS = 256  # at most, on which selection misalignment is measured
 SHOWN_CHANNELS = 32  # per layer, whose importance a report lists
@@ -27,9 +28,14 @@ def measure_misalignment(step: TrainingStep, batch: Batch) -> None:
     measured = [path for path, state in layers.items() if state.misalignment is not None]
     if not measured:
         return
-    part = (slice(0, 1), slice(0, PROBE_TOKENS))
+    length = PROBE_TOKENS if batch.media is None else batch.inputs.shape[1]  # an image must stay whole
+    part = (slice(0, 1), slice(0, length))
     segment_ids = None if batch.segment_ids is None else mx.array(batch.segment_ids[part])
-    arguments = {} if segment_ids is None else {"cache": packed_caches(step.model, segment_ids)}
+    arguments: dict[str, Any] = (
+        {} if segment_ids is None else {"cache": packed_caches(step.model, segment_ids)}
+    )
+    if batch.media is not None:
+        arguments["media"] = media_arrays(first_row(batch.media))
     context = ForwardPass(token_mask=mx.array(batch.token_mask[part]), diagnose=True)
     training = step.model.training
     step.model.eval()  # no dropout

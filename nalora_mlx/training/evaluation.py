@@ -10,6 +10,7 @@ from nalora_mlx.ops.fast_math import vectorized
 from nalora_mlx.training.device_memory import trim_cache
 from nalora_mlx.training.distributed import ALONE, Workers
 from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.step import media_arrays
 
 
 def evaluate(
@@ -37,7 +38,8 @@ def evaluate(
     try:
         for done, batch in enumerate(batches, 1):
             with vectorized(), loss.training_forms.installed():
-                value = loss.evaluate(*map(mx.array, (batch.inputs, *batch.loss_positions())))
+                arrays = map(mx.array, (batch.inputs, *batch.loss_positions()))
+                value = loss.evaluate(*arrays, None, media_arrays(batch.media))
             total += float(value)
             tokens += batch.supervised_tokens
             trim_cache(clear_cache_threshold)

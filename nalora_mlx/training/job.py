@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,8 +33,6 @@ from nalora_mlx.models.context_length import context_notices
 from nalora_mlx.models.hub import model_description
 from nalora_mlx.models.loading import (
     is_quantized,
-    load_module,
-    load_tokenizer,
     local_directory,
     slow_on_cpu_notice,
 )
@@ -53,6 +52,7 @@ from nalora_mlx.training.device_memory import memory_limit
 from nalora_mlx.training.distributed import workers
 from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.events import Listener
+from nalora_mlx.training.images import encode_images, load_run_model, load_run_tokenizer, run_processor
 from nalora_mlx.training.interruption import interruptible
 from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.memory_plan import default_budget, memory_advice
@@ -130,6 +130,8 @@ class Job:
                 loss = self.train()
             elif config.adapter_path:
                 load_any_adapter(self.model, self.output)
+                self.model.freeze()
+                self.encode_images()
             if config.test and self.signal is None:
                 self.test(loss)
 
@@ -145,12 +147,13 @@ class Job:
         display.note(f"loading {config.model}")
         if slow := slow_on_cpu_notice(config.model, config.quantize):
             self.notify(slow)
-        self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        self.processor = run_processor(config, self.data)
+        self.tokenizer = load_run_tokenizer(config, self.processor)
         self.chat = configure_run_chats(config, self.tokenizer, self.start, self.notify)
-        tokenized = in_background(lambda: tokenize(self.data, self.tokenizer, config.max_seq_length))
-        self.model, model_config = load_module(
-            config.model, config.trust_remote_code, config.quantize, self.notify
+        tokenized = in_background(
+            lambda: tokenize(self.data, self.tokenizer, config.max_seq_length, self.processor)
         )
+        self.model, model_config = load_run_model(config, self.processor, self.notify)
         self.quantized = is_quantized(model_config)
         size = get_total_parameters(self.model)
         if size > REAL_MODEL and device_kind() == "cpu" and matmul_gflops() < SLOW_GFLOPS:
@@ -188,6 +191,23 @@ class Job:
             display.masks(example.source, mask_pieces(example, self.tokenizer))
         return splits
 
+    def encode_images(self) -> None:
+        """Compute the features of the rows' images, unless the run trains on text alone."""
+        if self.processor is not None:
+            directory = self.output
+            if not self.config.adapter_path:
+                self.temporary = tempfile.TemporaryDirectory()
+                directory = Path(self.temporary.name)
+            text = "computing the features of images"
+            with self.display.waiting(text) as update:
+                encode_images(
+                    self.model,
+                    self.processor,
+                    self.splits,
+                    directory,
+                    lambda done, of: update(f"{text} ({done} of {of})"),
+                )
+
     def notify(self, text: str) -> None:
         """Show a notice."""
         self.display.notices([text])
@@ -207,6 +227,7 @@ class Job:
             display.note(f"starting from {self.start}")
         trainable = sum(array.size for array in adapter_weights(model).values())
         display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
+        self.encode_images()
         display.status.memory_limit = default_budget()
         loss, examples = SupervisedLoss(model), self.splits["train"].sequences
         with display.trials() as show:

@@ -1,7 +1,8 @@
 """The training and validation loss: cross entropy at supervised positions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,6 +10,7 @@ import mlx.nn as nn
 from nalora_mlx.models.output_head import find_output_head
 from nalora_mlx.models.packed_rows import packed_caches
 from nalora_mlx.models.recurrences import TrainingForms
+from nalora_mlx.models.vision.model import trains_towers
 from nalora_mlx.ops.cross_entropy import cross_entropy_sum, gather_rows, tiled_cross_entropy_sum
 from nalora_mlx.training.compilation import compile_with_state
 
@@ -36,7 +38,9 @@ class SupervisedLoss:
             if id(module) not in inside
             for name, leaf in module.items()
         )
-        self.evaluate = compile_with_state(partial(self.__call__, with_gradient=False), model.state)
+        self.compiled = not trains_towers(model)  # towers look at the values of images
+        evaluate: Callable[..., mx.array] = partial(self.__call__, with_gradient=False)
+        self.evaluate = compile_with_state(evaluate, model.state) if self.compiled else evaluate
 
     def __call__(
         self,
@@ -45,6 +49,7 @@ class SupervisedLoss:
         targets: mx.array,
         weights: mx.array,
         segment_ids: mx.array | None = None,
+        media: Mapping[str, Any] | None = None,
         with_gradient: bool = True,
     ) -> mx.array:
         """Return sum_s weights_s * cross entropy_s, a float32 scalar.
@@ -57,9 +62,14 @@ class SupervisedLoss:
             targets: token id to predict at each of them; [S].
             weights: weight of each of them, 0 for fillers; [S].
             segment_ids: which packed row each input belongs to; [B, L], None if not packed.
+            media: what images add to the inputs, see `data.media_batches.collate_media`.
             with_gradient: False skips the gradient that is otherwise computed along with the loss.
         """
-        arguments = {} if segment_ids is None else {"cache": packed_caches(self.model, segment_ids)}
+        arguments: dict[str, Any] = {}
+        if segment_ids is not None:
+            arguments["cache"] = packed_caches(self.model, segment_ids)
+        if media is not None:
+            arguments["media"] = media
         if self.head is None:
             logits = self.forward(inputs, **arguments)  # [B, L, V]
             return cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[rows], targets, weights)

@@ -23,7 +23,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,6 +34,7 @@ from mlx.utils import tree_map
 from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core import trees
 from nalora_mlx.data.batches import Batch
+from nalora_mlx.data.media_batches import scaled_media
 from nalora_mlx.data.padding import PAD_TO
 from nalora_mlx.ops.device_sizes import device_sizes, using_sizes
 from nalora_mlx.training.step import TrainingStep
@@ -45,12 +47,17 @@ UNLIMITED = 2**20  # rows or tokens
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What determines the memory of a batch: rows, tokens per row, supervised positions in all, and packing."""
+    """What determines the memory of a batch: rows, tokens per row, supervised positions in all, packing, and images.
+
+    Attributes:
+        media: of some batch, whose share of image tokens is taken; see `data.media_batches.collate_media`.
+    """
 
     rows: int
     length: int
     loss_positions: int
     packed: bool = False
+    media: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -168,23 +175,35 @@ class PeakProfiler:
             peak = replace(peak, base=peak.base + gradients)
         return peak
 
+    def measure_batches(self, batches: Sequence[Batch]) -> list[int]:
+        """Return the peak of a step on each batch, in bytes."""
+        with self._restoring_state():
+            return [self._run(batch, batch.loss_capacity, True) for batch in batches]
+
     def _measure(self, trial: BatchShape, shape: BatchShape, update: bool) -> int:
-        """Return the peak of a step in bytes: the larger of two, since compiling delays the first."""
-        rows = f"{trial.rows} row{'s' * (trial.rows > 1)} of {trial.length} tokens"
-        self.progress("an optimizer update" if trial.tokens == PAD_TO else rows)
-        step, peaks = self.step, []
         sizes = device_sizes().scaled(min(1, trial.tokens / shape.tokens))
+        with using_sizes(sizes):
+            if trial.tokens == PAD_TO:
+                self.progress("an optimizer update")
+            return self._run(trial_batch(trial), trial.loss_positions, update)
+
+    def _run(self, batch: Batch, window_tokens: int, update: bool) -> int:
+        """Return the peak of a step in bytes: the larger of two, since compiling delays the first."""
+        rows, length = batch.inputs.shape
+        if rows * length > PAD_TO:
+            self.progress(f"{rows} row{'s' * (rows > 1)} of {length} tokens")
+        step, peaks = self.step, list[int]()
         recomputed = recompute_activations(self.layers) if self.layers else nullcontext()
-        with recomputed, using_sizes(sizes):
+        with recomputed:
             for _ in range(2):
                 mx.synchronize()
                 mx.clear_cache()
                 mx.reset_peak_memory()
                 began = time.perf_counter()
-                total, accumulated = step(trial_batch(trial), trial.loss_positions, None, update)
+                total, accumulated = step(batch, window_tokens, None, update)
                 mx.eval(step.state, total, accumulated)
                 del total, accumulated
-                self.seconds_per_token = (time.perf_counter() - began) / trial.tokens
+                self.seconds_per_token = (time.perf_counter() - began) / (rows * length)
                 peaks.append(mx.get_peak_memory() - self.backup_bytes)
                 if update:  # the replaced arrays are kept until the end, which no run does
                     changed = [step.model.trainable_parameters(), step.state_tree()]
@@ -244,4 +263,6 @@ def trial_batch(shape: BatchShape) -> Batch:
     loss_mask[np.linspace(0, shape.tokens - 1, count).astype(int)] = 1
     tokens = np.ones(size, np.int32)
     segment_ids = tokens if shape.packed else None
-    return Batch(tokens, tokens, loss_mask.reshape(size), np.ones(size, np.float32), (), segment_ids)
+    batch = Batch(tokens, tokens, loss_mask.reshape(size), np.ones(size, np.float32), (), segment_ids)
+    media = None if shape.media is None else scaled_media(shape.media, *size)
+    return replace(batch, media=media)

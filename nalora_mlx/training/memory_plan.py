@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -13,10 +13,12 @@ from nalora_mlx.adapters.attach import adapt_result
 from nalora_mlx.core.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError, counted
 from nalora_mlx.core.trees import nbytes
-from nalora_mlx.data.batches import epoch_batches, pack_shapes, row_shapes
+from nalora_mlx.data.batches import collate, epoch_batches, pack_shapes, row_shapes
+from nalora_mlx.data.media_batches import collate_media
 from nalora_mlx.data.packing import epoch_packs
 from nalora_mlx.data.padding import PAD_TO, padded_length, rounded_length
 from nalora_mlx.data.tokenization import Example
+from nalora_mlx.models.vision.model import trains_towers
 from nalora_mlx.ops.device_memory import default_budget, device_memory
 from nalora_mlx.ops.device_sizes import device_kind
 from nalora_mlx.training.distributed import ALONE, Workers
@@ -51,7 +53,17 @@ def largest_batch(
             capacity = shapes.loss_capacity(sum(supervised[row] for row in rows), len(rows), length)
             found.append(BatchShape(len(rows), length, capacity))
     largest = max(found, key=lambda shape: (shape.tokens, shape.length, shape.loss_positions))
-    return largest.with_shape(math.ceil(largest.rows / workers.size), largest.length)
+    largest = largest.with_shape(math.ceil(largest.rows / workers.size), largest.length)
+    return replace(largest, media=_media_of_largest(examples))
+
+
+def _media_of_largest(examples: Sequence[Example]) -> dict[str, Any] | None:
+    """Return the media of the row with most image tokens, if features are computed before training."""
+    with_images = [row for row in examples if row.media is not None and row.media.inputs is None]
+    if not with_images:
+        return None
+    most = max(with_images, key=lambda row: len(row.media.positions) if row.media else 0)
+    return collate_media([most.media], most.inputs)
 
 
 @dataclass(frozen=True)
@@ -244,7 +256,11 @@ def memory_advice(
         InputError: the run needs more memory than the machine has, and more than the budget.
     """
     budget = config.memory_budget or default_budget()
-    shape, loss = largest_batch(examples, config, workers), loss or SupervisedLoss(model)
+    loss = loss or SupervisedLoss(model)
+    if trains_towers(model):
+        step = planning_step(model, config, new_optimizer(config), loss)
+        return towers_advice(step, examples, config, budget, workers, progress)
+    shape = largest_batch(examples, config, workers)
     if not config.plan and device_kind() != "metal":
         bound = bound_from_shapes(loss, shape)
         if bound <= budget:
@@ -262,6 +278,48 @@ def memory_advice(
     if found.needed > max(budget, device_memory()):  # on a CPU, MLX would crash without a message
         raise InputError(f"{found.lines()[0]}; {remedies}")
     return MemoryAdvice([] if found.fits else [f"note: {found.lines()[0]}; {remedies}"], found.needed)
+
+
+def towers_advice(
+    step: TrainingStep,
+    examples: Sequence[Example],
+    config: RunConfig,
+    budget: int,
+    workers: Workers = ALONE,
+    progress: Callable[[str], None] = no_progress,
+) -> MemoryAdvice:
+    """Return what to say about the memory of a run that trains a vision tower or a projector.
+
+    What a tower takes depends on its images, so the step runs on the row with most image tokens, and on two of it.
+    Each further row is assumed to take as much as the second one.
+
+    Raises:
+        InputError: the run needs more memory than the machine has, and more than the budget.
+    """
+    layers, accumulating = recomputed_layers(step.model, config), config.grad_accumulation_steps > 1
+    rows = math.ceil(min(config.batch_size, len(examples)) / workers.size)
+    most = max(range(len(examples)), key=lambda i: (_image_tokens(examples[i]), examples[i].inputs))
+    profiler = PeakProfiler(step, layers, accumulating, progress)
+    one, *two = profiler.measure_batches([collate(examples, [most] * n) for n in range(1, min(rows, 2) + 1)])
+    peak = one + (rows - 1) * max(two[0] - one, 0) if two else one
+    peak += 3 * nbytes(step.model.trainable_parameters()) * keeps_weights(step.model)
+    line = (
+        f"memory: about {_gb(peak)} for {counted(rows, 'row')} like {examples[most].source}, which has "
+        f"{counted(_image_tokens(examples[most]), 'image token')}; weights {_gb(nbytes(step.model.parameters()))}, "
+        f"budget {_gb(budget)}: {'fits' if peak <= budget else 'does not fit'}"
+    )
+    remedies = (
+        "lower --batch-size, resize the images, use --grad-checkpoint, or leave --vision and --projector out"
+    )
+    if peak > max(budget, device_memory()) and not config.plan:
+        raise InputError(f"{line}; {remedies}")
+    if config.plan:
+        return MemoryAdvice([line] if peak <= budget else [line, f"what to try: {remedies}"], peak)
+    return MemoryAdvice([] if peak <= budget else [f"note: {line}; {remedies}"], peak)
+
+
+def _image_tokens(example: Example) -> int:
+    return len(example.media.positions) if example.media is not None else 0
 
 
 def _gb(size: float) -> str:

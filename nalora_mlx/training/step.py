@@ -81,8 +81,9 @@ class TrainingStep:
         workers: Workers = ALONE,
     ):
         self.model, self.optimizer, self.parameters = model, optimizer, parameters
-        self.compiled, self.grad_clip, self.workers = compiled, grad_clip, workers
+        self.grad_clip, self.workers = grad_clip, workers
         self.loss = loss or SupervisedLoss(model)
+        self.compiled = compiled and self.loss.compiled
         self.gated = {mlp.path: mlp for mlp in gated_mlps(model)} if parameters.active else {}
         self.dropouts = dropout_count(model)
         self.layers = ImportanceStacks(self.gated)
@@ -144,9 +145,16 @@ class TrainingStep:
         key = mx.random.key(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         segment_ids = None if batch.segment_ids is None else mx.array(batch.segment_ids)
         positions = [mx.array(a) for a in batch.loss_positions()]
-        arrays = [mx.array(batch.inputs), *positions, segment_ids, mx.array(batch.token_mask)]
+        media = media_arrays(batch.media)
+        arrays = [mx.array(batch.inputs), *positions, segment_ids, media, mx.array(batch.token_mask)]
         weight = mx.array(1 / max(window_tokens, 1))
-        shape = (batch.inputs.shape, positions[0].shape, segment_ids is None, accumulated is None)
+        shape = (
+            batch.inputs.shape,
+            positions[0].shape,
+            segment_ids is None,
+            media_shapes(media),
+            accumulated is None,
+        )
         backward = self.graph_of_shape(shape) if self.compiled else self._backward
         loss, window = backward(arrays, weight, key, accumulated)
         finish = self._compiled_finish if self.compiled else self._finish
@@ -168,9 +176,9 @@ class TrainingStep:
         self, stacks: dict[str, mx.array], arrays: list[Any], weight: mx.array, context: ForwardPass
     ) -> tuple[mx.array, Any]:
         self.weights.install_cast(stacks)
-        inputs, rows, targets, weights, segment_ids, token_mask = arrays
+        inputs, rows, targets, weights, segment_ids, media, token_mask = arrays
         # Weighed before the gradient is taken, which may leave the range of a half-precision type otherwise.
-        loss = self.loss(inputs, rows, targets, weights * weight, segment_ids)
+        loss = self.loss(inputs, rows, targets, weights * weight, segment_ids, media)
         # Copied, since checkpointed layers write their statistics again when the backward recomputes them.
         return loss, (loss / weight, dict(context.statistics), mx.sum(token_mask))
 
@@ -188,7 +196,7 @@ class TrainingStep:
             scaled=self.weights.scaled,
         )
         faster = vectorized_models() if self.compiled else nullcontext()
-        forms = self.loss.training_forms.installed(arrays[-2])
+        forms = self.loss.training_forms.installed(arrays[-3])
         try:
             with forward_pass(context), vectorized(), faster, lean_attention(), forms:
                 (_, (loss, sums, tokens)), gradients = self._loss_and_gradients(
@@ -259,6 +267,20 @@ class TrainingStep:
         loaded = importance.from_tree(tree["importance"])
         self.state["importance"]["step"] = loaded["step"]
         self.set_layers(loaded["layers"])
+
+
+def media_arrays(media: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the images of a batch add, as arrays of MLX."""
+
+    def convert(leaf: Any) -> Any:
+        return mx.array(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+    return None if media is None else tree_map(convert, media)
+
+
+def media_shapes(media: dict[str, Any] | None) -> Any:
+    """Return the shapes by which a graph is kept."""
+    return None if media is None else tuple((name, array.shape) for name, array in tree_flatten(media))
 
 
 def global_norm(tree: Any) -> mx.array:

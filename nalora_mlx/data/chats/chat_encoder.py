@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.chats.contents import RenderedText
+from nalora_mlx.data.chats.placeholders import ImageTexts
 from nalora_mlx.data.chats.text_encoder import TextEncoder
 from nalora_mlx.data.chats.turns import ChatRenderer, Turn
 from nalora_mlx.data.rows.formats import Row
@@ -46,12 +47,19 @@ class ChatEncoder:
         tokenizer: tokenizer wrapper of mlx-lm, or a tokenizer of transformers.
         mask_prompt: supervise assistant turns only.
         last_turn_only: supervise only the last assistant turn.
+        images: what images become in the text of a chat; None for models that do not see.
     """
 
-    def __init__(self, tokenizer: Any, mask_prompt: bool, last_turn_only: bool = False):
+    def __init__(
+        self,
+        tokenizer: Any,
+        mask_prompt: bool,
+        last_turn_only: bool = False,
+        images: ImageTexts | None = None,
+    ):
         self.text_encoder = TextEncoder(tokenizer)
-        self.renderer = ChatRenderer(tokenizer, self.text_encoder)
-        self.mask_prompt, self.last_turn_only = mask_prompt, last_turn_only
+        self.renderer = ChatRenderer(tokenizer, self.text_encoder, images)
+        self.mask_prompt, self.last_turn_only, self.images = mask_prompt, last_turn_only, images
 
     def __call__(self, row: Row, max_seq_length: int) -> Encoding:
         """Encode a chat. Turns whose context has `max_seq_length` tokens or more are left out.

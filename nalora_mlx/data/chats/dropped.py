@@ -22,6 +22,8 @@ def dropped_parts(row: Row, encoder: ChatEncoder, encoding: Encoding) -> Iterato
     for index, message in enumerate(row.messages[: last + 1]):
         role, text = message["role"], whole
         content = message.get("content") or ""
+        if isinstance(content, list):
+            content = [part["text"] for part in content if part["type"] == "text"]
         if role == "assistant" and encoder.mask_prompt:
             if index not in encoding.targets:
                 continue

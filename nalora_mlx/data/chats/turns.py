@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError, first_line
 from nalora_mlx.data.chats.contents import RenderedText, split_reasoning
+from nalora_mlx.data.chats.placeholders import ImageTexts, expand_placeholders
 from nalora_mlx.data.chats.text_encoder import TextEncoder
 from nalora_mlx.data.rows.formats import Row
 
@@ -39,8 +40,9 @@ class ChatRenderer:
     what generation starts from.
     """
 
-    def __init__(self, tokenizer: Any, encoder: TextEncoder):
-        self.tokenizer, self.encoder = tokenizer, encoder
+    def __init__(self, tokenizer: Any, encoder: TextEncoder, images: ImageTexts | None = None):
+        self.tokenizer, self.encoder, self.images = tokenizer, encoder, images
+        self._takes_texts = images is None or self._writes_texts()
 
     def render(self, row: Row, messages: Messages, generation_prompt: bool = False) -> str:
         """Return the text of a chat.
@@ -48,6 +50,8 @@ class ChatRenderer:
         Raises:
             InputError: the template refuses the chat.
         """
+        if not self._takes_texts:
+            messages = [_with_parts(message) for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages),
@@ -60,7 +64,17 @@ class ChatRenderer:
             raise InputError(
                 f"{row.source}: the model's chat template refuses this row ({first_line(error)})"
             ) from None
+        if row.images and self.images is not None:
+            text = expand_placeholders(text, self.images, row.images, row.source)
         return text
+
+    def _writes_texts(self) -> bool:
+        """Return whether the template writes a content that is a text; some take lists of parts only."""
+        try:
+            messages = [{"role": "user", "content": QUESTION}]
+            return QUESTION in self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:
+            return False
 
     def in_template_form(self, row: Row) -> Row:
         """Return a row with its tool calls in the form that the template reads.
@@ -220,6 +234,14 @@ def _closes_thought(context: str, text: str, reasoning: str) -> bool:
     context, text, reasoning = ("".join(part.split()) for part in (context, text, reasoning))
     before, found, after = text.rpartition(reasoning) if reasoning else ("", "", "")
     return bool(found) and not text.startswith(context) and (before + after).startswith(context)
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose content is a list of parts."""
+    content = message.get("content")
+    return (
+        {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+    )
 
 
 def _same(message: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Row:
         weight: how many times an epoch holds the row.
         chunk: whether a text longer than the sequence length becomes several sequences, instead of being truncated.
         rejected: the worse answer of a preference row, as the messages that follow `messages` without its last turn.
-        images: the images of a row, as paths or bytes, in the order of their appearance.
+        images: the images of a row in the order of their appearance: paths, bytes of files, data URIs or images of
+            Pillow. In the data of a run, paths are absolute.
     """
 
     source: str
@@ -114,10 +115,12 @@ def _check_accepted(
             f"{row.source}: holds a chosen and a rejected answer, and supervised training takes one; {remedy}"
         )
     if row.images and IMAGES not in accepted:
-        raise InputError(
-            f"{row.source}: holds images, which only vision-language models read; "
-            "remove the images, or the row"
-        )
+        raise InputError(refused_images(row.source))
+
+
+def refused_images(source: str) -> str:
+    """Return the problem that a row with images is for a model that does not see."""
+    return f"{source}: holds images, which only vision-language models read; remove the images, or the row"
 
 
 def _parse(source: str, content: Mapping[str, Any], forms: Forms) -> tuple[Row, Form, _Unread | None]:
@@ -167,6 +170,11 @@ def _others(content: Mapping[str, Any], form: Form) -> dict[str, Any]:
 
 
 def _text_row(source: str, text: str, others: Mapping[str, Any]) -> tuple[Row, _Unread]:
+    if key := next((key for key in ("images", "image") if key in others), None):
+        raise InputError(
+            f"{key!r} is read beside a prompt and a completion or in a chat, not beside a text; "
+            "write 'prompt' and 'completion', or remove it"
+        )
     row = Row(source, [], text=text, weight=_weight(others.get("weight")))
     return row, _Unread([key for key in others if key != "weight"])
 

@@ -1,14 +1,21 @@
 """Images of a row: in parts of its messages, or beside them."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.rows.cells import is_blank, parsed_cell
+import numpy as np
+
+from nalora_mlx.core.errors import InputError, counted
+from nalora_mlx.data.image_references import array_image, is_data_uri
+from nalora_mlx.data.rows.cells import check_unicode, is_blank, parsed_cell
 
 Message = dict[str, Any]
 MARKER = "<image>"
-_REFERENCES = ("image", "image_url", "url", "path", "base64")  # keys of an image part
+# Keys under which image parts and images of Arrow, OpenAI and Anthropic hold an image, from the outside in.
+_BASE64 = ("base64", "data")
+_REFERENCES = ("image", "image_url", "source", "bytes", "url", "path", *_BASE64)
 
 
 def read_content(content: Any, number: int, images: list[Any]) -> str | list[dict[str, Any]]:
@@ -34,14 +41,13 @@ def _read_part(part: Any, number: int, images: list[Any]) -> dict[str, Any]:
         return {"type": "text", "text": part}
     if not isinstance(part, dict):
         raise InputError(f"the 'content' of message {number} has a part that is a {type(part).__name__}")
-    kind = part.get("type")
+    kind = part.get("type") or next((key for key in ("text", "image") if key in part), None)
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise InputError(f"the 'content' of message {number} has a text part without a 'text' string")
         return {"type": "text", "text": part["text"]}
     if isinstance(kind, str) and kind.startswith("image"):
-        references = (part[key] for key in _REFERENCES if not is_blank(part.get(key)))
-        images.append(_reference(next(references, None)))
+        images.append(_reference(part))
         return {"type": "image"}
     raise InputError(
         f"the 'content' of message {number} has a part of type {kind!r}; parts must be of type 'text' or 'image'"
@@ -49,7 +55,7 @@ def _read_part(part: Any, number: int, images: list[Any]) -> dict[str, Any]:
 
 
 def read_images(value: Any) -> list[Any]:
-    """Return the images under the key "images" or "image": paths, URLs, bytes, or decoded images.
+    """Return the images under the key "images" or "image": paths, data URIs, bytes, or images of Pillow.
 
     Raises:
         InputError: something is no image.
@@ -57,20 +63,38 @@ def read_images(value: Any) -> list[Any]:
     value = parsed_cell(value)
     if is_blank(value):
         return []
-    return [_reference(item, True) for item in (value if isinstance(value, list) else [value])]
+    found = [_reference(item) for item in (value if isinstance(value, list | tuple) else [value])]
+    if any(image is None for image in found):
+        raise InputError("one of the images is null or empty; give its path, or remove it")
+    return found
 
 
-def _reference(value: Any, needed: bool = False) -> Any:
-    """Return an image without its wrapper: {"url": ...} of OpenAI, {"bytes": ..., "path": ...} of Arrow."""
+def _reference(value: Any) -> Any:
+    """Return an image without its wrapper, such as {"url": ...} or {"bytes": ..., "path": ...}; None if it is blank."""
     if isinstance(value, Mapping):
-        found = (value[key] for key in ("bytes", "url", "path") if not is_blank(value.get(key)))
-        value, needed = next(found, None), True
-    if (value is None and needed) or isinstance(value, bool | int | float | list | Mapping):
-        raise InputError(f"an image must be a path, a URL or bytes, not {type(value).__name__}")
-    return value
+        key = next((key for key in _REFERENCES if not is_blank(value.get(key))), None)
+        value = None if key is None else value[key]
+        if key in _BASE64 and isinstance(value, str) and not is_data_uri(value):
+            return f"data:image;base64,{value}"
+        return _reference(value)
+    if is_blank(value):
+        return None
+    if isinstance(value, np.ndarray):
+        return array_image(value)
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, os.PathLike):
+        value = os.fsdecode(value)
+    pillow = sys.modules.get("PIL.Image")
+    if isinstance(value, str | bytes) or (pillow is not None and isinstance(value, pillow.Image)):
+        check_unicode(value, "the path of an image")
+        return value
+    raise InputError(
+        f"an image must be a path, a data URI, bytes, an image of Pillow or an array, not {type(value).__name__}"
+    )
 
 
-def with_images_first(content: str | list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def _with_images_first(content: str | list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Return the parts of a message with image parts put before them."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return [*({"type": "image"} for _ in range(count)), *parts]
@@ -79,40 +103,50 @@ def with_images_first(content: str | list[dict[str, Any]], count: int) -> list[d
 def place_images(
     messages: list[Message], inline: Sequence[Any], images: list[Any]
 ) -> tuple[list[Message], tuple[Any, ...]]:
-    """Assign the images beside a chat to its image parts; return the messages and the images in their order.
+    """Assign the images beside messages to their image parts; return the messages and the images in their order.
 
     1. Image parts that name no image (None in `inline`) take the images in order.
     2. If there are no image parts, every "<image>" in a message becomes one.
-    3. If there are none of these either, the images come first in the first user message.
+    3. If there are none of these either, the images come first in the first user message, or in the first message.
 
     Raises:
         InputError: there are not as many images as parts.
     """
     if images and not inline:
         if any(MARKER in message["content"] for message in messages):
-            messages = [_split_at_markers(message) for message in messages]
+            messages = [
+                message | {"content": _split_at_markers(message["content"])}
+                if MARKER in message["content"]
+                else message
+                for message in messages
+            ]
         else:
             first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
-            content = with_images_first(messages[first]["content"], len(images))
+            content = _with_images_first(messages[first]["content"], len(images))
             messages = [*messages[:first], messages[first] | {"content": content}, *messages[first + 1 :]]
         parts = (part for message in messages for part in message["content"] if isinstance(part, dict))
         inline = [None for part in parts if part["type"] == "image"]
     free = sum(image is None for image in inline)
-    if len(images) != free and (free or images != list(inline)):
+    if len(images) != free and (free or not _are_same(images, inline)):
         raise InputError(
-            f"the messages need {free} images, and 'images' holds {len(images)}; give as many, "
+            f"the messages need {counted(free, 'image')}, and 'images' holds {len(images)}; give as many, "
             "or remove the image parts"
         )
     following = iter(images)
     return messages, tuple(next(following) if image is None else image for image in inline)
 
 
-def _split_at_markers(message: Message) -> Message:
-    texts = message["content"].split(MARKER)
-    if len(texts) == 1:
-        return message
+def _are_same(images: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Return whether two lists name the same images; those of Pillow are not compared by their pixels."""
+    return len(images) == len(others) and all(
+        one is other or (isinstance(one, str | bytes) and one == other)
+        for one, other in zip(images, others, strict=True)
+    )
+
+
+def _split_at_markers(content: str) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
-    for index, text in enumerate(texts):
+    for index, text in enumerate(content.split(MARKER)):
         parts += [{"type": "image"}] if index else []
         parts += [{"type": "text", "text": text}] if text else []
-    return message | {"content": parts}
+    return parts

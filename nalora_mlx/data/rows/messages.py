@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.rows.cells import check_unicode, is_blank, parsed_cell
-from nalora_mlx.data.rows.images import read_content, read_images, with_images_first
+from nalora_mlx.data.rows.images import place_images, read_content, read_images
 from nalora_mlx.data.rows.tool_calls import read_calls, read_old_call
 
 Message = dict[str, Any]
@@ -138,13 +138,15 @@ def _read_message(entry: Message, number: int, key: str, images: list[Any]) -> t
     if not calls and not is_blank(old_call):
         calls = read_old_call(old_call, number)
     trained = _is_trained(message, number)
-    first_images = read_images(message.pop("images", None))
+    own_images = [image for key in ("images", "image") for image in read_images(message.pop(key, None))]
     content = message.get("content")
-    if is_blank(content) and content != "" and not (calls or first_images):
+    if is_blank(content) and content != "" and not (calls or own_images):
         raise InputError(f"message {number} of {key!r} has no 'content'; add it, or 'tool_calls'")
-    images += first_images
-    parts = read_content("" if is_blank(content) else content, number, images)
-    message["content"] = with_images_first(parts, len(first_images)) if first_images else parts
+    inline: list[Any] = []
+    message["content"] = read_content("" if is_blank(content) else content, number, inline)
+    if own_images:
+        (message,), inline[:] = place_images([message], inline, own_images)
+    images += inline
     if calls:
         message["tool_calls"] = calls
     return message, trained

@@ -17,7 +17,7 @@ from nalora_mlx.core.optional_dependencies import install_command
 
 RawRow = tuple[str, dict[str, Any]]  # source and content
 LONGEST_LINE = 32 * 2**20  # bytes; a longer line is a whole file, and would be cut to a few thousand tokens
-_LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass
@@ -65,7 +65,7 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise InputError(f"{path}: is a Git LFS pointer, not the data; run git lfs pull")
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

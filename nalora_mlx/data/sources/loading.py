@@ -24,7 +24,7 @@ from nalora_mlx.data.sources.readers import (
     read_json_splits,
     read_texts,
 )
-from nalora_mlx.data.sources.tables import without_nulls
+from nalora_mlx.data.sources.tables import without_decoding, without_nulls
 
 HUB_KEYS = (  # of an entry of hf_dataset; those of mlx-lm, and ratio
     "path",
@@ -45,10 +45,12 @@ class Source:
     Attributes:
         splits: rows by split.
         texts: whether each row is a whole text file.
+        directory: of the data files, where relative paths in rows start; None for data sets of the Hub.
     """
 
     splits: dict[str, Iterable[RawRow]]
     texts: bool = False
+    directory: Path | None = None
 
 
 def open_source(path: str, names: Sequence[str], remarks: Remarks) -> Source:
@@ -126,11 +128,12 @@ def _open_file(path: Path, names: Sequence[str], remarks: Remarks) -> Source:
             f"--data {path}: not a form that can be read; give {FORMS}, or {', '.join(TEXT_FORMS)}"
         )
     if form != ".json":
-        return Source(_training_only(read_file(path, remarks), names))
+        return Source(_training_only(read_file(path, remarks), names), directory=path.parent)
     found = read_json_splits(path, remarks)
     if "" in found:
-        return Source(_training_only(found[""], names))
-    return Source({name: _named_split(found, name, str(path), remarks) for name in names})
+        return Source(_training_only(found[""], names), directory=path.parent)
+    splits = {name: _named_split(found, name, str(path), remarks) for name in names}
+    return Source(splits, directory=path.parent)
 
 
 def _training_only(rows: Iterable[RawRow], names: Sequence[str]) -> dict[str, Iterable[RawRow]]:
@@ -175,7 +178,7 @@ def _open_directory(directory: Path, names: Sequence[str], remarks: Remarks) -> 
             f"--data {directory}: none of its files is named train ({files}); rename the training set, "
             "give the file itself, or move texts to a folder without data files"
         )
-    return Source(splits)
+    return Source(splits, directory=directory)
 
 
 def _split_name(path: Path) -> str:
@@ -317,5 +320,5 @@ def _import_datasets(what: str) -> Any:
 
 
 def _with_sources(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[RawRow]:
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(without_decoding(rows), 1):
         yield f"{name}:{number}", without_nulls(dict(row))

@@ -2,7 +2,7 @@
 
 import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +122,25 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
     return value
+
+
+# --- data sets of the datasets library ------------------------------------------------------------------------
+
+
+def without_decoding(rows: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """Return rows; those of a data set with images hold the bytes or the path of each image, not its pixels."""
+    features, form = getattr(rows, "features", None), getattr(rows, "format", None)
+    if form is None or form["type"] is not None or not _has_images(features):
+        return rows
+    batches = rows.with_format("arrow").iter(BATCH_ROWS)  # type: ignore[attr-defined]
+    return itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+
+
+def _has_images(feature: Any) -> bool:
+    """Return whether a feature of the datasets library is or holds an Image."""
+    if isinstance(feature, Mapping):
+        return any(map(_has_images, feature.values()))
+    if isinstance(feature, list | tuple):
+        return any(map(_has_images, feature))
+    inner = getattr(feature, "feature", None)  # of a list
+    return type(feature).__name__ == "Image" or (inner is not None and _has_images(inner))
