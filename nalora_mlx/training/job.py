@@ -198,7 +198,7 @@ class Job:
             if not self.config.adapter_path:
                 self.temporary = tempfile.TemporaryDirectory()
                 directory = Path(self.temporary.name)
-            text = "computing the features of images"
+            text = "reading the images"
             with self.display.waiting(text) as update:
                 encode_images(
                     self.model,
@@ -277,7 +277,14 @@ class Job:
             return
         with self.display.waiting("answering a few prompts, before and after training"):
             samples = write_samples(
-                self.model, self.tokenizer, self.prompts, self.output, self.notify, result.seconds, stop
+                self.model,
+                self.tokenizer,
+                self.prompts,
+                self.output,
+                self.notify,
+                result.seconds,
+                stop,
+                self.processor,
             )
         if samples:
             self.display.sample(samples[0])

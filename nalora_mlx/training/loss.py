@@ -10,7 +10,7 @@ import mlx.nn as nn
 from nalora_mlx.models.output_head import find_output_head
 from nalora_mlx.models.packed_rows import packed_caches
 from nalora_mlx.models.recurrences import TrainingForms
-from nalora_mlx.models.vision.model import trains_towers
+from nalora_mlx.models.vision.model import is_vision_language_model, trains_towers
 from nalora_mlx.ops.cross_entropy import cross_entropy_sum, gather_rows, tiled_cross_entropy_sum
 from nalora_mlx.training.compilation import compile_with_state
 
@@ -32,9 +32,11 @@ class SupervisedLoss:
         self.head = find_output_head(model, forward)
         self.training_forms = TrainingForms(model, forward)
         inside = {id(m) for layer in model.layers for _, m in layer.named_modules()}
+        # What precedes the language model has no part in the head.
+        language_model = model.language_model if is_vision_language_model(model) else model
         self.head_is_frozen = not any(
             isinstance(leaf, mx.array) and name not in module._no_grad and not name.startswith("_")
-            for _, module in model.named_modules()
+            for _, module in language_model.named_modules()
             if id(module) not in inside
             for name, leaf in module.items()
         )
