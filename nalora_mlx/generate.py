@@ -1,4 +1,4 @@
-"""`nalora generate`: answer one prompt with mlx-lm's generator and its flags; about images, with mlx-vlm's generator."""
+"""`nalora generate`: answer one prompt with mlx-lm's generator, or about images with mlx-vlm's."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ from nalora_mlx.cli import (
 )
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.paths import expanded
-from nalora_mlx.vision_models import load_vision_model, needs_mlx_vlm, why_blind
+from nalora_mlx.vision_models import load_tuned_vision_model, needs_mlx_vlm, why_blind
 
 if TYPE_CHECKING:
     from nalora_mlx.models.vision.processor import VisionProcessor
@@ -158,19 +158,15 @@ def _answer_with_mlx_vlm(given: dict[str, Any], images: list[str]) -> None:
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
-    from nalora_mlx.adapters.files import load_any_adapter
     from nalora_mlx.models.vision.generation import stream_answer
 
     template, template_args = given.pop("chat_template"), given.pop("chat_template_args")
     args = importlib.import_module("mlx_lm.generate").setup_arg_parser().parse_args(forwarded_argv(given))
     if args.seed is not None:
         mx.random.seed(args.seed)
-    model, processor = load_vision_model(
+    model, processor = load_tuned_vision_model(
         args.model, args.adapter_path, template, template_args, args.trust_remote_code
     )
-    if args.adapter_path is not None:
-        load_any_adapter(model, Path(args.adapter_path))
-        model.eval()
     tokenizer = processor.tokenizer
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
@@ -198,15 +194,15 @@ def _answer_with_mlx_vlm(given: dict[str, Any], images: list[str]) -> None:
 
 def _prompt_text(processor: "VisionProcessor", args: argparse.Namespace, images: int) -> str:
     """Return the prompt with a placeholder for each image, which come first."""
-    from nalora_mlx.models.vision.generation import message_content, render_chat
+    from nalora_mlx.models.vision.generation import message_content, plain_text, render_chat
 
     prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     prompt = sys.stdin.read() if prompt == "-" else prompt
     tokenizer = processor.tokenizer
     if args.ignore_chat_template or not tokenizer.has_chat_template:
-        start = tokenizer.decode([token for token in tokenizer.encode("") if token == tokenizer.bos_token_id])
-        placed = not images or processor.placeholder in prompt
-        return start + ("" if placed else processor.placeholder * images) + prompt
+        if images and processor.placeholder not in prompt:
+            prompt = processor.placeholder * images + prompt
+        return plain_text(tokenizer, prompt)
     messages = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
     messages.append({"role": "user", "content": message_content(prompt, images)})
     return render_chat(processor, messages, "--prompt") + (args.prefill_response or "")

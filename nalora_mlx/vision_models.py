@@ -86,6 +86,27 @@ def load_vision_model(
     return loaded, processor
 
 
+def load_tuned_vision_model(
+    model: str,
+    adapter: str | Path | None,
+    template: str | None,
+    template_args: dict[str, Any] | None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, VisionProcessor]:
+    """Do what `load_vision_model` does, and load the adapter into the model.
+
+    Raises:
+        InputError: as there, or the adapter does not fit the model.
+    """
+    from nalora_mlx.adapters.files import load_any_adapter
+
+    loaded, processor = load_vision_model(model, adapter, template, template_args, trust_remote_code)
+    if adapter is not None:
+        load_any_adapter(loaded, Path(adapter).expanduser())
+        loaded.eval()
+    return loaded, processor
+
+
 def _config(directory: Path) -> dict[str, Any]:
     from nalora_mlx.core.storage import read_json
 

@@ -16,6 +16,7 @@ from nalora_mlx.adapters.layouts import Match
 from nalora_mlx.adapters.targets import EMBEDDING, select_targets
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.models.vision.model import is_vision_language_model
 from nalora_mlx.ops.kernels.backend import backend
 
 
@@ -86,8 +87,11 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None, *, verify_all: b
     backend()  # raises for an invalid NALORA_KERNEL, which would otherwise look like a fault of the gated MLPs
     targets, result = _start(model, config, "lora")
     for path, kind in layouts.find_unsupported(model):
+        inside = any(target.startswith(f"{path}.") for target in targets)
         reason = f"untouched: LoRA does not support its projections, which are {kind} layers"
-        result.skipped.append(Skipped(path, reason))
+        result.skipped.append(
+            Skipped(path, f"stays plain LoRA: its projections are {kind} layers" if inside else reason)
+        )
     model.freeze()
     adapters = {path: _lora(module, config, index) for index, (path, module) in enumerate(targets.items())}
     dtype = layouts.compute_dtype(model)
@@ -110,6 +114,7 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None, *, verify_all: b
                 _match_precision(match, gated, dtype)
                 precise[alike] = gated.precise
             gated.precise = precise[alike]
+            gated.sees_tokens = _is_in_language_model(model, match.path)
         except ValueError as error:
             result.skipped.append(Skipped(match.path, f"stays plain LoRA: {error}"))
             continue
@@ -122,6 +127,15 @@ def adapt(model: nn.Module, config: NALoRAConfig | None = None, *, verify_all: b
         result.plain.append(path)
     if not result.gated and config.active:
         result.notices.append("NA-LoRA acts nowhere, since no gate projection is adapted: this is plain LoRA")
+    elif (
+        config.vision
+        and config.active
+        and all(_is_in_language_model(model, gated.path) for gated in result.gated)
+    ):
+        result.notices.append(
+            "NA-LoRA acts on the language model only: the vision tower has no gated MLP that it can act on, and gets "
+            "plain LoRA"
+        )
     model.adapt_result = result
     return result
 
@@ -244,6 +258,10 @@ def _match_precision(match: Match, gated: GatedMLP, dtype: mx.Dtype) -> None:
             gated.precise = layouts.verify(match, gated, dtype) >= error
         except ValueError:
             gated.precise = True
+
+
+def _is_in_language_model(model: nn.Module, path: str) -> bool:
+    return path.startswith("language_model.") or not is_vision_language_model(model)
 
 
 def _is_in_last_layers(model: nn.Module, path: str, count: int) -> bool:

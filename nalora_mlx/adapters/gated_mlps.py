@@ -40,6 +40,8 @@ class GatedMLP(nn.Module):
         original: the original module, which merging restores; not part of the module tree.
         precise: whether the product phi(z) u is computed in float32. If not, it is rounded after every operation, as
             some models do.
+        sees_tokens: whether the rows of its input are those of the batch's tokens. If not, as in a vision tower, they
+            have no padding, and the module counts them itself.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class GatedMLP(nn.Module):
         self.activation = activation
         self.na_parameters = parameters
         self.precise = True
+        self.sees_tokens = True
         # Bypasses nn.Module: the original's projections are in the module tree already, inside the adapters.
         object.__setattr__(self, "original", match.module)
         for name in layout.projections:
@@ -166,13 +169,14 @@ class GatedMLP(nn.Module):
             return gated_residual(self.variant, projections)[0]
         rows = math.prod(projections[0].base.shape[:-1])
         weights = context.token_mask.reshape(-1)
-        if tokens is not None:
-            weights = weights[tokens]
-        elif weights.size != rows:
-            # Rows that are not text tokens, such as image patches, have no padding.
+        if not self.sees_tokens:
             weights = mx.ones((rows,))
+        elif tokens is not None:
+            weights = weights[tokens]
         variant = replace(self.variant, diagnose=context.diagnose)
         h, statistics = gated_residual(variant, projections, weights)
+        if not self.sees_tokens and not self.experts:
+            statistics = statistics | {"tokens": mx.sum(weights)}
         context.observe(self.path, {name: mx.stop_gradient(array) for name, array in statistics.items()})
         return h
 

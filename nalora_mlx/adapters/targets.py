@@ -104,8 +104,6 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
             raise InputError("the layers of this model have no module that a LoRA adapter fits")
         if config.vision or config.projector:
             modules |= _projector(model, candidates)
-        if is_vision_language_model(model):
-            keys = tuple(modules)  # mlx-vlm takes whole paths only; mlx-lm takes them too
     else:
         keys = config.keys
         modules = {
@@ -116,6 +114,8 @@ def select_targets(model: nn.Module, config: NALoRAConfig) -> Targets:
         if not modules:
             raise InputError("keys: " + "; ".join(problems))
         notices += problems
+    if is_vision_language_model(model):
+        keys = tuple(modules)  # mlx-vlm takes whole paths only; mlx-lm takes them too
     notices += check_rank(config.rank, modules, adaptable)
     order = {path: position for position, (path, _) in enumerate(layouts.modules_in_order(model))}
     modules = dict(sorted(modules.items(), key=lambda item: order[item[0]]))
@@ -232,6 +232,8 @@ def _find_candidates(model: nn.Module, layers: _Layers) -> _Candidates:
         for path, module in model.named_modules()
         if path and path not in inside and _is_adaptable(module)
     }
+    if is_vision_language_model(model):  # their keys are whole paths, which name no other module
+        blocked_keys.clear()
     return _Candidates(inside, outside, layer_keys, blocked_keys)
 
 

@@ -172,8 +172,8 @@ def _as_rgb(image: "Image.Image") -> "Image.Image":
                 f"has gray values from {values.min()} to {values.max()}; save it as PNG with 8 bits per channel"
             )
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("La", "RGBa"):  # colors multiplied by alpha
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode == "La":  # gray multiplied by alpha, which Pillow does not convert to RGBA
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from nalora_mlx.core.terminal import drawable
 from nalora_mlx.data.tokenization import Example, Split
 
 MAX_BARS = 8  # of a histogram
+REPEATED = 4  # tokens of an image, from which on they are not all shown
 LONG_TAIL = 8  # medians from which on the longest row is much longer than most
 
 
@@ -30,7 +32,7 @@ def length_statistics(examples: Sequence[Example]) -> dict[str, int]:
 
 
 def summary(name: str, split: Split) -> str:
-    """Return one line about a split: rows, sequences if they are more, tokens, the supervised share, and lengths."""
+    """Return one line about a split: rows, sequences if they are more, images, tokens, supervised share, and lengths."""
     found = length_statistics(split.sequences)
     sequences = found["sequences"]
     parts = f" in {counted(sequences, 'sequence')}" if sequences > split.rows else ""
@@ -38,6 +40,8 @@ def summary(name: str, split: Split) -> str:
     lengths = (
         f"{shortest:,} to {longest:,}, median {found['median']:,}" if longest > shortest else f"{longest:,}"
     )
+    if images := sum(len(example.images) for example in split.sequences):
+        parts += f" with {counted(images, 'image')}"
     return (
         f"{name}: {counted(split.rows, 'row')}{parts}, {counted(found['tokens'], 'token')}, "
         f"{found['supervised'] / found['tokens']:.0%} supervised; lengths {lengths}"
@@ -82,9 +86,19 @@ def _ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
 
 
 def mask_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Return the text of a row in pieces, each with whether it is supervised."""
+    """Return the text of a row in pieces, each with whether it is supervised. The tokens of an image are counted."""
     mask = example.loss_mask
     edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
-    return [
-        (tokenizer.decode(example.tokens[a:b].tolist()), bool(mask[a])) for a, b in itertools.pairwise(edges)
-    ]
+    show = partial(_with_counts, tokenizer) if example.images else tokenizer.decode
+    return [(show(example.tokens[a:b].tolist()), bool(mask[a])) for a, b in itertools.pairwise(edges)]
+
+
+def _with_counts(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return a text in which a token that is repeated at least REPEATED times stands once, with their number."""
+    text, rest = "", list[int]()
+    for token, run in itertools.groupby(tokens):
+        if (count := len(list(run))) < REPEATED:
+            rest += [token] * count
+            continue
+        text, rest = f"{text}{tokenizer.decode(rest)}{tokenizer.decode([token])}×{count:,}", []
+    return text + tokenizer.decode(rest)

@@ -28,12 +28,13 @@ def run(args: argparse.Namespace) -> None:
     if args.push_to_hub:
         check_upload(args.push_to_hub)
     from nalora_mlx.adapters.merge_record import reject_twice
-    from nalora_mlx.export.formats import WRITERS
+    from nalora_mlx.export.formats import WRITERS, with_towers
     from nalora_mlx.models.loading import check_files, print_notice, translated
 
     directory = check_files(args.model)
-    for notice in translated(directory, args.model).notices:
-        print_notice(notice)
+    if not with_towers(args, directory):
+        for notice in translated(directory, args.model).notices:
+            print_notice(notice)
     for adapter in args.adapter_path:
         reject_twice(
             args.model, directory, adapter, ", or leave --adapter-path out" * (args.format == "gguf")

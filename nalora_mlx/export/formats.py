@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.adapters.files import read_chat_settings
-from nalora_mlx.export.lazy_model import LazyModel, open_model
+from nalora_mlx.adapters.vision import needs_vision
+from nalora_mlx.core.storage import read_json
+from nalora_mlx.export.lazy_model import LazyModel, open_model, open_vision
+from nalora_mlx.export.peft_config import adapts_towers
 from nalora_mlx.export.results import Step, gguf_steps, print_notes, print_steps, print_written
-from nalora_mlx.export.updates import AdapterUpdates, read_updates, weighted_sum
+from nalora_mlx.export.updates import AdapterUpdates, read_updates, reject_towers, weighted_sum
 from nalora_mlx.export.upload import upload_adapter
 from nalora_mlx.models.chat_templates import ChatSettings, configure_chat_template
 from nalora_mlx.models.stored_tensors import format_bytes
+from nalora_mlx.models.vision.loading import sees_images
 
 OWN_TEMPLATE = "a {} holds no chat template, and this adapter was trained with its own"
 
@@ -21,8 +25,10 @@ def export_mlx(args: argparse.Namespace, directory: Path) -> None:
     """Write an adapter for mlx-lm."""
     from nalora_mlx.export.mlx_adapter import export_mlx
 
-    model = open_model(directory)
+    model = _open(args, directory)
     count = export_mlx(model, _read_adapters(args, model), args.output, _read_chat_settings(args))
+    if model.images and len(args.adapter_path) == 1 and args.weight in ([], [1]) and args.scale == 1:
+        print_notes(["mlx-vlm reads the adapter as it is, so this is a copy of it"])
     print_written(args.output, f"adapter of {count} modules")
     print_steps([("chat", [["nalora", "chat", "--model", args.model, "--adapter-path", str(args.output)]])])
     _push(args)
@@ -30,19 +36,20 @@ def export_mlx(args: argparse.Namespace, directory: Path) -> None:
 
 def export_peft(args: argparse.Namespace, directory: Path) -> None:
     """Write an adapter for transformers and PEFT."""
+    from nalora_mlx.export.model_card import transformers_class
     from nalora_mlx.export.peft import export_peft
     from nalora_mlx.models.hub import original_name
 
-    model = open_model(directory)
+    model = _open(args, directory)
     base = original_name(args.model, directory, model.config)
     count = export_peft(model, _read_adapters(args, model), args.output, base)
     chat = _read_chat_settings(args)
     notes = [] if chat.template is None else [OWN_TEMPLATE.format("PEFT adapter")]
     print_notes(notes + _template_args_notes(chat))
     print_written(args.output, f"adapter of {count} modules")
-    known = repr(base) if base else "BASE"
+    known, auto = repr(base) if base else "BASE", transformers_class(model.images)
     print("\nin Python, with transformers and peft:")
-    print(f"  PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({known}), {str(args.output)!r})")
+    print(f"  PeftModel.from_pretrained({auto}.from_pretrained({known}), {str(args.output)!r})")
     if base is None:
         print("  BASE is the model in full precision; its name on the Hub is unknown")
     _push(args)
@@ -67,6 +74,7 @@ def export_gguf(args: argparse.Namespace, directory: Path) -> None:
     from nalora_mlx.export.modelfile import write_modelfile
 
     destination = args.destination
+    _reject_towers(args)
     if args.dry_run:
         return _describe_gguf(args, directory)
     chat = _read_chat_settings(args)
@@ -110,6 +118,7 @@ def export_gguf_lora(args: argparse.Namespace, directory: Path) -> None:
     from nalora_mlx.export.gguf.adapter import export_gguf_lora
     from nalora_mlx.export.modelfile import write_modelfile
 
+    _reject_towers(args)
     model = open_model(directory)
     result = export_gguf_lora(model, _read_adapters(args, model), args.output, overwrite=args.overwrite)
     base = args.output.with_name(f"{_model_name(args)}.gguf")
@@ -133,6 +142,26 @@ WRITERS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
     "gguf": export_gguf,
     "gguf-lora": export_gguf_lora,
 }
+
+
+def with_towers(args: argparse.Namespace, directory: Path) -> bool:
+    """Return whether the model is opened with its towers, through mlx-vlm, because an adapter was trained there."""
+    if args.format.startswith("gguf"):  # holds the language model only
+        return False
+    config = read_json(directory / "config.json")
+    if args.from_peft and sees_images(config) and adapts_towers(Path(args.from_peft).expanduser()):
+        return True
+    adapters = [Path(path).expanduser() for path in args.adapter_path]
+    return any(needs_vision(config, adapter) for adapter in adapters or [None])
+
+
+def _open(args: argparse.Namespace, directory: Path) -> LazyModel:
+    return open_vision(directory) if with_towers(args, directory) else open_model(directory)
+
+
+def _reject_towers(args: argparse.Namespace) -> None:
+    for path in args.adapter_path:
+        reject_towers(Path(path).expanduser(), f"export {args.format}")
 
 
 def _read_adapters(args: argparse.Namespace, model: LazyModel) -> AdapterUpdates:

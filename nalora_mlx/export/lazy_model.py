@@ -18,6 +18,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.models import loading
 from nalora_mlx.models.config_translation import as_read
 from nalora_mlx.models.model_class import TEXT_TYPES, find_model_class
+from nalora_mlx.models.vision.loading import open_vision_model
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class LazyModel:
     weights: dict[str, LazyWeight]  # by path
     layers: list[str]  # paths of the layers, first to last
     problems: list[str]  # tensors that are missing, unexpected or of another shape, one line each
+    images: bool = False  # whether the model is one of mlx-vlm, with its towers
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -106,11 +108,26 @@ def open_model(directory: Path) -> LazyModel:
 
     translation = loading.translated(directory)
     model, _ = loading.open_module(directory, lazy=True, wrap=checked)
-    paths = {id(module): path for path, module in model.named_modules()}
-    layers = [paths[id(layer)] for layer in model.layers]
     found = find_model_class(config)
     args = model.args if found is None else text_args(model, found.text_args)
-    return LazyModel(directory, as_read(config, translation), args, _lazy_weights(model), layers, problems)
+    weights = _lazy_weights(model)
+    return LazyModel(directory, as_read(config, translation), args, weights, _layer_paths(model), problems)
+
+
+def open_vision(directory: Path) -> LazyModel:
+    """Open a vision-language model, with its towers, as mlx-vlm loads it.
+
+    Raises:
+        InputError: mlx-vlm cannot open the model.
+    """
+    model, config = open_vision_model(str(directory), lazy=True)
+    layers = _layer_paths(model)
+    return LazyModel(directory, config, model.args, _lazy_weights(model), layers, [], images=True)
+
+
+def _layer_paths(model: nn.Module) -> list[str]:
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [paths[id(layer)] for layer in model.layers]
 
 
 def text_args(model: nn.Module, cls: type) -> Any:

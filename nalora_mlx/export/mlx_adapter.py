@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, chat_entry, not_finite
+from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE, IMAGES_KEY, chat_entry, not_finite
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.storage import arrays_writer, json_writer, write_directory
 from nalora_mlx.export.lazy_model import LazyModel, LazyWeight
@@ -19,7 +19,7 @@ from nalora_mlx.models.chat_templates import ChatSettings
 
 
 def export_mlx(model: LazyModel, updates: AdapterUpdates, output: Path, chat: ChatSettings) -> int:
-    """Write an adapter for `mlx_lm --adapter-path` and for this package.
+    """Write an adapter for `mlx_lm --adapter-path` (`mlx_vlm`, if the model is one of it) and for this package.
 
     mlx-lm creates an adapter of the same rank for every key in each of the last layers, so modules among them
     without an update get zeros.
@@ -41,6 +41,8 @@ def export_mlx(model: LazyModel, updates: AdapterUpdates, output: Path, chat: Ch
     keys, num_layers = _adapted_keys(model, by_path)
     candidates = {f"{layer}.{key}" for layer in model.layers[-num_layers:] for key in keys}
     created = {path for path in candidates if f"{path}.weight" in model.weights}
+    if model.images:  # mlx-vlm reads whole paths, and creates an adapter for each
+        keys, created = sorted(by_path), set()
     arrays: dict[str, mx.array] = {}
     for path in sorted(created | by_path.keys()):
         weight = model.weights[f"{path}.weight"]
@@ -54,6 +56,7 @@ def export_mlx(model: LazyModel, updates: AdapterUpdates, output: Path, chat: Ch
         "fine_tune_type": updates.kind,
         "num_layers": num_layers,
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
+        **({IMAGES_KEY: True} if model.images else {}),
         **chat_entry(chat),
     }
     write_directory(output, {ADAPTER_FILE: arrays_writer(arrays), ADAPTER_CONFIG: json_writer(config)})

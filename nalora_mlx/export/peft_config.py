@@ -1,5 +1,6 @@
 """What a PEFT adapter's adapter_config.json says, and whether mlx-lm's adapters can represent it."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ IRRELEVANT = {
     *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
 }
+_TOWERS = re.compile(r"vis(ion|ual)|projector|connector")  # in names of modules of transformers
 _OFF: tuple[Any, ...] = (None, False, [], {}, "")  # values with which an unknown setting has no effect
 
 
@@ -89,6 +91,15 @@ def find_weights(directory: Path) -> Path:
             f"(PeftModel.from_pretrained) and save it again (save_pretrained), which writes {WEIGHTS}"
         )
     raise InputError(f"--from-peft {directory}: has no {WEIGHTS}; give {_alternatives(directory)}")
+
+
+def adapts_towers(directory: Path) -> bool:
+    """Return whether a PEFT adapter of a vision-language model adapts more than its language model.
+
+    Raises:
+        InputError: it has no arrays in safetensors format, or the file is damaged.
+    """
+    return any(_TOWERS.search(name) for name in storage.array_shapes(find_weights(directory)))
 
 
 def _alternatives(directory: Path) -> str:

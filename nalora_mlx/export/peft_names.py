@@ -1,4 +1,4 @@
-"""Names of layers in transformers, which PEFT's files use, and in mlx-lm; and where both have the same layers."""
+"""Names of layers in transformers, which PEFT's files use, and in MLX; and where both have the same layers."""
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.export.lazy_model import LazyModel
@@ -21,6 +21,21 @@ MODEL_TYPES = (
 _MULTIMODAL = ("gemma3", "gemma4", "mistral3", "qwen3_vl")
 # Where a multimodal model has its text model: in transformers, and in mlx-lm and earlier versions of transformers.
 _THEIR_TEXT_MODEL, _OUR_TEXT_MODEL = "model.language_model.", "language_model."
+# Vision-language model types whose layers have the same layouts in mlx-vlm and transformers. Each has pairs of prefixes
+# in mlx-vlm and in the class that AutoModelForImageTextToText chooses; the first pair that fits a path counts.
+_OF_QWEN = (("vision_tower.", "model.visual."),)
+_OF_IDEFICS = (("language_model.lm_head", HEAD), ("language_model.", "model.text_model."))
+_OF_ALL = (
+    ("language_model.lm_head", HEAD),
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("", "model."),
+)
+VISION_LANGUAGE: dict[str, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_5"), _OF_QWEN),
+    **dict.fromkeys(("smolvlm", "idefics3"), _OF_IDEFICS),
+    **dict.fromkeys(("gemma3", "gemma4", "internvl", "lfm2_vl", "llava", "mistral3", "paligemma"), ()),
+}
 # Model type -> pairs of names in mlx-lm and in transformers that differ.
 _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     "laguna": ((".shared_expert.", ".shared_experts."),),
@@ -41,15 +56,19 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 def check_model_type(model: LazyModel) -> None:
     """Raise InputError if a model's layers have not been compared with those of transformers."""
     model_type = model.config["model_type"]
-    if model_type not in MODEL_TYPES:
+    supported = VISION_LANGUAGE if model.images else MODEL_TYPES
+    if model_type not in supported:
         raise InputError(
             f"model_type {model_type}: not supported for PEFT, because its layers have not been compared with "
-            f"transformers; supported are {', '.join(sorted(MODEL_TYPES))}"
+            f"transformers; supported are {', '.join(sorted(supported))}"
         )
 
 
 def our_path(module: str, model: LazyModel) -> str:
     """Return the path in mlx-lm of a module of transformers; the name itself if the model has no such layer."""
+    if model.images:
+        paths = (path.removesuffix(".weight") for path in model.weights)
+        return next((path for path in paths if _in_vision_language_model(path, model) == module), module)
     path = module.removeprefix(_OUR_TEXT_MODEL)
     if path.startswith(_THEIR_TEXT_MODEL):
         path = "model." + path.removeprefix(_THEIR_TEXT_MODEL)
@@ -60,11 +79,13 @@ def our_path(module: str, model: LazyModel) -> str:
 
 
 def their_path(path: str, model: LazyModel) -> str:
-    """Return the name of a layer of mlx-lm in the class that transformers' AutoModelForCausalLM chooses.
+    """Return the name of a layer of mlx-lm or mlx-vlm in the class that transformers chooses.
 
     Raises:
         InputError: PEFT cannot adapt the layer.
     """
+    if model.images:
+        return _in_vision_language_model(path, model)
     model_type = model.config["model_type"]
     if model_type in _MAMBA_OUTPUTS and path.endswith(_MAMBA_OUTPUTS[model_type]):
         raise InputError(f"{path}: PEFT adapts no outputs of Mamba layers; merge it (nalora fuse)")
@@ -80,6 +101,12 @@ def their_path(path: str, model: LazyModel) -> str:
     if model_type in _MULTIMODAL and module.startswith("model."):
         return _THEIR_TEXT_MODEL + module.removeprefix("model.")
     return module
+
+
+def _in_vision_language_model(path: str, model: LazyModel) -> str:
+    """Return the name of a layer of mlx-vlm in the class that transformers' AutoModelForImageTextToText chooses."""
+    pairs = (*VISION_LANGUAGE[model.config["model_type"]], *_OF_ALL)
+    return next(theirs + path.removeprefix(ours) for ours, theirs in pairs if path.startswith(ours))
 
 
 def is_tied(model: LazyModel) -> bool:

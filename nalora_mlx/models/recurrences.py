@@ -1,8 +1,8 @@
-"""Training forms of a model's recurrences, which replace functions of mlx-lm while the model is trained.
+"""Training forms of a model's recurrences, which replace functions of its code while the model is trained.
 
-mlx-lm computes recurrences for generation, with a Metal kernel or one token at a time. The kernels have no gradient. A
-loop over tokens builds a graph of about a hundred operations per token and layer, and keeps a state for each token.
-`TrainingForms` replaces these functions while a batch is computed. It first compares each replacement with the model's
+mlx-lm and mlx-vlm compute recurrences for generation, with a Metal kernel or one token at a time. The kernels have no
+gradient. A loop over tokens builds a graph of about a hundred operations per token and layer, and keeps a state for
+each token. `TrainingForms` replaces these functions while a batch is computed. It first compares each replacement with the model's
 own function, on the arguments that the model calls it with.
 """
 
@@ -34,7 +34,7 @@ class Patch(NamedTuple):
     """An attribute to replace while a model is trained.
 
     Attributes:
-        owner: a Python module or a class of mlx-lm.
+        owner: a Python module or a class.
         attribute: its attribute.
         original: the value outside training.
         replacement: the value while a batch is computed.
@@ -137,7 +137,7 @@ class TrainingForms:
         finally:
             model.train(training)
         self.notices += [
-            f"{patch.name} keeps mlx-lm's own form, which takes time and memory for every token: its training form "
+            f"{patch.name} keeps the model's own form, which takes time and memory for every token: its training form "
             f"cannot be used, since {problem}"
             for patch, problem in problems.items()
             if problem
@@ -156,7 +156,7 @@ def find_patches(model: nn.Module) -> list[Patch]:
     ]
     patches = []
     for form in TRAINING_FORMS:
-        source = sys.modules.get(f"mlx_lm.models.{form.module}")
+        source = sys.modules.get(form.module)
         owner_name, _, attribute = form.name.rpartition(".")
         owners: list[Any]
         if owner_name:  # a class that the model uses, or a Python module that the model's code imports

@@ -1,4 +1,4 @@
-"""Training forms of functions of mlx-lm, with the signatures of the originals.
+"""Training forms of functions of mlx-lm and mlx-vlm, with the signatures of the originals.
 
 Each computes what the original computes, with a few operations per chunk instead of many per token. In a packed batch,
 each also resets its state at the first token of a row. They are used for whole sequences with an empty cache only,
@@ -18,6 +18,7 @@ from nalora_mlx.ops.recurrence.rwkv7 import rwkv7
 from nalora_mlx.ops.recurrence.segments import current_segment_ids, row_starts
 from nalora_mlx.ops.recurrence.selective_scan import selective_scan
 
+_MLX_LM, _MLX_VLM = "mlx_lm.models", "mlx_vlm.models"
 _argpartition = mx.argpartition
 
 
@@ -35,8 +36,9 @@ def gated_delta_update(
     use_kernel: bool = True,
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
+    cache: None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Compute mlx_lm.models.gated_delta.gated_delta_update in chunks; see `gated_delta_rule`."""
+    """Compute gated_delta_update of mlx-lm and mlx-vlm in chunks; see `gated_delta_rule`."""
     beta = mx.sigmoid(b) * (2 if allow_neg_eigval else 1)
     rate = mx.exp(A_log.astype(mx.float32))
     if lower_bound is None:
@@ -62,7 +64,7 @@ def ssm_update(
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Compute mlx_lm.models.ssm.ssm_update, the recurrence of Mamba-2, in chunks; see `state_space_duality`."""
+    """Compute ssm_update of mlx-lm and mlx-vlm, the recurrence of Mamba-2, in chunks; see `state_space_duality`."""
     return state_space_duality(
         hidden_states, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, starts=row_starts()
     )
@@ -167,7 +169,7 @@ class TrainingForm(NamedTuple):
     """The replacement for a function, a method, or a Metal kernel without a gradient.
 
     Attributes:
-        module: the module of mlx_lm.models with the original. A function is replaced wherever it was imported.
+        module: the module with the original. A function is replaced wherever it was imported.
         name: the original's name, such as ssm_update or MambaBlock._process_sequence.
         replacement: the function to call instead. None removes a kernel; the model then uses plain operations.
         compared: whether to compare outputs and gradients with the original's before use.
@@ -180,15 +182,18 @@ class TrainingForm(NamedTuple):
 
 
 TRAINING_FORMS = (
-    TrainingForm("gated_delta", "gated_delta_update", gated_delta_update),
-    TrainingForm("ssm", "ssm_update", ssm_update),
-    TrainingForm("bailing_moe_linear", "recurrent_gla", recurrent_gla),
-    TrainingForm("bailing_hybrid", "recurrent_gla", recurrent_gla),
-    TrainingForm("mamba", "MambaBlock._process_sequence", mamba_process_sequence),
-    TrainingForm("jamba", "JambaMambaMixer.ssm_step", jamba_ssm_step),
-    TrainingForm("rwkv7", "Rwkv7TimeMixing._wkv7", rwkv7_recurrence),
-    TrainingForm("rwkv7", "TokenShift.__call__", rwkv7_token_shift),
-    TrainingForm("deepseek_v41", "_sinkhorn_kernel", None, compared=False),
-    TrainingForm("deepseek_v41", "mx.argpartition", constant_argpartition, compared=False),
-    TrainingForm("kimi_k3", "_attn_res_kernel", None, compared=False),
+    TrainingForm(f"{_MLX_LM}.gated_delta", "gated_delta_update", gated_delta_update),
+    TrainingForm(f"{_MLX_LM}.ssm", "ssm_update", ssm_update),
+    TrainingForm(f"{_MLX_LM}.bailing_moe_linear", "recurrent_gla", recurrent_gla),
+    TrainingForm(f"{_MLX_LM}.bailing_hybrid", "recurrent_gla", recurrent_gla),
+    TrainingForm(f"{_MLX_LM}.mamba", "MambaBlock._process_sequence", mamba_process_sequence),
+    TrainingForm(f"{_MLX_LM}.jamba", "JambaMambaMixer.ssm_step", jamba_ssm_step),
+    TrainingForm(f"{_MLX_LM}.rwkv7", "Rwkv7TimeMixing._wkv7", rwkv7_recurrence),
+    TrainingForm(f"{_MLX_LM}.rwkv7", "TokenShift.__call__", rwkv7_token_shift),
+    TrainingForm(f"{_MLX_LM}.deepseek_v41", "_sinkhorn_kernel", None, compared=False),
+    TrainingForm(f"{_MLX_LM}.deepseek_v41", "mx.argpartition", constant_argpartition, compared=False),
+    TrainingForm(f"{_MLX_LM}.kimi_k3", "_attn_res_kernel", None, compared=False),
+    TrainingForm(f"{_MLX_VLM}.gated_delta", "gated_delta_update", gated_delta_update),
+    TrainingForm(f"{_MLX_VLM}.qwen3_5.gated_delta", "gated_delta_update", gated_delta_update),
+    TrainingForm(f"{_MLX_VLM}.ssm", "ssm_update", ssm_update),
 )

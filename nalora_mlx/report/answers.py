@@ -34,6 +34,7 @@ class Card(NamedTuple):
     """A question with all answers."""
 
     prompt: str
+    images: list[str]  # thumbnails, as data URIs
     source: str
     expected: list[Piece] | None
     answers: list[Answer]
@@ -42,10 +43,10 @@ class Card(NamedTuple):
 
 def cards(runs: list[RunData]) -> list[Card]:
     """Return a card for each question that a run answered, in the order of the first run that has it."""
-    questions: dict[str, dict[int, dict[str, Any]]] = {}
+    questions: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
     for i, run in enumerate(runs):
         for sample in run.samples:
-            questions.setdefault(sample["prompt"], {})[i] = sample
+            questions.setdefault((sample["prompt"], *sample.get("images", ())), {})[i] = sample
     # Questions that more runs answered come first.
     ordered = sorted(questions.values(), key=lambda found: -len(found))
     return [_card(runs, found) for found in ordered]
@@ -74,7 +75,7 @@ def _card(runs: list[RunData], found: dict[int, dict[str, Any]]) -> Card:
             Answer(who, "after", i if len(runs) > 1 else None, pieces, same, not sample["complete"])
         )
     all_same = all(answer.same for answer in answers if answer.role == "after")
-    return Card(first["prompt"], first["source"], expected_pieces, answers, all_same)
+    return Card(first["prompt"], first.get("images", []), first["source"], expected_pieces, answers, all_same)
 
 
 def same_text(answer: str, expected: str | None) -> bool:

@@ -1,5 +1,6 @@
 """card.png: the result of a run on an image of 1200 x 630 pixels, the size that chats and networks preview."""
 
+import base64
 import io
 import unicodedata
 from functools import cache
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 CARD = "card.png"
 WIDTH, HEIGHT, DPI = 1200, 630, 100
 MARGIN = 56
+THUMBNAIL = 76  # pixels of an image's longer side
 TEXT, MUTED, LINE, TINT = "#1a1f27", "#56606e", "#e1e5ea", "#eef4fa"
 ACCENT = RUN_COLORS_LIGHT[0]
 # The first comes with matplotlib. The others are used if the system has them: for Chinese, Japanese and Korean.
@@ -136,6 +138,19 @@ class _Card:
         )
         self.figure.add_artist(patch)
 
+    def image(self, x: float, top: float, size: float, uri: str) -> None:
+        """Draw the image of a data URI, with its longer side of `size` pixels."""
+        import matplotlib.image
+
+        data = base64.b64decode(uri.partition(",")[2])
+        pixels = matplotlib.image.imread(io.BytesIO(data), format=uri.split("/")[1].partition(";")[0])
+        scale = size / max(pixels.shape[:2])
+        height, width = pixels.shape[0] * scale, pixels.shape[1] * scale
+        place = (x / WIDTH, 1 - (top + height) / HEIGHT, width / WIDTH, height / HEIGHT)
+        axes = self.figure.add_axes(place, zorder=2)  # above the box
+        axes.imshow(pixels, aspect="auto")
+        axes.set_axis_off()
+
     def axes(self, x: float, top: float, width: float, height: float) -> "Axes":
         """Add a chart."""
         place = (x / WIDTH, 1 - (top + height) / HEIGHT, width / WIDTH, height / HEIGHT)
@@ -194,19 +209,23 @@ def _draw_run(card: _Card, run: RunData) -> None:
 
 
 def _draw_sample(card: _Card, sample: dict[str, Any]) -> None:
-    top, height, gap = 376, 222, 24
+    top, gap = 376, 24
     columns = [("Question", sample["prompt"], TEXT)]
     if sample["before"] is not None:
         columns.append(("Before", sample["before"], MUTED))
     columns.append(("After", sample["after"], TEXT))
-    card.box(MARGIN - 24, top, WIDTH - 2 * MARGIN + 48, height, TINT)
+    card.box(MARGIN - 24, top, WIDTH - 2 * MARGIN + 48, 222, TINT)
     width = (WIDTH - 2 * MARGIN - gap * (len(columns) - 1)) / len(columns)
     for i, (name, text, color) in enumerate(columns):
         x = MARGIN + i * (width + gap)
         right = name == "After" and same_text(text, sample["expected"])
         title = f"{name} ✓ as expected" if right else name
         card.text(x, top + 16, title, 20, weight="bold", color=ACCENT if name == "After" else MUTED)
-        card.paragraph(x, top + 52, text.strip() or "(empty)", 20, width, 5, color=color)
+        height, lines = 0, 5
+        if name == "Question" and sample.get("images"):
+            card.image(x, top + 50, THUMBNAIL, sample["images"][0])
+            height, lines = THUMBNAIL + 8, 3
+        card.paragraph(x, top + 52 + height, text.strip() or "(empty)", 20, width, lines, color=color)
 
 
 def _sample(run: RunData) -> dict[str, Any] | None:

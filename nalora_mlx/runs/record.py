@@ -13,6 +13,7 @@ from nalora_mlx.core.versions import environment
 from nalora_mlx.data.sources.loading import HUB_KEYS
 from nalora_mlx.data.summary import length_statistics
 from nalora_mlx.data.tokenization import Split
+from nalora_mlx.runs.samples import saved_prompt
 
 RECORD_FILE = "run.json"
 
@@ -39,7 +40,10 @@ class RecordFile:
         model: Mapping[str, Any] = {},
     ):
         self.path, self.warn = path, warn
-        self.content = record(config, splits) | {"samples": list(prompts), "model": dict(model)}
+        self.content = record(config, splits) | {
+            "samples": [*map(saved_prompt, prompts)],
+            "model": dict(model),
+        }
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Write the file at the start event. An earlier run has been archived by then."""

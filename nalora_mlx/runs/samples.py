@@ -1,14 +1,18 @@
 """samples.json: a few prompts from a run's data, and how its base model and its tuned model answer them."""
 
+import base64
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core import storage
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.checks import RunData
+from nalora_mlx.data.images import open_image
 from nalora_mlx.data.rows.formats import Row
 
 SAMPLES_FILE = "samples.json"
@@ -20,6 +24,12 @@ LONGEST = 8000  # characters of a row from which on it is not used
 OPENING = 12  # words of a text that make a prompt
 CONTINUATION = 60  # words after them to compare with
 WORD_LENGTH = 5  # characters that count as a word in a text without spaces
+MOST_IMAGES = 8  # of a prompt; rows with more are not used
+SIDE = 160  # pixels of a thumbnail's longer side
+MOST_BYTES = 15_000  # of a thumbnail, which base64 makes a third longer
+QUALITIES = (85, 60, 40, 20)  # of JPEG, tried in this order
+REFERENCES = "references"  # key of the images of a prompt, which no file holds
+_THUMBNAIL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*")  # nothing that a page would load
 TYPES: dict[str, type | tuple[type, ...]] = {
     "source": str,
     "prompt": str,
@@ -36,8 +46,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 def choose_prompts(data: RunData) -> list[dict[str, Any]]:
     """Return up to three different prompts of the validation set, or of the training set if there is none.
 
-    They are from the first rows; long rows are used only if there are too few short ones. Rows whose prompt is not
-    plain text are not used.
+    They are from the first rows; long rows are used only if there are too few short ones.
 
     Returns:
         Prompts with these keys:
@@ -45,8 +54,10 @@ def choose_prompts(data: RunData) -> list[dict[str, Any]]:
         split: "valid" or "train".
         messages: the chat before its last answer, with "tools" and "chat_template_kwargs" if the row has them.
         text: instead of messages, the first words of a text.
-        prompt: the same as a person reads it.
+        prompt: the same as a person reads it, without images.
         expected: the row's answer, or None.
+        images: thumbnails of the images, as data URIs; absent without images.
+        references: what `data.images.open_image` reads; absent without images. `saved_prompt` leaves them out.
     """
     rows: list[Row] = []
     for split in ("valid", "train"):
@@ -58,16 +69,57 @@ def choose_prompts(data: RunData) -> list[dict[str, Any]]:
         asked = _asked(row)
         if asked is not None:
             prompt = {"source": row.source.rsplit("/", 1)[-1], "split": split, **asked}
-            found.setdefault(json.dumps([asked.get("messages"), asked["prompt"]], default=str), prompt)
-    fitting = {key: prompt for key, prompt in found.items() if _length(prompt) <= LONGEST}
+            images = [image if isinstance(image, str) else id(image) for image in asked.get(REFERENCES, ())]
+            found.setdefault(
+                json.dumps([asked.get("messages"), asked["prompt"], images], default=str), prompt
+            )
+    fitting = [prompt for prompt in found.values() if _length(prompt) <= LONGEST]
     # Sorting is stable: short rows stay in their order.
-    return sorted(fitting.values(), key=lambda prompt: max(_length(prompt), SHORT))[:SAMPLES]
+    fitting.sort(key=lambda prompt: max(_length(prompt), SHORT))
+    return list(islice(filter(None, map(_with_thumbnails, fitting)), SAMPLES))
+
+
+def saved_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a prompt without what names or holds the user's files."""
+    return {key: value for key, value in prompt.items() if key != REFERENCES}
+
+
+def _with_thumbnails(prompt: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a prompt with thumbnails of its images; None if one of them cannot be read."""
+    if REFERENCES not in prompt:
+        return prompt
+    try:
+        return prompt | {"images": [thumbnail(image, prompt["source"]) for image in prompt[REFERENCES]]}
+    except InputError:  # what is wrong with it, the checks of the data say
+        return None
+
+
+def thumbnail(reference: Any, where: str) -> str:
+    """Return a small copy of an image as a data URI.
+
+    Raises:
+        InputError: the image cannot be read; `where` begins the message.
+    """
+    image = open_image(reference, where)
+    image.thumbnail((SIDE, SIDE))
+    kind, data = "png", _encoded(image, "PNG", optimize=True)
+    for quality in QUALITIES:
+        if len(data) <= MOST_BYTES and kind == "jpeg":
+            break
+        other = _encoded(image, "JPEG", quality=quality)
+        if len(other) < len(data):
+            kind, data = "jpeg", other
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _encoded(image: Any, kind: str, **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
 
 
 def _asked(row: Row) -> dict[str, Any] | None:
-    """Return what a row asks a model and what it expects, or None if that is not plain text."""
-    if row.images:
-        return None
+    """Return what a row asks a model and what it expects, or None if it asks nothing or about too many images."""
     if not row.messages:
         words = re.findall(r"\S+\s*", row.text)
         if len(words) < OPENING and len(row.text) > OPENING * WORD_LENGTH:  # a script without spaces
@@ -78,9 +130,14 @@ def _asked(row: Row) -> dict[str, Any] | None:
         return {"text": text, "prompt": text, "expected": "".join(rest).strip() or None} if text else None
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     messages = row.messages[: answers[-1]] if answers else row.messages
-    if not messages or not all(isinstance(message.get("content"), str) for message in messages):
+    count = sum(_is_image(part) for message in messages for part in _parts(message))
+    if not messages or count > MOST_IMAGES:
         return None
-    optional = {"tools": row.tools, "chat_template_kwargs": dict(row.template_args)}
+    optional = {
+        "tools": row.tools,
+        "chat_template_kwargs": dict(row.template_args),
+        REFERENCES: list(row.images[:count]),
+    }
     return {
         "messages": messages,
         **{key: value for key, value in optional.items() if value},
@@ -93,14 +150,31 @@ def readable(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return a chat as a person reads it: without system messages, and with roles if more than one message is left."""
     turns = [message for message in messages if message["role"] != "system"] or messages
     if len(turns) == 1:
-        return str(turns[0]["content"])
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return _text(turns[0])
+    return "\n".join(f"{turn['role']}: {_text(turn)}" for turn in turns)
+
+
+def _parts(message: Mapping[str, Any]) -> list[Any]:
+    """Return the content of a message as a list of parts."""
+    content = message.get("content") or ""
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def _is_image(part: Any) -> bool:
+    return bool(part["type"] == "image")
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """Return the text of a message, without its images; "(image)" if there is nothing else."""
+    parts = _parts(message)
+    text = "".join(part["text"] for part in parts if not _is_image(part))
+    return "(image)" if not text and any(map(_is_image, parts)) else text
 
 
 def _answer(message: Mapping[str, Any]) -> str | None:
     """Return an assistant message as text, with the tools it calls."""
-    content = message.get("content")
-    parts = [content] if isinstance(content, str) and content else []
+    text = _text(message)
+    parts = [text] if text else []
     parts += [json.dumps(call.get("function", call), default=str) for call in message.get("tool_calls") or ()]
     return "\n".join(parts) or None
 
@@ -153,6 +227,13 @@ def read_samples(directory: Path) -> list[dict[str, Any]]:
 
 
 def _is_sample(content: Any) -> bool:
-    return isinstance(content, dict) and all(
-        name in content and isinstance(content[name], kind) for name, kind in TYPES.items()
+    if not isinstance(content, dict):
+        return False
+    images = content.get("images", [])
+    return all(name in content and isinstance(content[name], kind) for name, kind in TYPES.items()) and (
+        isinstance(images, list) and all(map(_is_thumbnail, images))
     )
+
+
+def _is_thumbnail(value: Any) -> bool:
+    return isinstance(value, str) and _THUMBNAIL.fullmatch(value) is not None

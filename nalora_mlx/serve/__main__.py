@@ -1,4 +1,4 @@
-"""`nalora serve`: mlx-lm's OpenAI-compatible server for one model, with or without adapters."""
+"""`nalora serve`: the OpenAI-compatible server of mlx-lm, or of mlx-vlm, for one model, with or without adapters."""
 
 import argparse
 import errno
@@ -18,10 +18,11 @@ from nalora_mlx.cli import (
     prepare_forwarded,
     require_model,
 )
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.paths import check_paths
 from nalora_mlx.core.signals import Stopped
 from nalora_mlx.serve.model_names import ServedModels, parse_adapters
+from nalora_mlx.vision_models import needs_mlx_vlm, why_blind
 
 HOST, PORT = "127.0.0.1", 8080  # defaults of mlx_lm.server; reachable from this machine only
 
@@ -71,7 +72,8 @@ def build_parser(prog: str) -> Parser:
         usage="--model MODEL [--adapter-path [NAME=]DIR] [options]",
         description="Start mlx-lm's OpenAI-compatible HTTP server (/v1/chat/completions and others) for one model. "
         "Every request is answered by this model and adapter, whatever model it names. With several adapters, or one "
-        "that has a NAME, a request's model chooses: a NAME, or the base model (its name, base, or none given).",
+        "that has a NAME, a request's model chooses: a NAME, or the base model (its name, base, or none given). A "
+        "vision-language model is served by mlx-vlm's server, which reads images as data URIs, with one adapter.",
         examples="""
         serve the tuned model on http://127.0.0.1:8080/v1
           nalora serve --model Qwen/Qwen3-0.6B --adapter-path adapters
@@ -108,6 +110,15 @@ def run(args: argparse.Namespace) -> None:
     _check_address(host, port)
     given = prepare_forwarded(given)
     _check_adapters(served)
+    if _sees(served):
+        from nalora_mlx.serve import vision
+
+        if unused := [f"--{name.replace('_', '-')}" for name in vision.MLX_LM_ONLY if name in given]:
+            raise InputError(
+                f"{listed(unused, ', ')}: the server of mlx-vlm, which serves this model, has no such flag; remove it"
+            )
+        vision.serve(given, served, host, port)
+        return
     settings = {name: given.pop(name) for name in ("chat_template", "chat_template_args")}
     mlx_lm_server = importlib.import_module("mlx_lm.server")
     from nalora_mlx.serve.server import check_mlx_lm, patches
@@ -129,6 +140,28 @@ def run(args: argparse.Namespace) -> None:
     if stopped_by:
         raise Stopped(signal.SIGTERM, "stopped by SIGTERM")
     raise KeyboardInterrupt  # main() returns after nothing else
+
+
+def _sees(served: ServedModels) -> bool:
+    """Return whether mlx-vlm's server serves the models: one that sees, with one adapter at most.
+
+    Raises:
+        InputError: only mlx-vlm can load the model, and it is not installed or there are several adapters.
+    """
+    blind = why_blind(served.base)
+    if not blind and not served.adapters:
+        return True
+    directories = _directories(served) or [None]
+    if any(needs_mlx_vlm(served.base, directory) for directory in directories):
+        if blind:
+            raise InputError(f"--model {served.base}: {blind}")
+        raise InputError("--adapter-path: a vision-language model is served with one adapter, without NAME=")
+    if not blind:
+        print(
+            "note: with several adapters, images are not read; give one --adapter-path for images",
+            file=sys.stderr,
+        )
+    return False
 
 
 def _directories(served: ServedModels) -> list[str]:

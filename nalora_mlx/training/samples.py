@@ -1,7 +1,7 @@
 """Sample answers at the end of training: the same few prompts, answered by the base and by the tuned model."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,9 @@ from mlx_lm import stream_generate
 from nalora_mlx.adapters.comparison import without_adapters
 from nalora_mlx.core.errors import first_line
 from nalora_mlx.models.conversation import render_prompt
-from nalora_mlx.runs.samples import write_samples_file
+from nalora_mlx.models.vision.generation import plain_text, render_chat, stream_answer
+from nalora_mlx.models.vision.processor import VisionProcessor
+from nalora_mlx.runs.samples import REFERENCES, saved_prompt, write_samples_file
 from nalora_mlx.training.distributed import workers
 
 SHARE = 0.05  # of the time of training, for all answers together,
@@ -41,6 +43,7 @@ def write_samples(
     notify: Callable[[str], None],
     trained: float = 0.0,
     stop: Callable[[], bool] = lambda: False,
+    processor: VisionProcessor | None = None,
 ) -> list[dict[str, Any]]:
     """Answer prompts with the tuned model and without its adapters, and write samples.json. Never fails a run.
 
@@ -56,16 +59,20 @@ def write_samples(
         trained: seconds that training took. The answers take at most a twentieth of them, or 20 s if that is more,
             and never more than 60 s.
         stop: returns whether to leave without writing anything.
+        processor: of a vision-language model; None for a model of mlx-lm, which is not asked about images.
 
     Returns:
         The samples, as `runs.samples.read_samples` returns them; none if something went wrong.
     """
+    if processor is None:
+        prompts = [prompt for prompt in prompts if REFERENCES not in prompt]
     if workers().rank or not prompts:
         return []
     training, seconds = model.training, min(max(SHARE * trained, LEAST_SECONDS), MOST_SECONDS)
     try:
         model.eval()
-        samples, limit = _answer_all(model, tokenizer, prompts, seconds, stop)
+        generator = _Generator(model, tokenizer, processor)
+        samples, limit = _answer_all(generator, prompts, seconds, stop)
         if stop():
             return []
         if not samples:
@@ -80,9 +87,42 @@ def write_samples(
     return samples
 
 
+class _Generator(NamedTuple):
+    """A model, its tokenizer, and its processor if it sees images."""
+
+    model: nn.Module
+    tokenizer: Any
+    processor: VisionProcessor | None
+
+    def __call__(
+        self, prompt: Mapping[str, Any], limit: int, check: Callable[..., None]
+    ) -> Generator[Any, None, None]:
+        """Yield the responses to a prompt, of up to `limit` tokens; `check` raises if there is no more time."""
+        tokenizer, processor = self.tokenizer, self.processor
+        messages, arguments = prompt.get("messages"), prompt.get("chat_template_kwargs", {})
+        tools, source = prompt.get("tools"), prompt["source"]
+        if processor is not None:
+            text = (
+                plain_text(tokenizer, prompt["text"])
+                if messages is None
+                else render_chat(processor, messages, source, tools, arguments)
+            )
+            images = prompt.get(REFERENCES, ())
+            return stream_answer(
+                self.model, processor, text, images, source, max_tokens=limit, temperature=0.0
+            )
+        return stream_generate(
+            self.model,
+            tokenizer,
+            prompt["text"] if messages is None else render_prompt(tokenizer, messages, tools, arguments),
+            max_tokens=limit,
+            prefill_step_size=PREFILL,
+            prompt_progress_callback=check,
+        )
+
+
 def _answer_all(
-    model: nn.Module,
-    tokenizer: Any,
+    generator: _Generator,
     prompts: Sequence[Mapping[str, Any]],
     seconds: float,
     stop: Callable[[], bool],
@@ -94,6 +134,7 @@ def _answer_all(
     2. Keep as many prompts as there will be time for at this speed.
     3. Divide the remaining time among the other answers. What one does not need is for those after it.
     """
+    model, tokenizer, _ = generator
     expected = [len(tokenizer.encode(prompt["expected"] or "")) for prompt in prompts]
     limit = min(max(max(expected) + MARGIN, SHORTEST_LIMIT), LONGEST_LIMIT)
     has_base = any("lora_a" in module for _, module in model.named_modules())
@@ -102,9 +143,7 @@ def _answer_all(
     def ask(prompt: Mapping[str, Any], share: float) -> _Answer | None:
         now = time.monotonic()
         deadline = now + (began + seconds - now) * share
-        return _answer(
-            model, tokenizer, _encode(tokenizer, prompt), limit, lambda: stop() or time.monotonic() > deadline
-        )
+        return _answer(generator, prompt, limit, lambda: stop() or time.monotonic() > deadline)
 
     after = [ask(prompts[0], FIRST_SHARE)]
     if after[0] is None:
@@ -120,7 +159,7 @@ def _answer_all(
             before = [ask(prompt, 1 / (len(prompts) - done)) for done, prompt in enumerate(prompts)]
     return [
         {
-            **prompt,
+            **saved_prompt(prompt),
             "before": None if base is None else base.text,
             "before_complete": base is not None and base.complete,
             "after": tuned.text,
@@ -131,16 +170,8 @@ def _answer_all(
     ], limit
 
 
-def _encode(tokenizer: Any, prompt: Mapping[str, Any]) -> str | list[int]:
-    """Return a prompt as the model reads it: token ids of a chat, or plain text."""
-    if "messages" not in prompt:
-        return str(prompt["text"])
-    arguments = prompt.get("chat_template_kwargs", {})
-    return render_prompt(tokenizer, prompt["messages"], prompt.get("tools"), arguments)
-
-
 def _answer(
-    model: nn.Module, tokenizer: Any, prompt: str | list[int], limit: int, is_over: Callable[[], bool]
+    generator: _Generator, prompt: Mapping[str, Any], limit: int, is_over: Callable[[], bool]
 ) -> _Answer | None:
     """Return the greedy answer to a prompt as far as there is time for it; None if there is not even for a token."""
     text, complete = "", False
@@ -149,14 +180,7 @@ def _answer(
         if is_over():
             raise _CutError
 
-    responses = stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=limit,
-        prefill_step_size=PREFILL,
-        prompt_progress_callback=check,
-    )
+    responses = generator(prompt, limit, check)
     try:
         with closing(responses):  # it sets MLX's stream and wired limit as long as it is open
             for response in responses:

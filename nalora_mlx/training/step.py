@@ -152,7 +152,7 @@ class TrainingStep:
             batch.inputs.shape,
             positions[0].shape,
             segment_ids is None,
-            media_shapes(media),
+            media_shapes(media) if self.compiled else None,
             accumulated is None,
         )
         backward = self.graph_of_shape(shape) if self.compiled else self._backward

@@ -1,6 +1,7 @@
 """Models of mlx-vlm: adapters on the language tower and a gated vision tower, trained on an image-text batch."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.adapters.merge import fuse_model
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.data.batches import Batch
+from nalora_mlx.training.importance import importance
 from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.step import TrainingStep
 
@@ -78,7 +80,7 @@ def test_both_towers_adapt_and_train_on_an_image():
         return model(ids, **image).logits
 
     before = np.array(forward(mx.array(batch.inputs)))
-    config = NALoRAConfig(num_layers=-1, rank=4, mask_warmup=1)
+    config = NALoRAConfig(num_layers=-1, rank=4, mask_warmup=1, vision=True)
     report = adapt(model, config)
     assert sorted(g.path for g in report.gated) == [
         "language_model.model.layers.0.mlp",
@@ -110,3 +112,65 @@ def test_both_towers_adapt_and_train_on_an_image():
     tuned = np.array(forward(mx.array(batch.inputs)))
     fuse_model(model)
     np.testing.assert_allclose(np.array(forward(mx.array(batch.inputs))), tuned, rtol=1e-4, atol=1e-4)
+
+
+class Tap(nn.Module):
+    """A module that keeps its last input."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.seen = module, None
+
+    def __call__(self, x):
+        object.__setattr__(self, "seen", np.array(x, np.float64))
+        return self.module(x)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_statistics_of_a_vision_tower_are_means_over_patches(accumulated):
+    """There are as many patches as tokens, of which four are padding; the mask of tokens is not one of patches."""
+    batch, image = image_text_batch()
+    padding = np.zeros((1, 4), np.int32)
+    fields = (batch.inputs, batch.targets, batch.loss_mask, batch.token_mask)
+    batch = Batch(*(np.concatenate([x, padding.astype(x.dtype)], axis=1) for x in fields), (0,))
+    assert batch.inputs.size == image["pixel_values"].shape[0] == 16
+    reference = build()
+    tower, text = reference.vision_tower.blocks[0], reference.language_model.model.layers[0]
+    tower.mlp, text.mlp = Tap(tower.mlp), Tap(text.mlp)
+    reference(mx.array(batch.inputs), **image)
+
+    model = build()
+    config = NALoRAConfig(num_layers=-1, rank=4, vision=True)
+    adapt(model, config)
+    loss = SupervisedLoss(model, lambda ids: model(ids, **image).logits)
+    step = TrainingStep(model, optim.SGD(0.0), config, compiled=False, loss=loss)
+    first = step(batch, 2 * batch.supervised_tokens, None, False)[1] if accumulated else None
+    step(batch, (1 + accumulated) * batch.supervised_tokens, first, True)
+    mx.eval(step.state)
+    layers = step.importance["layers"]
+    for path, mlp, rows in (
+        ("vision_tower.blocks.0.mlp", tower.mlp, slice(None)),
+        ("language_model.model.layers.0.mlp", text.mlp, slice(12)),
+    ):
+        weight, x = np.array(mlp.module.gate_proj.weight, np.float64), mlp.seen.reshape(-1, 32)[rows]
+        z = x @ weight.T + np.array(mlp.module.gate_proj.get("bias", 0), np.float64)
+        sigmoid = 1 / (1 + np.exp(-z))
+        expected = np.abs(sigmoid * (1 + z * (1 - sigmoid))).mean(axis=0)
+        found = np.array(importance(layers[path], config.beta))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_towers_without_gated_mlps_are_announced():
+    """Gemma 3's tower has plain MLPs: NA-LoRA acts on the language model, and the run says so."""
+    from mlx_vlm.models import gemma3
+
+    text = gemma3.TextConfig(
+        "gemma3_text", 16, 2, 24, 2, head_dim=8, vocab_size=32, num_key_value_heads=2, mm_tokens_per_image=1
+    )
+    vision = gemma3.VisionConfig("siglip_vision_model", 2, 16, 24, 2, patch_size=4, image_size=8)
+    model = gemma3.Model(gemma3.ModelConfig(text, vision, "gemma3", hidden_size=16))
+    result = adapt(model, NALoRAConfig(num_layers=-1, rank=2, vision=True))
+    assert {gated.path.split(".")[0] for gated in result.gated} == {"language_model"}
+    assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1" in result.plain
+    (notice,) = result.notices
+    assert "acts on the language model only: the vision tower has no gated MLP" in notice

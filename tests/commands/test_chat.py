@@ -175,10 +175,10 @@ def test_ctrl_c_while_the_base_catches_up_leaves_comparing_off(base, tuned, caps
     _, _, chat = talk(base, tuned, capsys, monkeypatch, QUESTION, SECOND)
     whole = chat.base.answer
 
-    def stopped(text, **settings):
+    def stopped(text, *images, **settings):
         if text == SECOND:
             raise KeyboardInterrupt
-        yield from whole(text, **settings)
+        yield from whole(text, *images, **settings)
 
     chat.interactive = True
     monkeypatch.setattr(chat.base, "answer", stopped)

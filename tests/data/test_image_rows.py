@@ -107,6 +107,7 @@ def test_every_form_of_a_row_with_one_image(directory):
         asked({"image": A}, {"text": "What is it?"}),
         asked(PART, TEXT) | {"images": [A]},
         asked(PART, TEXT, images=[A]),
+        asked({"type": "image", "image": A}, TEXT) | {"images": [A]},
         asked("What is it?", image=A),
         {"messages": [{"role": "user", "content": "<image>What is it?", "images": [A]}, ANSWER]},
         {"messages": [{"role": "user", "content": "What is it?"}, ANSWER], "image": A},
@@ -231,6 +232,7 @@ def test_rows_in_memory(directory, monkeypatch):
     images = [Image.fromarray(NOISE), NOISE, NOISE[:, ::-1][:, ::-1], with_alpha, png(NOISE)]
     images += [bytearray(png(NOISE)), memoryview(png(NOISE)), A, Path(A), (directory / A), URI]
     rows = [PAIR | {"image": image} for image in images]
+    rows += [asked({"type": "image", "image": images[0]}, TEXT) | {"images": images[:1]}]
     rows += [PAIR | {"images": (NOISE,)}, asked({"type": "image", "image": NOISE}, TEXT)]
     found = read_rows(RunConfig(valid_fraction=0.0), ("train",), rows={"train": rows})
     assert_shows(rows_of(found), NOISE)
@@ -240,10 +242,14 @@ def test_rows_in_memory(directory, monkeypatch):
 
 
 def test_later_changes_of_an_array_do_not_count():
-    array = NOISE.copy()
-    row = parse_row("row 1", PAIR | {"image": array}, Features())
-    array[:] = 0
-    assert_shows([row], NOISE)
+    arrays = [
+        NOISE.copy(),
+        np.dstack([NOISE, np.full((7, 5), 255, np.uint8)]),
+    ]  # Pillow shares memory with the second
+    rows = [parse_row("row 1", PAIR | {"image": array}, Features()) for array in arrays]
+    for array in arrays:
+        array[:] = 0
+    assert_shows(rows, NOISE)
 
 
 # --- paths --------------------------------------------------------------------------------------------------

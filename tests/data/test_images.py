@@ -20,7 +20,7 @@ from nalora_mlx.data.checks import read_rows
 from nalora_mlx.data.images import check_image, image_digest, open_image, reference_digest
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 
 NOISE = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
 WAVES = np.stack(
@@ -104,9 +104,13 @@ def test_rotated_images_are_upright(form, orientation):
     assert "exif" not in image.info
 
 
-def test_damaged_exif_data_is_ignored():
-    data = encoded(SMOOTH, "JPEG", quality=95, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert np.abs(pixels(data) - SMOOTH).max() <= 8
+def test_damaged_exif_data_is_ignored(recwarn):
+    broken = PngImagePlugin.PngInfo()
+    broken.add_text("Raw profile type exif", "\nexif\n3\nno digits")  # Pillow raises ValueError
+    np.testing.assert_array_equal(pixels(encoded(NOISE, pnginfo=broken)), NOISE)
+    cut = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01"  # Pillow warns
+    assert np.abs(pixels(encoded(SMOOTH, "JPEG", quality=95, exif=cut, dpi=(72, 72))) - SMOOTH).max() <= 8
+    assert not recwarn.list
 
 
 def test_gray_images():
@@ -139,6 +143,9 @@ def test_transparency_is_put_on_white():
     gray = Image.merge("LA", [Image.fromarray(NOISE[..., 0]), Image.fromarray(alpha)])
     truth = on_white(np.repeat(NOISE[..., :1], 3, 2), alpha)
     assert np.abs(pixels(encoded(gray)) - truth).max() <= 1
+    for image in (gray, Image.fromarray(rgba)):  # with colors that are multiplied by alpha
+        truth = on_white(np.asarray(image.convert("RGB")), alpha)
+        assert np.abs(pixels(image.convert({"LA": "La", "RGBA": "RGBa"}[image.mode])) - truth).max() <= 2
     invisible = np.dstack([NOISE, np.zeros_like(alpha)])
     np.testing.assert_array_equal(pixels(encoded(invisible)), np.full_like(NOISE, 255))
 
@@ -222,7 +229,7 @@ BAD_FILES = {  # content, and what is said after the path
         "is HEIC, which is not read; save it as PNG or JPEG (on a Mac: sips -s format jpeg FILE --out FILE.jpg)",
     ),
     "clip.mp4": (b"\0\0\0\x18ftypisom\0\0\2\0", "is a video, which is not read; save a frame of it as PNG or JPEG"),
-    "print.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is PDF or PostScript, which is not read; save it as PNG or JPEG"),
+    "print.eps": (encoded(SMOOTH, "EPS"), "is PDF or PostScript, which is not read; save it as PNG or JPEG"),
     "pointer.png": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
         "is a Git LFS pointer, not the image; run git lfs pull",
@@ -323,6 +330,13 @@ def test_gray_values_of_more_bits_are_refused():
     deep = Image.fromarray(np.array([[0, 70000]], np.int32))
     with pytest.raises(InputError, match="has gray values from 0 to 70000; save it as PNG"):
         open_image(deep, "x:1")
+
+
+def test_closed_images_are_refused():
+    image = Image.open(io.BytesIO(encoded(NOISE)))
+    image.close()
+    with pytest.raises(InputError, match=r"^x:1: image in memory \(5 x 7\) is damaged \(.*\); replace it"):
+        open_image(image, "x:1")
 
 
 def test_images_without_pixels_are_refused():

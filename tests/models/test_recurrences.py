@@ -262,7 +262,7 @@ def failing(*args, **kwargs):
     [(larger_output, "differ by"), (no_gradient_of_beta, "differ by"), (failing, "no such shape")],
 )
 def test_a_wrong_form_is_not_used(wrong, reason, monkeypatch):
-    form = TrainingForm("gated_delta", "gated_delta_update", wrong)
+    form = TrainingForm("mlx_lm.models.gated_delta", "gated_delta_update", wrong)
     monkeypatch.setattr(recurrences, "TRAINING_FORMS", (form,))
     model = adapted("olmo_hybrid")
     forms = TrainingForms(model)

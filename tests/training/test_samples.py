@@ -152,7 +152,7 @@ def test_after_full_fine_tuning_there_is_no_base_to_ask(tokenizer, tmp_path):
 @pytest.mark.parametrize(("expected", "limit"), [("one", 12), ("one " * 30, 30), ("one " * 500, 256)])
 def test_answers_may_be_as_long_as_the_expected_ones(tokenizer, tmp_path, monkeypatch, expected, limit):
     lengths = []
-    monkeypatch.setattr(samples, "_answer", lambda *args: lengths.append(args[3]))
+    monkeypatch.setattr(samples, "_answer", lambda *args: lengths.append(args[2]))
     write_samples(tuned_model(), tokenizer, [PROMPTS[0] | {"expected": expected}], tmp_path, lambda _: None)
     assert set(lengths) == {limit}
 

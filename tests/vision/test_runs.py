@@ -130,7 +130,7 @@ def test_the_tower_sees_each_image_once(vision_model, data, tmp_path):
 def test_training_lowers_the_loss(trained):
     result = trained[1]
     losses = [loss for _, loss in result.validation_losses]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.3
 
 
 @pytest.mark.parametrize("flags", [[], ["--vision"]], ids=["language", "vision"])

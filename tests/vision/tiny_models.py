@@ -50,7 +50,12 @@ class Family:
 
 
 def chat_template(
-    turn: str, image: str, prompt: str, start: str = "", assistant: str = "assistant", lists_only: bool = False
+    turn: str,
+    image: str,
+    prompt: str,
+    start: str = "",
+    assistant: str = "assistant",
+    lists_only: bool = False,
 ) -> str:
     """Return a chat template.
 
@@ -138,10 +143,20 @@ QWEN_IDS = {
     "video_token_id": IMAGE + 5,
 }
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-QWEN_PIXELS = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 64, "max_pixels": 1024}
+QWEN_PIXELS = {
+    "patch_size": 4,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 64,
+    "max_pixels": 1024,
+}
 GEMMA_TURN = "<start_of_turn>{role}\n{content}<end_of_turn>\n"
 SPLIT = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": SIDE}, "do_image_splitting": True}
-WHOLE = {"size": {"longest_edge": SIDE}, "max_image_size": {"longest_edge": SIDE}, "do_image_splitting": False}
+WHOLE = {
+    "size": {"longest_edge": SIDE},
+    "max_image_size": {"longest_edge": SIDE},
+    "do_image_splitting": False,
+}
 IDEFICS_TOKENS = (
     *("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"),
     *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)),
@@ -193,7 +208,8 @@ FAMILIES = {
                 "head_dim": 8,
                 "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]},
             },
-            "vision_config": QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+            "vision_config": QWEN_VISION
+            | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
         },
         "<|image_pad|>",
         QWEN_TOKENS,
@@ -227,7 +243,10 @@ FAMILIES = {
         chatml(QWEN_IMAGE),
         processor={"processor_class": "Qwen3VLProcessor"},
         preprocessor=QWEN_PIXELS
-        | {"image_processor_type": "Qwen2VLImageProcessor", "size": {"shortest_edge": 64, "longest_edge": 1024}},
+        | {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "size": {"shortest_edge": 64, "longest_edge": 1024},
+        },
     ),
     "gemma3": Family(
         {
@@ -440,7 +459,11 @@ FAMILIES = {
     ),
     "paligemma": paligemma("gemma"),
     "paligemma2": paligemma(
-        "gemma2", head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
+        "gemma2",
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
     ),
 }
 
@@ -451,8 +474,9 @@ def build_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     """Return a tokenizer of bytes and the family's special tokens."""
     special = [PAD, END, START, *(f"<unused{i}>" for i in range(IMAGE - 3)), family.image, *family.tokens]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special += [f"<unused{i}>" for i in range(len(special), VOCABULARY - len(letters))]
     vocabulary = {token: index for index, token in enumerate([*special, *letters])}
-    assert len(vocabulary) <= VOCABULARY
+    assert len(vocabulary) == VOCABULARY
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -477,7 +501,7 @@ def save_model(name: str, directory: Path) -> Path:
     from mlx_vlm.utils import get_model_and_args, update_module_configs
 
     family = FAMILIES[name]
-    config = {"model_type": name, "eos_token_id": 1, "bos_token_id": 2, **family.config}
+    config = {"model_type": name, **family.config, "eos_token_id": 1, "bos_token_id": 2}
     directory.mkdir(parents=True, exist_ok=True)
     for file, content in {
         "config.json": config,
@@ -491,8 +515,12 @@ def save_model(name: str, directory: Path) -> Path:
     arch, _ = get_model_and_args(config)
     config.setdefault("text_config", config.pop("llm_config", {}))
     settings = update_module_configs(
-        arch.ModelConfig.from_dict(config), arch, config, ["text", "vision", "perceiver", "projector", "audio"]
+        arch.ModelConfig.from_dict(config),
+        arch,
+        config,
+        ["text", "vision", "perceiver", "projector", "audio"],
     )
+    mx.random.seed(0)
     model = arch.Model(settings)
     mx.save_safetensors(str(directory / "model.safetensors"), random_weights(model), {"format": "mlx"})
     return directory
@@ -503,8 +531,8 @@ def random_weights(model: Any) -> dict[str, mx.array]:
     generator = np.random.default_rng(0)
 
     def noisy(array: mx.array) -> mx.array:
-        scale = 0.1 if array.ndim < 2 else max(array.shape[-1], 8) ** -0.5
-        return array * 0.5 + mx.array(generator.normal(0, scale, array.shape), mx.float32)
+        factor, scale = (0.3, 0.1) if array.ndim < 2 else (0.5, 0.5 * max(array.shape[-1], 8) ** -0.5)
+        return array * factor + mx.array(generator.normal(0, scale, array.shape), mx.float32)
 
     return dict(tree_flatten(tree_map(noisy, model.parameters())))
 

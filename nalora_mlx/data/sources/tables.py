@@ -140,7 +140,5 @@ def _has_images(feature: Any) -> bool:
     """Return whether a feature of the datasets library is or holds an Image."""
     if isinstance(feature, Mapping):
         return any(map(_has_images, feature.values()))
-    if isinstance(feature, list | tuple):
-        return any(map(_has_images, feature))
     inner = getattr(feature, "feature", None)  # of a list
     return type(feature).__name__ == "Image" or (inner is not None and _has_images(inner))

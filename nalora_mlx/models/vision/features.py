@@ -16,10 +16,9 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.media import RowMedia
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.models.vision.model import PROMPT, as_bits, check_embeddings
-from nalora_mlx.models.vision.processor import ImageTokens, VisionProcessor
+from nalora_mlx.models.vision.processor import TOKEN_TYPES, ImageTokens, VisionProcessor
 
 FOLDER = "image_features"  # in a run's directory
-_TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 Show = Callable[[int, int], None]  # takes the number of images that are done, and of all of them
 _KEPT_INPUTS = 32  # rows whose processed images are kept in memory while the towers are trained
 
@@ -60,7 +59,10 @@ class ImageEncoder:
     def __init__(self, model: Any, processor: VisionProcessor, directory: Path, trained: bool = False):
         self.model, self.processor, self.directory, self.trained = model, processor, directory, trained
         self._fingerprint = ""
-        self._inputs = lru_cache(_KEPT_INPUTS)(processor.inputs)
+        self._references: dict[
+            str, tuple[tuple[Any, ...], str]
+        ] = {}  # digest -> images, and the source of a row
+        self._inputs = lru_cache(_KEPT_INPUTS)(self._read_inputs)
 
     def attach(self, examples: Sequence[Example], show: Show = lambda done, of: None) -> list[Example]:
         """Return the examples, those with images with their `media`.
@@ -164,10 +166,15 @@ class ImageEncoder:
         references = row.images[: len(images)]
         digest = " ".join(tokens.digest for tokens in images)
         if self.trained and images:
-            inputs = ProcessedImages(lambda: self._inputs(references, row.source))
+            self._references[digest] = references, row.source
+            inputs = ProcessedImages(partial(self._inputs, digest))
             return RowMedia(positions, (), aligned, inputs, digest)
         features = tuple(StoredFeatures(self._path(tokens.digest)) for tokens in images)
         return RowMedia(positions, features, aligned, None, digest)
+
+    def _read_inputs(self, digest: str) -> dict[str, Any]:
+        references, source = self._references[digest]
+        return self.processor.inputs(references, source)
 
     def _aligned(
         self, row: Example, images: Sequence[ImageTokens], positions: np.ndarray
@@ -186,7 +193,7 @@ class ImageEncoder:
             ids = mx.array(row.tokens)[None]
             position_ids, _ = language_model.get_rope_index(ids, grids, None, mx.ones_like(ids))
             aligned["position_ids"] = np.array(position_ids)[:, 0].astype(np.int32)
-        for name in _TOKEN_TYPES:
+        for name in TOKEN_TYPES:
             if name in arrays and arrays[name].any():
                 kinds = np.zeros(len(row.tokens), np.int32)
                 kinds[positions] = arrays[name].max()

@@ -77,9 +77,11 @@ def open_processor(name: str, config: dict[str, Any], trust_remote_code: bool = 
     require_mlx_vlm(name)
     directory = check_files(name)
     from mlx_vlm.utils import get_model_and_args, load_image_processor, load_processor
+    from transformers.utils import logging
 
     from nalora_mlx.models.vision.processor import VisionProcessor, default_template
 
+    logging.set_verbosity_error()  # mlx-vlm calls it with arguments that it warns about
     with loading(name):
         get_model_and_args(dict(config))  # imports the model's module, which registers its processor
         processor = load_processor(

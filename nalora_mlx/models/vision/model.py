@@ -1,6 +1,7 @@
 """A vision-language model of mlx-vlm, called like a model of mlx-lm."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -77,7 +78,8 @@ class VisionLanguageModel:
         rows: list[dict[str, Any]] = []
         for i, inputs in enumerate(media["inputs"]):
             row = tokens[i : i + 1]
-            given = self.get_input_embeddings(row, mask=mx.ones_like(row), **(inputs or {}))
+            with differentiable_assignments():
+                given = self.get_input_embeddings(row, mask=mx.ones_like(row), **(inputs or {}))
             check_embeddings(self, given)
             rows.append({name: value for name, value in given.to_dict().items() if value is not None})
         arguments = {"inputs_embeds": mx.concatenate([row["inputs_embeds"] for row in rows])}
@@ -91,6 +93,28 @@ class VisionLanguageModel:
                 mx.concatenate(parts) for parts in zip(*layers, strict=True)
             ]
         return arguments
+
+
+@contextmanager
+def differentiable_assignments() -> Iterator[None]:
+    """Make `array[:, indices, :] = values` differentiable for a list of indices, with which MLX's gradient fails.
+
+    Some models of mlx-vlm put image features into embeddings with it.
+    """
+    original = mx.array.__setitem__
+
+    def assign(array: mx.array, index: Any, value: Any) -> None:
+        if isinstance(index, tuple) and len(index) == 3 and isinstance(index[1], list):
+            before, indices, after = index
+            if indices and before == after == slice(None):
+                index = (before, mx.array(indices))
+        original(array, index, value)
+
+    mx.array.__setitem__ = assign  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        mx.array.__setitem__ = original  # type: ignore[method-assign]
 
 
 def as_bits(array: mx.array) -> np.ndarray:

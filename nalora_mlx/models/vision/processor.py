@@ -12,11 +12,13 @@ import mlx.core as mx
 import numpy as np
 
 from nalora_mlx.core.errors import InputError, first_line
+from nalora_mlx.data.chats.placeholders import expand_placeholders
 from nalora_mlx.data.images import image_digest, open_image
 
 _PLACEHOLDER_NAMES = ("image_token", "boi_token", "image_placeholder", "fake_image_token")
 _PLACEHOLDERS = ("<image>", "[IMG]", "<|image|>", "<|image_pad|>", "<image_soft_token>", "<IMG_CONTEXT>")
 _QUESTION = "question"
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # outputs of processors with an entry for each token
 _TEXT = ("input_ids", "attention_mask", "labels")  # outputs of processors that are not about images
 COMPARED = 8  # chats whose tokens are compared with the processor's own
 
@@ -148,6 +150,21 @@ class VisionProcessor:
         images = [open_image(reference, source) for reference in references]
         given = self.arrays(self.placeholder * len(images), images, source)
         return {name: value for name, value in given.items() if name not in _TEXT}
+
+    def prompt_inputs(self, text: str, references: Sequence[Any], source: str) -> dict[str, Any]:
+        """Return what a model reads of a rendered chat: "input_ids" [1, L] as in training, and `inputs`.
+
+        Raises:
+            InputError: an image cannot be read, or the text has more placeholders than there are images.
+        """
+        if references:
+            text = expand_placeholders(text, self, references, source)
+        ids = np.array([self.tokenizer.encode(text, add_special_tokens=False)])
+        given = self.inputs(references, source) if references else {}
+        for name in TOKEN_TYPES:
+            if name in given:
+                given[name] = np.isin(ids, list(self.token_ids)) * given[name].max()
+        return given | {"input_ids": ids}
 
     def check(self, text: str, expanded: str, images: Sequence[Any], source: str) -> None:
         """Compare the tokens of a chat with those that the processor makes of it; only the first chats are compared.
