@@ -119,7 +119,7 @@ class Ours:
         self.run = Run(self.model, self.examples, [], settings, self.optimizer)
         self.model.train()
         numbers = range(0, len(self.examples) - batch_size + 1, batch_size)
-        self.batches = itertools.cycle([collate(self.examples, range(i, i + batch_size)) for i in numbers])
+        self.batches = itertools.cycle([collate(self.examples, range(i, i + batch_size)).with_media() for i in numbers])
         self.iterations = 0
 
     def iterate(self) -> float:

@@ -3,8 +3,8 @@
 python scripts/digits_data.py [DIRECTORY]
 
 The pictures are the 1,797 handwritten digits of scikit-learn, 8 x 8 with 17 shades of gray, enlarged to 64 x 64. They
-are shuffled and divided into four parts that share no picture: scripts/digits_model.py trains the base model on one, and
-the others are for training, validation and test here.
+are shuffled and divided into four parts. scripts/digits_model.py trains the base model on one of them; the others are
+for training, validation and test.
 
 Writes to DIRECTORY, by default demo/digits/data, with image paths relative to each file:
 
@@ -26,7 +26,7 @@ SEED = 20261101
 PICTURES = {"base": 797, "train": 500, "valid": 100, "test": 400}
 SUMS = {"train": 1000, "valid": 100, "test": 400}  # rows; readings have a row for each picture
 SIDE = 64
-READ_QUESTION = "Which digit is this?"
+READ_QUESTION = "Write the digit as a number."
 SUM_QUESTION = "What is the sum of the two digits?"
 
 
@@ -57,7 +57,7 @@ def enlarge(pictures: np.ndarray, side: int) -> np.ndarray:
 
 
 def reading(path: str, digit: int) -> dict:
-    return chat([path], READ_QUESTION, f"The digit is {digit}.")
+    return chat([path], READ_QUESTION, str(digit))
 
 
 def adding(paths: list[str], digits: list[int]) -> dict:

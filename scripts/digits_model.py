@@ -18,7 +18,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from mlx_vlm.models import smolvlm
 
 SEED = 0
 SPECIAL_TOKENS = ("<fake_token_around_image>", "<image>", "<global-img>")  # what SmolVLM's processor writes
-QUESTIONS = ("Which digit is this?", "Read the digit.", "What is in the picture?")
+QUESTIONS = ("Which digit is this?", "Read the digit.")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -355,20 +355,21 @@ def make_model(
     parts = {name: (processed(p, recipe.image_size), digits) for name, (p, digits) in load_pictures().items()}
     images, digits = parts["base"]
     unseen, unseen_digits = parts["valid"]
-    timer = stopwatch()
+    start = time.perf_counter()
+
+    def note(text: str) -> None:
+        report(f"[{time.perf_counter() - start:.0f} s] {text}")
 
     classifier = Classifier(model.vision_model, recipe.hidden_size)
     train_tower(classifier, images, digits, recipe)
     predicted = np.array(mx.argmax(classifier(mx.array(unseen)), axis=-1))
     accuracy = np.mean(predicted == unseen_digits)
-    report(
-        f"vision tower: {accuracy:.0%} of {len(unseen)} unseen pictures classified correctly ({next(timer)})"
-    )
+    report(f"vision tower: {accuracy:.0%} of {len(unseen)} unseen pictures classified correctly")
 
     prompts = [make_prompts(processor, question, config["image_token_id"]) for question in QUESTIONS]
     names = [processor.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in WORDS]
     embeddings = find_embeddings(model, prompts, mx.array(names), recipe)
-    report(f"embeddings of the ten digits found ({next(timer)})")
+    note(f"embeddings of the ten digits found")
 
     rng = np.random.default_rng(SEED)
     copies = np.concatenate([shift(images, rng) for _ in range(recipe.copies)])
@@ -383,15 +384,6 @@ def make_model(
     saved = {name: array.astype(dtype) for name, array in tree_flatten(model.parameters())}
     mx.save_safetensors(str(partial_output / "model.safetensors"), saved, {"format": "mlx"})
     partial_output.rename(output)
-
-
-def stopwatch() -> Iterator[str]:
-    """Yield the time since the last call, as text."""
-    last = time.perf_counter()
-    while True:
-        now = time.perf_counter()
-        yield f"{now - last:.0f} s"
-        last = now
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_mlx.data.media import RowMedia
 from nalora_mlx.data.media_batches import collate_media
 from nalora_mlx.data.packing import epoch_packs
 from nalora_mlx.data.padding import PaddedShapes, fit_shapes, padded_length, rounded_length
@@ -33,7 +34,8 @@ class Batch:
         segment_ids: int32, the number of an input's row within its sequence, from 1; 0 for padding. None if not packed.
         remote_tokens: supervised tokens of the batch that other workers hold.
         loss_capacity: size of the arrays of `loss_positions`, see `PaddedShapes.loss_capacity`; grows if too small.
-        media: what the images of the rows add, see `data.media_batches.collate_media`; None without images.
+        images: of each sequence; empty without any.
+        media: what they add, see `data.media_batches.collate_media`; None until `with_media` reads it.
     """
 
     inputs: np.ndarray
@@ -44,7 +46,14 @@ class Batch:
     segment_ids: np.ndarray | None = None
     remote_tokens: int = 0
     loss_capacity: int = 0
+    images: tuple[RowMedia | None, ...] = ()
     media: dict[str, Any] | None = None
+
+    def with_media(self) -> "Batch":
+        """Return the batch with what its images add, read from files or processed now."""
+        if self.media is not None or not any(self.images):
+            return self
+        return replace(self, media=collate_media(self.images, self.inputs.shape[1]))
 
     @property
     def supervised_tokens(self) -> int:
@@ -130,7 +139,7 @@ def training_batches(
                 yield collate_packs(examples, packs, length, share, shapes)
         else:
             for rows in epoch_batches(examples, batch_size, seed, epoch)[start:]:
-                yield collate(examples, rows, share, shapes)
+                yield collate(examples, rows, share, shapes).with_media()
         epoch, start = epoch + 1, 0
 
 
@@ -180,8 +189,8 @@ def collate(
     shapes = shapes or row_shapes(chosen)
     length = shapes.length_for(max(example.inputs for example in chosen))
     batch = _collate(examples, [[row] for row in rows], length, share, shapes)
-    media = collate_media([example.media for example in chosen[share]], length)
-    return replace(batch, media=media) if media is not None else batch
+    images = tuple(example.media for example in chosen[share])
+    return replace(batch, images=images) if any(images) else batch
 
 
 def collate_packs(

@@ -39,7 +39,7 @@ def evaluate(
         for done, batch in enumerate(batches, 1):
             with vectorized(), loss.training_forms.installed():
                 arrays = map(mx.array, (batch.inputs, *batch.loss_positions()))
-                value = loss.evaluate(*arrays, None, media_arrays(batch.media))
+                value = loss.evaluate(*arrays, None, media_arrays(batch.with_media().media))
             total += float(value)
             tokens += batch.supervised_tokens
             trim_cache(clear_cache_threshold)

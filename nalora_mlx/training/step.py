@@ -145,7 +145,7 @@ class TrainingStep:
         key = mx.random.key(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         segment_ids = None if batch.segment_ids is None else mx.array(batch.segment_ids)
         positions = [mx.array(a) for a in batch.loss_positions()]
-        media = media_arrays(batch.media)
+        media = media_arrays(batch.with_media().media)
         arrays = [mx.array(batch.inputs), *positions, segment_ids, media, mx.array(batch.token_mask)]
         weight = mx.array(1 / max(window_tokens, 1))
         shape = (
