@@ -70,7 +70,12 @@ class FinetuneResult:
         return read_samples(self.path)
 
     def generate(
-        self, prompt: str | list[dict[str, Any]], max_tokens: int = 256, temp: float = 0.0, top_p: float = 0.0
+        self,
+        prompt: str | list[dict[str, Any]],
+        max_tokens: int = 256,
+        temp: float = 0.0,
+        top_p: float = 0.0,
+        images: Sequence[Any] = (),
     ) -> str:
         """Return the tuned model's answer.
 
@@ -79,20 +84,17 @@ class FinetuneResult:
             max_tokens: maximum length of the answer.
             temp: sampling temperature; 0 always takes the most likely token.
             top_p: sample from the most likely tokens with this probability in all; 0 for no limit.
+            images: paths, data URIs, bytes or images of Pillow. They come before the message, or where a chat has
+                parts {"type": "image"}.
         """
-        from mlx_lm import generate
         from mlx_lm.sample_utils import make_sampler
 
-        from nalora_mlx.models.conversation import render_prompt
+        from nalora_mlx.vision_models import answer
 
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = render_prompt(self.tokenizer, messages) if self.tokenizer.has_chat_template else prompt
         training = self.model.training
         self.model.eval()
         try:
-            return generate(
-                self.model, self.tokenizer, text, max_tokens=max_tokens, sampler=make_sampler(temp, top_p)
-            )
+            return answer(self, prompt, images, max_tokens=max_tokens, sampler=make_sampler(temp, top_p))
         finally:
             self.model.train(training)
 

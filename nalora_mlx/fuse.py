@@ -297,12 +297,13 @@ def _write_card(
 
 def _check_gguf(target: Path, name: str, base: Path, adapter: Path) -> None:
     """Check the GGUF export before the merge: the merged model has the base's architecture and tokenizer."""
+    from nalora_mlx.core.storage import read_json
     from nalora_mlx.export.gguf.model import check_output, plan_gguf
     from nalora_mlx.export.updates import reject_towers
 
     if not (target / name).is_relative_to(target):  # a file inside it is replaced with the directory
         check_output(target / name, overwrite=False)
-    reject_towers(adapter, "--export-gguf")
+    reject_towers(read_json(base / "config.json"), adapter, "--export-gguf")
     plan_gguf(base, "f16")
 
 

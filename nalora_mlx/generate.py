@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -210,10 +211,10 @@ def _prompt_text(processor: "VisionProcessor", args: argparse.Namespace, images:
 
 def _print_answer(responses: Iterator[Any], verbose: bool) -> None:
     """Print an answer piece by piece; if verbose, between lines and with the speed, as mlx-lm prints it."""
-    text, response = "", None
+    text, first = "", next(responses)  # what is wrong with the prompt, it raises
     if verbose:
         print("=" * 10)
-    for response in responses:
+    for response in chain([first], responses):
         text += response.text
         if verbose:
             print(response.text, end="", flush=True)
@@ -221,7 +222,7 @@ def _print_answer(responses: Iterator[Any], verbose: bool) -> None:
         print(text)
         return
     print(f"\n{'=' * 10}")
-    if response is None or not text:
+    if not text:
         print("No text generated for this prompt")
         return
     print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nalora_mlx.cli import configure_chats, note_merged
+from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.optional_dependencies import install_command, is_installed
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from nalora_mlx.finetuning import FinetuneResult
     from nalora_mlx.models.vision.processor import VisionProcessor
 
 _TOWER = re.compile(r"vision|visual|image|vit\b|siglip")  # in the names of a vision tower's arrays
@@ -105,6 +109,47 @@ def load_tuned_vision_model(
         load_any_adapter(loaded, Path(adapter).expanduser())
         loaded.eval()
     return loaded, processor
+
+
+def answer(
+    result: FinetuneResult,
+    prompt: str | list[dict[str, Any]],
+    images: Sequence[Any] = (),
+    **settings: Any,
+) -> str:
+    """Return the answer of a model that was just trained.
+
+    Args:
+        result: the model, its tokenizer, and the settings of the run.
+        prompt: a message, or a chat as a list of messages.
+        images: see `FinetuneResult.generate`.
+        settings: of the generator, such as `max_tokens` and `sampler`.
+
+    Raises:
+        InputError: the model does not see images, an image cannot be read, or there are not as many as the chat has
+            parts for.
+    """
+    from nalora_mlx.data.image_references import locate
+    from nalora_mlx.models.conversation import answer_chat
+    from nalora_mlx.models.loading import check_files
+    from nalora_mlx.models.vision.generation import message_content, render_chat, stream_answer
+    from nalora_mlx.models.vision.loading import open_processor
+    from nalora_mlx.models.vision.model import is_vision_language_model
+
+    if not is_vision_language_model(result.model):
+        if images:
+            raise InputError("generate: the model does not see images; leave images out")
+        return answer_chat(result.model, result.tokenizer, prompt, **settings)
+    name, source = result.config.model, "generate"
+    processor = open_processor(name, _config(check_files(name)), result.config.trust_remote_code)
+    processor.tokenizer = result.tokenizer  # it renders chats as in training
+    paths = (os.fsdecode(image) if isinstance(image, os.PathLike) else image for image in images)
+    references = [locate(image, Path.cwd(), source) for image in paths]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": message_content(prompt, len(references))}]
+    text = render_chat(processor, prompt, source)
+    responses = stream_answer(result.model, processor, text, references, source, **settings)
+    return "".join(response.text for response in responses)
 
 
 def _config(directory: Path) -> dict[str, Any]:

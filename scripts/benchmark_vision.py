@@ -40,28 +40,36 @@ RANK, SCALE, RATE = 8, 2.0, 1e-5
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="directory of a vision-language model")
-    parser.add_argument("--language-model", help="directory of the Llama model that random towers are put around")
+    parser.add_argument(
+        "--language-model", help="directory of the Llama model that random towers are put around"
+    )
     parser.add_argument("--data", required=True, help="directory with train.jsonl, rows with images")
     parser.add_argument("--rows", type=int, default=2, help="rows in a batch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="iterations of each trainer in a round")
-    parser.add_argument("--layers", type=int, help="number of layers of the language model with random towers")
     args = parser.parse_args()
     if bool(args.model) == bool(args.language_model):
         parser.error("give either --model or --language-model")
     with tempfile.TemporaryDirectory() as temporary:
-        model = args.model or smolvlm(Path(args.language_model), Path(temporary) / "model", args.layers)
+        model = args.model or smolvlm(Path(args.language_model), Path(temporary) / "model")
         summary = compare(str(model), args.data, args.rows, args.rounds, args.steps, Path(temporary))
     print(json.dumps(summary))
     return 0
 
 
-def smolvlm(language_model: Path, output: Path, layers: int | None) -> Path:
-    """Write a model of random weights with the shape of SmolVLM-256M, and its processor."""
-    from digits_model import Recipe, random_model
+def smolvlm(language_model: Path, output: Path) -> Path:
+    """Write a model of random towers with the shape of SmolVLM-256M, and its processor."""
+    from digits_model import Recipe, build_model, read_json, write_files
 
-    recipe = Recipe(image_size=512, patch_size=16, merged=4, hidden_size=768, layers=12)
-    random_model(language_model, output, recipe, layers)
+    output.mkdir()
+    write_files(
+        language_model, output, Recipe(image_size=512, patch_size=16, merged=4, hidden_size=768, layers=12)
+    )
+    weights = mx.load(str(language_model / "model.safetensors"))
+    model = build_model(read_json(output / "config.json"), weights, newline=0)
+    mx.save_safetensors(
+        str(output / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
+    )
     return output
 
 
@@ -119,7 +127,9 @@ class Ours:
         self.run = Run(self.model, self.examples, [], settings, self.optimizer)
         self.model.train()
         numbers = range(0, len(self.examples) - batch_size + 1, batch_size)
-        self.batches = itertools.cycle([collate(self.examples, range(i, i + batch_size)).with_media() for i in numbers])
+        self.batches = itertools.cycle(
+            [collate(self.examples, range(i, i + batch_size)).with_media() for i in numbers]
+        )
         self.iterations = 0
 
     def iterate(self) -> float:
@@ -145,9 +155,7 @@ def measure(trainer: Theirs | Ours, steps: int) -> dict[str, float]:
     return {"seconds": seconds, "peak": mx.get_peak_memory() - resident + state}
 
 
-def compare(
-    model: str, data: str, rows: int, rounds: int, steps: int, directory: Path
-) -> dict[str, Any]:
+def compare(model: str, data: str, rows: int, rounds: int, steps: int, directory: Path) -> dict[str, Any]:
     """Run both trainers in turn, and return medians and ratios."""
     count = 4 * rows
     lines = (Path(data) / "train.jsonl").read_text().splitlines()[:count]

@@ -27,7 +27,7 @@ PICTURES = {"base": 797, "train": 500, "valid": 100, "test": 400}
 SUMS = {"train": 1000, "valid": 100, "test": 400}  # rows; readings have a row for each picture
 SIDE = 64
 READ_QUESTION = "Write the digit as a number."
-SUM_QUESTION = "What is the sum of the two digits?"
+SUM_QUESTION = "Add the two digits."
 
 
 def load_pictures() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -61,7 +61,7 @@ def reading(path: str, digit: int) -> dict:
 
 
 def adding(paths: list[str], digits: list[int]) -> dict:
-    return chat(paths, SUM_QUESTION, str(sum(digits)))
+    return chat(paths, SUM_QUESTION, f"{' + '.join(map(str, digits))} = {sum(digits)}")
 
 
 def chat(paths: list[str], question: str, answer: str) -> dict:

@@ -369,7 +369,7 @@ def make_model(
     prompts = [make_prompts(processor, question, config["image_token_id"]) for question in QUESTIONS]
     names = [processor.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in WORDS]
     embeddings = find_embeddings(model, prompts, mx.array(names), recipe)
-    note(f"embeddings of the ten digits found")
+    note("embeddings of the ten digits found")
 
     rng = np.random.default_rng(SEED)
     copies = np.concatenate([shift(images, rng) for _ in range(recipe.copies)])

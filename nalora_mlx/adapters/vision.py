@@ -1,6 +1,6 @@
 """Whether an adapter belongs to a vision-language model as mlx-vlm loads it, or to the language model in mlx-lm."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,16 @@ def needs_vision(model_config: Mapping[str, Any], adapter: Path | None) -> bool:
         return True
     if adapter is None:
         return False
-    return bool(read_adapter_config(adapter).get(IMAGES_KEY)) or bool(outside_language(adapter))
+    return bool(read_adapter_config(adapter).get(IMAGES_KEY)) or bool(outside_language(model_config, adapter))
 
 
-def outside_language(adapter: Path) -> list[str]:
-    """Return the paths of the modules outside the language model that an adapter adapts.
+def outside_language(model_config: Mapping[str, Any], adapter: Path) -> list[str]:
+    """Return the modules outside the language model that an adapter adapts; none for a model that does not see.
 
     Raises:
         InputError: the adapter's file is damaged.
     """
     path = adapter / ADAPTER_FILE
-    names = array_shapes(path) if path.exists() else {}
-    return in_towers(name.rpartition(".")[0] for name in names)
-
-
-def in_towers(paths: Iterable[str]) -> list[str]:
-    """Return those paths of a vision-language model that are not in its language model, each once."""
+    names = array_shapes(path) if sees_images(dict(model_config)) and path.exists() else {}
+    paths = (name.rpartition(".")[0] for name in names)
     return list(dict.fromkeys(path for path in paths if not f"{path}.".startswith(_LANGUAGE)))

@@ -13,6 +13,7 @@ from nalora_mlx.core.settings_without_effect import without_effect
 from nalora_mlx.core.signals import SIGNALS, ending_at_once
 
 if TYPE_CHECKING:
+    from nalora_mlx.data.checks import RunData
     from nalora_mlx.data.tokenization import Example
     from nalora_mlx.doctor.model import LoadedModel
     from nalora_mlx.doctor.page import Page
@@ -106,7 +107,7 @@ def check(
         has_data: check the data that the settings name.
         trials: measure memory on a few training steps, and tokenize all rows.
     """
-    from nalora_mlx.doctor import machine
+    from nalora_mlx.doctor import data, machine
 
     if notices := without_effect(config):
         with page.section("Settings"):
@@ -116,6 +117,13 @@ def check(
         machine.check_machine(page)
     with page.section("Kernels"):
         machine.check_kernels(page, few=name is not None)
+    rows: RunData | None = None
+    unreadable: InputError | None = None
+    if has_data:  # the model is loaded with its vision tower if rows have images
+        try:
+            rows = data.read(page, config)
+        except InputError as error:
+            unreadable = error
     loaded: LoadedModel | None = None
     with page.section("Model"):
         if name is None:
@@ -123,20 +131,21 @@ def check(
         else:
             from nalora_mlx.doctor.model import check_model
 
-            loaded = check_model(page, name, trust_remote_code, config)
+            loaded = check_model(page, name, trust_remote_code, config, rows)
     examples: list[Example] | None = None
     with page.section("Data"):
         if not has_data:
             page.note("none given; --data D checks its rows")
         else:
-            from nalora_mlx.doctor import data
-
             examples = []
-            rows = data.check_rows(page, config)
-            if loaded is None:
-                data.count_rows(page, rows)
-            else:
-                examples = data.check_tokens(page, rows, loaded, config, trials)
+            if unreadable is not None:
+                raise unreadable
+            if rows is not None:
+                data.print_all(page, rows.problems, rows.notices)
+                if loaded is None:
+                    data.count_rows(page, rows)
+                else:
+                    examples = data.check_tokens(page, rows, loaded, config, trials)
     with page.section("Masks"):
         if loaded is not None and examples:
             data.show_masks(page, examples, loaded.tokenizer, config)

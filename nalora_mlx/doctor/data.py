@@ -1,13 +1,14 @@
 """Checks of the data: every row is read, many are tokenized, and of a few it is shown what is trained on."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from nalora_mlx.core.config import RunConfig
-from nalora_mlx.core.errors import counted, merged
+from nalora_mlx.core.errors import InputError, counted, merged
 from nalora_mlx.core.terminal import drawable, has_colors, marked_text
 
 if TYPE_CHECKING:
@@ -16,24 +17,28 @@ if TYPE_CHECKING:
     from nalora_mlx.data.tokenization import Example, Split
     from nalora_mlx.doctor.model import LoadedModel
     from nalora_mlx.doctor.page import Page
+    from nalora_mlx.models.vision.processor import VisionProcessor
 
 MOST_PROBLEMS = 100  # to show, and places of each
 QUICK_CHARACTERS = 2_000_000  # of each split to tokenize in a quick look: a second or two
 TEMPLATE_CHARACTERS = 200  # that a chat template adds to a row, about
+IMAGE_CHARACTERS = 10_000  # that take about as long as an image
 MASKED_ROWS = 2  # to show if --show-masks is not given
 HEAD, TAIL = 40, 80  # characters at the ends of a long piece of text to show then
 
 
-def check_rows(page: "Page", config: RunConfig) -> "RunData":
-    """Read the rows, and report everything that is wrong with them."""
+def read(page: "Page", config: RunConfig) -> "RunData":
+    """Read the rows.
+
+    Raises:
+        InputError: there are none.
+    """
     with page.working("reading the data"):
         from nalora_mlx.data.checks import read_rows
         from nalora_mlx.data.sources.loading import SPLITS
 
         names = [name for name in SPLITS if name != "test" or not config.hf_dataset]
-        rows = read_rows(config, names, all_needed=False)
-    print_all(page, rows.problems, rows.notices)
-    return rows
+        return read_rows(config, names, all_needed=False)
 
 
 def count_rows(page: "Page", rows: "RunData") -> None:
@@ -54,7 +59,7 @@ def check_tokens(
 
     Args:
         page: to print on.
-        rows: as `check_rows` returned them.
+        rows: as `read` returned them.
         loaded: the model.
         config: settings of the run.
         all_rows: tokenize all rows. Otherwise, of large data, a part that has the longest rows.
@@ -65,6 +70,9 @@ def check_tokens(
     from nalora_mlx.training.chats import configure_run_chats
     from nalora_mlx.training.schedules import length_notices
 
+    if rows.has_images and loaded.processor is None:
+        print_all(page, images_refused(rows), [])
+        return []
     configure_run_chats(config, loaded.tokenizer, None, page.notice)
     if not sees_images(loaded.config):
         print_all(page, images_refused(rows), [])
@@ -76,7 +84,7 @@ def check_tokens(
     if not all_rows:
         rows = _sampled(page, rows)
     with page.working("tokenizing the data"):
-        splits: dict[str, Split] = tokenize(rows, loaded.tokenizer, config.max_seq_length)
+        splits: dict[str, Split] = tokenize(rows, loaded.tokenizer, config.max_seq_length, loaded.processor)
     for split in splits.values():
         print_all(page, split.errors, split.notices)
     header, *lines = _table({name: split for name, split in splits.items() if split.sequences})
@@ -84,11 +92,30 @@ def check_tokens(
         page.plain(Text(header, "dim"))
     for line in lines:
         page.ok(line)
+    if loaded.processor is not None:
+        _describe_images(page, rows, loaded.processor)
     chats = any(row.messages for dataset in rows.sources for found in dataset.values() for row in found)
     if chats and not config.mask_prompt:
         page.note("prompts are trained on too; --mask-prompt trains on the answers only")
     print_all(page, [], context_notices(splits, loaded.config) + length_notices(config, splits))
     return list(splits["train"].sequences)
+
+
+def _describe_images(page: "Page", rows: "RunData", processor: "VisionProcessor") -> None:
+    """Report how many tokens the images of the rows become."""
+    counts = []
+    for row in (row for splits in rows.sources for found in splits.values() for row in found):
+        for image in row.images:
+            with suppress(InputError):  # reported already
+                tokens = processor.tokens_of(image, row.source).tokens
+                counts.append(sum(token in processor.token_ids for token in tokens))
+    if counts:
+        counts.sort()
+        low, middle, high = counts[0], counts[len(counts) // 2], counts[-1]
+        each = (
+            f"{low:,} tokens each" if low == high else f"{low:,} to {high:,} tokens each, median {middle:,}"
+        )
+        page.ok(f"{counted(len(counts), 'image')}, {each}")
 
 
 def show_masks(page: "Page", examples: "Sequence[Example]", tokenizer: Any, config: RunConfig) -> None:
@@ -170,7 +197,10 @@ def sample(rows: "Sequence[Row]", characters: int) -> "list[Row]":
     3. Fill up with rows at equal distances.
     """
     sizes = [
-        TEMPLATE_CHARACTERS + len(row.text) + sum(len(str(message)) for message in row.messages)
+        TEMPLATE_CHARACTERS
+        + len(row.text)
+        + sum(len(str(message)) for message in row.messages)
+        + IMAGE_CHARACTERS * len(row.images)
         for row in rows
     ]
     if sum(sizes) <= characters:

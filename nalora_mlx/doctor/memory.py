@@ -42,6 +42,8 @@ def check_memory(
         length = config.max_seq_length
         page.note(f"without --data, all rows are assumed to have {length:,} tokens (--max-seq-length)")
         examples = [_full_row(length)] * config.batch_size
+    if any(example.images for example in examples):
+        page.note("the features of images, which are computed before training, are not counted")
     (_measure if trials else _estimate)(page, loaded, examples, config, budget)
 
 
@@ -50,11 +52,14 @@ def _reason_to_skip(
 ) -> str | None:
     from nalora_mlx.core.trees import nbytes
     from nalora_mlx.models.loading import is_quantized
+    from nalora_mlx.models.vision.model import trains_towers
 
     if examples == []:
         return "not measured: no row can be trained on"
     if config.fine_tune_type == "full":
         return "not measured: use nalora lora --plan"
+    if trains_towers(loaded.model):
+        return "not measured with images that go through trained towers: use nalora lora --plan"
     if loaded.slow is not None and is_quantized(loaded.config):
         return "not measured: on this CPU, a training step with quantized weights takes minutes"
     if not trials and nbytes(loaded.model.parameters()) > QUICK_WEIGHTS:
@@ -73,9 +78,13 @@ def _estimate(
 ) -> None:
     """Report an upper bound of the run's memory."""
     with page.working("estimating memory"):
+        import mlx.core as mx
+
         from nalora_mlx.training.memory_plan import largest_batch, planning_step, upper_bound_bytes
         from nalora_mlx.training.optimizers import configured_optimizer
 
+        if loaded.processor is not None:
+            mx.eval(loaded.model.parameters())  # MLX cannot trace arrays that are still on disk
         shape = largest_batch(examples, config)
         step = planning_step(loaded.model, config, configured_optimizer(config))
         bound = upper_bound_bytes(step, shape, config)

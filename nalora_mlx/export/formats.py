@@ -74,7 +74,7 @@ def export_gguf(args: argparse.Namespace, directory: Path) -> None:
     from nalora_mlx.export.modelfile import write_modelfile
 
     destination = args.destination
-    _reject_towers(args)
+    _reject_towers(args, directory)
     if args.dry_run:
         return _describe_gguf(args, directory)
     chat = _read_chat_settings(args)
@@ -90,7 +90,7 @@ def export_gguf(args: argparse.Namespace, directory: Path) -> None:
     modelfile, notes = None, list[str]()
     if destination.wants_modelfile:
         modelfile, notes = write_modelfile(result.path, _load_tokenizer(directory, chat))
-    print_notes(result.notes + notes + _template_args_notes(chat))
+    print_notes(result.notes + notes + _tower_notes(args, directory) + _template_args_notes(chat))
     print_written(result.path, f"{result.type}, {format_bytes(result.bytes)}")
     if modelfile is not None:
         print_written(modelfile, "for Ollama")
@@ -118,14 +118,14 @@ def export_gguf_lora(args: argparse.Namespace, directory: Path) -> None:
     from nalora_mlx.export.gguf.adapter import export_gguf_lora
     from nalora_mlx.export.modelfile import write_modelfile
 
-    _reject_towers(args)
+    _reject_towers(args, directory)
     model = open_model(directory)
     result = export_gguf_lora(model, _read_adapters(args, model), args.output, overwrite=args.overwrite)
     base = args.output.with_name(f"{_model_name(args)}.gguf")
     chat = _read_chat_settings(args)
     modelfile, notes = write_modelfile(result.path, _load_tokenizer(directory, chat), base.name)
     notes += [] if chat.template is None else [OWN_TEMPLATE.format("GGUF adapter")]
-    print_notes(result.notes + notes + _template_args_notes(chat))
+    print_notes(result.notes + notes + _tower_notes(args, directory) + _template_args_notes(chat))
     print_written(result.path, f"{result.type}, {format_bytes(result.bytes)}")
     print_written(modelfile, "for Ollama")
     steps: list[Step] = []
@@ -152,16 +152,17 @@ def with_towers(args: argparse.Namespace, directory: Path) -> bool:
     if args.from_peft and sees_images(config) and adapts_towers(Path(args.from_peft).expanduser()):
         return True
     adapters = [Path(path).expanduser() for path in args.adapter_path]
-    return any(needs_vision(config, adapter) for adapter in adapters or [None])
+    return needs_vision(config, None) or any(needs_vision(config, adapter) for adapter in adapters)
 
 
 def _open(args: argparse.Namespace, directory: Path) -> LazyModel:
     return open_vision(directory) if with_towers(args, directory) else open_model(directory)
 
 
-def _reject_towers(args: argparse.Namespace) -> None:
+def _reject_towers(args: argparse.Namespace, directory: Path) -> None:
+    config = read_json(directory / "config.json")
     for path in args.adapter_path:
-        reject_towers(Path(path).expanduser(), f"export {args.format}")
+        reject_towers(config, Path(path).expanduser(), f"export {args.format}")
 
 
 def _read_adapters(args: argparse.Namespace, model: LazyModel) -> AdapterUpdates:
@@ -187,6 +188,16 @@ def _read_chat_settings(args: argparse.Namespace) -> ChatSettings:
         )
         return ChatSettings()
     return undated[0] if undated else ChatSettings()
+
+
+def _tower_notes(args: argparse.Namespace, directory: Path) -> list[str]:
+    """Say where the vision tower is, if an adapter was trained on images."""
+    config = read_json(directory / "config.json")
+    if not any(needs_vision(config, Path(path).expanduser()) for path in args.adapter_path):
+        return []
+    return [
+        "this is for the language model; for images, give llama.cpp the base's mmproj file too (--mmproj)"
+    ]
 
 
 def _template_args_notes(chat: ChatSettings) -> list[str]:

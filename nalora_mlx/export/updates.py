@@ -131,14 +131,15 @@ def reject_full_weights(updates: AdapterUpdates, format: str) -> None:
         )
 
 
-def reject_towers(adapter: Path, format: str) -> None:
+def reject_towers(model_config: Mapping[str, Any], adapter: Path, format: str) -> None:
     """Raise InputError if an adapter adapts modules outside the language model, which GGUF files do not hold.
 
     Args:
+        model_config: content of the model's config.json.
         adapter: directory of the adapter.
         format: what was asked for.
     """
-    if paths := outside_language(adapter):
+    if paths := outside_language(model_config, adapter):
         raise InputError(
             f"{format}: {adapter} adapts {paths[0]}, which is not in the language model, and a GGUF file holds nothing "
             "else; merge it (nalora fuse), and convert the tower with llama.cpp's convert_hf_to_gguf.py --mmproj"

@@ -43,6 +43,22 @@ def greedy_answer(model: Any, tokenizer: Any, prompt: str | list[int], max_token
     return Answer(text, tokens)
 
 
+def answer_chat(model: Any, tokenizer: Any, prompt: str | list[dict[str, Any]], **settings: Any) -> str:
+    """Return the answer to a message or a chat. A model without a chat template continues a text.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, in mlx-lm's wrapper.
+        prompt: a message, or a chat as a list of messages.
+        settings: arguments of mlx-lm's `generate`.
+    """
+    from mlx_lm import generate
+
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = render_prompt(tokenizer, messages) if tokenizer.has_chat_template else prompt
+    return generate(model, tokenizer, text, **settings)
+
+
 class Question(NamedTuple):
     """A message of the user: its text, and the images that come before it."""
 

@@ -2,8 +2,8 @@
 
 mlx-lm and mlx-vlm compute recurrences for generation, with a Metal kernel or one token at a time. The kernels have no
 gradient. A loop over tokens builds a graph of about a hundred operations per token and layer, and keeps a state for
-each token. `TrainingForms` replaces these functions while a batch is computed. It first compares each replacement with the model's
-own function, on the arguments that the model calls it with.
+each token. `TrainingForms` replaces these functions while a batch is computed. It first compares each replacement with
+the model's own function, on the arguments that the model calls it with.
 """
 
 import sys

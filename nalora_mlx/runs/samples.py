@@ -27,6 +27,7 @@ WORD_LENGTH = 5  # characters that count as a word in a text without spaces
 MOST_IMAGES = 8  # of a prompt; rows with more are not used
 SIDE = 160  # pixels of a thumbnail's longer side
 MOST_BYTES = 15_000  # of a thumbnail, which base64 makes a third longer
+EXACT_BYTES = 4000  # of a thumbnail as PNG; larger ones become JPEG
 QUALITIES = (85, 60, 40, 20)  # of JPEG, tried in this order
 REFERENCES = "references"  # key of the images of a prompt, which no file holds
 _THUMBNAIL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*")  # nothing that a page would load
@@ -104,11 +105,9 @@ def thumbnail(reference: Any, where: str) -> str:
     image.thumbnail((SIDE, SIDE))
     kind, data = "png", _encoded(image, "PNG", optimize=True)
     for quality in QUALITIES:
-        if len(data) <= MOST_BYTES and kind == "jpeg":
+        if len(data) <= (EXACT_BYTES if kind == "png" else MOST_BYTES):
             break
-        other = _encoded(image, "JPEG", quality=quality)
-        if len(other) < len(data):
-            kind, data = "jpeg", other
+        kind, data = "jpeg", _encoded(image, "JPEG", quality=quality)
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 

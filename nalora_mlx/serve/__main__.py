@@ -151,7 +151,7 @@ def _sees(served: ServedModels) -> bool:
     blind = why_blind(served.base)
     if not blind and not served.adapters:
         return True
-    directories = _directories(served) or [None]
+    directories: list[str | None] = [None, *_directories(served)]
     if any(needs_mlx_vlm(served.base, directory) for directory in directories):
         if blind:
             raise InputError(f"--model {served.base}: {blind}")

@@ -229,11 +229,18 @@ def test_an_unknown_command_does_not_reach_the_model(tuned, capsys, monkeypatch)
     assert out == ""
     assert chat.tuned.messages == []
     lines = err.splitlines()
-    assert lines[0].startswith("no command /sytem; the commands are /system, /compare, /reset, /help, /quit")
-    assert [line.split("  ")[0] for line in lines[1:6]] == [command.usage for command in COMMANDS]
-    assert lines[6].split() == ["Ctrl-C", "stop", "an", "answer"]
-    assert lines[7] == "comparing needs --model BASE with --adapter-path ADAPTER"
-    assert lines[8].startswith("no command /;")
+    names = "/system, /image, /images, /compare, /reset, /help, /quit"
+    assert lines[0].startswith(f"no command /sytem; the commands are {names}")
+    assert [line.split("  ")[0] for line in lines[1:8]] == [command.usage for command in COMMANDS]
+    assert lines[8].split() == ["Ctrl-C", "stop", "an", "answer"]
+    assert lines[9] == "comparing needs --model BASE with --adapter-path ADAPTER"
+    assert lines[10].startswith("no command /;")
+
+
+def test_a_model_of_text_is_not_shown_images(tuned, capsys, monkeypatch):
+    out, err, chat = talk(None, tuned, capsys, monkeypatch, "/image photo.jpg", "/images")
+    assert (out, chat.tuned.messages, chat.pending) == ("", [], [])
+    assert err == "/image: this model does not see images\nthis model does not see images\n"
 
 
 def test_a_message_can_start_with_a_space_and_a_slash(tuned, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Answers in a report: cards and their differences, and those generated for runs that have none."""
 
 import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -100,6 +101,34 @@ def test_runs_answer_the_same_question_on_one_card(tmp_path):
         ("b", 1, False),
     ]
     assert summary(runs) == "Answers that are word for word as expected: a 2 of 2, b 0 of 1."
+
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLv"
+    "AAAAAElFTkSuQmCC"
+)
+
+
+def test_images_of_a_question_are_shown_with_it(tmp_path):
+    """The same question about other images is another question. Nothing is loaded from elsewhere."""
+    other = PIXEL.replace("png", "jpeg")
+    samples = [
+        sample("what?", None, "b", "a") | {"images": [PIXEL]},
+        sample("what?", None, "b", "c") | {"images": [PIXEL, other]},
+        sample("what?", None, "b", "d"),
+    ]
+    for count in (1, 2):
+        paths = [write_run(tmp_path / f"{count}{i}", samples=samples) for i in range(count)]
+        runs = read_runs(paths)
+        assert [card.images for card in cards(runs)] == [[PIXEL], [PIXEL, other], []]
+        assert [len(card.answers) for card in cards(runs)] == [1 + count] * 3
+        html = render_page(runs)
+        found = re.findall(r'<img src="([^"]*)" alt="([^"]*)">', html)
+        assert found == [
+            (PIXEL, "Image of question 1"),
+            (PIXEL, "Image 1 of question 2"),
+            (other, "Image 2 of question 2"),
+        ]
 
 
 def test_answers_survive_every_report(tmp_path):

@@ -1,5 +1,6 @@
 """The top of a report: numbers, words, names and facts; and card.png."""
 
+import base64
 import io
 import json
 import warnings
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the extra report is not installed")
 
 from matplotlib.figure import Figure
-from matplotlib.image import imread
+from matplotlib.image import imread, imsave
 
 from nalora_mlx.report import card, result
 from nalora_mlx.report.formatting import (
@@ -153,6 +154,19 @@ def draw(runs):
         patch.setattr(Figure, "text", text)
         png = card.draw_card(runs)
     return imread(io.BytesIO(png)), texts
+
+
+def test_card_shows_the_first_image_of_the_question(tmp_path):
+    plain, uri = sample("what?", None, "b", "a"), "data:image/png;base64,"
+    buffer = io.BytesIO()
+    imsave(buffer, np.full((4, 8, 3), (1.0, 0.5, 0.0)), format="png")
+    seen = plain | {"images": [uri + base64.b64encode(buffer.getvalue()).decode()]}
+    paths = [write_run(tmp_path / name / "a", samples=[each]) for name, each in (("1", plain), ("2", seen))]
+    without, with_image = (draw([read_run(path, "a")])[0] for path in paths)
+    assert without.shape == with_image.shape
+    assert not np.allclose(without, with_image)
+    # It is 76 pixels wide and half as high.
+    assert np.allclose(with_image[428:462, 58:130, :3], (1.0, 0.5, 0.0), atol=0.01)
 
 
 def test_card_has_the_result_and_a_pair_of_answers(tmp_path):

@@ -142,6 +142,7 @@ def test_the_file_is_read_as_it_was_written(tmp_path):
         ({"format": 1}, "is damaged"),
         ({"format": 1, "samples": [{"prompt": "q"}]}, "is damaged"),
         ({"format": 1, "samples": [SAMPLE | {"after": None}]}, "is damaged"),
+        ({"format": 1, "samples": [SAMPLE | {"images": ["https://example.org/a.png"]}]}, "is damaged"),
         ([], "must hold a JSON object"),
     ],
 )

@@ -160,6 +160,18 @@ def test_adapters_are_scaled_and_summed(tmp_path, capsys):
             np.testing.assert_allclose(b @ arrays[f"{path}.lora_b"], a, rtol=1e-5, atol=1e-6)
 
 
+def test_adapters_of_the_language_model_become_gguf(tmp_path, capsys):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (pip install '.[export]')")
+    model, base, adapter = save_tiny("qwen2_5_vl", tmp_path)
+    assert export("gguf-lora", base, tmp_path / "lora.gguf", "--adapter-path", adapter) == 0
+    assert "give llama.cpp the base's mmproj file too" in capsys.readouterr().err
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "lora.gguf").tensors}
+    assert len(tensors) == len(adapter_weights(model))
+    # llama.cpp does not permute the rows of Qwen's projections.
+    expected = np.array(adapter_weights(model)["language_model.model.layers.1.self_attn.q_proj.lora_b"]).T
+    np.testing.assert_allclose(tensors["blk.1.attn_q.weight.lora_b"], expected)
+
+
 def test_what_cannot_be_exported_is_refused_by_name(tmp_path, capsys):
     _, base, adapter = save_tiny("pixtral", tmp_path / "pixtral", vision=True)
     assert export("peft", base, tmp_path / "out", "--adapter-path", adapter) == 2

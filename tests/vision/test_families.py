@@ -216,7 +216,7 @@ def test_tokens_are_the_processors_own(case):
 def test_logits_are_those_of_generation(case, trained, tmp_path):
     """A batch of right-padded rows gives what mlx-vlm computes for each row by itself, with its cache."""
     examples = case.media_rows(tmp_path, trained=trained)
-    batch = collate(examples, range(len(examples)))
+    batch = collate(examples, range(len(examples))).with_media()
     assert ("inputs" in batch.media) is trained
     found = case.model(mx.array(batch.inputs), media=media_arrays(batch.media))
     blind = case.model(mx.array(batch.inputs))
@@ -263,7 +263,7 @@ def test_gradients_are_those_of_mlx_vlm(case, vision, tmp_path):
     expected = dict(tree_flatten(expected))
     before = {path: np.array(array) for path, array in adapter_weights(model).items()}
     examples = case.media_rows(tmp_path, model, trained=vision)
-    batch = collate(examples, range(len(examples)))
+    batch = collate(examples, range(len(examples))).with_media()
     step = TrainingStep(model, optim.SGD(1.0), result.config)
     assert step.compiled is not vision
     loss, _ = step(batch, 1, None, True)
@@ -295,6 +295,24 @@ def updated(model, weights):
     return model
 
 
+def test_towers_add_to_the_adapters_of_the_language_model(case):
+    """With the towers, the same modules of the language model are adapted, and NA-LoRA acts on the same MLPs."""
+    alone, both = adapted(case)[1], adapted(case, vision=True)[1]
+    for found in (lambda r: r.plain, lambda r: [gated.path for gated in r.gated]):
+        assert set(found(alone)) == {path for path in found(both) if path.startswith("language_model.")}
+    towers = [path for path in both.plain if not path.startswith("language_model.")]
+    assert len(towers) >= 4
+    if case.name in ("qwen2_5_vl", "pixtral", "mistral3"):
+        assert len(both.gated) == len(alone.gated) + 2
+        assert not both.notices
+    else:
+        assert "acts on the language model only" in both.notices[0]
+    reasons = {skipped.reason for skipped in both.skipped}
+    assert reasons == (
+        {"stays plain LoRA: its projections are ClippableLinear layers"} if case.name == "gemma4" else set()
+    )
+
+
 def test_recurrences_have_training_forms(case, monkeypatch, tmp_path):
     """Qwen3.5 trains with the chunked form of its gated delta rule, not with mlx-vlm's own."""
     from mlx_vlm.models.qwen3_5 import gated_delta
@@ -307,7 +325,7 @@ def test_recurrences_have_training_forms(case, monkeypatch, tmp_path):
     assert not step.loss.notices()
     monkeypatch.setattr(gated_delta, "_compute_g_beta", None)  # the original fails
     examples = case.media_rows(tmp_path, model)
-    step(collate(examples, range(len(examples))), 1, None, True)
+    step(collate(examples, range(len(examples))).with_media(), 1, None, True)
 
 
 def test_answers_start_from_the_tokens_of_training(case):

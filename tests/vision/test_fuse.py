@@ -12,8 +12,10 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed (pip install '.[
 
 import mlx_vlm
 from mlx_lm.utils import load as load_text_model
+from mlx_vlm.utils import load_model
 
 from nalora_mlx.__main__ import main
+from nalora_mlx.adapters import merge_quality
 from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.comparison import load_tuned
 from nalora_mlx.adapters.files import adapter_config, adapter_files
@@ -40,6 +42,13 @@ PUBLISHED = {
         ("", "model."),
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    """Compare models on a few tokens."""
+    monkeypatch.setattr(merge_quality, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(merge_quality, "PROMPTS", merge_quality.PROMPTS[:2])
 
 
 def save_published(name, directory):
@@ -139,6 +148,19 @@ def test_fused_model_is_base_and_adapter_in_mlx_vlm(name, tmp_path, capsys):
     assert "image-text-to-text" in card
     assert fuse(tmp_path / "fused", adapter, tmp_path / "twice") == 2
     assert "already contains" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - PUBLISHED.keys()))
+def test_merged_towers_of_every_family_load_in_mlx_vlm(name, tmp_path):
+    base = save_model(name, tmp_path / "base")
+    model, adapter = train(base, tmp_path / "adapter", vision=True)
+    assert fuse(base, adapter, tmp_path / "fused", "--force") == 0
+    ids, rest = given_to(base)
+    expected = logits(model, ids, rest)
+    plain, fused = (load_model(path) for path in (base, tmp_path / "fused"))
+    assert np.abs(logits(plain, ids, rest) - expected).max() > 0.1
+    scale = max(1, np.abs(expected).max())
+    np.testing.assert_allclose(logits(fused, ids, rest), expected, rtol=0, atol=TOLERANCE * scale)
 
 
 @pytest.mark.parametrize("flags", [(), ("--bits", "same"), ("--dequantize",)])

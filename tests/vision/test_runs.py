@@ -157,7 +157,10 @@ def test_a_test_set_has_the_loss_of_validation(vision_model, data, trained, tmp_
 REFUSED = {
     "packing": ({"packing": True}, "packing: the rows of a vision-language model cannot be packed"),
     "full": ({"fine_tune_type": "full"}, "full fine-tuning does not take images"),
-    "short": ({"max_seq_length": 12, "mask_prompt": False}, "an image reaches beyond the maximum of 12 tokens"),
+    "short": (
+        {"max_seq_length": 12, "mask_prompt": False},
+        "an image reaches beyond the maximum of 12 tokens",
+    ),
 }
 
 

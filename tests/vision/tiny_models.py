@@ -1,4 +1,4 @@
-"""Tiny random vision-language models of mlx-vlm, saved as model directories, with the real processors set to tiny images."""
+"""Tiny random vision-language models of mlx-vlm, saved as model directories, with the real processors."""
 
 import json
 from dataclasses import dataclass, field

@@ -28,6 +28,7 @@ class VisionConversation(Conversation):
         max_kv_size: int | None = None,
     ):
         self.processor = processor
+        self.read_images: list[Any] = []  # of the prompt in the cache
         super().__init__(model, processor.tokenizer, system_prompt, max_kv_size, blind="")
 
     def _stream(self, history: list[dict[str, Any]], settings: dict[str, Any]) -> Generator[Any, None, None]:
@@ -61,4 +62,4 @@ class VisionConversation(Conversation):
         from mlx_vlm.generate import PromptCacheState
 
         self.cache = PromptCacheState()
-        self.read_images: list[Any] = []
+        self.read_images = []

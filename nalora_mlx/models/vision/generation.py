@@ -13,8 +13,6 @@ from nalora_mlx.data.rows.formats import Row
 from nalora_mlx.models.vision.features import as_mx
 from nalora_mlx.models.vision.processor import VisionProcessor
 
-_POSITIONS = ("_position_ids", "_rope_deltas")  # of the last prompt, which language models of mlx-vlm keep
-
 
 def message_content(text: str, images: int) -> str | list[dict[str, str]]:
     """Return the content of a message: images first, then the text."""
@@ -96,9 +94,6 @@ def stream_answer(
     from mlx_vlm.generate import stream_generate
 
     inputs = model_inputs(processor, text, images, source)
-    for name in _POSITIONS:
-        if hasattr(model.language_model, name):
-            setattr(model.language_model, name, None)
     processor.processor.tokenizer.stopping_criteria.reset(sorted(end_tokens(model, processor)))
     yield from stream_generate(model, processor.processor, text, **inputs, **settings)
 

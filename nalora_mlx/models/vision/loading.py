@@ -51,8 +51,9 @@ def open_vision_model(
         )
     from mlx_vlm.utils import load_model
 
-    from nalora_mlx.models.vision.model import as_vision_language_model
+    from nalora_mlx.models.vision.model import as_vision_language_model, check_type
 
+    check_type(config["model_type"])
     with loading(name):
         model = as_vision_language_model(load_model(directory, lazy=lazy))
         applied = {
@@ -79,8 +80,10 @@ def open_processor(name: str, config: dict[str, Any], trust_remote_code: bool = 
     from mlx_vlm.utils import get_model_and_args, load_image_processor, load_processor
     from transformers.utils import logging
 
+    from nalora_mlx.models.vision.model import check_type
     from nalora_mlx.models.vision.processor import VisionProcessor, default_template
 
+    check_type(config.get("model_type"))
     logging.set_verbosity_error()  # mlx-vlm calls it with arguments that it warns about
     with loading(name):
         get_model_and_args(dict(config))  # imports the model's module, which registers its processor

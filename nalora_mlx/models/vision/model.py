@@ -1,9 +1,9 @@
 """A vision-language model of mlx-vlm, called like a model of mlx-lm."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +18,8 @@ _SUPPORTED = {
     *("visual_pos_masks", "deepstack_visual_embeds"),
     "attention_mask_4d",  # no language model of mlx-vlm reads it
 }
+# By cross-attention or with positions of pixels, to an encoder, or to a model that generates by diffusion.
+_REFUSED = {"diffusion_gemma", "falcon_ocr", "florence2", "mllama", "nemotron_parse"}
 PROMPT = "prompt"  # in `media`: 1 for the tokens before the answer; [B, L]
 _NOT_ARGUMENTS = {"features", "index", "inputs", "deepstack", PROMPT}  # of `media`
 
@@ -82,7 +84,7 @@ class VisionLanguageModel:
                 given = self.get_input_embeddings(row, mask=mx.ones_like(row), **(inputs or {}))
             check_embeddings(self, given)
             rows.append({name: value for name, value in given.to_dict().items() if value is not None})
-        arguments = {"inputs_embeds": mx.concatenate([row["inputs_embeds"] for row in rows])}
+        arguments: dict[str, Any] = {"inputs_embeds": mx.concatenate([row["inputs_embeds"] for row in rows])}
         if any("per_layer_inputs" in row for row in rows):
             arguments["per_layer_inputs"] = mx.concatenate([row["per_layer_inputs"] for row in rows])
         if any("deepstack_visual_embeds" in row for row in rows):
@@ -90,7 +92,7 @@ class VisionLanguageModel:
             layers = [row["deepstack_visual_embeds"] for row in rows if "deepstack_visual_embeds" in row]
             arguments["visual_pos_masks"] = mx.concatenate(masks)
             arguments["deepstack_visual_embeds"] = [
-                mx.concatenate(parts) for parts in zip(*layers, strict=True)
+                mx.concatenate(list(parts)) for parts in zip(*layers, strict=True)
             ]
         return arguments
 
@@ -127,8 +129,25 @@ def as_floats(array: mx.array) -> mx.array:
     return array.view(mx.bfloat16) if array.dtype == mx.uint16 else array
 
 
+def check_type(kind: object) -> None:
+    """Refuse a `model_type` whose models are known to read images in a way that `VisionLanguageModel` does not know.
+
+    Raises:
+        InputError: it is one of them.
+    """
+    if kind in _REFUSED:
+        raise _refused(str(kind))
+
+
+def _refused(kind: str) -> InputError:
+    return InputError(
+        f"models of type {kind} do not pass their images to a language model as embeddings, and cannot be trained on "
+        "images; use another model"
+    )
+
+
 @cache
-def _vision_class(base: type) -> type:
+def _vision_class(base: Any) -> type:
     return type(base.__name__, (VisionLanguageModel, base), {})
 
 
@@ -139,12 +158,9 @@ def as_vision_language_model(model: nn.Module) -> nn.Module:
         InputError: the model is not made of embeddings that a language model reads.
     """
     if not all(hasattr(model, name) for name in ("language_model", "get_input_embeddings", "layers")):
-        raise InputError(
-            f"models of type {model_type(model)} do not pass their images to a language model as embeddings, and "
-            "cannot be trained on images; use another model"
-        )
-    model.__class__ = _vision_class(type(model))
-    transformer = getattr(model.language_model, "model", None)
+        raise _refused(model_type(model))
+    model.__class__ = _vision_class(cast(Hashable, type(model)))
+    transformer: Any = getattr(model.language_model, "model", None)
     if hasattr(transformer, "_deepstack_process"):
         transformer._deepstack_process = _add_features(transformer._deepstack_process)
     if hasattr(transformer, "_apply_blockwise_bidirectional_overlay"):

@@ -1,6 +1,7 @@
 """The processor of a vision-language model: what an image becomes in the text of a chat, and in arrays."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class VisionProcessor:
         self.token_ids = frozenset({image_token})
         self._takes_prompts = _takes_prompts(processor)
         self._read: dict[Any, ImageTokens] = {}
-        self._compared: set[tuple[str, int]] = set()
+        self._encoded: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._agrees: dict[tuple[str, int], bool] = {}
         settings = sorted(directory.glob("*processor*.json"))
         self.fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in settings)).hexdigest()
         if type(processor).__name__ == "LlavaProcessor":
@@ -94,8 +96,7 @@ class VisionProcessor:
         Raises:
             InputError: it cannot be read, or the processor refuses it.
         """
-        key = reference if isinstance(reference, str | bytes) else id(reference)
-        if key not in self._read:
+        if (key := _content_key(reference)) not in self._read:
             image = open_image(reference, source)
             with _recorded(self.processor) as texts:
                 given = self.arrays(self.placeholder, [image], source)
@@ -107,7 +108,9 @@ class VisionProcessor:
             )
             if self._takes_prompts:  # the rest of the prompt comes from the template
                 text = self.placeholder * count
-            tokens = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+            if text not in self._encoded:  # images of one size share their text
+                self._encoded[text] = text, tuple(self.tokenizer.encode(text, add_special_tokens=False))
+            text, tokens = self._encoded[text]
             if not count or sum(token in self.token_ids for token in tokens) != count:
                 raise InputError(
                     f"{source}: the model's processor makes {count} image tokens of an image, and its tokenizer "
@@ -178,13 +181,16 @@ class VisionProcessor:
         Raises:
             InputError: they differ.
         """
-        key = (source, len(images))
-        if not images or self._takes_prompts or key in self._compared or len(self._compared) >= COMPARED:
+        if not images or self._takes_prompts:
             return
-        self._compared.add(key)
-        given = self.arrays(text, [open_image(image, source) for image in images], source)
-        tokens = self.tokenizer.encode(expanded, add_special_tokens=False)
-        if self._without_start(given["input_ids"][0]) != self._without_start(tokens):
+        key = (source, len(images))
+        if key not in self._agrees:
+            if len(self._agrees) >= COMPARED:
+                return
+            given = self.arrays(text, [open_image(image, source) for image in images], source)
+            tokens = self.tokenizer.encode(expanded, add_special_tokens=False)
+            self._agrees[key] = self._without_start(given["input_ids"][0]) == self._without_start(tokens)
+        if not self._agrees[key]:  # raised each time, since the renderer of chats tries several forms
             raise InputError(
                 f"{source}: the model's processor makes other tokens of this chat than of its images and texts by "
                 "themselves, so training would differ from generation; use rows with one image, or another model"
@@ -230,6 +236,19 @@ def default_template(processor: Any) -> str | None:
 
 def _takes_prompts(processor: Any) -> bool:
     return type(processor).__name__ == "PaliGemmaProcessor"
+
+
+def _content_key(reference: Any) -> Any:
+    """Return what changes with the content of an image, and does not keep it in memory."""
+    if isinstance(reference, bytes):
+        return hashlib.sha256(reference).digest()
+    if not isinstance(reference, str):
+        return image_digest(reference)
+    try:
+        found = os.stat(reference)
+    except (OSError, ValueError):  # a data URI; or `open_image` says what is wrong
+        return hashlib.sha256(reference.encode()).digest()
+    return reference, found.st_mtime_ns, found.st_size
 
 
 class _Proxy:
