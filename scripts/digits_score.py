@@ -1,7 +1,7 @@
 """Ask a model about the held-out pictures of the digits example, and compare the answers before and after training.
 
-python scripts/digits_score.py ask --data demo/digits/data/sum --model demo/digits/model --output demo/digits/before.json
-python scripts/digits_score.py compare --data demo/digits/data/sum demo/digits/before.json demo/digits/after.json
+python scripts/digits_score.py ask --data demo/digits/data/sum --model demo/digits/model --output before.json
+python scripts/digits_score.py compare --data demo/digits/data/sum before.json after.json
 
 An answer is right if it is exactly that of test.jsonl.
 """
@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-MAX_TOKENS = 8  # the longest right answer has 3, with the end of the message
+MAX_TOKENS = 16  # the longest right answer has 9, with the end of the message
 BATCH = 25
 
 
@@ -93,10 +93,10 @@ def compare(args: argparse.Namespace) -> int:
     """Print some answers and the accuracies. Return 1 if the second is below --enough."""
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in args.answers)
     rows = read_rows(args.data)[: len(before)]
-    print(f"{'pictures':32}  {'expected':8}  {'before':24}  after")
+    print(f"{'pictures':32}  {'expected':11}  {'before':40}  after")
     for row, old, new in list(zip(rows, before, after, strict=True))[: args.show]:
         names = [Path(part["image"]).name for part in row["messages"][0]["content"] if "image" in part]
-        print(f"{' '.join(names):32}  {expected(row):8}  {' '.join(old.split()):24}  {new}")
+        print(f"{' '.join(names):32}  {expected(row):11}  {' '.join(old.split()):40}  {new}")
     result = accuracy(after, rows)
     print(
         f"exactly right on {len(rows)} held-out rows: {accuracy(before, rows):.1%} before, {result:.1%} after"

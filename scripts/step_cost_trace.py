@@ -215,7 +215,9 @@ def _trace_ours(step: Step, model: nn.Module, weights: int) -> TracedStep:
         window: list[Any] = []
 
         def backward(*arrays: mx.array) -> Any:
-            window[:] = training._backward([*arrays[:-1], None, None, arrays[-1]], weight, mx.random.key(0), None)
+            window[:] = training._backward(
+                [*arrays[:-1], None, None, arrays[-1]], weight, mx.random.key(0), None
+            )
             return window
 
         with as_gpu(step.backend, step.sizes, step.attention):

@@ -32,7 +32,7 @@ def length_statistics(examples: Sequence[Example]) -> dict[str, int]:
 
 
 def summary(name: str, split: Split) -> str:
-    """Return one line about a split: rows, sequences if they are more, images, tokens, supervised share, and lengths."""
+    """Return one line about a split: rows, sequences if they are more, images, tokens, what is supervised, lengths."""
     found = length_statistics(split.sequences)
     sequences = found["sequences"]
     parts = f" in {counted(sequences, 'sequence')}" if sequences > split.rows else ""
@@ -100,5 +100,5 @@ def _with_counts(tokenizer: Any, tokens: Sequence[int]) -> str:
         if (count := len(list(run))) < REPEATED:
             rest += [token] * count
             continue
-        text, rest = f"{text}{tokenizer.decode(rest)}{tokenizer.decode([token])}×{count:,}", []
+        text, rest = f"{text}{tokenizer.decode(rest)}{tokenizer.decode([token])} ({count:,} times)", []
     return text + tokenizer.decode(rest)

@@ -6,8 +6,9 @@ Everything between hidden states and logits (norms, scales, soft caps, tied or q
 model's own. A split is tried on a few tokens before it is used.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -25,16 +26,21 @@ class OutputHead:
         backbone: the module of the model whose output is the hidden states.
         forward: token ids [B, L] -> logits [B, L, V], the whole model.
         vocabulary: V, the number of logits per token.
+        layers: those of the model that come before the backbone, if it is only a norm. They are bypassed when logits
+            are computed, since they would otherwise run once more for each call and disturb what adapters observe.
 
     Attributes:
         projection: the module whose weight has one row per vocabulary entry; None if logits can only be computed for
             the whole vocabulary.
     """
 
-    def __init__(self, backbone: nn.Module, forward: Forward, vocabulary: int):
+    def __init__(
+        self, backbone: nn.Module, forward: Forward, vocabulary: int, layers: Sequence[nn.Module] = ()
+    ):
         self.backbone = backbone
         self.forward = forward
         self.vocabulary = vocabulary
+        self.layers = layers
         self.projection: nn.Module | None = None
 
     def hidden(self, tokens: mx.array, **arguments: Any) -> mx.array:
@@ -54,7 +60,7 @@ class OutputHead:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits [S, V] of any hidden states [S, D]."""
-        with _intercept(self.backbone, lambda _: hidden[None]):
+        with _bypassed(self.layers), _intercept(self.backbone, lambda _: hidden[None]):
             # Not [0]: MLX makes that a gather, whose gradient is a scatter.
             return self.forward(mx.zeros((1, 1), mx.int32)).squeeze(0)
 
@@ -97,7 +103,9 @@ def _first_exact_split(model: nn.Module, forward: Forward) -> OutputHead | None:
     for path in sorted(modules, key=lambda path: path.count(".")):
         if any(part.isdigit() for part in path.split(".")):
             continue  # a layer of the backbone
-        head = OutputHead(modules[path], forward, expected.shape[-1])
+        inside = {id(module) for module in modules[path].modules()}
+        layers = [layer for layer in getattr(model, "layers", ()) if id(layer) not in inside]
+        head = OutputHead(modules[path], forward, expected.shape[-1], layers)
         if _is_exact(head, tokens, expected):
             head.projection = _find_projection(head, model, tokens, expected)
             return head
@@ -179,6 +187,20 @@ def _has_rows(array: Any, count: int) -> bool:
 
 
 @contextmanager
+def _bypassed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let layers return their input while the context is open."""
+    ids = {id(layer) for layer in layers}
+
+    def bypass(original: Callable[..., Any], layer: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x if id(layer) in ids else original(layer, x, *args, **kwargs)
+
+    with ExitStack() as stack:
+        for cls in {type(layer) for layer in layers}:
+            stack.enter_context(_replaced(cls, "__call__", partial(bypass, cls.__call__)))
+        yield
+
+
+@contextmanager
 def _intercept(
     module: nn.Module, replacement: Callable[[Callable[[], Any]], Any], method: str = "__call__"
 ) -> Iterator[None]:
@@ -191,12 +213,23 @@ def _intercept(
             return original(instance, *args, **kwargs)
         return replacement(lambda: original(instance, *args, **kwargs))
 
-    inherited = method not in vars(cls)
-    setattr(cls, method, call)
+    with _replaced(cls, method, call):
+        yield
+
+
+@contextmanager
+def _replaced(cls: type, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Replace a method of a class while the context is open."""
+    inherited, original = name not in vars(cls), getattr(cls, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:  # a partial would not become a method
+        return method(*args, **kwargs)
+
+    setattr(cls, name, call)
     try:
         yield
     finally:
         if inherited:
-            delattr(cls, method)
+            delattr(cls, name)
         else:
-            setattr(cls, method, original)
+            setattr(cls, name, original)

@@ -300,7 +300,9 @@ def towers_advice(
     rows = math.ceil(min(config.batch_size, len(examples)) / workers.size)
     most = max(range(len(examples)), key=lambda i: (_image_tokens(examples[i]), examples[i].inputs))
     profiler = PeakProfiler(step, layers, accumulating, progress)
-    one, *two = profiler.measure_batches([collate(examples, [most] * n).with_media() for n in range(1, min(rows, 2) + 1)])
+    one, *two = profiler.measure_batches(
+        [collate(examples, [most] * n).with_media() for n in range(1, min(rows, 2) + 1)]
+    )
     peak = one + (rows - 1) * max(two[0] - one, 0) if two else one
     peak += 3 * nbytes(step.model.trainable_parameters()) * keeps_weights(step.model)
     line = (

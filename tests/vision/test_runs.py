@@ -4,6 +4,8 @@ import json
 import shutil
 from unittest.mock import patch
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -12,6 +14,8 @@ import nalora_mlx
 from nalora_mlx.__main__ import main
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.models.vision.features import FOLDER, ImageEncoder
+from nalora_mlx.models.vision.loading import open_vision_model
+from nalora_mlx.training.loss import SupervisedLoss
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed (pip install '.[vlm]')")
 
@@ -125,6 +129,27 @@ def test_the_tower_sees_each_image_once(vision_model, data, tmp_path):
         assert len(calls) == 6
         run(vision_model, data, tmp_path / "a", iters=2, vision=True)
         assert len(calls) == 6
+
+
+def test_the_output_head_does_not_run_the_layers(tmp_path):
+    """The language model of SmolVLM has its norm and its head beside its layers. Each layer runs once, head included."""
+    model, _ = open_vision_model(str(save_model("smolvlm", tmp_path / "model")))
+    nalora_mlx.adapt(model, nalora_mlx.NALoRAConfig(rank=2))
+    loss, calls = SupervisedLoss(model), []
+    assert loss.has_tiles
+    kind = type(model.layers[0])
+    original = kind.__call__
+
+    def counting(layer, *args, **kwargs):
+        calls.append(args[0].shape)
+        return original(layer, *args, **kwargs)
+
+    with patch.object(kind, "__call__", counting):
+        value = loss(mx.array([[9, 10, 11, 12]]), mx.array([1, 2]), mx.array([11, 12]), mx.ones(2))
+    assert calls == [(1, 4, 32)] * len(model.layers)
+    logits = model(mx.array([[9, 10, 11, 12]]))[0, 1:3]
+    expected = nn.losses.cross_entropy(logits, mx.array([11, 12]), reduction="sum")
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_training_lowers_the_loss(trained):
