@@ -21,7 +21,7 @@ GROUPS = {
     "completion_feature text_feature chat_feature chat_template chat_template_args trust_remote_code",
     "training": "train test iters epochs batch_size learning_rate max_seq_length | optimizer grad_accumulation_steps "
     "grad_clip packing seed max_bad_steps",
-    "adapter (num_layers and lora_parameters in YAML)": "fine_tune_type num_layers rank vision | scale dropout keys "
+    "adapter (num_layers and lora_parameters in YAML)": "fine_tune_type num_layers rank | scale dropout keys vision "
     "projector",
     "results": "adapter_path resume | resume_adapter_file resume_anyway save_every keep_last samples push_to_hub",
     "validation and reports": "| steps_per_report steps_per_eval val_batches test_batches early_stopping report_to "

@@ -100,6 +100,6 @@ $DIGITS/data      pictures, and rows with questions about them
 $DIGITS/adapters  the adapter, a plain LoRA that mlx-vlm loads, and metrics.jsonl with the losses
 
 Next step:
-  bash scripts/environment.sh nalora generate --model $DIGITS/model --adapter-path $DIGITS/adapters --image $DIGITS/data/images/test-000.png --image $DIGITS/data/images/test-001.png --prompt "Add the two digits."
+  bash scripts/environment.sh nalora generate --model $DIGITS/model --adapter-path $DIGITS/adapters --image $DIGITS/data/images/test-000.png $DIGITS/data/images/test-001.png --prompt "Add the two digits."
 NEXT
 exit $status

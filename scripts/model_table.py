@@ -45,7 +45,8 @@ random weights, whose gradients are compared with those of mlx-lm's own adapters
 """
 NOTES_HEAD = """
 Three models of mlx-lm cannot be trained. Muse Spark and BitNet use Metal kernels that have no gradient. The parameters
-of RecurrentGemma cannot be frozen. Models that also see or hear train as text models; rows with images are refused.
+of RecurrentGemma cannot be frozen. Models that see
+train on [images](vision.md), or like models that hear as text models.
 
 Recurrent and hybrid models train like others, and their rows can be packed: gated delta nets (Qwen3.5, Qwen3-Next,
 OLMo Hybrid, Kimi Linear), Mamba and Mamba-2 (Jamba, Falcon H1, Granite 4, Nemotron H, PLaMo 2), lightning attention

@@ -22,7 +22,7 @@ def example(tokens, supervised, images=()):
 def test_tokens_of_images_are_counted():
     tokens = [0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5]
     shown = mask_pieces(example(tokens, 2, ("a.png",)), Letters())
-    assert shown == [("abbbc×5deee", False), ("ef", True)]
+    assert shown == [("abbbc (5 times)deee", False), ("ef", True)]
 
 
 def test_texts_are_shown_whole():

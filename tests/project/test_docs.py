@@ -222,6 +222,23 @@ def working_directory(tiny_model, data_directory, finished_run, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
 
 
+def use_images():
+    """Replace the model and the data in the current directory by ones with images, and add a photo."""
+    from tests.vision.tiny_models import picture, save_model
+
+    for name in ("MODEL", "DATA"):
+        Path(name).unlink()
+    for name in RUNS:
+        shutil.rmtree(name)
+    save_model("smolvlm", Path("MODEL"))
+    Path("DATA").mkdir()
+    picture(32, 32).save("photo.jpg")
+    picture(32, 32).save("DATA/photo.png")
+    row = {"prompt": "What is this?", "completion": "A photo.", "image": "photo.png"}
+    Path("DATA/train.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    Path("DATA/valid.jsonl").write_text(f"{json.dumps(row)}\n")
+
+
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=pytest.mark.slow) if page.stem in SLOW_PAGES else page for page in PAGES],
@@ -229,6 +246,9 @@ def working_directory(tiny_model, data_directory, finished_run, tmp_path, monkey
 )
 @pytest.mark.usefixtures("working_directory")
 def test_every_command_of_a_page_runs(page):
+    if page.stem == "vision":
+        pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed (pip install '.[vlm]')")
+        use_images()
     reader = Reader()
     for line in lines(page):
         if "nalora" in line and why_not_run(line) is None:

@@ -1,5 +1,6 @@
 """The digits example: its data, the model that it makes, how answers are scored, and its study."""
 
+import itertools
 import json
 import re
 import sys
@@ -15,8 +16,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-for package in ("mlx_vlm", "sklearn"):
-    pytest.importorskip(package, reason=f"{package} is not installed (pip install '.[digits]')")
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed (pip install '.[digits]')")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed (pip install '.[digits]')")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import digits_data
@@ -30,7 +31,6 @@ from nalora_mlx.data.batches import collate
 RECIPE = digits_model.Recipe(
     hidden_size=32, heads=2, layers=1, tower_epochs=1, embedding_iters=4, embedding_rate=0.05, copies=1
 )
-VOCABULARY = 259  # bytes, and three special tokens
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,20 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory):
-    """Return the directory of a tiny Llama with a tokenizer of bytes and the special tokens of SmolLM2."""
+    """Return the directory of a tiny Llama with a tokenizer of bytes, digits' names and special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     directory = tmp_path_factory.mktemp("language")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
+    tokens, merges = special + sorted(pre_tokenizers.ByteLevel.alphabet()), []
+    for word in digits_model.WORDS:  # each becomes one token, with the space before it
+        for i in range(len(word)):
+            merges.append((f"Ġ{word[:i]}", word[i]))
+            tokens.append(f"Ġ{word[: i + 1]}")
+    tokens = list(dict.fromkeys(tokens))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(dict.fromkeys(merges))))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
@@ -58,7 +64,7 @@ def language_model(tmp_path_factory):
     ).save_pretrained(directory)
     config = {
         "model_type": "llama",
-        "vocab_size": VOCABULARY,
+        "vocab_size": len(vocabulary),
         "hidden_size": 48,
         "intermediate_size": 64,
         "num_hidden_layers": 3,
@@ -115,7 +121,7 @@ def digit_of(path):
     originals = load_digits()
     distances = ((originals.data * 255 / 16 - small) ** 2).mean(axis=1)
     best = np.argsort(distances)[:2]
-    assert distances[best[0]] < 0.5 * distances[best[1]]
+    assert distances[best[0]] < 0.8 * distances[best[1]]
     return int(originals.target[best[0]])
 
 
@@ -138,9 +144,8 @@ def test_parts_share_no_picture(data):
         for split in ("train", "valid", "test")
     }
     files = {name: {(data / "read" / path).read_bytes() for path in paths} for name, paths in used.items()}
-    assert not (
-        files["train"] & files["valid"] or files["train"] & files["test"] or files["valid"] & files["test"]
-    )
+    for a, b in itertools.combinations(files.values(), 2):
+        assert not a & b
     assert len(set.union(*used.values())) == len(list((data / "images").iterdir())) == 1000
     counts = Counter(path for row in rows(data, "sum", "train") for path in images(row))
     assert set(counts.values()) == {4}
@@ -169,13 +174,14 @@ def test_mlx_vlm_loads_the_model_with_the_language_model_unchanged(loaded, langu
         mine = found[name.removeprefix("model.")]
         assert mx.array_equal(mine[: len(array)], array), name
     embedding = original["model.embed_tokens.weight"]
+    vocabulary = len(embedding)
     newline = processor.tokenizer.encode("\n", add_special_tokens=False)
     assert len(newline) == 1
     assert mx.array_equal(
-        found["embed_tokens.weight"][VOCABULARY:], mx.repeat(embedding[newline[0]][None], 3, 0)
+        found["embed_tokens.weight"][vocabulary:], mx.repeat(embedding[newline[0]][None], 3, 0)
     )
     hidden = mx.random.normal((200, 48), key=mx.random.key(0))
-    assert mx.argmax(model.language_model.lm_head(hidden), axis=-1).max().item() < VOCABULARY
+    assert mx.argmax(model.language_model.lm_head(hidden), axis=-1).max().item() < vocabulary
 
 
 def test_the_processor_writes_the_tokens_that_the_model_was_made_for(loaded, data):
@@ -202,8 +208,10 @@ def test_the_processor_writes_the_tokens_that_the_model_was_made_for(loaded, dat
     assert np.abs(np.array(inputs).transpose(0, 2, 3, 1) - expected).mean() < 0.05
 
 
-def test_embeddings_and_projector_are_fitted(loaded):
-    model, processor = loaded
+def test_embeddings_and_projector_are_fitted(model_directory):
+    from mlx_vlm import load
+
+    model, processor = load(str(model_directory))
     prompts = [digits_model.make_prompts(processor, "Read it.", model.config.image_token_id)]
     names = mx.arange(10) + 100
 
@@ -223,20 +231,25 @@ def test_embeddings_and_projector_are_fitted(loaded):
     embeddings = digits_model.find_embeddings(model, prompts, names, replace(RECIPE, embedding_iters=10))
     assert loss(embeddings) < loss(start) - 0.1
 
-    digits = np.arange(40) % 10
+    digits, ridge = np.arange(40) % 10, 0.01
     pictures = np.random.default_rng(0).uniform(-1, 1, (40, 32, 32, 3)).astype(np.float32)
-    weight = mx.random.normal((48, 32 * 4))
     outputs = digits_model.tower_output(model, pictures)
-    digits_model.fit_projector(model, pictures, digits, embeddings, 1e-9)
+    digits_model.fit_projector(model, pictures, digits, embeddings, ridge)
     x = np.array(outputs, np.float64).reshape(-1, 128)
     y = np.array(embeddings)[digits].reshape(-1, 48)
-    expected, *_ = np.linalg.lstsq(x, y, rcond=None)
+    # The minimum of |x w - y|^2 / n + ridge |w|^2, by another way: least squares with further rows.
+    extended = np.vstack([x, np.sqrt(ridge * len(x)) * np.eye(x.shape[1])])
+    expected, *_ = np.linalg.lstsq(extended, np.vstack([y, np.zeros((x.shape[1], 48))]), rcond=None)
     projected = np.array(model.connector.modality_projection(outputs)).reshape(-1, 48)
-    np.testing.assert_allclose(projected, x @ expected, atol=0.02)
-    assert weight.shape == model.connector.modality_projection.proj.weight.shape
+    np.testing.assert_allclose(projected, x @ expected, atol=1e-4)
 
 
 # --- scores -------------------------------------------------------------------------------------------------
+
+
+def valid(text):
+    """Return a text without bytes that are not UTF-8, which mlx-vlm may leave out."""
+    return text.replace("\N{REPLACEMENT CHARACTER}", "").strip()
 
 
 @pytest.mark.parametrize("task", ["read", "sum"])
@@ -252,7 +265,8 @@ def test_batches_get_the_answers_of_mlx_vlm(loaded, data, task):
         )
         paths = [str(data / task / path) for path in images(row)]
         options = {"max_tokens": digits_score.MAX_TOKENS, "temperature": 0.0}
-        assert answer == generate(model, processor, prompt, image=paths, **options).text.strip()
+        text = generate(model, processor, prompt, image=paths, **options).text
+        assert valid(answer) == valid(text)
 
 
 def test_accuracies_are_printed_and_checked(data, tmp_path, capsys):
@@ -299,7 +313,6 @@ def test_the_upper_layers_give_the_logits_of_the_whole_model(study, loaded, data
 
 def test_scores_are_loss_and_exact_answers(study):
     model, examples = study.upper_layers(), study.examples["test"]
-    # An output head that always prefers one token.
     losses, right = [], []
     for row in examples:
         batch = collate([row], [0]).with_media()

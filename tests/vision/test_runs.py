@@ -101,7 +101,7 @@ def test_a_run_with_another_picture_is_not_resumed(vision_model, data, tmp_path)
 
 @pytest.mark.parametrize("towers", [{}, {"projector": True}], ids=["language", "projector"])
 def test_accumulated_batches_are_as_one(vision_model, data, tmp_path, towers):
-    """All rows in one batch, and in four accumulated ones; plain LoRA and SGD, whose update is linear in the gradient."""
+    """All rows in one batch, and in four accumulated ones; with SGD the update is linear in the gradient."""
     common = {"iters": 1, "fine_tune_type": "lora", "optimizer": "sgd", "learning_rate": 1.0, **towers}
     run(vision_model, data, tmp_path / "one", **common | {"batch_size": 8})
     common["iters"] = 4
@@ -132,7 +132,7 @@ def test_the_tower_sees_each_image_once(vision_model, data, tmp_path):
 
 
 def test_the_output_head_does_not_run_the_layers(tmp_path):
-    """The language model of SmolVLM has its norm and its head beside its layers. Each layer runs once, head included."""
+    """The language model of SmolVLM has norm and head beside its layers. Each layer runs once, head included."""
     model, _ = open_vision_model(str(save_model("smolvlm", tmp_path / "model")))
     nalora_mlx.adapt(model, nalora_mlx.NALoRAConfig(rank=2))
     loss, calls = SupervisedLoss(model), []
