@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace) -> int:
     print(f"{'pictures':32}  {'expected':11}  {'before':40}  after")
     for row, old, new in list(zip(rows, before, after, strict=True))[: args.show]:
         names = [Path(part["image"]).name for part in row["messages"][0]["content"] if "image" in part]
-        print(f"{' '.join(names):32}  {expected(row):11}  {' '.join(old.split()):40}  {new}")
+        print(f"{' '.join(names):32}  {expected(row):11}  {' '.join(old.split())[:40]:40}  {new}")
     result = accuracy(after, rows)
     print(
         f"exactly right on {len(rows)} held-out rows: {accuracy(before, rows):.1%} before, {result:.1%} after"
