@@ -63,7 +63,9 @@ def smolvlm(language_model: Path, output: Path) -> Path:
 
     output.mkdir()
     write_files(
-        language_model, output, Recipe(image_size=512, patch_size=16, merged=4, hidden_size=768, layers=12)
+        language_model,
+        output,
+        Recipe(image_size=512, patch_size=16, merged=4, hidden_size=768, heads=12, layers=12),
     )
     weights = mx.load(str(language_model / "model.safetensors"))
     model = build_model(read_json(output / "config.json"), weights, newline=0)

@@ -85,7 +85,11 @@ class Chat:
         """
         if not line.startswith("/"):
             if line.strip():
-                self.answer(line.strip(), [image.image for image in self.pending])
+                try:
+                    self.answer(line.strip(), [image.image for image in self.pending])
+                except InputError:
+                    self.pending = []  # an image that the model refuses would be refused again
+                    raise
             return
         name, *argument = line.split(maxsplit=1)
         for command in COMMANDS:

@@ -23,6 +23,7 @@ EXTRAS = {
     "report": "nalora report",
     "tensorboard": "--report-to tensorboard",
     "vlm": "vision-language models",
+    "digits": "scripts/digits.sh",
     "notebook": "examples/finetune.ipynb",
 }
 DISTRIBUTION = "nalora-mlx"

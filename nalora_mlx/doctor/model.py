@@ -104,7 +104,7 @@ def _find_processor(page: "Page", run: RunConfig, rows: "RunData | None") -> "Vi
     if rows is not None or lora.vision or lora.projector or not reads_text(config):
         from nalora_mlx.data.checks import RunData
 
-        processor = run_processor(run, RunData(run.mask_prompt) if rows is None else rows)
+        processor = run_processor(run, RunData(run.mask_prompt) if rows is None else rows, lambda _: None)
     elif is_installed("mlx-vlm"):
         processor = open_processor(run.model, config, run.trust_remote_code)
     else:

@@ -19,29 +19,39 @@ from nalora_mlx.models.vision.model import trains_towers
 from nalora_mlx.models.vision.processor import VisionProcessor
 
 
-def run_processor(config: RunConfig, data: RunData) -> VisionProcessor | None:
+def run_processor(config: RunConfig, data: RunData, notify: Callable[[str], None]) -> VisionProcessor | None:
     """Return the processor of a run's vision-language model; None if the run trains on text alone.
 
     A model that sees is loaded through mlx-vlm if rows have images, if its tower or projector is trained, or if mlx-lm
-    has no model of its type.
+    has no model of its type. `notify` gets a notice if a tower is adapted that no row reaches.
 
     Raises:
         InputError: rows have images, and the model does not see, or its processor cannot be loaded; or a setting does
             not go with images.
     """
-    lora = config.lora_config()
     model_config = read_json(check_files(config.model) / "config.json")
     sees = sees_images(model_config)
     if data.has_images and not sees:
         raise InputError(listed(images_refused(data)))
-    wanted = data.has_images or lora.vision or lora.projector or not reads_text(model_config)
+    wanted = data.has_images or adapts_towers(config) or not reads_text(model_config)
     if not (sees and wanted):
         return None
     if config.packing:
         raise InputError("packing: the rows of a vision-language model cannot be packed; switch it off")
     if config.fine_tune_type == "full" and data.has_images:
         raise InputError("fine_tune_type: full fine-tuning does not take images; use na-lora, lora or dora")
+    if config.train and adapts_towers(config) and not data.has_images:
+        notify(
+            "no row has images, so the vision tower and the projector learn nothing; leave --vision and --projector "
+            "out, or add images"
+        )
     return open_processor(config.model, model_config, config.trust_remote_code)
+
+
+def adapts_towers(config: RunConfig) -> bool:
+    """Return whether a run adapts the vision tower or the projector."""
+    lora = config.lora_config()
+    return lora.vision or lora.projector
 
 
 def load_run_tokenizer(config: RunConfig, processor: VisionProcessor | None) -> Any:

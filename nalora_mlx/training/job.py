@@ -52,7 +52,12 @@ from nalora_mlx.training.device_memory import memory_limit
 from nalora_mlx.training.distributed import workers
 from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.events import Listener
-from nalora_mlx.training.images import encode_images, load_run_model, load_run_tokenizer, run_processor
+from nalora_mlx.training.images import (
+    encode_images,
+    load_run_model,
+    load_run_tokenizer,
+    run_processor,
+)
 from nalora_mlx.training.interruption import interruptible
 from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.memory_plan import default_budget, memory_advice
@@ -147,7 +152,7 @@ class Job:
         display.note(f"loading {config.model}")
         if slow := slow_on_cpu_notice(config.model, config.quantize):
             self.notify(slow)
-        self.processor = run_processor(config, self.data)
+        self.processor = run_processor(config, self.data, self.notify)
         self.tokenizer = load_run_tokenizer(config, self.processor)
         self.chat = configure_run_chats(config, self.tokenizer, self.start, self.notify)
         tokenized = in_background(

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import nalora_mlx
 from nalora_mlx.__main__ import main
@@ -150,6 +150,64 @@ def test_the_output_head_does_not_run_the_layers(tmp_path):
     logits = model(mx.array([[9, 10, 11, 12]]))[0, 1:3]
     expected = nn.losses.cross_entropy(logits, mx.array([11, 12]), reduction="sum")
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_damaged_features_are_computed_again(vision_model, data, tmp_path):
+    run(vision_model, data, tmp_path / "a", iters=3)
+    files = sorted((tmp_path / "a" / FOLDER).iterdir())
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    files[1].write_bytes(b"no archive")
+    files[2].unlink()
+    run(vision_model, data, tmp_path / "b", iters=6)
+    nalora_mlx.finetune(output=tmp_path / "a", resume=True, iters=6, progress=False)
+    before, after = arrays(tmp_path / "a"), arrays(tmp_path / "b")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_notice_says_that_towers_learn_nothing_from_texts(vision_model, tmp_path, capsys):
+    row = {"prompt": "What is it?", "completion": "It is yyy."}
+    run(vision_model, [row] * 4, tmp_path / "a", iters=1, projector=True, progress=True, valid_fraction=0)
+    assert "no row has images" in capsys.readouterr().out
+
+
+def test_a_model_without_the_weights_of_its_tower_is_refused(vision_model, data, tmp_path):
+    directory = shutil.copytree(vision_model, tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    kept = {name: array for name, array in weights.items() if not name.startswith("vision_tower.")}
+    save_file(kept, directory / "model.safetensors", {"format": "mlx"})
+    with pytest.raises(InputError, match="without the weights of its vision tower"):
+        run(directory, data, tmp_path / "a")
+
+
+IMAGE = {"type": "image", "image": "0.png"}
+
+
+@pytest.mark.parametrize("case", ["left out", "as text"])
+def test_no_image_takes_the_place_of_another(vision_model, data, tmp_path, case):
+    """A template that leaves out the image of one turn, and a placeholder in the text of another turn."""
+    question = {"role": "user", "content": [IMAGE, {"type": "text", "text": "What is it?"}]}
+    answer = {"role": "assistant", "content": "A mark."}
+    if case == "left out":
+        settings = {
+            "chat_template": "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+            "{% if loop.index == 1 %}<|image_pad|>{% endif %}{{ m['content'][-1]['text'] }}{% endif %}{% endfor %}"
+        }
+        messages, found = (
+            [question, answer, question, answer],
+            "stands in it 1 time; the chat template leaves some out",
+        )
+        template = tmp_path / "template.jinja"
+        template.write_text(settings["chat_template"])
+        settings["chat_template"] = str(template)
+    else:
+        settings, found = {}, "stands in it 2 times; remove that text"
+        text = {"role": "user", "content": "What is <|image_pad|> ?"}
+        messages = [text, answer, question, answer]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": messages}) + "\n")
+    shutil.copy(data / "0.png", tmp_path)
+    with pytest.raises(InputError, match=rf"rows.jsonl:1: the chat has .*{found}"):
+        run(vision_model, rows, tmp_path / "a", valid_fraction=0, **settings)
 
 
 def test_training_lowers_the_loss(trained):

@@ -59,7 +59,8 @@ def control_token(row: Row, encoder: ChatEncoder) -> str:
     """Return a control token that a chat's contents hold as text, if any. Tags of reasoning are not meant."""
     for message in row.messages:
         content = message.get("content")
-        for text in encoder.text_encoder.split(content)[1::2] if isinstance(content, str) else ():
+        texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or ()]
+        for text in (token for whole in texts for token in encoder.text_encoder.split(whole)[1::2]):
             if text in encoder.text_encoder.control_texts and "think" not in text:
                 return text
     return ""

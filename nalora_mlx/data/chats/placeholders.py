@@ -1,9 +1,9 @@
 """Images in rendered chats: placeholders become the text that stands for an image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.errors import InputError, counted
 
 
 class ImageTexts(Protocol):
@@ -25,26 +25,38 @@ class ImageTexts(Protocol):
         ...
 
 
-def expand_placeholders(text: str, images: ImageTexts, row_images: Sequence[Any], source: str) -> str:
+def expand_placeholders(text: str, images: ImageTexts, present: Sequence[Any], source: str) -> str:
     """Replace the placeholders in a rendered chat by what the images become.
 
     Args:
-        text: a chat, or its beginning; it may lack the last images.
+        text: the chat.
         images: of the model.
-        row_images: of the row, in the order of their placeholders.
+        present: the images of the messages that were rendered, in their order.
         source: of the row, for messages.
 
     Raises:
-        InputError: the text has more placeholders than the row has images.
+        InputError: the text does not have a placeholder for each image, so which is whose cannot be told.
     """
     first, *rest = text.split(images.placeholder)
-    if len(rest) > len(row_images):
-        raise InputError(
-            f"{source}: the chat holds {images.placeholder!r} {len(rest)} times, and the row has {len(row_images)} "
-            "images; remove that text from the messages, or add the images"
+    if len(rest) != len(present):
+        remedy = (
+            "the chat template leaves some out; remove these, or use another --chat-template"
+            if len(rest) < len(present)
+            else "remove that text from the messages, or add images"
         )
-    present = row_images[: len(rest)]
+        raise InputError(
+            f"{source}: the chat has {counted(len(present), 'image')}, and {images.placeholder!r} stands in it "
+            f"{counted(len(rest), 'time')}; {remedy}"
+        )
     pairs = zip(images.texts(present, source), rest, strict=True)
     expanded = first + "".join(image + piece for image, piece in pairs)
     images.check(text, expanded, present, source)
     return expanded
+
+
+def image_count(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of image parts in messages."""
+    contents = (message.get("content") for message in messages)
+    return sum(
+        part["type"] == "image" for content in contents if isinstance(content, list) for part in content
+    )

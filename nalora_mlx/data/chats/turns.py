@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError, first_line
 from nalora_mlx.data.chats.contents import RenderedText, split_reasoning
-from nalora_mlx.data.chats.placeholders import ImageTexts, expand_placeholders
+from nalora_mlx.data.chats.placeholders import ImageTexts, expand_placeholders, image_count
 from nalora_mlx.data.chats.text_encoder import TextEncoder
 from nalora_mlx.data.rows.formats import Row
 
@@ -65,7 +65,8 @@ class ChatRenderer:
                 f"{row.source}: the model's chat template refuses this row ({first_line(error)})"
             ) from None
         if row.images and self.images is not None:
-            text = expand_placeholders(text, self.images, row.images, row.source)
+            present = row.images[: image_count(messages)]
+            text = expand_placeholders(text, self.images, present, row.source)
         return text
 
     def _writes_texts(self) -> bool:

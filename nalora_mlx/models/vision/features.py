@@ -10,9 +10,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 
 from nalora_mlx.core import storage
-from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.errors import InputError, first_line
 from nalora_mlx.data.media import RowMedia
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.models.vision.model import PROMPT, as_bits, check_embeddings
@@ -30,9 +32,17 @@ class StoredFeatures:
     path: Path
 
     def load(self) -> dict[str, np.ndarray]:
-        """Read them: "features" [n, D], and "deepstack" [n, K, D] of models that add features to later layers."""
-        with np.load(self.path) as arrays:
-            return dict(arrays)
+        """Read them: "features" [n, D], and "deepstack" [n, K, D] of models that add features to later layers.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        try:
+            return dict(load_file(self.path))
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{self.path}: cannot be read ({first_line(error)}); remove the file, and continue with --resume"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,7 @@ class ImageEncoder:
             show: called with the number of images that are done, and of all of them.
 
         Raises:
-            InputError: an image cannot be read, or its features do not fit its tokens.
-            OSError: the features cannot be written.
+            InputError: an image cannot be read, its features do not fit its tokens, or they cannot be written.
         """
         if not self.trained:
             self._encode_missing(examples, show)
@@ -87,13 +96,18 @@ class ImageEncoder:
             for reference in row.images:
                 tokens = self.processor.tokens_of(reference, row.source)
                 images.setdefault(tokens.digest, (reference, row.source, tokens))
-        missing = [entry for digest, entry in images.items() if not self._path(digest).exists()]
+        missing = [entry for entry in images.values() if not _is_complete(self._path(entry[2]))]
         for done, (reference, source, tokens) in enumerate(missing):
             show(len(images) - len(missing) + done, len(images))
             arrays = self.encode(reference, source, tokens)
-            path = self._path(tokens.digest)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_file(path, partial(_write_arrays, arrays))
+            path = self._path(tokens)
+            try:
+                storage.write_file(path, partial(_write_arrays, arrays))
+            except OSError as error:
+                raise InputError(
+                    f"{path}: the features of an image cannot be written ({error.strerror}); free some disk space, "
+                    "or choose another --adapter-path"
+                ) from None
         show(len(images), len(images))
 
     def encode(self, reference: Any, source: str, tokens: ImageTokens) -> dict[str, np.ndarray]:
@@ -109,8 +123,16 @@ class ImageEncoder:
         self.model.eval()
         ids = np.array([tokens])
         inputs = {name: as_mx(value) for name, value in given.items()}
-        output = self.model.get_input_embeddings(mx.array(ids), mask=mx.ones(ids.shape, mx.int32), **inputs)
-        self.model.train(training)
+        mask = mx.ones(ids.shape, mx.int32)
+        try:
+            output = self.model.get_input_embeddings(mx.array(ids), mask=mask, **inputs)
+        except ValueError as error:
+            raise InputError(
+                f"{source}: the model's vision tower fails on an image ({first_line(error)}); "
+                "resize it, or remove the row"
+            ) from None
+        finally:
+            self.model.train(training)
         check_embeddings(self.model, output)
         positions = np.flatnonzero(np.isin(ids[0], list(self.processor.token_ids)))
         if not positions.size:
@@ -124,14 +146,15 @@ class ImageEncoder:
             raise InputError(f"{source}: {len(positions)} tokens of an image, and features of other number")
         return {name: as_bits(array) for name, array in features.items()}
 
-    def _path(self, digest: str) -> Path:
-        return self.directory / FOLDER / f"{self._key(digest)}.npz"
+    def _path(self, tokens: ImageTokens) -> Path:
+        return self.directory / FOLDER / f"{self._key(tokens)}.safetensors"
 
-    def _key(self, digest: str) -> str:
-        """Return a hash of an image, the processor's settings, and the towers."""
+    def _key(self, tokens: ImageTokens) -> str:
+        """Return a hash of an image and its tokens, the processor's settings, and the towers."""
         if not self._fingerprint:
             self._fingerprint = self.processor.fingerprint + self._tower_fingerprint()
-        return hashlib.sha256((digest + self._fingerprint).encode()).hexdigest()[:32]
+        text = f"{tokens.digest} {tokens.tokens} {self._fingerprint}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _tower_fingerprint(self) -> str:
         """Return a hash of the features of one fixed picture, which any other weights or settings would change."""
@@ -169,11 +192,14 @@ class ImageEncoder:
             self._references[digest] = references, row.source
             inputs = ProcessedImages(partial(self._inputs, digest))
             return RowMedia(positions, (), aligned, inputs, digest)
-        features = tuple(StoredFeatures(self._path(tokens.digest)) for tokens in images)
+        features = tuple(StoredFeatures(self._path(tokens)) for tokens in images)
         return RowMedia(positions, features, aligned, None, digest)
 
     def _read_inputs(self, digest: str) -> dict[str, Any]:
         references, source = self._references[digest]
+        now = " ".join(self.processor.tokens_of(image, source).digest for image in references)
+        if now != digest:
+            raise InputError(f"{source}: an image has changed since the run began; start again")
         return self.processor.inputs(references, source)
 
     def _aligned(
@@ -201,9 +227,17 @@ class ImageEncoder:
         return aligned
 
 
+def _is_complete(path: Path) -> bool:
+    """Return whether a file of features is as long as its header says."""
+    try:
+        with safe_open(path, "np") as file:
+            return "features" in file.keys()  # noqa: SIM118  (it is no mapping)
+    except (OSError, SafetensorError):
+        return False
+
+
 def _write_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
 def as_mx(value: Any) -> Any:

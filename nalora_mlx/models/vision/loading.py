@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from nalora_mlx.models.vision.processor import VisionProcessor
 
+TOWERS = ("vision_tower", "vision_model")  # names of a vision tower in models of mlx-vlm
 VISION = ("vision_config", "vision_tower", "mm_vision_tower", "visual")  # keys of a config
 
 
@@ -55,7 +56,14 @@ def open_vision_model(
 
     check_type(config["model_type"])
     with loading(name):
-        model = as_vision_language_model(load_model(directory, lazy=lazy))
+        loaded = load_model(directory, lazy=lazy)
+        if any(
+            getattr(loaded, tower, loaded) is None for tower in TOWERS
+        ):  # mlx-vlm drops what has no weights
+            raise InputError(
+                f"--model {name}: was saved for text alone, without the weights of its vision tower; use the original"
+            )
+        model = as_vision_language_model(loaded)
         applied = {
             key: value
             for key in QUANTIZATION

@@ -243,7 +243,7 @@ def _content_key(reference: Any) -> Any:
     if isinstance(reference, bytes):
         return hashlib.sha256(reference).digest()
     if not isinstance(reference, str):
-        return image_digest(reference)
+        return image_digest(open_image(reference, "an image"))
     try:
         found = os.stat(reference)
     except (OSError, ValueError):  # a data URI; or `open_image` says what is wrong
