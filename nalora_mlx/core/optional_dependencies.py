@@ -23,7 +23,6 @@ EXTRAS = {
     "report": "nalora report",
     "tensorboard": "--report-to tensorboard",
     "vlm": "vision-language models",
-    "digits": "scripts/digits.sh",
     "notebook": "examples/finetune.ipynb",
 }
 DISTRIBUTION = "nalora-mlx"
