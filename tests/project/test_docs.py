@@ -75,6 +75,7 @@ FOREIGN = {
     "--max-lora-rank": "vllm",
     "--mlx-path": "mlx_lm.convert",
     "--model-only": "scripts/demo.sh",
+    "--prepare": "scripts/digits.sh",
     "--hf-path": "mlx_lm.convert",
     "--train-mode": "mlx-lm-lora",
     "--train-type": "mlx-lm-lora",

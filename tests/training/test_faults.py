@@ -660,7 +660,7 @@ def test_rows_are_tokenized_while_the_model_loads(
     model_directory, data_directory, tmp_path, monkeypatch, capsys
 ):
     started, loaded = threading.Event(), []
-    tokenize, load = job.tokenize, job.load_module
+    tokenize, load = job.tokenize, job.load_run_model
 
     def tokenize_and_signal(*arguments):
         started.set()
@@ -671,7 +671,7 @@ def test_rows_are_tokenized_while_the_model_loads(
         return load(*arguments)
 
     monkeypatch.setattr(job, "tokenize", tokenize_and_signal)
-    monkeypatch.setattr(job, "load_module", load_slowly)
+    monkeypatch.setattr(job, "load_run_model", load_slowly)
     assert main(command(model_directory, data_directory, tmp_path / "a")) == 0
     assert loaded == [True]
     # An error in that thread ends the command like any other.
