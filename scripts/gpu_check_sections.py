@@ -39,6 +39,7 @@ from nalora_mlx.data.batches import Batch, collate
 from nalora_mlx.ops.device_sizes import SIZES, device_kind, using_sizes
 from nalora_mlx.ops.kernels.backend import backend
 from nalora_mlx.training import step as step_module
+from nalora_mlx.training.loss import batch_arrays
 
 Emit = Callable[[str, Any], None]
 
@@ -213,8 +214,8 @@ def time_parts(contender: Contender, batch: Batch, steps: int) -> dict[str, Any]
         parts["forward and backward"] = repeat_timed(backward, steps)
     else:
         loss = contender.run.step.loss
-        inputs = [mx.array(a) for a in (batch.inputs, *batch.loss_positions())]
-        parts["forward"] = repeat_timed(lambda: loss.evaluate(*inputs), steps)
+        arrays = batch_arrays(batch)
+        parts["forward"] = repeat_timed(lambda: loss.evaluate(arrays)[0], steps)
         step = contender.run.step
         parts["forward and backward"] = repeat_timed(
             lambda: step(batch, batch.supervised_tokens, None, False), steps

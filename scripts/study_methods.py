@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from nalora_mlx.data.batches import training_batches
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.training import importance, step
-from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.loss import SupervisedLoss, batch_arrays
 
 FIT_BATCHES = 4  # batches whose gradient determines a fitted lora_a
 
@@ -191,7 +191,7 @@ def fit_lora_a(
         if "lora_a" in module and path.rsplit(".", 1)[-1] in names
     }
     loss = SupervisedLoss(model)
-    loss_and_gradient: Any = nn.value_and_grad(model, lambda *arrays: loss(*arrays))
+    loss_and_gradient: Any = nn.value_and_grad(model, lambda arrays: loss(arrays)[0])
     batches = list(itertools.islice(training_batches(examples, batch, seed + 1), FIT_BATCHES))
     rng = np.random.default_rng(seed)
     norms = {path: mx.sqrt(mx.mean(mx.sum(mx.square(m.lora_a), axis=0))) for path, m in adapters.items()}
@@ -200,7 +200,7 @@ def fit_lora_a(
         """Return the gradient of lora_a or lora_b for each adapter, summed over the batches."""
         total: dict[str, mx.array] = {}
         for one in batches:
-            _, gradient = loss_and_gradient(mx.array(one.inputs), *map(mx.array, one.loss_positions()))
+            _, gradient = loss_and_gradient(batch_arrays(one))
             flat: Any = dict(tree_flatten(gradient))
             for path in adapters:
                 total[path] = total.get(path, mx.array(0.0)) + flat[f"{path}.{leaf}"]

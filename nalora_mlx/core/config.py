@@ -10,18 +10,25 @@ from typing import Any
 from nalora_mlx.core.config_adapter import LORA_NAMES, NA_NAMES, PLAIN_LORA, NALoRAConfig, NAParameters
 from nalora_mlx.core.config_data import DataConfig
 from nalora_mlx.core.config_fields import not_a_count, setting, too_small, wrong_choices
+from nalora_mlx.core.config_preferences import DPO, KTO, ORPO, SFT, SIMPO, PreferenceConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import coerce, nearest, reject_unknown
 from nalora_mlx.core.yaml_files import read_yaml
 
 __all__ = [
+    "DPO",
     "FINE_TUNE_TYPES",
+    "KTO",
     "METHOD_LABELS",
     "OPTIMIZERS",
+    "ORPO",
     "PLAIN_LORA",
+    "SFT",
+    "SIMPO",
     "DataConfig",
     "NALoRAConfig",
     "NAParameters",
+    "PreferenceConfig",
     "RunConfig",
     "TrainingConfig",
     "load_run_config",
@@ -29,7 +36,7 @@ __all__ = [
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(PreferenceConfig):
     """Settings of `train`. Names, meanings and defaults are those of mlx-lm's trainer.
 
     Settings marked `may_change` may differ when a run is resumed. All others determine what the run computes.
@@ -95,7 +102,7 @@ class TrainingConfig:
             found.append(f"seed is {self.seed}; it must not be negative")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             found.append(f"epochs is {self.epochs}; it must be a number above 0")
-        return found
+        return found + wrong_choices(self) + self.preference_problems()
 
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
@@ -172,13 +179,18 @@ class RunConfig(TrainingConfig, DataConfig):
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one sentence each."""
-        found = super().problems() + wrong_choices(self)
+        found = super().problems()
         found += too_small(self, 1, "memory_budget") + self.data_problems()
         found += not_a_count(self, "test_batches")
         if not (self.train or self.test or self.plan):
             found.append("nothing to do; give --train, --test or both, or --plan")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             found.append(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if self.has_reference and self.test and self.train and self.fine_tune_type == "full":
+            found.append(
+                f"train_mode {self.train_mode} with fine_tune_type full cannot --test: no copy of the model before "
+                "training is kept; leave --test out"
+            )
         for name in self.optimizer_config:
             if name not in OPTIMIZERS:
                 found.append(f"optimizer_config names {name!r}{nearest(name, OPTIMIZERS)}")

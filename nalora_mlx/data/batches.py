@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from nalora_mlx.data.answer_batches import BatchAnswers, are_preferences, collate_answers
 from nalora_mlx.data.media import RowMedia
 from nalora_mlx.data.media_batches import collate_media
 from nalora_mlx.data.packing import epoch_packs
 from nalora_mlx.data.padding import PaddedShapes, fit_shapes, padded_length, rounded_length
-from nalora_mlx.data.tokenization import Example
+from nalora_mlx.data.preferences import PreferenceExample, TokenizedRow
+from nalora_mlx.data.tokenization import Lane
 
 Packs = Sequence[Sequence[int]]  # for each sequence of a batch, the rows it holds
 ALL = slice(None)  # the share of a worker that trains alone
@@ -29,13 +31,15 @@ class Batch:
         inputs: int32 token ids that the model reads.
         targets: int32 token ids that follow them.
         loss_mask: float32, 1 where the target is supervised.
-        token_mask: float32, 1 where the input is a token and not padding.
+        token_mask: float32, how many tokens an input stands for: 0 for padding, mostly 1.
         rows: indices into the split's examples.
-        segment_ids: int32, the number of an input's row within its sequence, from 1; 0 for padding. None if not packed.
+        segment_ids: int32, which inputs of a sequence attend to each other, from 1; 0 for padding. None if not packed.
+        branches, positions: int32, see `Lane`; None without branches.
         remote_tokens: supervised tokens of the batch that other workers hold.
         loss_capacity: size of the arrays of `loss_positions`, see `PaddedShapes.loss_capacity`; grows if too small.
         images: of each sequence; empty without any.
         media: what they add, see `data.media_batches.collate_media`; None until `with_media` reads it.
+        answers: of preference rows; None in supervised training.
     """
 
     inputs: np.ndarray
@@ -48,6 +52,9 @@ class Batch:
     loss_capacity: int = 0
     images: tuple[RowMedia | None, ...] = ()
     media: dict[str, Any] | None = None
+    branches: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    answers: BatchAnswers | None = None
 
     def with_media(self) -> "Batch":
         """Return the batch with what its images add, read from files or processed now."""
@@ -59,6 +66,13 @@ class Batch:
     def supervised_tokens(self) -> int:
         """Supervised tokens in the whole batch."""
         return int(self.loss_mask.sum()) + self.remote_tokens
+
+    @property
+    def loss_counts(self) -> tuple[int, ...]:
+        """What the terms of the loss are means over, in the whole batch: supervised tokens, or rows and SFT tokens."""
+        return (
+            (self.supervised_tokens,) if self.answers is None else (len(self.rows), self.answers.sft_tokens)
+        )
 
     def loss_positions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the supervised positions in the flattened [B L], their targets, and weights; [S] each.
@@ -77,28 +91,42 @@ class Batch:
 # --- which rows ---------------------------------------------------------------------------------------------
 
 
-def sorted_batches(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+def sorted_batches(examples: Sequence[TokenizedRow], batch_size: int) -> list[list[int]]:
     """Return row indices sorted by length and cut into batches; the last batch may be smaller."""
     order = sorted(range(len(examples)), key=lambda row: examples[row].inputs)
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def epoch_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(
+    examples: Sequence[TokenizedRow], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
     """Return one epoch's batches as row indices. Every row is in exactly one batch.
 
-    1. Shuffle the rows, then sort them by rounded length. Rows that pad to the same length stay shuffled.
+    1. Shuffle the rows, then sort them by rounded length. Rows that pad to the same length stay shuffled. For KTO,
+       sort good and bad answers by themselves and mix them evenly, because their lengths may differ.
     2. Cut the sorted rows into batches; the last batch may be smaller.
     3. Shuffle the batches.
 
     The result depends only on the arguments, so a run can resume at any position.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = sorted(rng.permutation(len(examples)), key=lambda row: rounded_length(examples[row].inputs))
+    order = _mixed(
+        examples, sorted(rng.permutation(len(examples)), key=lambda row: rounded_length(examples[row].inputs))
+    )
     batches = [[int(row) for row in order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def batches_per_epoch(examples: Sequence[Example], batch_size: int, packing: bool = False) -> int:
+def _mixed(examples: Sequence[TokenizedRow], order: Sequence[int]) -> list[int]:
+    """Return rows of both labels mixed evenly, each label in the given order."""
+    of_label: dict[bool, list[int]] = {}
+    for row in order:
+        of_label.setdefault(getattr(examples[row], "desirable", True), []).append(row)
+    places = [((i + 0.5) / len(rows), row) for rows in of_label.values() for i, row in enumerate(rows)]
+    return [row for _, row in sorted(places, key=lambda place: place[0])]
+
+
+def batches_per_epoch(examples: Sequence[TokenizedRow], batch_size: int, packing: bool = False) -> int:
     """Return the number of batches in an epoch."""
     if packing:
         return len(epoch_packs(examples, batch_size, 0, 0))
@@ -109,7 +137,7 @@ def batches_per_epoch(examples: Sequence[Example], batch_size: int, packing: boo
 
 
 def training_batches(
-    examples: Sequence[Example],
+    examples: Sequence[TokenizedRow],
     batch_size: int,
     seed: int,
     packing: bool = False,
@@ -143,17 +171,34 @@ def training_batches(
         epoch, start = epoch + 1, 0
 
 
+def first_epoch(
+    examples: Sequence[TokenizedRow], batch_size: int, seed: int, packing: bool = False, share: slice = ALL
+) -> list[Batch]:
+    """Return the batches of the first epoch of `training_batches`."""
+    if not examples:
+        return []
+    batches = training_batches(examples, batch_size, seed, packing, share)
+    return list(itertools.islice(batches, batches_per_epoch(examples, batch_size, packing)))
+
+
+def evaluation_rows(
+    examples: Sequence[TokenizedRow], batch_size: int, num_batches: int, seed: int
+) -> list[TokenizedRow]:
+    """Return the rows of `evaluation_batches`, in their order in `examples`."""
+    if not 0 <= num_batches * batch_size < len(examples):
+        return list(examples)
+    rows = np.sort(np.random.default_rng(seed).permutation(len(examples))[: num_batches * batch_size])
+    return [examples[row] for row in rows]
+
+
 def evaluation_batches(
-    examples: Sequence[Example], batch_size: int, num_batches: int, seed: int, share: slice = ALL
+    examples: Sequence[TokenizedRow], batch_size: int, num_batches: int, seed: int, share: slice = ALL
 ) -> list[Batch]:
     """Return a fixed set of batches, the same at every call; all rows if `num_batches` is -1.
 
     A subset of the rows is drawn with the seed, then sorted by length.
     """
-    chosen: Sequence[Example] = examples
-    if 0 <= num_batches * batch_size < len(examples):
-        rows = np.sort(np.random.default_rng(seed).permutation(len(examples))[: num_batches * batch_size])
-        chosen = [examples[row] for row in rows]
+    chosen = evaluation_rows(examples, batch_size, num_batches, seed)
     shapes = row_shapes(chosen) if chosen else None
     return [collate(chosen, rows, share, shapes) for rows in sorted_batches(chosen, batch_size)]
 
@@ -161,21 +206,31 @@ def evaluation_batches(
 # --- arrays -------------------------------------------------------------------------------------------------
 
 
-def row_shapes(examples: Sequence[Example]) -> PaddedShapes:
+def row_shapes(examples: Sequence[TokenizedRow]) -> PaddedShapes:
     """Return the shapes of batches with one row per sequence."""
-    return fit_shapes(
-        [example.inputs for example in examples], [example.supervised_tokens for example in examples]
-    )
+    lanes = [(example.inputs, int(lane.loss_mask.sum())) for example in examples for lane in example.lanes]
+    inputs, supervised = zip(*lanes, strict=True)
+    return replace(fit_shapes(inputs, supervised), mismatched=_mismatched_shapes(examples))
 
 
-def pack_shapes(examples: Sequence[Example], packs: Packs, length: int) -> PaddedShapes:
+def _mismatched_shapes(examples: Sequence[TokenizedRow]) -> PaddedShapes | None:
+    found = [example.mismatched for example in examples if isinstance(example, PreferenceExample)]
+    mismatched = [answer for answer in found if answer is not None]
+    return row_shapes(mismatched) if mismatched else None
+
+
+def pack_shapes(examples: Sequence[TokenizedRow], packs: Packs, length: int) -> PaddedShapes:
     """Return the shapes of batches of packs, all padded to one length."""
     supervised = [sum(examples[row].supervised_tokens for row in pack) for pack in packs]
-    return fit_shapes([length] * len(packs), supervised)
+    shapes = fit_shapes([length] * len(packs), supervised)
+    return replace(shapes, mismatched=_mismatched_shapes(examples))
 
 
 def collate(
-    examples: Sequence[Example], rows: Sequence[int], share: slice = ALL, shapes: PaddedShapes | None = None
+    examples: Sequence[TokenizedRow],
+    rows: Sequence[int],
+    share: slice = ALL,
+    shapes: PaddedShapes | None = None,
 ) -> Batch:
     """Make a batch with one row per sequence.
 
@@ -194,47 +249,80 @@ def collate(
 
 
 def collate_packs(
-    examples: Sequence[Example],
+    examples: Sequence[TokenizedRow],
     packs: Packs,
     length: int,
     share: slice = ALL,
     shapes: PaddedShapes | None = None,
 ) -> Batch:
     """Make a batch of packs, each padded to `length`; for the other arguments see `collate`."""
-    batch = _collate(examples, packs, length, share, shapes or pack_shapes(examples, packs, length))
-    segment_ids = np.zeros_like(batch.inputs)
-    for i, pack in enumerate(packs[share]):
-        ends = np.cumsum([examples[row].inputs for row in pack])
-        segment_ids[i, : ends[-1]] = 1 + np.searchsorted(ends, np.arange(ends[-1]), side="right")
-    return replace(batch, segment_ids=segment_ids)
+    shapes = shapes or pack_shapes(examples, packs, length)
+    return _collate(examples, packs, length, share, shapes, packed=True)
 
 
 def _collate(
-    examples: Sequence[Example], packs: Packs, length: int, share: slice, shapes: PaddedShapes
+    examples: Sequence[TokenizedRow],
+    packs: Packs,
+    length: int,
+    share: slice,
+    shapes: PaddedShapes,
+    packed: bool = False,
 ) -> Batch:
-    own = packs[share] or [[]]
-    inputs = np.zeros((len(own), length), np.int32)
-    targets = np.zeros_like(inputs)
-    loss_mask = np.zeros((len(own), length), np.float32)
-    token_mask = np.zeros_like(loss_mask)
-    for i, pack in enumerate(own):
-        start = 0
-        for row in pack:
-            example = examples[row]
-            at = slice(start, start + example.inputs)
-            inputs[i, at] = example.tokens[:-1]
-            targets[i, at] = example.tokens[1:]
-            loss_mask[i, at] = example.loss_mask[1:]
-            token_mask[i, at] = 1
-            start += example.inputs
+    own = packs[share]
+    sequences = [lanes for pack in own for lanes in zip(*(examples[row].lanes for row in pack), strict=True)]
+    sequences = sequences or [()]  # a worker without rows
+    placed = list(_places(sequences))
+    shape = (len(sequences), length)
+
+    def fill(name: str, dtype: Any) -> np.ndarray:
+        """Return an array of all lanes as one array [B, L]; lanes without it count as 1 everywhere."""
+        array = np.zeros(shape, dtype)
+        for at, lane in placed:
+            values = getattr(lane, name)
+            array[at] = 1 if values is None else values
+        return array
+
+    loss_mask = fill("loss_mask", np.float32)
     rows = tuple(int(row) for pack in packs for row in pack)
     own_tokens = int(loss_mask.sum())
+    branched = any(lane.branches is not None for _, lane in placed)
+    preferences: Any = examples if are_preferences(examples) else None
     return Batch(
-        inputs,
-        targets,
+        fill("inputs", np.int32),
+        fill("targets", np.int32),
         loss_mask,
-        token_mask,
+        fill("token_weights", np.float32),
         rows,
+        _segment_ids(placed, shape) if packed or branched else None,
         remote_tokens=sum(examples[row].supervised_tokens for row in rows) - own_tokens,
-        loss_capacity=shapes.loss_capacity(own_tokens, len(own), length),
+        loss_capacity=shapes.loss_capacity(own_tokens, len(sequences), length),
+        branches=fill("branches", np.int32) if branched else None,
+        positions=fill("positions", np.int32) if branched else None,
+        answers=preferences
+        and collate_answers(preferences, own, rows, shape, _mismatched(preferences, own, shapes.mismatched)),
     )
+
+
+def _places(sequences: Sequence[Sequence[Lane]]) -> Iterator[tuple[tuple[int, slice], Lane]]:
+    """Yield each lane with its place in the arrays of a batch."""
+    for i, lanes in enumerate(sequences):
+        start = 0
+        for lane in lanes:
+            yield (i, slice(start, start := start + len(lane.inputs))), lane
+
+
+def _segment_ids(placed: Sequence[tuple[tuple[int, slice], Lane]], shape: tuple[int, int]) -> np.ndarray:
+    """Return the numbers of the segments of each sequence, from 1; [B, L]."""
+    segment_ids = np.zeros(shape, np.int32)
+    for at, lane in placed:
+        segment_ids[at] = segment_ids[at[0]].max() + (1 if lane.segments is None else lane.segments)
+    return segment_ids
+
+
+def _mismatched(
+    examples: Sequence[PreferenceExample], packs: Packs, shapes: PaddedShapes | None
+) -> Batch | None:
+    """Return the batch of the mismatched answers of a worker's rows."""
+    own = [examples[row].mismatched for pack in packs for row in pack]
+    found = [PreferenceExample((answer,)) for answer in own if answer is not None]
+    return collate(found, range(len(found)), shapes=shapes) if found else None

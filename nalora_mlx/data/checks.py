@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.config import PreferenceConfig, RunConfig
 from nalora_mlx.core.data_entries import ROWS_IN_MEMORY, data_entries
 from nalora_mlx.core.errors import InputError, counted, listed
 from nalora_mlx.core.parsing import nearest
@@ -19,7 +19,8 @@ from nalora_mlx.data.chats.chat_encoder import ChatEncoder
 from nalora_mlx.data.chats.placeholders import ImageTexts
 from nalora_mlx.data.findings import Finding, Findings
 from nalora_mlx.data.image_checks import check_images
-from nalora_mlx.data.rows.formats import IMAGES, Features, Row, parse_rows, refused_images
+from nalora_mlx.data.preference_tokenization import accepted_rows, tokenize_preferences
+from nalora_mlx.data.rows.formats import Features, Row, parse_rows, refused_images
 from nalora_mlx.data.rows.images import MARKER
 from nalora_mlx.data.rows.survey import Survey
 from nalora_mlx.data.sources.files import Remarks
@@ -37,6 +38,7 @@ class RunData:
     Attributes:
         mask_prompt: whether prompts are masked.
         last_turn_only: whether only the last assistant turn of a chat is trained on.
+        preferences: the train mode.
         sources: for each dataset, the rows of each split.
         problems: what makes rows unusable.
         notices: what is odd about rows.
@@ -44,6 +46,7 @@ class RunData:
 
     mask_prompt: bool
     last_turn_only: bool = False
+    preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
     sources: list[dict[str, list[Row]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -83,8 +86,13 @@ def read_rows(
     """
     remarks = Remarks()
     found = RunData(
-        config.mask_prompt, config.last_turn_only, problems=remarks.problems, notices=remarks.notices
+        config.mask_prompt,
+        config.last_turn_only,
+        config,
+        problems=remarks.problems,
+        notices=remarks.notices,
     )
+    accepted = accepted_rows(config)
     entries = _entries(config)
     for entry in entries:
         source = _open(config, entry, names, remarks, rows)
@@ -93,7 +101,7 @@ def read_rows(
         for name, contents in source.splits.items():
             survey = Survey()
             findings = Findings()
-            parsed[name], problems = parse_rows(contents, features, survey, {IMAGES})
+            parsed[name], problems = parse_rows(contents, features, survey, accepted)
             total = len(parsed[name]) + len(problems)
             parsed[name], bad_images = check_images(parsed[name], source.directory, findings)
             found.problems += problems + bad_images
@@ -170,7 +178,9 @@ def _test_rows(config: RunConfig, entries: Sequence[Mapping[str, Any]]) -> list[
         with suppress(InputError):
             source = open_source(entry["path"], ["test"], Remarks())
             for contents in source.splits.values():
-                parsed, _ = parse_rows(contents, _features(config, entry, source), accepted={IMAGES})
+                parsed, _ = parse_rows(
+                    contents, _features(config, entry, source), accepted=accepted_rows(config)
+                )
                 rows += check_images(parsed, source.directory, Findings())[0]
     return rows
 
@@ -233,7 +243,12 @@ def tokenize(
     for dataset in data.sources:
         for name, rows in dataset.items():
             split = splits.setdefault(name, Split([]))
-            tokenized = tokenize_rows(rows, encoder, max_seq_length, name)
+            if data.preferences.prefers:
+                tokenized = tokenize_preferences(
+                    rows, tokenizer, data.preferences, data.mask_prompt, max_seq_length, name
+                )
+            else:
+                tokenized = tokenize_rows(rows, encoder, max_seq_length, name)
             weights = {row.source: row.weight for row in rows if name == "train" and row.weight != 1}
             for sequence in tokenized.sequences:
                 split.sequences += [sequence] * weights.get(sequence.source, 1)

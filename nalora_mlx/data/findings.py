@@ -33,6 +33,10 @@ class Finding(Enum):
         "have no supervised token and were left out",
         "there is no answer, or the prompt alone fills --max-seq-length",
     )
+    SAME_ANSWERS = (
+        "have answers that do not differ within {limit} tokens and were left out",
+        "raise --max-seq-length, or shorten the prompts",
+    )
     SPLIT_CHATS = (
         "are rendered differently once later turns follow",
         "this gives {sequences} sequences, so that each answer follows exactly what the model reads in use "

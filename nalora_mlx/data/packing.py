@@ -6,10 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from nalora_mlx.data.padding import padded_length
-from nalora_mlx.data.tokenization import Example
+from nalora_mlx.data.preferences import TokenizedRow
 
 
-def epoch_packs(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[list[int]]]:
+def epoch_packs(
+    examples: Sequence[TokenizedRow], batch_size: int, seed: int, epoch: int
+) -> list[list[list[int]]]:
     """Return one epoch's batches of packs, each pack a list of row indices. Every row is in exactly one pack.
 
     Best fit, longest first:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nalora_mlx.data.tokenization import Example
+from nalora_mlx.data.preferences import TokenizedRow
 
 PAD_TO = 8  # lengths are multiples of this
 SHORT = 256  # up to this length there are eight lengths between two powers of two, above it four
@@ -28,7 +28,7 @@ def rounded_length(length: int) -> int:
     return step * math.ceil(length / step)
 
 
-def padded_length(examples: Iterable[Example]) -> int:
+def padded_length(examples: Iterable[TokenizedRow]) -> int:
     """Return the rounded length of the longest row."""
     return rounded_length(max(example.inputs for example in examples))
 
@@ -40,10 +40,12 @@ class PaddedShapes:
     Attributes:
         lengths: padded lengths, ascending.
         supervised: for each length, mean and standard deviation of the supervised tokens of its sequences.
+        mismatched: the shapes of the mismatched answers of KTO; None without.
     """
 
     lengths: tuple[int, ...]
     supervised: tuple[tuple[float, float], ...]
+    mismatched: "PaddedShapes | None" = None
 
     def length_for(self, inputs: int) -> int:
         """Return the padded length of a batch whose longest sequence has `inputs` tokens."""

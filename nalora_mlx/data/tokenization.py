@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,33 @@ from nalora_mlx.data.sources.loading import numbered
 # The end token must be among the last supervised tokens; templates may write a line break after it.
 END_WINDOW = 4
 ALL_TOKENS = Features()  # the usual keys, and no mask
+
+
+class Lane(NamedTuple):
+    """What a row adds to a sequence of a batch: arrays over its inputs.
+
+    Attributes:
+        inputs: int32 token ids that the model reads.
+        targets: int32 token ids that follow them.
+        loss_mask: bool, true where the target counts in the loss.
+        answers: int32, the number of the answer that a target belongs to, -1 for none; None in supervised training.
+        sft_mask: bool, true where ORPO trains on the target as supervised training does.
+        segments: int32 from 1, which inputs attend to each other; None if all do.
+        branches: int32, 0 for what all inputs of a segment attend to, else the branch within which they attend to
+            each other; None without branches.
+        positions: int32, the position of each input in its text; None if it follows from the order.
+        token_weights: float32, how many tokens an input stands for; None for one each.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    loss_mask: np.ndarray
+    answers: np.ndarray | None = None
+    sft_mask: np.ndarray | None = None
+    segments: np.ndarray | None = None
+    branches: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    token_weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -49,19 +76,24 @@ class Example:
         """Number of targets that count in the loss."""
         return int(self.loss_mask[1:].sum())
 
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """The sequences that the row adds to a batch, without padding: one."""
+        return (Lane(self.tokens[:-1], self.tokens[1:], self.loss_mask[1:]),)
+
 
 @dataclass
 class Split:
     """The tokenized rows of one split, and sentences about rows that are odd or unusable.
 
     Attributes:
-        sequences: tokenized rows; a chat may become several.
+        sequences: tokenized rows, `Example` or `PreferenceExample`; a chat may become several.
         notices: what is odd about rows, and what to do.
         errors: what makes rows unusable, and what to do.
         rows: number of rows that the sequences come from; a row of weight 2 counts twice.
     """
 
-    sequences: list[Example]
+    sequences: list[Any]
     notices: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     rows: int = 0
@@ -106,7 +138,7 @@ def tokenize_rows(
     longest, split_chats = 0, 0
     for row in rows:
         try:
-            sequences, lost = _encode(row, encoder, max_seq_length, findings)
+            sequences, lost = encode_row(row, encoder, max_seq_length, findings)
         except InputError as error:
             split.errors.append(str(error))
             continue
@@ -123,7 +155,7 @@ def tokenize_rows(
             loss_mask = np.array(sequence.loss_mask[:max_seq_length], dtype=bool)
             if length > max_seq_length:
                 findings.add(Finding.TRUNCATED, row.source)
-            elif not _ends(tokens, loss_mask, encoder.text_encoder.end_tokens) and not row.chunk:
+            elif not ends(tokens, loss_mask, encoder.text_encoder.end_tokens) and not row.chunk:
                 findings.add(Finding.NO_END_TOKEN, row.source)
             loss_mask[:1] = False  # nothing predicts the first token
             if row.images and encoder.images is not None:
@@ -156,17 +188,24 @@ def tokenize_rows(
         limit=max_seq_length,
         longest=longest,
         sequences=split_chats,
-        chunk_remedy=", or cut texts with --chunk" if any(row.text for row in rows) else "",
-        opened_remedy=_opened_remedy(encoder),
-        reasoning_remedy="with --mask-prompt each turn is trained as it is generated, with its reasoning"
-        if not encoder.mask_prompt
-        else "it is not trained on; use a --chat-template that writes it, or put it into the content as that "
-        "template expects it",
+        **finding_details(encoder, rows),
     )
     return split
 
 
-def _ends(tokens: np.ndarray, loss_mask: np.ndarray, end_tokens: set[int]) -> bool:
+def finding_details(encoder: ChatEncoder, rows: Sequence[Row]) -> dict[str, str]:
+    """Return the remedies of notices that depend on the rows and on the chat template."""
+    return {
+        "chunk_remedy": ", or cut texts with --chunk" if any(row.text for row in rows) else "",
+        "opened_remedy": _opened_remedy(encoder),
+        "reasoning_remedy": "with --mask-prompt each turn is trained as it is generated, with its reasoning"
+        if not encoder.mask_prompt
+        else "it is not trained on; use a --chat-template that writes it, or put it into the content as that "
+        "template expects it",
+    }
+
+
+def ends(tokens: np.ndarray, loss_mask: np.ndarray, end_tokens: set[int]) -> bool:
     """Return whether every supervised span ends in an end-of-sequence token."""
     last = np.flatnonzero(loss_mask & ~np.append(loss_mask[1:], False))
     return all(
@@ -180,7 +219,7 @@ def _opened_remedy(encoder: ChatEncoder) -> str:
     return "give the rows what belongs there (reasoning_content, say), or use another --chat-template"
 
 
-def _encode(
+def encode_row(
     row: Row, encoder: ChatEncoder, max_seq_length: int, findings: Findings
 ) -> tuple[list[TokenSequence], int]:
     """Return the sequences of a row, and `Encoding.lost`; record what is odd about the row."""

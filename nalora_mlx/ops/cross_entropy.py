@@ -30,12 +30,23 @@ def cross_entropy_sum(logits: mx.array, targets: mx.array, weights: mx.array) ->
         targets: [S], token ids.
         weights: [S], 0 at positions that do not count; their logits may hold NaN.
     """
-    losses = _token_losses(logits.astype(mx.float32), targets[:, None])  # [S]
+    return weighted_sum(token_losses(logits, targets), weights)
+
+
+def weighted_sum(losses: mx.array, weights: mx.array) -> mx.array:
+    """Return sum_i w_i * losses_i, a float32 scalar. Losses with weight 0 may be NaN."""
     return mx.sum(mx.where(weights > 0, losses * weights, 0))
 
 
-def _token_losses(logits: mx.array, targets: mx.array) -> mx.array:
-    """Return logsumexp(logits) - logits[target] of each row, [S], for targets [S, 1]."""
+def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
+    """Return -log softmax(logits_i)[target_i] of each row; [S], float32.
+
+    Rows whose loss gets a gradient of exactly 0 may hold NaN.
+
+    Args:
+        logits: [S, V], any float dtype; converted to float32.
+        targets: [S], token ids.
+    """
     function = custom_function(_losses_and_lse)
 
     @function.vjp
@@ -47,7 +58,7 @@ def _token_losses(logits: mx.array, targets: mx.array) -> mx.array:
         # `where` instead of a product, because logits at positions that do not count may be NaN.
         return mx.where(d == 0, 0, d * (probabilities - is_target)), mx.zeros_like(targets)
 
-    return function(logits, targets)[0][:, 0]
+    return function(logits.astype(mx.float32), targets[:, None])[0][:, 0]
 
 
 def _losses_and_lse(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
@@ -64,10 +75,32 @@ def tiled_cross_entropy_sum(
     weights: mx.array,
     with_gradient: bool = True,
 ) -> mx.array:
-    """Return `cross_entropy_sum` of all logits while computing only one tile of logits [rows, columns] at a time.
+    """Return `cross_entropy_sum` of all logits, a float32 scalar, in tiles; see `tiled_token_losses`.
 
-    Each tile of rows computes its loss and, in the same pass, its gradient in `hidden`, [rows, D]. The backward only
-    scales that gradient, so no logits are stored or recomputed. For each row with target y:
+    Args:
+        compute_logits: see `LogitsFunction`.
+        vocabulary: V, the number of vocabulary entries.
+        hidden: [S, D], any float dtype.
+        targets: [S], token ids.
+        weights: [S], 0 at positions that do not count; their hidden states may hold NaN.
+        with_gradient: whether to compute the gradient; pass False if it is not needed.
+    """
+    return weighted_sum(
+        tiled_token_losses(compute_logits, vocabulary, hidden, targets, with_gradient), weights
+    )
+
+
+def tiled_token_losses(
+    compute_logits: LogitsFunction,
+    vocabulary: int,
+    hidden: mx.array,
+    targets: mx.array,
+    with_gradient: bool = True,
+) -> mx.array:
+    """Return `token_losses` of all logits while computing only one tile of logits [rows, columns] at a time.
+
+    Each tile of rows computes its losses and, in the same pass, their gradients in `hidden`, [rows, D]. The backward
+    only scales these gradients, so no logits are stored or recomputed. For each row with target y:
 
     1. Compute the target logit l_y. Start with the maximum m = l_y, the sum o = 0, and its gradient G = 0 [D].
     2. For each tile of the vocabulary (online softmax):
@@ -79,52 +112,55 @@ def tiled_cross_entropy_sum(
 
     Leaving the target out of o keeps the precision of losses near zero, where p_y - 1 would round to 0.
 
-    The gradient reaches `hidden` only: the parameters of `compute_logits` must be frozen.
+    The gradient reaches `hidden` only: the parameters of `compute_logits` must be frozen. Rows whose loss gets a
+    gradient of exactly 0 may hold NaN.
 
     Args:
         compute_logits: see `LogitsFunction`.
         vocabulary: V, the number of vocabulary entries.
         hidden: [S, D], any float dtype.
         targets: [S], token ids.
-        weights: [S], 0 at positions that do not count; their hidden states may hold NaN.
         with_gradient: whether to compute the gradient; pass False if it is not needed.
 
     Returns:
-        A float32 scalar. Its gradient has the dtype of `hidden`.
+        [S], float32. The gradient has the dtype of `hidden`.
 
     Source: the running maximum follows Milakov and Gimelshein (arXiv 1805.02867); tiles of logits, with the gradient
     in the hidden states, are as in Cut Your Losses (arXiv 2411.09009, apple/ml-cross-entropy).
     """
-    row_tiles, vocabulary_tiles = _tiles(hidden.shape[0], vocabulary)
+    row_tiles, vocabulary_tiles = head_tiles(hidden.shape[0], vocabulary)
 
-    def loss_and_gradient(h: mx.array) -> list[mx.array]:
-        loss, previous, gradients = mx.array(0.0), list[mx.array](), list[mx.array]()
+    def losses_and_gradients(h: mx.array) -> list[mx.array]:
+        previous, losses, gradients = list[mx.array](), list[mx.array](), list[mx.array]()
         for tile in row_tiles:
-            previous = _row_tile_loss(
+            previous = _row_tile_losses(
                 compute_logits,
                 vocabulary_tiles,
                 _run_after(h[tile], previous),
                 targets[tile],
-                weights[tile],
                 with_gradient,
             )
-            loss = loss + previous[0]
+            losses.append(previous[0])
             gradients += previous[1:]
-        return [loss, mx.concatenate(gradients)] if with_gradient else [loss]
+        return (
+            [mx.concatenate(losses), mx.concatenate(gradients)] if with_gradient else [mx.concatenate(losses)]
+        )
 
     if not with_gradient:
-        return loss_and_gradient(hidden)[0]
+        return losses_and_gradients(hidden)[0]
     # One custom function around all row tiles: the gradient of a slice of `hidden` is an array of its whole size.
-    function = custom_function(loss_and_gradient)
+    function = custom_function(losses_and_gradients)
 
     @function.vjp
     def _(primals, cotangents, outputs):
-        return (cotangents[0] * outputs[1]).astype(primals.dtype)
+        d = cotangents[0][:, None]
+        # `where` instead of a product, because rows that do not count may hold NaN.
+        return mx.where(d == 0, 0, d * outputs[1]).astype(primals.dtype)
 
     return function(hidden)[0]
 
 
-def _tiles(rows: int, vocabulary: int) -> tuple[list[slice], list[slice]]:
+def head_tiles(rows: int, vocabulary: int) -> tuple[list[slice], list[slice]]:
     """Split rows and vocabulary into tiles of the sizes of this device; see `device_sizes`.
 
     MLX starts operations before earlier ones finish, so about a dozen tiles are in memory at once.
@@ -147,17 +183,16 @@ def _run_after(array: mx.array, previous: list[mx.array]) -> mx.array:
     return mx.depends([array], previous)[0] if previous else array
 
 
-def _row_tile_loss(
+def _row_tile_losses(
     compute_logits: LogitsFunction,
     vocabulary_tiles: list[slice],
     h: mx.array,
     targets: mx.array,
-    weights: mx.array,
     with_gradient: bool,
 ) -> list[mx.array]:
-    """Return the weighted loss of one tile of rows, and its gradient in h [s, D] if asked for.
+    """Return the losses [s] of one tile of rows, and their gradients in h [s, D] if asked for.
 
-    See `tiled_cross_entropy_sum` for the algorithm: `running_max` is m, `other_sum` is o, `other_gradient` is G.
+    See `tiled_token_losses` for the algorithm: `running_max` is m, `other_sum` is o, `other_gradient` is G.
     """
     target_logits = mx.diagonal(compute_logits(h, targets)).astype(mx.float32)[:, None]  # [s, 1]
     running_max, other_sum, other_gradient = target_logits, mx.zeros_like(target_logits), mx.zeros(h.shape)
@@ -182,17 +217,14 @@ def _row_tile_loss(
     target_exp = mx.exp(target_logits - running_max)
     # log z as log1p(z - 1), because target_exp is 1 where the target has the largest logit.
     losses = (mx.log1p(other_sum + (target_exp - 1)) + (running_max - target_logits))[:, 0]
-    loss = mx.sum(mx.where(weights > 0, losses * weights, 0))
     if not with_gradient:
-        return [loss]
+        return [losses]
     identity = mx.eye(h.shape[0], dtype=logits.dtype)
     _, (target_gradient,) = mx.vjp(
         lambda h: compute_logits(h, targets), [_run_after(h, previous)], [identity]
     )  # dl_y/dh
     gradient = (other_gradient - other_sum * target_gradient.astype(mx.float32)) / (other_sum + target_exp)
-    # Weighted here and not per tile: in half precision, gradients scaled by 1 / (many tokens) would underflow.
-    weighted = mx.where(weights[:, None] > 0, gradient * weights[:, None], 0)
-    return [loss, weighted.astype(h.dtype)]
+    return [losses, gradient.astype(h.dtype)]
 
 
 def gather_rows(array: mx.array, rows: mx.array, weights: mx.array) -> mx.array:

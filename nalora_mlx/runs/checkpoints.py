@@ -11,6 +11,7 @@ from nalora_mlx.core.errors import RunError
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 BEST_FILE = "best.safetensors"  # in a checkpoint: the best adapter at that time
+REFERENCE_FILE = "reference.safetensors"  # in a checkpoint: what a preference run computed before training
 Files = Mapping[str, storage.Writer]
 _STEP = re.compile(r"step-([0-9]{7,})")
 

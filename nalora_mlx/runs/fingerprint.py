@@ -13,8 +13,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from nalora_mlx.adapters.files import adapter_weights
-from nalora_mlx.core.config import TrainingConfig
-from nalora_mlx.data.tokenization import Example
+from nalora_mlx.core.config import PreferenceConfig, TrainingConfig
+from nalora_mlx.data.preferences import TokenizedRow
 
 
 def fingerprint(arrays: Mapping[str, mx.array]) -> str:
@@ -42,13 +42,15 @@ def run_identity(
     optimizer: optim.Optimizer,
     adapter_config: Mapping[str, Any] | None,
     config: TrainingConfig,
-    train_set: Sequence[Example],
-    valid_set: Sequence[Example],
+    train_set: Sequence[TokenizedRow],
+    valid_set: Sequence[TokenizedRow],
     workers: int,
 ) -> dict[str, Any]:
     """Return all that determines what a run computes, as JSON: model, data, adapter, optimizer, settings, workers."""
     trainable = adapter_weights(model)
     frozen = {name: array for name, array in tree_flatten(model.parameters()) if name not in trainable}
+    # Supervised runs do not depend on them, and earlier versions did not have them.
+    unused = set() if config.prefers else {f.name for f in fields(PreferenceConfig)}
     identity = {
         "base_model": {"weights": fingerprint(frozen), "settings": _hash(repr(getattr(model, "args", "")))},
         "training_data": _data_identity(train_set),
@@ -58,7 +60,7 @@ def run_identity(
         "training": {
             f.name: getattr(config, f.name)
             for f in fields(TrainingConfig)
-            if not f.metadata.get("may_change")
+            if not f.metadata.get("may_change") and f.name not in unused
         },
         "workers": workers,
     }
@@ -69,7 +71,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _data_identity(examples: Sequence[Example]) -> dict[str, Any]:
+def _data_identity(examples: Sequence[TokenizedRow]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example.tokens).to_bytes(8, "little"))

@@ -2,8 +2,13 @@
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from nalora_mlx.core.errors import counted
+from nalora_mlx.runs.status import duration, improves
 
 SPIKE_HISTORY = 50  # batches whose losses define the typical loss
 SPIKE_REPEATS = 3  # spikes within SPIKE_WITHIN batches that cause a notice
@@ -14,8 +19,10 @@ SPIKE_WITHIN = 100
 class TrainResult:
     """Result of a run, including the parts before it was resumed.
 
-    Losses are means over supervised tokens. Validation losses are None without a validation set. `skipped` counts
-    updates with a NaN or infinite loss or gradient. `stopped` says why the run ended early, or is None.
+    Losses are means over supervised tokens, in preference training over rows. Validation losses are None without a
+    validation set, and accuracies (the share of pairs whose chosen answer has the higher reward) in supervised
+    training. `skipped` counts updates with a NaN or infinite loss or gradient. `stopped` says why the run ended early,
+    or is None.
     """
 
     iterations: int
@@ -29,6 +36,23 @@ class TrainResult:
     best_iteration: int | None = None
     skipped: int = 0
     stopped: str | None = None
+    first_valid_accuracy: float | None = None
+    valid_accuracy: float | None = None
+    best_valid_accuracy: float | None = None
+
+    def lines(self, output: Path, preparation: float) -> list[str]:
+        """Return how the training ended, in sentences.
+
+        Args:
+            output: the run's directory.
+            preparation: seconds before the training.
+        """
+        found = [f"stopped at iteration {self.iterations}: {self.stopped}"] if self.stopped else []
+        if self.skipped:
+            none = "" if self.updates else "; none was applied, so the weights are as they were"
+            found.append(f"note: {counted(self.skipped, 'update')} skipped, see above{none}")
+        took = f"{duration(self.seconds)}, after {preparation:.0f} s of preparation"
+        return [*found, *self.describe_validation(output / "best"), f"done in {took}: adapter in {output}"]
 
     def describe_validation(self, best: Path) -> list[str]:
         """Return the validation losses in sentences; none without a validation. `best` is where the best adapter is."""
@@ -53,14 +77,17 @@ class TrainResult:
         return lines
 
 
-def improves(loss: float, before: float | None) -> bool:
-    """Return whether a validation loss is lower than that before training. A NaN before training is higher than any."""
-    return before is None or loss < before
+class Best(NamedTuple):
+    """The best validation of a run: its loss, iteration and, in preference training, accuracy."""
+
+    loss: float | None
+    iteration: int | None
+    accuracy: float | None
 
 
 @dataclass
 class Progress:
-    """Progress of a run. Losses are means over supervised tokens.
+    """Progress of a run. Losses are means over supervised tokens, in preference training over rows.
 
     Attributes:
         iteration: number of batches trained on.
@@ -73,6 +100,11 @@ class Progress:
         stale_validations: number of validations since the best one.
         loss_sum, loss_tokens, loss_steps, loss_seconds: summed loss, supervised tokens, batches and time since the
             last report.
+        loss_count: tokens or rows that the summed loss is over; None in checkpoints of earlier versions, for tokens.
+        measure_sums: (sum, count) of each of the loss's measures since the last report.
+        train_measures: their means of the last report.
+        first_valid_measures: means over the validation set before training.
+        warned: kinds of warnings that were given.
         recent: losses of the last SPIKE_HISTORY batches, oldest first.
         spikes: iterations of recent loss spikes.
     """
@@ -93,18 +125,38 @@ class Progress:
     loss_tokens: int = 0
     loss_steps: int = 0
     loss_seconds: float = 0.0
+    loss_count: int | None = None
+    measure_sums: dict[str, Any] = field(default_factory=dict)
+    train_measures: dict[str, Any] = field(default_factory=dict)
+    first_valid_measures: dict[str, Any] = field(default_factory=dict)
+    first_valid_accuracy: float | None = None
+    valid_accuracy: float | None = None
+    best_valid_accuracy: float | None = None
+    warned: list[str] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
     spikes: list[int] = field(default_factory=list)
 
-    def record_batch(self, loss: float, tokens: int, seconds: float) -> None:
-        """Count one batch: its summed loss, supervised tokens and time. A NaN or infinite loss is left out."""
+    def record_batch(self, loss: float, tokens: int, seconds: float, count: int | None = None) -> None:
+        """Count one batch: its summed loss, supervised tokens and time. A NaN or infinite loss is left out.
+
+        The loss is a sum over `count` rows, or over the tokens if None.
+        """
+        if self.loss_count is None:
+            self.loss_count = self.loss_tokens
         self.iteration += 1
         self.loss_steps += 1
         self.loss_seconds += seconds
         if math.isfinite(loss):
             self.loss_sum += loss
             self.loss_tokens += tokens
+            self.loss_count += tokens if count is None else count
             self.tokens += tokens
+
+    def record_measures(self, measures: Mapping[str, Sequence[float]]) -> None:
+        """Add the (sum, count) of each measure of a batch."""
+        for name, (total, count) in measures.items():
+            before = self.measure_sums.get(name, (0.0, 0.0))
+            self.measure_sums[name] = [before[0] + total, before[1] + count]
 
     def record_loss(self, loss: float) -> bool:
         """Record the mean loss of the last batch. Return True at every third spike within 100 batches.
@@ -126,20 +178,40 @@ class Progress:
 
     def start_interval(self) -> None:
         """Set `train_loss` to the mean loss since the last report, and reset the sums."""
-        self.train_loss = self.loss_sum / self.loss_tokens if self.loss_tokens else None
+        count = self.loss_tokens if self.loss_count is None else self.loss_count
+        self.train_loss = self.loss_sum / count if count else None
+        self.train_measures = {
+            name: total / number for name, (total, number) in self.measure_sums.items() if number
+        }
         self.loss_sum, self.loss_tokens, self.loss_steps, self.loss_seconds = 0.0, 0, 0, 0.0
+        self.loss_count, self.measure_sums = 0, {}
 
-    def record_validation(self, loss: float) -> bool:
-        """Record a validation loss. Return whether it is the best so far; the one before training does not count."""
-        self.valid_loss = loss if math.isfinite(loss) else None
+    def record_validation(self, loss: float, accuracy: float | None = None) -> bool:
+        """Record a validation. Return whether it is the best so far; the one before training does not count.
+
+        The best has the highest accuracy, if there is one, and among equal ones the lowest loss.
+        """
+        self.valid_loss, self.valid_accuracy = loss if math.isfinite(loss) else None, accuracy
         if self.iteration == 0:
-            self.first_valid_loss = self.valid_loss
+            self.first_valid_loss, self.first_valid_accuracy = self.valid_loss, accuracy
             return False
-        if math.isfinite(loss) and (self.best_valid_loss is None or loss < self.best_valid_loss):
-            self.best_valid_loss, self.best_iteration, self.stale_validations = loss, self.iteration, 0
+        best_loss, best_accuracy = self.best_valid_loss, self.best_valid_accuracy
+        better = best_loss is None or (-(accuracy or 0.0), loss) < (-(best_accuracy or 0.0), best_loss)
+        if math.isfinite(loss) and better:
+            self.best = Best(loss, self.iteration, accuracy)
+            self.stale_validations = 0
             return True
         self.stale_validations += 1
         return False
+
+    @property
+    def best(self) -> "Best":
+        """The best validation so far."""
+        return Best(self.best_valid_loss, self.best_iteration, self.best_valid_accuracy)
+
+    @best.setter
+    def best(self, best: "Best") -> None:
+        self.best_valid_loss, self.best_iteration, self.best_valid_accuracy = best
 
     def result(self, stopped: str | None) -> TrainResult:
         """Return the result of the run; `stopped` is the reason why it ended early, if it did."""
@@ -155,4 +227,7 @@ class Progress:
             best_iteration=self.best_iteration,
             skipped=self.skipped,
             stopped=stopped,
+            first_valid_accuracy=self.first_valid_accuracy,
+            valid_accuracy=self.valid_accuracy,
+            best_valid_accuracy=self.best_valid_accuracy,
         )

@@ -28,7 +28,7 @@ from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.parsing import coerce, reject_unknown
 from nalora_mlx.core.versions import numeric_versions
 from nalora_mlx.runs import checkpoints
-from nalora_mlx.runs.checkpoints import BEST_FILE, CHECKPOINTS
+from nalora_mlx.runs.checkpoints import BEST_FILE, CHECKPOINTS, REFERENCE_FILE
 from nalora_mlx.runs.directory import holds_run
 from nalora_mlx.runs.fingerprint import differences, fingerprint
 from nalora_mlx.runs.progress import Progress
@@ -57,6 +57,7 @@ class State:
     versions: dict[str, Any]
     arrays: dict[str, Any]
     best: str | None
+    reference: str | None = None
 
 
 def checkpoint_files(
@@ -67,6 +68,7 @@ def checkpoint_files(
     identity: Mapping[str, Any],
     config: TrainingConfig,
     best: Path | None,
+    reference: Path | None = None,
 ) -> dict[str, storage.Writer]:
     """Return the files of a checkpoint: an adapter that mlx-lm loads, and all that resume needs.
 
@@ -78,6 +80,7 @@ def checkpoint_files(
         identity: see `runs.fingerprint`.
         config: settings, with which the run can be resumed.
         best: file of the best adapter so far, if there is one.
+        reference: file of what a preference run computed before training.
     """
     weights = adapter_weights(model)
     arrays = {**trees.named_arrays(state), RANDOM: _random_key()}
@@ -88,7 +91,8 @@ def checkpoint_files(
         "versions": numeric_versions(),
         "config": settings_to_save(config),
         "arrays": {ADAPTER_FILE: fingerprint(weights), STATE_ARRAYS: fingerprint(arrays)},
-        "best": None if best is None else _file_digest(best),
+        "best": _file_digest(best),
+        "reference": _file_digest(reference),
     }
     content["seal"] = _seal(content)
     files = {
@@ -96,9 +100,8 @@ def checkpoint_files(
         STATE_ARRAYS: storage.arrays_writer(arrays),
         STATE_FILE: storage.json_writer(content),
     }
-    if best is not None:
-        files[BEST_FILE] = storage.copy_writer(best)
-    return files
+    copies = {BEST_FILE: best, REFERENCE_FILE: reference}
+    return files | {name: storage.copy_writer(path) for name, path in copies.items() if path is not None}
 
 
 def _seal(content: Mapping[str, Any]) -> str:
@@ -106,7 +109,9 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(path: Path | None) -> str | None:
+    if path is None or not path.is_file():
+        return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -173,7 +178,8 @@ def read_state(directory: Path) -> State:
         parts[name] = content[name]
     given = parts.pop("progress")
     reject_unknown(given, Progress.__dataclass_fields__, f"{path}: progress")
-    return State(Progress(**coerce(given, Progress, f"{path}: progress")), **parts, best=content.get("best"))
+    progress = Progress(**coerce(given, Progress, f"{path}: progress"))
+    return State(progress, **parts, best=content.get("best"), reference=content.get("reference"))
 
 
 # What differs between two runs, if no setting explains it -> in words.
@@ -306,9 +312,9 @@ def _check_copies(directory: Path, saved: State) -> None:
     """Raise InputError for a changed file that would be copied back into the run's directory."""
     if storage.read_json(directory / ADAPTER_CONFIG) != saved.identity.get("adapter"):
         raise InputError(_changed(directory / ADAPTER_CONFIG))
-    best = directory / BEST_FILE
-    if (_file_digest(best) if best.is_file() else None) != saved.best:
-        raise InputError(_changed(best))
+    for name, digest in ((BEST_FILE, saved.best), (REFERENCE_FILE, saved.reference)):
+        if _file_digest(directory / name) != digest:
+            raise InputError(_changed(directory / name))
 
 
 def _changed(path: Path) -> str:

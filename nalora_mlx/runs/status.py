@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from nalora_mlx.core.terminal import drawable
-from nalora_mlx.runs.progress import improves
 
 TREND_WINDOW = 5  # reports whose mean is compared with that of the reports before
 LEVEL_CHANGE = 0.01  # relative change of the mean up to which the trend is level
@@ -138,6 +137,11 @@ def speed(event: dict[str, Any]) -> str:
 def memory_use(peak: float, limit: int | None) -> str:
     """Return peak memory (in GB) and the limit (in bytes), if there is one, as text."""
     return f"{peak:.2f} GB" if limit is None else f"{peak:.2f} of {limit / 1e9:.1f} GB"
+
+
+def improves(loss: float, before: float | None) -> bool:
+    """Return whether a validation loss is lower than that before training. A NaN before training is higher than any."""
+    return before is None or loss < before
 
 
 def duration(seconds: float) -> str:

@@ -9,10 +9,10 @@ from nalora_mlx.adapters.forward_pass import ForwardPass, forward_pass
 from nalora_mlx.core.config import NAParameters
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.data.media_batches import first_row
-from nalora_mlx.models.packed_rows import packed_caches
 from nalora_mlx.training import importance
 from nalora_mlx.training.importance import LayerState
-from nalora_mlx.training.step import TrainingStep, media_arrays
+from nalora_mlx.training.loss import media_arrays
+from nalora_mlx.training.step import TrainingStep
 
 PROBE_TOKENS = 256  # at most, on which selection misalignment is measured
 SHOWN_CHANNELS = 32  # per layer, whose importance a report lists
@@ -30,19 +30,19 @@ def measure_misalignment(step: TrainingStep, batch: Batch) -> None:
         return
     length = PROBE_TOKENS if batch.media is None else batch.inputs.shape[1]  # an image must stay whole
     part = (slice(0, 1), slice(0, length))
-    segment_ids = None if batch.segment_ids is None else mx.array(batch.segment_ids[part])
-    arguments: dict[str, Any] = (
-        {} if segment_ids is None else {"cache": packed_caches(step.model, segment_ids)}
-    )
+    arrays: dict[str, Any] = {
+        name: mx.array(array[part])
+        for name in ("segment_ids", "branches", "positions")
+        if (array := getattr(batch, name)) is not None
+    }
     if batch.media is not None:
-        arguments["media"] = media_arrays(first_row(batch.media))
+        arrays["media"] = media_arrays(first_row(batch.media))
     context = ForwardPass(token_mask=mx.array(batch.token_mask[part]), diagnose=True)
     training = step.model.training
     step.model.eval()  # no dropout
-    forms = step.loss.training_forms.installed(segment_ids)
     try:
-        with forward_pass(context), forms:  # lazy: the logits are never computed
-            step.loss.forward(mx.array(batch.inputs[part]), **arguments)
+        with forward_pass(context), step.loss.installed(arrays):  # lazy: the logits are never computed
+            step.loss.forward(mx.array(batch.inputs[part]), **step.loss.model_arguments(arrays))
     finally:
         step.model.train(training)
     no_tokens = mx.zeros(2)  # experts without tokens observe nothing

@@ -17,6 +17,7 @@ class InFlight(NamedTuple):
     updates: bool  # whether it ends its accumulation window
     weights: list[mx.array] | None  # that its loss is computed from; None if the run does not keep them
     loss: mx.array  # summed over the batch; []
+    measures: mx.array | None  # of the batch, see `TrainingStep.measures`
     finite: mx.array  # whether the numbers of its window are finite so far; []
     started: float  # seconds
 

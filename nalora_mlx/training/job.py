@@ -1,7 +1,6 @@
 """A whole fine-tuning job, from settings to a trained and tested adapter: what `nalora lora` and `finetune` do."""
 
 import json
-import math
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -25,7 +24,6 @@ from nalora_mlx.core.background import in_background
 from nalora_mlx.core.config import METHOD_LABELS, RunConfig
 from nalora_mlx.core.errors import InputError, counted, listed
 from nalora_mlx.core.machine import SLOW_GFLOPS, matmul_gflops
-from nalora_mlx.data.batches import evaluation_batches
 from nalora_mlx.data.checks import RunData, tokenize
 from nalora_mlx.data.summary import histogram, mask_pieces, summary
 from nalora_mlx.data.tokenization import Split
@@ -38,6 +36,7 @@ from nalora_mlx.models.loading import (
 )
 from nalora_mlx.ops.device_sizes import device_kind
 from nalora_mlx.ops.kernels.healthcheck import compile_notices
+from nalora_mlx.runs.checkpoints import REFERENCE_FILE
 from nalora_mlx.runs.display import Display
 from nalora_mlx.runs.loggers import reporters
 from nalora_mlx.runs.metrics import METRICS_FILE, MetricsFile
@@ -45,12 +44,10 @@ from nalora_mlx.runs.progress import TrainResult
 from nalora_mlx.runs.record import RECORD_FILE, RecordFile
 from nalora_mlx.runs.resume import find_start
 from nalora_mlx.runs.samples import choose_prompts
-from nalora_mlx.runs.status import duration
 from nalora_mlx.training.chats import configure_run_chats
 from nalora_mlx.training.device_faults import explain_device_faults
 from nalora_mlx.training.device_memory import memory_limit
 from nalora_mlx.training.distributed import workers
-from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.events import Listener
 from nalora_mlx.training.images import (
     encode_images,
@@ -59,12 +56,16 @@ from nalora_mlx.training.images import (
     run_processor,
 )
 from nalora_mlx.training.interruption import interruptible
-from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.loss import Loss
 from nalora_mlx.training.memory_plan import default_budget, memory_advice
 from nalora_mlx.training.optimizers import configured_optimizer
+from nalora_mlx.training.preferences.layout import choose_layout
+from nalora_mlx.training.preferences.loss import PreferenceLoss
+from nalora_mlx.training.preferences.reference import Reference
 from nalora_mlx.training.samples import write_samples
 from nalora_mlx.training.schedules import length_notices
-from nalora_mlx.training.trainer import train
+from nalora_mlx.training.test_set import describe_test, evaluate_test_set
+from nalora_mlx.training.trainer import new_loss, train
 
 REAL_MODEL = 20_000_000  # parameters from which on the speed of this machine is worth a look
 
@@ -111,6 +112,7 @@ class Job:
         self.output = Path(config.adapter_path or ".").expanduser()
         self.start: Path | None = None  # checkpoint or adapter to start from
         self.started = threading.Event()  # set once the output directory is this run's own
+        self.reference: Reference | None = None  # of a preference run
         self.result: TrainResult | None = None
         self.signal: int | None = None
 
@@ -193,7 +195,8 @@ class Job:
         if config.train and not splits["valid"].sequences:
             display.note("note: no validation set (valid.jsonl): no validation, and no best adapter")
         for example in next(iter(splits.values())).sequences[: config.show_masks]:
-            display.masks(example.source, mask_pieces(example, self.tokenizer))
+            for shown in getattr(example, "answers", (example,)):
+                display.masks(example.source, mask_pieces(shown, self.tokenizer))
         return splits
 
     def encode_images(self) -> None:
@@ -219,7 +222,7 @@ class Job:
 
     # --- training -----------------------------------------------------------------------------------------------
 
-    def train(self) -> SupervisedLoss:
+    def train(self) -> Loss:
         """Attach adapters, plan the memory and train; with --plan only plan. Return the model's loss."""
         config, model, display = self.config, self.model, self.display
         mx.random.seed(config.seed)
@@ -234,7 +237,12 @@ class Job:
         display.note(f"{trainable:,} trainable parameters, optimizer {config.optimizer}")
         self.encode_images()
         display.status.memory_limit = default_budget()
-        loss, examples = SupervisedLoss(model), self.splits["train"].sequences
+        loss, examples = new_loss(model, config), self.splits["train"].sequences
+        if isinstance(loss, PreferenceLoss):
+            examples = choose_layout(loss, examples, config)
+            self.reference = Reference(loss, config, workers())
+            if config.resume is not None and self.start is not None:
+                self.reference.load(self.start / REFERENCE_FILE)
         with display.trials() as show:
             advice = memory_advice(model, examples, config, configured_optimizer, workers(), loss, show)
         for line in advice.lines:
@@ -258,23 +266,11 @@ class Job:
                 advice.peak_bytes,
             )
             if not self.result.stopped or request.number is None:
-                self.show_result(self.result)
+                for line in self.result.lines(self.output, display.preparation):
+                    display.note(line)
                 self.keep_samples(self.result, request)
         self.signal = request.number
         return loss
-
-    def show_result(self, result: TrainResult) -> None:
-        """Show how the training ended."""
-        display = self.display
-        if result.stopped:
-            display.note(f"stopped at iteration {result.iterations}: {result.stopped}")
-        if result.skipped:
-            none = "" if result.updates else "; none was applied, so the weights are as they were"
-            display.note(f"note: {counted(result.skipped, 'update')} skipped, see above{none}")
-        for line in result.describe_validation(self.output / "best"):
-            display.note(line)
-        took = f"{duration(result.seconds)}, after {display.preparation:.0f} s of preparation"
-        display.note(f"done in {took}: adapter in {self.output}")
 
     def keep_samples(self, result: TrainResult, stop: Callable[[], bool]) -> None:
         """Answer a few prompts with the base and the tuned model, keep the answers, and show one of them."""
@@ -334,17 +330,13 @@ class Job:
 
     # --- test -------------------------------------------------------------------------------------------------
 
-    def test(self, loss: SupervisedLoss | None) -> None:
+    def test(self, loss: Loss | None) -> None:
         """Compute the loss on the test set, show it, and add it to the metrics."""
         config, world = self.config, workers()
-        sequences = self.splits["test"].sequences
-        batches = evaluation_batches(
-            sequences, config.batch_size, config.test_batches, config.seed, world.share
+        found = evaluate_test_set(
+            self.model, self.splits["test"].sequences, config, loss, self.reference, world
         )
-        value, tokens = evaluate(self.model, batches, loss=loss, workers=world)
-        self.display.note(
-            f"test loss {value:.4f}, perplexity {math.exp(min(value, 700)):.3f}, over {counted(tokens, 'token')}"
-        )
+        self.display.note(describe_test(found))
         if config.adapter_path and self.output.is_dir() and world.rank == 0:
-            event = {"event": "metrics", "split": "test", "loss": value, "tokens": tokens}
-            MetricsFile(self.output / METRICS_FILE)(event)
+            event = {"event": "metrics", "split": "test", "loss": found.loss, "tokens": found.tokens}
+            MetricsFile(self.output / METRICS_FILE)(event | found.measures)

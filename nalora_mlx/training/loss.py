@@ -1,30 +1,45 @@
-"""The training and validation loss: cross entropy at supervised positions."""
+"""The training and validation loss, from the cross entropy at supervised positions."""
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
+from nalora_mlx.data.batches import Batch
 from nalora_mlx.models.output_head import find_output_head
-from nalora_mlx.models.packed_rows import packed_caches
+from nalora_mlx.models.packed_rows import Branches, packed_caches
 from nalora_mlx.models.recurrences import TrainingForms
 from nalora_mlx.models.vision.model import is_vision_language_model, trains_towers
-from nalora_mlx.ops.cross_entropy import cross_entropy_sum, gather_rows, tiled_cross_entropy_sum
+from nalora_mlx.ops.cross_entropy import gather_rows, tiled_token_losses, token_losses, weighted_sum
+from nalora_mlx.ops.rope import rope_positions
 from nalora_mlx.training.compilation import compile_with_state
 
+Arrays = Mapping[str, Any]  # of a batch, see `batch_arrays`
 
-class SupervisedLoss:
-    """Summed cross entropy of a model at the supervised positions of a batch; other positions get no logits.
+
+class Loss(ABC):
+    """The loss of a model on a batch. Positions that are not supervised get no logits.
 
     Probes the model for its output head, and its recurrences for training forms. Make one per run, after adapters are
-    attached, and share it. Compute it while `training_forms.installed` is open, also for its gradient.
+    attached, and share it. Compute it while `installed` is open, also for its gradient.
 
     Args:
         model: its trainable parameters decide whether the output head can run in tiles.
         forward: token ids [B, L] -> logits [B, L, V]; the model itself if None.
+
+    Attributes:
+        compiled: whether a step can be compiled.
+        measures: names of what the loss reports besides its value; none in supervised training.
+        evaluate: computes the same as a call, compiled and without a gradient; needs no `installed`.
     """
+
+    measures: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, forward: Callable[[mx.array], mx.array] | None = None):
         self.model = model
@@ -41,47 +56,72 @@ class SupervisedLoss:
             for name, leaf in module.items()
         )
         self.compiled = not trains_towers(model)  # towers look at the values of images
-        evaluate: Callable[..., mx.array] = partial(self.__call__, with_gradient=False)
-        self.evaluate = compile_with_state(evaluate, model.state) if self.compiled else evaluate
+        self.evaluate = self.compile(partial(self, with_gradient=False))
 
+    @abstractmethod
     def __call__(
-        self,
-        inputs: mx.array,
-        rows: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-        segment_ids: mx.array | None = None,
-        media: Mapping[str, Any] | None = None,
-        with_gradient: bool = True,
-    ) -> mx.array:
-        """Return sum_s weights_s * cross entropy_s, a float32 scalar.
-
-        `evaluate` computes the same, compiled and without a gradient.
+        self, arrays: Arrays, weights: mx.array | None = None, with_gradient: bool = True
+    ) -> tuple[mx.array, mx.array | None]:
+        """Return the weighted loss, a float32 scalar, and (sum, count) of each measure, [K, 2]; None without any.
 
         Args:
-            inputs: token ids; [B, L].
-            rows: index of each supervised position in the flattened [B L]; [S].
-            targets: token id to predict at each of them; [S].
-            weights: weight of each of them, 0 for fillers; [S].
-            segment_ids: which packed row each input belongs to; [B, L], None if not packed.
-            media: what images add to the inputs, see `data.media_batches.collate_media`.
+            arrays: of the batch, see `batch_arrays`.
+            weights: of the terms of the loss; 1 for each if None. Applied before the gradient is taken, which may leave
+                the range of a half-precision type otherwise.
             with_gradient: False skips the gradient that is otherwise computed along with the loss.
         """
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of a batch's arrays that opens `installed`, compiled if a step can be."""
+
+        def call(arrays: Arrays, *others: Any) -> Any:
+            with self.installed(arrays):
+                return function(arrays, *others)
+
+        return compile_with_state(call, self.model.state) if self.compiled else call
+
+    @contextmanager
+    def installed(self, arrays: Arrays | None = None) -> Iterator[None]:
+        """Make the model compute a batch as it is trained: recurrences in training forms, branches at their positions.
+
+        Args:
+            arrays: of the batch; None for a batch that is not packed.
+        """
+        arrays = arrays or {}
+        with (
+            self.training_forms.installed(arrays.get("segment_ids")),
+            rope_positions(arrays.get("positions")),
+        ):
+            yield
+
+    def model_arguments(self, arrays: Arrays) -> dict[str, Any]:
+        """Return what the model takes besides the token ids: caches that keep packed rows apart, and images."""
         arguments: dict[str, Any] = {}
-        if segment_ids is not None:
-            arguments["cache"] = packed_caches(self.model, segment_ids)
-        if media is not None:
+        if (segment_ids := arrays.get("segment_ids")) is not None:
+            numbers = arrays.get("branches")
+            branches = None if numbers is None else Branches(numbers, arrays["positions"])
+            arguments["cache"] = packed_caches(self.model, segment_ids, branches)
+        if (media := arrays.get("media")) is not None:
             arguments["media"] = media
+        return arguments
+
+    def token_losses(self, arrays: Arrays, with_gradient: bool = True) -> mx.array:
+        """Return -log p(target) at each supervised position; [S], float32. Fillers may be NaN.
+
+        Args:
+            arrays: of the batch.
+            with_gradient: False skips the gradient that is otherwise computed along with the losses.
+        """
+        inputs, rows, targets, weights = (arrays[name] for name in ("inputs", "rows", "targets", "weights"))
+        arguments = self.model_arguments(arrays)
         if self.head is None:
             logits = self.forward(inputs, **arguments)  # [B, L, V]
-            return cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[rows], targets, weights)
+            return token_losses(logits.reshape(-1, logits.shape[-1])[rows], targets)
         hidden = self.head.hidden(inputs, **arguments)  # [B, L, D]
         hidden = gather_rows(hidden.reshape(-1, hidden.shape[-1]), rows, weights)  # [S, D]
         if not self.head_is_frozen or self.head.projection is None:
-            return cross_entropy_sum(self.head.logits(hidden), targets, weights)
-        return tiled_cross_entropy_sum(
-            self.head.logits_for, self.head.vocabulary, hidden, targets, weights, with_gradient
-        )
+            return token_losses(self.head.logits(hidden), targets)
+        return tiled_token_losses(self.head.logits_for, self.head.vocabulary, hidden, targets, with_gradient)
 
     @property
     def has_tiles(self) -> bool:
@@ -107,3 +147,45 @@ class SupervisedLoss:
         else:
             return None
         return f"{reason}; if memory runs short, lower --batch-size"
+
+
+class SupervisedLoss(Loss):
+    """The cross entropy summed over the supervised positions of a batch, times w_0."""
+
+    def __call__(
+        self, arrays: Arrays, weights: mx.array | None = None, with_gradient: bool = True
+    ) -> tuple[mx.array, mx.array | None]:
+        """Return the loss, and no measures; see `Loss`."""
+        weight = 1.0 if weights is None else weights[0]
+        return weighted_sum(self.token_losses(arrays, with_gradient), arrays["weights"] * weight), None
+
+
+def batch_arrays(batch: Batch) -> dict[str, Any]:
+    """Return a batch as arrays of MLX, by name; parts that it does not have are left out.
+
+    inputs [B, L]; rows [S], the supervised positions in the flattened [B L]; targets [S]; weights [S], 0 for fillers;
+    token_mask, segment_ids, branches, positions [B, L], and media, see `Batch`; of preference rows answer_of [S], and
+    sft_weights [S], present, desirable [P], reference [n P], see `BatchAnswers`.
+    """
+    rows, targets, weights = batch.loss_positions()
+    media, answers = batch.with_media().media, batch.answers
+    arrays: dict[str, Any] = {"inputs": batch.inputs, "rows": rows, "targets": targets, "weights": weights}
+    arrays |= {"token_mask": batch.token_mask, "segment_ids": batch.segment_ids, "media": media}
+    arrays |= {"branches": batch.branches, "positions": batch.positions}
+    if answers is not None:
+        arrays["answer_of"] = np.where(weights > 0, answers.numbers.reshape(-1)[rows], -1)
+        if answers.sft_mask is not None:
+            arrays["sft_weights"] = answers.sft_mask.reshape(-1)[rows] * weights
+        arrays |= {"present": answers.present, "desirable": answers.desirable}
+        arrays["reference"] = answers.reference
+    return {name: media_arrays(value) for name, value in arrays.items() if value is not None}
+
+
+def media_arrays(tree: Any) -> Any:
+    """Return a tree, such as the media of a batch, with arrays of MLX."""
+    return tree_map(lambda leaf: mx.array(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
+
+
+def array_shapes(arrays: Arrays) -> tuple[Any, ...]:
+    """Return the names and shapes of a batch's arrays, by which its graph is kept."""
+    return tuple((name, array.shape) for name, array in tree_flatten(dict(arrays)))

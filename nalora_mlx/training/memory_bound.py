@@ -17,7 +17,7 @@ from nalora_mlx.core.trees import nbytes
 from nalora_mlx.models.recurrences import find_patches
 from nalora_mlx.ops.device_sizes import device_kind, device_sizes, using_sizes
 from nalora_mlx.training.graph_memory import peak_bytes
-from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.loss import Loss
 from nalora_mlx.training.memory_model import BatchShape, trial_batch
 from nalora_mlx.training.step import TrainingStep
 from nalora_mlx.training.traced_graph import trace_graph
@@ -29,7 +29,7 @@ TILES = 64  # of logits in flight
 MARGIN = 1.05  # times the simulated memory, for what operations allocate besides their outputs
 
 
-def bound_from_shapes(loss: SupervisedLoss, shape: BatchShape) -> float:
+def bound_from_shapes(loss: Loss, shape: BatchShape) -> float:
     """Return bytes that a step stays below, from shapes alone.
 
     It is infinite for a model that is not a plain transformer, or whose output head does not run in tiles.
@@ -85,7 +85,7 @@ def bound_from_graph(
     batch = trial_batch(shape)
 
     def run(_: mx.array) -> list[mx.array]:
-        loss = step(batch, shape.loss_positions, None, True)[0]
+        loss = step(batch, batch.loss_counts, None, True)[0]
         return [leaf for _, leaf in tree_flatten([step.state, loss]) if isinstance(leaf, mx.array)]
 
     recomputed = recompute_activations(list(layers)) if layers else nullcontext()

@@ -33,6 +33,7 @@ from mlx.utils import tree_map
 
 from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core import trees
+from nalora_mlx.data.answer_batches import BatchAnswers
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.data.media_batches import scaled_media
 from nalora_mlx.data.padding import PAD_TO
@@ -51,6 +52,10 @@ class BatchShape:
 
     Attributes:
         media: of some batch, whose share of image tokens is taken; see `data.media_batches.collate_media`.
+        lanes: sequences per row of data: two if each answer of a pair has one of its own.
+        answers: answers per row of data in preference training; 0 in supervised training.
+        branched: whether the answers of a row share its prompt.
+        rows_per_sequence: rows of data in a packed sequence, about.
     """
 
     rows: int
@@ -58,6 +63,10 @@ class BatchShape:
     loss_positions: int
     packed: bool = False
     media: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    lanes: int = 1
+    answers: int = 0
+    branched: bool = False
+    rows_per_sequence: int = 1
 
     @property
     def tokens(self) -> int:
@@ -178,16 +187,16 @@ class PeakProfiler:
     def measure_batches(self, batches: Sequence[Batch]) -> list[int]:
         """Return the peak of a step on each batch, in bytes."""
         with self._restoring_state():
-            return [self._run(batch, batch.loss_capacity, True) for batch in batches]
+            return [self._run(batch, True) for batch in batches]
 
     def _measure(self, trial: BatchShape, shape: BatchShape, update: bool) -> int:
         sizes = device_sizes().scaled(min(1, trial.tokens / shape.tokens))
         with using_sizes(sizes):
             if trial.tokens == PAD_TO:
                 self.progress("an optimizer update")
-            return self._run(trial_batch(trial), trial.loss_positions, update)
+            return self._run(trial_batch(trial), update)
 
-    def _run(self, batch: Batch, window_tokens: int, update: bool) -> int:
+    def _run(self, batch: Batch, update: bool) -> int:
         """Return the peak of a step in bytes: the larger of two, since compiling delays the first."""
         rows, length = batch.inputs.shape
         if rows * length > PAD_TO:
@@ -200,7 +209,7 @@ class PeakProfiler:
                 mx.clear_cache()
                 mx.reset_peak_memory()
                 began = time.perf_counter()
-                total, accumulated = step(batch, window_tokens, None, update)
+                total, accumulated = step(batch, batch.loss_counts, None, update)
                 mx.eval(step.state, total, accumulated)
                 del total, accumulated
                 self.seconds_per_token = (time.perf_counter() - began) / (rows * length)
@@ -265,4 +274,23 @@ def trial_batch(shape: BatchShape) -> Batch:
     segment_ids = tokens if shape.packed else None
     batch = Batch(tokens, tokens, loss_mask.reshape(size), np.ones(size, np.float32), (), segment_ids)
     media = None if shape.media is None else scaled_media(shape.media, *size)
-    return replace(batch, media=media)
+    batch = replace(batch, media=media)
+    if not shape.answers:
+        return batch
+    rows = max(1, shape.rows * shape.rows_per_sequence // shape.lanes)
+    answers = shape.answers * rows
+    numbers = np.where(loss_mask > 0, np.cumsum(loss_mask) % answers, -1).astype(np.int32)
+    present = np.ones(rows, np.float32)
+    reference = np.zeros(answers, np.float32)
+    of_batch = BatchAnswers(tuple(range(rows)), numbers.reshape(size), present, present, reference)
+    if not shape.branched:
+        return replace(batch, answers=of_batch, rows=of_batch.rows)
+    positions = np.broadcast_to(np.arange(shape.length, dtype=np.int32), size)
+    return replace(
+        batch,
+        answers=of_batch,
+        rows=of_batch.rows,
+        segment_ids=tokens,
+        branches=0 * tokens,
+        positions=positions,
+    )

@@ -13,6 +13,7 @@ from nalora_mlx.adapters.attach import adapt_result
 from nalora_mlx.core.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError, counted
 from nalora_mlx.core.trees import nbytes
+from nalora_mlx.data.answer_batches import are_preferences
 from nalora_mlx.data.batches import collate, epoch_batches, pack_shapes, row_shapes
 from nalora_mlx.data.media_batches import collate_media
 from nalora_mlx.data.packing import epoch_packs
@@ -23,7 +24,7 @@ from nalora_mlx.ops.device_memory import default_budget, device_memory
 from nalora_mlx.ops.device_sizes import device_kind
 from nalora_mlx.training.distributed import ALONE, Workers
 from nalora_mlx.training.last_good import keeps_weights
-from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.loss import Loss, SupervisedLoss
 from nalora_mlx.training.memory_bound import bound_from_graph, bound_from_shapes
 from nalora_mlx.training.memory_model import BatchShape, PeakMemory, PeakProfiler, no_progress
 from nalora_mlx.training.step import TrainingStep, recomputed_layers
@@ -32,11 +33,11 @@ MOST_EXTRAPOLATED = 4  # times the measured length; no claim is made beyond
 PATIENCE = 60  # seconds of trials, after which only those are made that the plan cannot do without
 
 
-def largest_batch(
-    examples: Sequence[Example], config: TrainingConfig, workers: Workers = ALONE
-) -> BatchShape:
+def largest_batch(examples: Sequence[Any], config: TrainingConfig, workers: Workers = ALONE) -> BatchShape:
     """Return the shape of the first epoch's largest batch: most tokens, then longest, then most supervised."""
-    supervised = [int(example.loss_mask[1:].sum()) for example in examples]
+    supervised = [example.supervised_tokens for example in examples]
+    preferences = are_preferences(examples)
+    lanes = len(examples[0].lanes)
     found = []
     if config.packing:
         length = padded_length(examples)
@@ -45,15 +46,23 @@ def largest_batch(
         for packs in batches:
             count = sum(supervised[row] for pack in packs for row in pack)
             capacity = shapes.loss_capacity(count, len(packs), length)
-            found.append(BatchShape(len(packs), length, capacity, packed=True))
+            per_sequence = math.ceil(sum(map(len, packs)) / len(packs))
+            found.append(
+                BatchShape(len(packs), length, capacity, packed=True, rows_per_sequence=per_sequence)
+            )
     else:
         shapes = row_shapes(examples)
         for rows in epoch_batches(examples, config.batch_size, config.seed, 0):
             length = shapes.length_for(max(examples[row].inputs for row in rows))
-            capacity = shapes.loss_capacity(sum(supervised[row] for row in rows), len(rows), length)
-            found.append(BatchShape(len(rows), length, capacity))
+            sequences = len(rows) * lanes
+            capacity = shapes.loss_capacity(sum(supervised[row] for row in rows), sequences, length)
+            found.append(BatchShape(sequences, length, capacity, lanes=lanes))
     largest = max(found, key=lambda shape: (shape.tokens, shape.length, shape.loss_positions))
-    largest = largest.with_shape(math.ceil(largest.rows / workers.size), largest.length)
+    share = lanes * math.ceil(largest.rows / lanes / workers.size)
+    largest = largest.with_shape(share, largest.length)
+    if preferences:
+        branched = any(lane.branches is not None for lane in examples[0].lanes)
+        return replace(largest, answers=len(examples[0].answers), branched=branched)
     return replace(largest, media=_media_of_largest(examples))
 
 
@@ -108,7 +117,7 @@ class Plan:
     def lines(self) -> list[str]:
         """Return what `--plan` prints."""
         rows, length = self.shape.rows, self.shape.length
-        kind = "packed sequence" if self.shape.packed else "row"
+        kind = "packed sequence" if self.shape.packed else "sequence" if self.shape.lanes > 1 else "row"
         at_least = " at least" if self.longest == MOST_EXTRAPOLATED * length else ""
         lines = [
             f"memory: about {_gb(self.needed)} for the largest batch, {counted(rows, kind)} of {length} tokens; "
@@ -131,10 +140,14 @@ class Plan:
         """Return flags with which the run would fit, each by itself."""
         rows, length = self.shape.rows, self.shape.length
         flags = []
-        if 0 < (fewer := self.peak.rows_within(self.budget, length)) < rows:
+        lanes = self.shape.lanes
+        rows = rows // lanes
+        if 0 < (fewer := self.peak.rows_within(self.budget, length) // lanes) < rows:
             windows = math.ceil(rows / fewer)
             flags.append(f"--batch-size {fewer} --grad-accumulation-steps {windows}")
-        if self.checkpointed is not None and (most := self.checkpointed.rows_within(self.budget, length)):
+        if self.checkpointed is not None and (
+            most := self.checkpointed.rows_within(self.budget, length) // lanes
+        ):
             flags.append("--grad-checkpoint" + (f" --batch-size {most}" if most < rows else ""))
         if PAD_TO <= self.longest < length:
             flags.append(f"--max-seq-length {self.longest + 1}")
@@ -147,7 +160,7 @@ def plan(
     config: TrainingConfig,
     optimizer: optim.Optimizer,
     budget: int,
-    loss: SupervisedLoss | None = None,
+    loss: Loss | None = None,
     progress: Callable[[str], None] = no_progress,
 ) -> Plan:
     """Measure what a run needs. The model stays as it is.
@@ -199,7 +212,7 @@ def measure(
 
 
 def planning_step(
-    model: nn.Module, config: TrainingConfig, optimizer: optim.Optimizer, loss: SupervisedLoss | None = None
+    model: nn.Module, config: TrainingConfig, optimizer: optim.Optimizer, loss: Loss | None = None
 ) -> TrainingStep:
     """Return a training step like the run's. `optimizer` is made like the run's, but another object."""
     result = adapt_result(model)
@@ -233,7 +246,7 @@ def memory_advice(
     config: RunConfig,
     new_optimizer: Callable[[RunConfig], optim.Optimizer],
     workers: Workers = ALONE,
-    loss: SupervisedLoss | None = None,
+    loss: Loss | None = None,
     progress: Callable[[str], None] = no_progress,
 ) -> MemoryAdvice:
     """Return what to say about a run's memory before it starts: everything with `--plan`, else only what does not fit.

@@ -22,6 +22,7 @@ def training_metrics(step: TrainingStep, progress: Progress) -> dict[str, Any]:
         "step": progress.iteration,
         "loss": math.nan if progress.train_loss is None else progress.train_loss,
         "tokens": progress.tokens,
+        **progress.train_measures,
         **speeds,
         "learning_rate": learning_rate(step.optimizer),
         "gradient_norm": step.health.gradient_norm.item(),

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 
 from nalora_mlx.adapters.attach import adapt_result
 from nalora_mlx.adapters.files import adapter_config as config_of_adapter
@@ -17,22 +18,24 @@ from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.core import trees
 from nalora_mlx.core.config import PLAIN_LORA, RunConfig, TrainingConfig
 from nalora_mlx.core.errors import places
-from nalora_mlx.data.batches import Batch, evaluation_batches, training_batches
-from nalora_mlx.data.tokenization import Example
+from nalora_mlx.data.batches import Batch, training_batches
+from nalora_mlx.data.preferences import TokenizedRow
 from nalora_mlx.runs.progress import Progress, TrainResult
 from nalora_mlx.training.accumulation import Window, prefetch, windows
 from nalora_mlx.training.device_memory import trim_cache
 from nalora_mlx.training.diagnostics import measure_misalignment
 from nalora_mlx.training.distributed import workers
-from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.events import Events, Listener
 from nalora_mlx.training.in_flight import InFlight, SkippedUpdate
 from nalora_mlx.training.last_good import LastGoodWeights
-from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.loss import Loss
+from nalora_mlx.training.preferences.loss import PreferenceLoss
+from nalora_mlx.training.preferences.run import PreferenceRun
 from nalora_mlx.training.reports import training_metrics
 from nalora_mlx.training.run_files import RunFiles
 from nalora_mlx.training.schedules import run_iterations
 from nalora_mlx.training.step import Accumulated, TrainingStep, recomputed_layers
+from nalora_mlx.training.validation import Validation
 
 
 class Run:
@@ -41,8 +44,8 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        train_set: Sequence[Example],
-        valid_set: Sequence[Example],
+        train_set: Sequence[TokenizedRow],
+        valid_set: Sequence[TokenizedRow],
         config: TrainingConfig,
         optimizer: optim.Optimizer | None = None,
         output: str | Path | None = None,
@@ -51,7 +54,7 @@ class Run:
         resume: str | Path | None = None,
         resume_anyway: bool = False,
         stop: Callable[[], bool] | None = None,
-        loss: SupervisedLoss | None = None,
+        loss: Loss | None = None,
     ):
         result = adapt_result(model)
         self.model, self.train_set, self.valid_set, self.config = model, train_set, valid_set, config
@@ -67,8 +70,12 @@ class Run:
             grad_clip=config.grad_clip,
             workers=self.workers,
         )
+        self.preferences = (
+            PreferenceRun(loss, config, self.workers) if isinstance(loss, PreferenceLoss) else None
+        )
         self.good = LastGoodWeights(self.step)
         self.in_flight: InFlight | None = None
+        self.window_arrays: list[dict[str, mx.array]] = []  # for each batch of the current window
         self.settled_at = 0.0  # when the last iteration was settled, in seconds
         self.accumulated: Accumulated | None = None  # of the current window
         self.skipped: SkippedUpdate | None = None  # why the current window's update is skipped
@@ -82,9 +89,7 @@ class Run:
             Path(resume) if resume is not None else None,
             self.events,
         )
-        self.valid_batches = evaluation_batches(
-            valid_set, config.batch_size, config.val_batches, config.seed, self.workers.share
-        )
+        self.validation = Validation(self.step, valid_set, config, self.files, self.events, self.preferences)
         self.iterations = run_iterations(train_set, config)
         self.layers = recomputed_layers(model, config)
         self.notices: list[str] = []
@@ -102,14 +107,27 @@ class Run:
         """
         files = self.files
         self.notices += self.step.loss.notices()
-        if self.has_files:
+        if self.has_files or self.preferences is not None:
             files.identify(self.train_set, self.valid_set)
+        if self.has_files:
             self.notices += files.restore(self.iterations, self.resume_anyway)
             self.good.save()
             self.notices += files.check_output(self.iterations)
         with files.locked():
             self.notices += files.prepare_output()
             return self.train()
+
+    def prepare_rows(self) -> None:
+        """Compute what is computed once before training, and collate the validation set."""
+        rows = self.validation.rows
+        if self.preferences is not None:
+            self.train_set, rows = self.preferences.prepare(
+                self.train_set,
+                rows,
+                self.files,
+                lambda done, count: self.events.send("reference", batch=done, batches=count),
+            )
+        self.validation.prepare(rows)
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -119,6 +137,7 @@ class Run:
         self.events.send("start", iterations=self.iterations, done=progress.iteration)
         for text in self.notices:
             self.events.send("notice", text=text)
+        self.prepare_rows()
         self.began = time.perf_counter() - progress.seconds
         if progress.iteration == 0:
             self.validate()
@@ -159,26 +178,30 @@ class Run:
         3. If they show that the previous window's update is to be skipped or undone, discard the iteration that was
            started from it, and start it again.
         """
-        tokens = sum(batch.supervised_tokens for batch in window)
-        for batch, iteration in zip(window, iterations, strict=True):
-            first, last = iteration == iterations[0], iteration == iterations[-1]
-            before = trees.references(self.step.state) if first and self.in_flight else None
-            following = self.start(batch, tokens, iteration, last)
+        for i, iteration in enumerate(iterations):
+            before = trees.references(self.step.state) if i == 0 and self.in_flight else None
+            following = self.start(window, i, iteration)
             if self.settle(before):
-                following = self.start(batch, tokens, iteration, last)
+                following = self.start(window, i, iteration)
             self.in_flight = following
             if self.is_report_due(iteration):
                 self.settle()
 
-    def start(self, batch: Batch, window_tokens: int, iteration: int, update: bool) -> InFlight:
-        """Start an iteration; do not wait for it."""
+    def start(self, window: Window, position: int, iteration: int) -> InFlight:
+        """Start the iteration at a position of a window; do not wait for it."""
         started, weights = time.perf_counter(), self.good.current()
+        batch, update = window[position], position == len(window) - 1
+        counts = [sum(of_term) for of_term in zip(*(one.loss_counts for one in window), strict=True)]
+        if self.preferences is not None and position == 0:
+            self.window_arrays = self.preferences.window_arrays(window)
+        more = self.window_arrays[position] if self.preferences is not None else None
         with recompute_activations(self.layers) if self.layers else nullcontext():
             loss, self.accumulated = self.step(
-                batch, window_tokens, self.accumulated, update, (self.config.seed, iteration)
+                batch, counts, self.accumulated, update, (self.config.seed, iteration), more
             )
         mx.async_eval(self.step.state, loss, self.accumulated)
-        return InFlight(iteration, batch, update, weights, loss, self.step.health.finite, started)
+        step = self.step
+        return InFlight(iteration, batch, update, weights, loss, step.measures, step.health.finite, started)
 
     def settle(self, before: Any = None) -> bool:
         """Wait for the iteration in flight, if there is one, and record its results.
@@ -214,10 +237,14 @@ class Run:
             measure_misalignment(self.step, batch)
         trim_cache(self.config.clear_cache_threshold)
         since, self.settled_at = max(self.settled_at, flight.started), time.perf_counter()
-        progress.record_batch(loss, batch.supervised_tokens, self.settled_at - since)
+        count = batch.loss_counts[0]
+        progress.record_batch(loss, batch.supervised_tokens, self.settled_at - since, count)
+        if flight.measures is not None and math.isfinite(loss):
+            sums = np.array(flight.measures).tolist()
+            progress.record_measures(dict(zip(self.step.loss.measures, sums, strict=True)))
         if self.skipped is None and not flight.finite.item():
             self.skipped = SkippedUpdate(batch, loss)
-        if math.isfinite(loss) and progress.record_loss(loss / max(batch.supervised_tokens, 1)):
+        if math.isfinite(loss) and progress.record_loss(loss / max(count, 1)):
             self.events.send(
                 "notice",
                 text=f"iteration {flight.iteration}: the loss jumps repeatedly; lower the learning rate, "
@@ -304,34 +331,10 @@ class Run:
 
     def validate(self) -> None:
         """Compute the validation loss, and save the adapter if it is the best so far."""
-        if not self.valid_batches:
-            return
-        self.settle()
-        self.check_weights()
-        tic, count, progress = time.perf_counter(), len(self.valid_batches), self.progress
-        loss, tokens = evaluate(
-            self.model,
-            self.valid_batches,
-            lambda done: self.events.send("validating", batch=done, batches=count),
-            self.step.loss,
-            self.workers,
-            self.config.clear_cache_threshold,
-        )
-        before = (progress.best_valid_loss, progress.best_iteration)
-        if progress.record_validation(loss) and not self.files.save_best():
-            progress.best_valid_loss, progress.best_iteration = before  # these describe the adapter on disk
-        if not math.isfinite(loss):
-            self.events.send("notice", text=f"iteration {progress.iteration}: the validation loss is {loss}")
-        self.events.send(
-            "metrics",
-            split="valid",
-            step=progress.iteration,
-            loss=loss,
-            tokens=tokens,
-            seconds=time.perf_counter() - tic,
-            best_loss=progress.best_valid_loss,
-            first_loss=progress.first_valid_loss,
-        )
+        if self.validation.batches:
+            self.settle()
+            self.check_weights()
+            self.validation.run()
 
     def save(self, prune: bool = True) -> None:
         """Write a checkpoint, if this run writes files, of weights with a finite loss."""

@@ -11,7 +11,7 @@ from nalora_mlx.core import storage
 from nalora_mlx.core.config import TrainingConfig
 from nalora_mlx.core.locks import lock_directory
 from nalora_mlx.core.trees import nbytes
-from nalora_mlx.data.tokenization import Example
+from nalora_mlx.data.preferences import TokenizedRow
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.checkpoints import CHECKPOINTS, CheckpointWriter
 from nalora_mlx.runs.directory import (
@@ -53,9 +53,10 @@ class RunFiles:
         self.output, self.resume, self.events = output, resume, events
         self.identity: dict[str, Any] = {}
         self.progress = Progress()
+        self.reference: Path | None = None  # what a preference run computed before training
         self.writer: CheckpointWriter | None = None
 
-    def identify(self, train_set: Sequence[Example], valid_set: Sequence[Example]) -> None:
+    def identify(self, train_set: Sequence[TokenizedRow], valid_set: Sequence[TokenizedRow]) -> None:
         """Compute what identifies the run, see `runs.fingerprint`. Reads all weights."""
         step = self.step
         self.identity = run_identity(
@@ -115,6 +116,7 @@ class RunFiles:
                 self.identity,
                 self.config,
                 best,
+                self.reference,
             ),
             self.events.send,
         )

@@ -12,7 +12,8 @@ from nalora_mlx.core.errors import InputError, first_line
 from nalora_mlx.core.parsing import nearest, reject_unknown
 from nalora_mlx.core.settings_without_effect import without_effect_in_length
 from nalora_mlx.data.batches import batches_per_epoch
-from nalora_mlx.data.tokenization import Example, Split
+from nalora_mlx.data.preferences import TokenizedRow
+from nalora_mlx.data.tokenization import Split
 
 Schedule = Callable[[mx.array], mx.array]
 SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")  # of mlx.optimizers
@@ -50,7 +51,7 @@ def build_schedule(settings: dict[str, Any]) -> Schedule:
     return schedule
 
 
-def run_iterations(train_set: Sequence[Example], config: TrainingConfig) -> int:
+def run_iterations(train_set: Sequence[TokenizedRow], config: TrainingConfig) -> int:
     """Return the number of iterations of a run: iters, or as many as epochs says, at least one."""
     if config.epochs is None:
         return config.iters

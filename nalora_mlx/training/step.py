@@ -1,6 +1,6 @@
 """The compiled training step: forward, backward, and the scaled optimizer update that ends an accumulation window."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from nalora_mlx.training.compilation import compile_with_state
 from nalora_mlx.training.distributed import ALONE, Workers
 from nalora_mlx.training.importance import LayerState, LayerStatistics
 from nalora_mlx.training.importance_stacks import ImportanceStacks
-from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.loss import Arrays, Loss, SupervisedLoss, array_shapes, batch_arrays
 from nalora_mlx.training.optimizers import apply_scaled
 from nalora_mlx.training.stacks import StackedParameters
 
@@ -76,13 +76,13 @@ class TrainingStep:
         optimizer: optim.Optimizer,
         parameters: NAParameters = PLAIN_LORA,
         compiled: bool = True,
-        loss: SupervisedLoss | None = None,
+        loss: Loss | None = None,
         grad_clip: float | None = None,
         workers: Workers = ALONE,
     ):
         self.model, self.optimizer, self.parameters = model, optimizer, parameters
         self.grad_clip, self.workers = grad_clip, workers
-        self.loss = loss or SupervisedLoss(model)
+        self.loss: Loss = loss or SupervisedLoss(model)
         self.compiled = compiled and self.loss.compiled
         self.gated = {mlp.path: mlp for mlp in gated_mlps(model)} if parameters.active else {}
         self.dropouts = dropout_count(model)
@@ -99,6 +99,8 @@ class TrainingStep:
             "random": mx.random.state,
             "health": Health(mx.array(True), mx.array(True), mx.array(0.0)),
         }
+        if self.loss.measures:
+            self.state["measures"] = mx.zeros((len(self.loss.measures), 2))
         self._loss_and_gradients = mx.value_and_grad(self._loss)
         self.graph_of_shape = lru_cache(MAX_GRAPHS)(self._compile_backward)
         self._compiled_finish = compile_with_state(self._finish, self.state, self.state)
@@ -119,22 +121,30 @@ class TrainingStep:
         """Whether the current accumulation window is finite so far."""
         return self.state["health"]
 
+    @property
+    def measures(self) -> mx.array | None:
+        """(sum, count) of each of the loss's measures over the last batch and all workers; [K, 2]. None without any."""
+        return self.state.get("measures")
+
     def __call__(
         self,
         batch: Batch,
-        window_tokens: int,
+        window_counts: int | Sequence[int],
         accumulated: Accumulated | None,
         update: bool,
         seed: tuple[int, int] = (0, 0),
+        more: Mapping[str, mx.array] | None = None,
     ) -> tuple[mx.array, Accumulated | None]:
         """Run one iteration.
 
         Args:
             batch: this worker's share of a batch.
-            window_tokens: supervised tokens in the whole accumulation window; each weighs 1 / window_tokens.
+            window_counts: for each term of the loss, how many tokens or rows the whole accumulation window has; each
+                weighs 1 / count. See `Batch.loss_counts`.
             accumulated: what the previous iteration of the window returned; None for its first.
             update: whether this iteration ends the window.
             seed: (run seed, iteration), from which dropout draws.
+            more: further arrays that the loss reads.
 
         Returns:
             The summed loss of the batch over all workers, and what to pass to the next iteration of the window. Lazy.
@@ -143,22 +153,14 @@ class TrainingStep:
         # Each worker draws its own dropout.
         entropy = (*seed, self.workers.rank) if self.workers.rank else seed
         key = mx.random.key(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        segment_ids = None if batch.segment_ids is None else mx.array(batch.segment_ids)
-        positions = [mx.array(a) for a in batch.loss_positions()]
-        media = media_arrays(batch.with_media().media)
-        arrays = [mx.array(batch.inputs), *positions, segment_ids, media, mx.array(batch.token_mask)]
-        weight = mx.array(1 / max(window_tokens, 1))
-        shape = (
-            batch.inputs.shape,
-            positions[0].shape,
-            segment_ids is None,
-            media_shapes(media) if self.compiled else None,
-            accumulated is None,
-        )
+        arrays = batch_arrays(batch) | dict(more or {})
+        counts = [window_counts] if isinstance(window_counts, int) else window_counts
+        weights = mx.array([1 / max(count, 1) for count in counts])
+        shape = (array_shapes(arrays), accumulated is None)
         backward = self.graph_of_shape(shape) if self.compiled else self._backward
-        loss, window = backward(arrays, weight, key, accumulated)
+        loss, measures, window = backward(arrays, weights, key, accumulated)
         finish = self._compiled_finish if self.compiled else self._finish
-        result = finish(loss, window, accumulated is None, update)
+        result = finish(loss, measures, window, accumulated is None, update)
         self.weights.record()
         return result
 
@@ -166,41 +168,40 @@ class TrainingStep:
         """Compile the backward for one batch shape."""
 
         # A function object per shape: mx.compile frees a graph when its function is gone.
-        def backward(*arguments: Any) -> tuple[mx.array, Accumulated]:
+        def backward(*arguments: Any) -> tuple[mx.array, mx.array | None, Accumulated]:
             return self._backward(*arguments)
 
         state = [self.model.state, self.weights.arrays, self.state["importance"], mx.random.state]
         return compile_with_state(backward, state, state)
 
     def _loss(
-        self, stacks: dict[str, mx.array], arrays: list[Any], weight: mx.array, context: ForwardPass
+        self, stacks: dict[str, mx.array], arrays: Arrays, weights: mx.array, context: ForwardPass
     ) -> tuple[mx.array, Any]:
         self.weights.install_cast(stacks)
-        inputs, rows, targets, weights, segment_ids, media, token_mask = arrays
-        # Weighed before the gradient is taken, which may leave the range of a half-precision type otherwise.
-        loss = self.loss(inputs, rows, targets, weights * weight, segment_ids, media)
+        loss, measures = self.loss(arrays, weights)
         # Copied, since checkpointed layers write their statistics again when the backward recomputes them.
-        return loss, (loss / weight, dict(context.statistics), mx.sum(token_mask))
+        statistics = dict(context.statistics)
+        return loss, (loss / weights[0], measures, statistics, mx.sum(arrays["token_mask"]))
 
-    def _backward(self, arrays, weight, key, accumulated):
-        """Return the loss of a batch, and the gradients and statistics of the window so far."""
+    def _backward(self, arrays, weights, key, accumulated):
+        """Return loss and measures of a batch, and the gradients and statistics of the window so far."""
         routes = {}
         if self.parameters.route:
             # The masks of the previous update: this step's statistics are not known yet.
             routes = {path: state.mask for path, state in self.importance["layers"].items()}
         current = self.weights.current()
         context = ForwardPass(
-            token_mask=arrays[-1] if self.gated else None,
+            token_mask=arrays["token_mask"] if self.gated else None,
             routes=routes,
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
             scaled=self.weights.scaled,
         )
         faster = vectorized_models() if self.compiled else nullcontext()
-        forms = self.loss.training_forms.installed(arrays[-3])
+        installed = self.loss.installed(arrays)
         try:
-            with forward_pass(context), vectorized(), faster, lean_attention(), forms:
-                (_, (loss, sums, tokens)), gradients = self._loss_and_gradients(
-                    self.weights.arrays, arrays, weight, context
+            with forward_pass(context), vectorized(), faster, lean_attention(), installed:
+                (_, (loss, measures, sums, tokens)), gradients = self._loss_and_gradients(
+                    self.weights.arrays, arrays, weights, context
                 )
         finally:
             self.weights.install(current)
@@ -208,15 +209,17 @@ class TrainingStep:
         if accumulated is not None:
             gradients = tree_map(mx.add, gradients, accumulated.gradients)
             statistics = add_statistics(statistics, accumulated.statistics)
-        return loss, Accumulated(gradients, statistics)
+        return loss, measures, Accumulated(gradients, statistics)
 
-    def _finish(self, loss, window, first, update):
+    def _finish(self, loss, measures, window, first, update):
         """Record whether all numbers are finite and, at the end of a window, update the parameters."""
         if update:
-            loss, window = self.workers.sum((loss, window))
+            loss, measures, window = self.workers.sum((loss, measures, window))
             norm = global_norm(window.gradients)
         else:  # the norm of this worker's gradient so far; the sum is finite only if every worker's is
-            loss, norm = self.workers.sum((loss, global_norm(window.gradients)))
+            loss, measures, norm = self.workers.sum((loss, measures, global_norm(window.gradients)))
+        if measures is not None:
+            self.state["measures"] = measures
         losses = mx.isfinite(loss) if first else mx.isfinite(loss) & self.health.losses
         self.state["health"] = Health(losses & mx.isfinite(norm), losses, norm)
         if not update:
@@ -267,20 +270,6 @@ class TrainingStep:
         loaded = importance.from_tree(tree["importance"])
         self.state["importance"]["step"] = loaded["step"]
         self.set_layers(loaded["layers"])
-
-
-def media_arrays(media: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the images of a batch add, as arrays of MLX."""
-
-    def convert(leaf: Any) -> Any:
-        return mx.array(leaf) if isinstance(leaf, np.ndarray) else leaf
-
-    return None if media is None else tree_map(convert, media)
-
-
-def media_shapes(media: dict[str, Any] | None) -> Any:
-    """Return the shapes by which a graph is kept."""
-    return None if media is None else tuple((name, array.shape) for name, array in tree_flatten(media))
 
 
 def global_norm(tree: Any) -> mx.array:

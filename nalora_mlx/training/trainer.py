@@ -15,6 +15,8 @@ from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.core.config import TrainingConfig
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.data.padding import padded_length
+from nalora_mlx.data.preference_tokenization import tokenize_preference_rows
+from nalora_mlx.data.preferences import PreferenceExample, TokenizedRow
 from nalora_mlx.data.rows.formats import Features
 from nalora_mlx.data.tokenization import Example, Split, tokenize_split
 from nalora_mlx.models import packed_rows
@@ -22,12 +24,14 @@ from nalora_mlx.runs.progress import TrainResult
 from nalora_mlx.training.device_memory import wired_memory
 from nalora_mlx.training.distributed import workers
 from nalora_mlx.training.events import Listener
-from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.loss import Loss, SupervisedLoss
 from nalora_mlx.training.memory_bound import bound_from_shapes
 from nalora_mlx.training.memory_plan import largest_batch
+from nalora_mlx.training.preferences.layout import choose_layout, in_layout_of
+from nalora_mlx.training.preferences.loss import PreferenceLoss
 from nalora_mlx.training.run import Run
 
-Rows = Split | Sequence[Example] | Sequence[Mapping[str, Any]]
+Rows = Split | Sequence[TokenizedRow] | Sequence[Mapping[str, Any]]
 
 
 def train(
@@ -42,7 +46,7 @@ def train(
     resume: str | Path | None = None,
     resume_anyway: bool = False,
     stop: Callable[[], bool] | None = None,
-    loss: SupervisedLoss | None = None,
+    loss: Loss | None = None,
     peak_bytes: float | None = None,
     tokenizer: Any = None,
     mask_prompt: bool = False,
@@ -79,22 +83,23 @@ def train(
         RunError: the end of the run could not be saved.
     """
     config = config or TrainingConfig()
-    train_set, valid_set = (
-        tokenized(rows, tokenizer, mask_prompt, config, name)
-        for rows, name in ((train_set, "train_set"), (valid_set, "valid_set"))
-    )
-    check(train_set, valid_set, adapter_weights(model), config)
+    train_rows = tokenized(train_set, tokenizer, mask_prompt, config, "train_set")
+    valid_rows = tokenized(valid_set, tokenizer, mask_prompt, config, "valid_set")
+    check(train_rows, valid_rows, adapter_weights(model), config)
     if output is not None and adapter_config is None and adapt_result(model) is None:
         raise InputError(
             "the model was not adapted by adapt; pass the content of adapter_config.json as adapter_config"
         )
-    loss = loss or SupervisedLoss(model)
-    if config.packing:
-        check_packing(model, loss, padded_length(train_set))
+    loss = loss or new_loss(model, config)
+    if isinstance(loss, PreferenceLoss):
+        train_rows = choose_layout(loss, train_rows, config)
+        valid_rows = in_layout_of(valid_rows, train_rows)
+    elif config.packing:
+        check_packing(model, loss, padded_length(train_rows))
     run = Run(
         model,
-        train_set,
-        valid_set,
+        train_rows,
+        valid_rows,
         config,
         optimizer,
         output,
@@ -107,15 +112,20 @@ def train(
     )
 
     def peak() -> float:
-        return peak_bytes or bound_from_shapes(loss, largest_batch(train_set, config, run.workers))
+        return peak_bytes or bound_from_shapes(loss, largest_batch(train_rows, config, run.workers))
 
     with wired_memory(config.wired_limit, peak):
         return run.run()
 
 
+def new_loss(model: nn.Module, config: TrainingConfig) -> Loss:
+    """Return the loss of a run."""
+    return PreferenceLoss(model, config) if config.prefers else SupervisedLoss(model)
+
+
 def tokenized(
     rows: Rows, tokenizer: Any, mask_prompt: bool, config: TrainingConfig, name: str
-) -> Sequence[Example]:
+) -> Sequence[Any]:
     """Return rows as `train` takes them as tokenized sequences.
 
     Raises:
@@ -125,21 +135,26 @@ def tokenized(
         if rows.errors:
             raise InputError(f"{name}: {listed(rows.errors)}")
         return rows.sequences
-    wrong = [row for row in rows if not isinstance(row, Example)]
+    kind = PreferenceExample if config.prefers else Example
+    wrong: list[Any] = [row for row in rows if not isinstance(row, kind)]
     if not wrong:
-        return rows  # type: ignore[return-value]
+        return rows
     if tokenizer is None or not all(isinstance(row, Mapping) for row in rows):
         raise InputError(
             f"{name} holds {type(wrong[0]).__name__}; give rows as dicts with tokenizer=, or what "
             "nalora_mlx.preview(rows, tokenizer) returns"
         )
+    if config.prefers:
+        return tokenize_preference_rows(
+            wrong, tokenizer, config, mask_prompt, config.max_seq_length, name
+        ).sequences
     features = Features(mask_prompt=mask_prompt)
     return tokenize_split(wrong, tokenizer, features, config.max_seq_length, name).sequences
 
 
 def check(
-    train_set: Sequence[Example],
-    valid_set: Sequence[Example],
+    train_set: Sequence[TokenizedRow],
+    valid_set: Sequence[TokenizedRow],
     weights: dict[str, mx.array],
     config: TrainingConfig,
 ) -> None:
@@ -161,7 +176,7 @@ def check(
     )
 
 
-def check_packing(model: nn.Module, loss: SupervisedLoss, length: int) -> None:
+def check_packing(model: nn.Module, loss: Loss, length: int) -> None:
     """Raise InputError if rows packed into sequences of this length would affect one another."""
     hidden = loss.head.hidden if loss.head else model
     reason = packed_rows.packing_error(model, hidden, length, loss.training_forms)

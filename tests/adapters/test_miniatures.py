@@ -28,7 +28,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.ops import cross_entropy
 from nalora_mlx.ops.cross_entropy import tiled_cross_entropy_sum
-from nalora_mlx.training.loss import SupervisedLoss
+from nalora_mlx.training.loss import SupervisedLoss, batch_arrays
 from nalora_mlx.training.step import TrainingStep
 from tests.conftest import build_model, random_adapters, set_sizes
 from tests.miniatures.klear_to_llama import MINIATURES as FIRST
@@ -265,7 +265,7 @@ def test_the_loss_of_supervised_positions_equals_that_of_all_logits(name, monkey
 
     def tiled_loss(model):
         if name in NO_HEAD | WHOLE:
-            return scored(mx.array(batch.inputs), *arrays)
+            return scored(batch_arrays(batch))[0]
         hidden = scored.head.hidden(mx.array(batch.inputs))
         hidden = hidden.reshape(-1, hidden.shape[-1])[arrays[0]]
         head = scored.head
@@ -274,7 +274,7 @@ def test_the_loss_of_supervised_positions_equals_that_of_all_logits(name, monkey
     want, want_gradients = nn.value_and_grad(model, full_loss)(model)
     got, got_gradients = nn.value_and_grad(model, tiled_loss)(model)
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
-    assert scored(mx.array(batch.inputs), *arrays).item() == pytest.approx(want.item(), rel=1e-6)
+    assert scored(batch_arrays(batch))[0].item() == pytest.approx(want.item(), rel=1e-6)
     want_gradients, got_gradients = dict(tree_flatten(want_gradients)), dict(tree_flatten(got_gradients))
     largest = max(np.abs(np.array(a)).max() for a in want_gradients.values())
     for path, a in want_gradients.items():

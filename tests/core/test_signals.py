@@ -196,9 +196,9 @@ def test_a_signal_before_training_ends_the_command(model_directory, data_directo
     output = tmp_path / "a"
     code = (
         "import os, signal, sys\n"
-        "from nalora_mlx.training import run\n"
-        "evaluate = run.evaluate\n"
-        "run.evaluate = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a))[1]\n"
+        "from nalora_mlx.training import validation\n"
+        "evaluate = validation.evaluate\n"
+        "validation.evaluate = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a))[1]\n"
         "from nalora_mlx.__main__ import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

@@ -17,6 +17,7 @@ from mlx_lm.generate import generate_step
 from nalora_mlx import adapt
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.models.output_head import find_output_head
+from nalora_mlx.training.loss import batch_arrays
 from tests.conftest import VOCABULARY, build_examples, build_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -109,9 +110,7 @@ def test_a_fitted_lora_a_spans_the_gradient():
     )
     full = build_model()
     loss = study_methods.SupervisedLoss(full)
-    summed = nn.value_and_grad(
-        full, lambda: sum(loss(mx.array(b.inputs), *map(mx.array, b.loss_positions())) for b in batches)
-    )
+    summed = nn.value_and_grad(full, lambda: sum(loss(batch_arrays(b))[0] for b in batches))
     gradients = dict(tree_flatten(summed()[1]))
     inputs = mx.array([[5, 9, 2, 7]])
     before = model(inputs)

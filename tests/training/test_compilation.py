@@ -10,6 +10,7 @@ from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.data.batches import training_batches
 from nalora_mlx.training import diagnostics
+from nalora_mlx.training.loss import batch_arrays
 from nalora_mlx.training.step import TrainingStep
 from tests.conftest import build_examples, build_model, llama_args
 
@@ -84,13 +85,13 @@ def test_an_interrupted_trace_of_another_shape_changes_nothing(monkeypatch):
 
 def test_an_interrupted_trace_of_the_validation_loss_changes_nothing(monkeypatch):
     step, batch = prepared()
-    before, inputs = arrays(step), [mx.array(a) for a in (batch.inputs, *batch.loss_positions())]
+    before, inputs = arrays(step), batch_arrays(batch)
     with monkeypatch.context() as patch:
         fail_after(patch, step.loss.head, "hidden")
         with pytest.raises(Interrupted):
-            step.loss.evaluate(*inputs)
+            step.loss.evaluate(inputs)
     assert_equal(arrays(step), before)
-    assert np.isfinite(step.loss.evaluate(*inputs).item())
+    assert np.isfinite(step.loss.evaluate(inputs)[0].item())
 
 
 def test_an_interrupted_measurement_leaves_the_model_in_training_mode(monkeypatch):

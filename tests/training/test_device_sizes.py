@@ -62,7 +62,7 @@ def test_sizes_can_be_scaled_and_end_with_their_context():
 def test_tiles_of_the_head(rows, kind):
     """They cover everything once, are no larger than the device's, and are as wide as matrix products like."""
     with using_sizes(kind):
-        row_tiles, columns = cross_entropy._tiles(rows, 151_936)
+        row_tiles, columns = cross_entropy.head_tiles(rows, 151_936)
     sizes = SIZES[kind]
     for tiles, size in ((row_tiles, rows), (columns, 151_936)):
         ends = [0, *(min(tile.stop, size) for tile in tiles)]

@@ -248,9 +248,9 @@ def test_tiles_of_the_head_shrink_with_the_tokens():
     loss, before, calls = step.loss, device_sizes().head_rows, []
 
     class Recording(type(loss)):
-        def __call__(self, inputs, *rest):
-            calls.append((inputs.size, device_sizes().head_rows))
-            return super().__call__(inputs, *rest)
+        def __call__(self, arrays, *rest):
+            calls.append((arrays["inputs"].size, device_sizes().head_rows))
+            return super().__call__(arrays, *rest)
 
     loss.__class__ = Recording
     PeakProfiler(step).profile(BatchShape(32, 256, 4096))

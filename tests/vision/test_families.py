@@ -29,7 +29,8 @@ from nalora_mlx.models.vision.features import ImageEncoder
 from nalora_mlx.models.vision.generation import model_inputs, render_chat, stream_answer
 from nalora_mlx.models.vision.loading import open_processor, open_vision_model
 from nalora_mlx.models.vision.model import differentiable_assignments
-from nalora_mlx.training.step import TrainingStep, media_arrays
+from nalora_mlx.training.loss import batch_arrays, media_arrays
+from nalora_mlx.training.step import TrainingStep
 from tests.vision.tiny_models import FAMILIES, IMAGE, START, picture, save_model
 
 TOLERANCE = 1e-5  # of the largest entry, in float32
@@ -282,9 +283,7 @@ def test_gradients_are_those_of_mlx_vlm(case, vision, tmp_path):
     assert np.linalg.norm(list(errors.values())) <= TOLERANCE * whole
     assert not [path for path in norms if errors[path] > 5 * TOLERANCE * max(norms[path], 0.01 * whole)]
     assert_close(
-        step.loss.evaluate(
-            *map(mx.array, (batch.inputs, *batch.loss_positions())), None, media_arrays(batch.media)
-        ),
+        step.loss.evaluate(batch_arrays(batch))[0],
         teacher_forced_loss(case, updated(reference, after)),
         1e-4,
     )

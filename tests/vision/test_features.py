@@ -28,7 +28,7 @@ from nalora_mlx.models.vision.model import (
     check_embeddings,
     differentiable_assignments,
 )
-from nalora_mlx.training.step import media_arrays
+from nalora_mlx.training.loss import media_arrays
 from tests.vision.tiny_models import IMAGE, picture, save_model
 
 

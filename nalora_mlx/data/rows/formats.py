@@ -11,13 +11,13 @@ from nalora_mlx.data.rows.features import Features
 from nalora_mlx.data.rows.forms import Form, Forms, UnknownForm, form_of, known_forms
 from nalora_mlx.data.rows.images import place_images, read_images
 from nalora_mlx.data.rows.messages import Chat, joined
-from nalora_mlx.data.rows.preferences import supervised_remedy
+from nalora_mlx.data.rows.preferences import LABEL, read_label, supervised_remedy
 from nalora_mlx.data.rows.survey import Survey
 from nalora_mlx.data.rows.tool_calls import read_tools
 
-__all__ = ["IMAGES", "PREFERENCES", "Features", "Row", "parse_row", "parse_rows"]
+__all__ = ["IMAGES", "LABELS", "PREFERENCES", "Features", "Row", "parse_row", "parse_rows"]
 
-PREFERENCES, IMAGES = "preferences", "images"  # kinds of rows that not every run trains on
+PREFERENCES, LABELS, IMAGES = "preferences", "labels", "images"  # kinds of rows that not every run trains on
 MAX_WEIGHT = 1000  # of a row; more is likely a column of another meaning
 # Keys beside a chat: of the first that is not blank, the value is read.
 _ALTERNATIVES = (("system", "system_prompt"), ("tools", "functions"), ("images", "image"))
@@ -36,7 +36,9 @@ class Row:
         untrained: indices of the assistant messages that are not trained on ("weight": 0 or "train": false).
         weight: how many times an epoch holds the row.
         chunk: whether a text longer than the sequence length becomes several sequences, instead of being truncated.
-        rejected: the worse answer of a preference row, as the messages that follow `messages` without its last turn.
+        rejected: in preference rows, the worse end of the chat, in place of the messages from `answer_start` on.
+        answer_start: index of the first message that the two do not share.
+        label: whether a single answer is a good one, in rows for KTO.
         images: the images of a row in the order of their appearance: paths, bytes of files, data URIs or images of
             Pillow. In the data of a run, paths are absolute.
     """
@@ -51,6 +53,8 @@ class Row:
     chunk: bool = False
     rejected: list[dict[str, Any]] | None = None
     images: tuple[Any, ...] = ()
+    answer_start: int = 0
+    label: bool | None = None
 
 
 class _Unread(NamedTuple):
@@ -82,15 +86,18 @@ def parse_rows(
         contents: the pairs.
         features: keys of the rows.
         survey: counts the forms of the rows, and what nothing reads in them.
-        accepted: which of PREFERENCES and IMAGES the run trains on. Rows with others are problems.
+        accepted: which of PREFERENCES, LABELS and IMAGES the run trains on. Rows with others are problems; with
+            PREFERENCES or LABELS, so are rows without them.
     """
     rows, problems = [], []
-    forms = known_forms(features, PREFERENCES in accepted)
+    forms = known_forms(features, PREFERENCES in accepted, LABELS in accepted)
     for source, content in contents:
         try:
             row, form, unread, content = _parse_any_case(source, content, forms)
             if unread is not None and (row.rejected or row.images):
                 _check_accepted(row, content, features, accepted)
+            if PREFERENCES in accepted and not row.rejected:
+                _check_compared(row, LABELS in accepted)
         except InputError as error:
             problems.append(str(error))
             continue
@@ -118,6 +125,20 @@ def _check_accepted(
         raise InputError(refused_images(row.source))
 
 
+def _check_compared(row: Row, labels: bool) -> None:
+    """Raise InputError for a row without what a preference run compares."""
+    if labels and row.label is None:
+        raise InputError(
+            f"{row.source}: has no 'label' (true for a good answer, false for a bad one), nor a 'chosen' and a "
+            "'rejected' answer; --train-mode kto needs one or the other"
+        )
+    if not labels:
+        raise InputError(
+            f"{row.source}: has no 'rejected' answer to compare with; give 'prompt', 'chosen' and 'rejected', or use "
+            "--train-mode kto for rows with a 'label', or sft for rows with one answer"
+        )
+
+
 def refused_images(source: str) -> str:
     """Return the problem that a row with images is for a model that does not see."""
     return f"{source}: holds images, which only vision-language models read; remove the images, or the row"
@@ -134,7 +155,7 @@ def _parse(source: str, content: Mapping[str, Any], forms: Forms) -> tuple[Row, 
         if isinstance(parts, str):
             row, unread = _text_row(source, parts, others) if others else (Row(source, [], text=parts), None)
         elif others or any(parts[1:]):
-            row, unread = _chat_row(source, parts, others)
+            row, unread = _chat_row(source, parts, others, forms.labels)
         else:
             row, unread = Row(source, parts.messages), None
         return row, form, unread
@@ -179,7 +200,7 @@ def _text_row(source: str, text: str, others: Mapping[str, Any]) -> tuple[Row, _
     return row, _Unread([key for key in others if key != "weight"])
 
 
-def _chat_row(source: str, chat: Chat, others: Mapping[str, Any]) -> tuple[Row, _Unread]:
+def _chat_row(source: str, chat: Chat, others: Mapping[str, Any], has_label: bool) -> tuple[Row, _Unread]:
     """Return a chat with what stands beside it: a system prompt, tools, images, template arguments, a weight."""
     system_key, tools_key, images_key = (
         next((key for key in keys if key in others), None) for keys in _ALTERNATIVES
@@ -202,8 +223,10 @@ def _chat_row(source: str, chat: Chat, others: Mapping[str, Any]) -> tuple[Row, 
         weight=_weight(others.get("weight")),
         rejected=chat.rejected,
         images=all_images,
+        answer_start=chat.answer_start,
+        label=read_label(others["label"]) if has_label and LABEL in others else None,
     )
-    used = {system_key, tools_key, images_key, "chat_template_kwargs", "weight"}
+    used = {system_key, tools_key, images_key, "chat_template_kwargs", "weight", *[LABEL][: int(has_label)]}
     return row, _Unread([key for key in others if key not in used], chat.unknown_keys, unused_system)
 
 

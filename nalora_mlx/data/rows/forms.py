@@ -57,14 +57,15 @@ class Forms(NamedTuple):
     ordered: tuple[tuple[str, Form], ...]
     only_named: bool
     features: Features
+    labels: bool = False
 
 
 @lru_cache(maxsize=32)
-def known_forms(features: Features, prefer: bool = False) -> Forms:
+def known_forms(features: Features, prefer: bool = False, labels: bool = False) -> Forms:
     """Return the forms to try.
 
     1. Forms whose keys the user has named; only these, if a key is not the usual one.
-    2. Preferences, if the run trains on them (`prefer`).
+    2. Preferences, if the run trains on them (`prefer`). With `labels` it also reads labels of single answers.
     3. The forms of mlx_lm.lora in its order, but a text after the forms that seldom mean anything else.
     4. Pairs with other keys.
     """
@@ -97,7 +98,9 @@ def known_forms(features: Features, prefer: bool = False) -> Forms:
     if not features.unusual:
         first = [*named, *([preferences] if prefer else [])]
         named = [*first, *(form for form in forms if form not in first)]
-    return Forms(tuple((form.needs[0], form) for form in named), bool(features.unusual), features)
+    elif prefer:
+        named = [preferences, *named]
+    return Forms(tuple((form.needs[0], form) for form in named), bool(features.unusual), features, labels)
 
 
 def form_of(content: Mapping[str, Any], forms: Forms) -> Form:

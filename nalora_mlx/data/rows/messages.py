@@ -54,7 +54,8 @@ class Chat(NamedTuple):
         untrained: indices of assistant messages with "weight": 0 or "train": false.
         images: of the image parts, in order; None for a part that names no image.
         unknown_keys: keys of messages that no known chat template reads.
-        rejected: the answer that is worse than the last message, in preference rows.
+        rejected: in preference rows, the worse end of the chat, in place of the messages from `answer_start` on.
+        answer_start: index of the first message that the two do not share.
     """
 
     messages: list[Message]
@@ -62,6 +63,7 @@ class Chat(NamedTuple):
     images: tuple[Any, ...] = ()
     unknown_keys: frozenset[str] = frozenset()
     rejected: list[Message] | None = None
+    answer_start: int = 0
 
 
 def joined(*chats: Chat) -> Chat:
@@ -73,7 +75,9 @@ def joined(*chats: Chat) -> Chat:
         messages += chat.messages
     images = tuple(image for chat in chats for image in chat.images)
     unknown = frozenset(key for chat in chats for key in chat.unknown_keys)
-    return Chat(messages, frozenset(untrained), images, unknown, chats[-1].rejected)
+    last = chats[-1]
+    start = len(messages) - len(last.messages) + last.answer_start if last.rejected is not None else 0
+    return Chat(messages, frozenset(untrained), images, unknown, last.rejected, start)
 
 
 def read_chat(value: Any, key: str) -> Chat:

@@ -1,13 +1,24 @@
 """Preference rows: a prompt with a chosen and a rejected answer, or two chats that differ in the last answer."""
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.rows.cells import is_blank, parsed_cell, text_in
-from nalora_mlx.data.rows.messages import SHAREGPT_KEYS, Chat, joined, read_chat
+from nalora_mlx.data.rows.messages import SHAREGPT_KEYS, Chat, Message, joined, read_chat
 
-CHOSEN, REJECTED = "chosen", "rejected"
+CHOSEN, REJECTED, LABEL = "chosen", "rejected", "label"
+_LABELS = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "good": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "bad": False,
+}
 _PROMPT_KEYS = ("question", "query", "instruction", *SHAREGPT_KEYS)  # after the configured one
 
 
@@ -33,15 +44,50 @@ def read_preference(prompt_key: str, content: Mapping[str, Any]) -> Chat:
         if key == "instruction" and not is_blank(content.get("input")):
             prompt = instruction(content, key, "input")
         chosen = joined(prompt, chosen)
-        if len(chosen.messages) != len(prompt.messages) + 1:
-            raise InputError("'chosen' must be one answer, the message that follows the prompt")
-        return chosen._replace(rejected=rejected.messages)
-    count = len(chosen.messages) - 1
-    if chosen.messages[-1]["role"] != "assistant" or len(rejected.messages) <= count:
-        raise InputError("'chosen' must end in an answer, and 'rejected' must hold another one at its place")
-    if chosen.messages[:count] != rejected.messages[:count]:
-        raise InputError("'chosen' and 'rejected' must be the same chat up to the last message of 'chosen'")
-    return chosen._replace(rejected=rejected.messages[count:])
+        return _compared(chosen, rejected.messages, len(prompt.messages))
+    pairs = zip(chosen.messages, rejected.messages, strict=False)
+    count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if not count:
+        raise InputError(
+            "'chosen' and 'rejected' begin with different messages; they must be two answers in the same chat"
+        )
+    return _compared(chosen, rejected.messages[count:], count)
+
+
+def _compared(chosen: Chat, rejected: list[Message], start: int) -> Chat:
+    """Return a chat whose messages from `start` on are compared with others.
+
+    Raises:
+        InputError: they are equal, one is missing or empty, or they do not begin and end with an answer.
+    """
+    answers = {CHOSEN: chosen.messages[start:], REJECTED: rejected}
+    if answers[CHOSEN] == rejected:
+        raise InputError("'chosen' and 'rejected' are the same; remove the row, or correct one of them")
+    for name, messages in answers.items():
+        if not messages:
+            raise InputError(f"{name!r} has no answer of its own; it ends where the other goes on")
+        if messages[0]["role"] != "assistant":
+            raise InputError(
+                f"'chosen' and 'rejected' part at a {messages[0]['role']} message; they must be answers to the same "
+                "prompt"
+            )
+        if messages[-1]["role"] != "assistant":
+            raise InputError(f"{name!r} ends in a {messages[-1]['role']} message; it must end in an answer")
+        if not any(not is_blank(message.get("content")) or message.get("tool_calls") for message in messages):
+            raise InputError(f"{name!r} is empty; remove the row, or write an answer")
+    return chosen._replace(rejected=rejected, answer_start=start)
+
+
+def read_label(value: Any) -> bool:
+    """Return a label as bool; a cell of a table may hold it as text.
+
+    Raises:
+        InputError: it is something else.
+    """
+    label = _LABELS.get(str(value).strip().lower().removesuffix(".0"))
+    if label is None:
+        raise InputError(f"'label' is {str(value)[:50]!r}; it must be true or false")
+    return label
 
 
 def supervised_remedy(content: Mapping[str, Any], prompt_key: str) -> str:
