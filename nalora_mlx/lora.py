@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 GROUPS = {
     "model and data": "model data mask_prompt show_masks | valid_fraction last_turn_only chunk prompt_feature "
     "completion_feature text_feature chat_feature chat_template chat_template_args trust_remote_code",
-    "training": "train test iters epochs batch_size learning_rate max_seq_length | optimizer grad_accumulation_steps "
-    "grad_clip packing seed max_bad_steps",
+    "training": "train test train_mode iters epochs batch_size learning_rate max_seq_length | optimizer "
+    "grad_accumulation_steps grad_clip packing seed max_bad_steps",
+    "preferences (docs/preference.md)": "| preference_beta dpo_loss label_smoothing length_normalized simpo_margin "
+    "desirable_weight undesirable_weight reference",
     "adapter (num_layers and lora_parameters in YAML)": "fine_tune_type num_layers rank | scale dropout keys vision "
     "projector",
     "results": "adapter_path resume | resume_adapter_file resume_anyway save_every keep_last samples push_to_hub",

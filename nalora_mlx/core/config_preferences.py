@@ -14,16 +14,10 @@ BETAS = {DPO: 0.1, ORPO: 0.1, KTO: 0.1, SIMPO: 2.0}  # the default strength of e
 class PreferenceConfig:
     """Settings of preference training; see `nalora_mlx.training.preferences.losses` for the formulas."""
 
-    train_mode: str = setting(
-        SFT,
-        "what to train: sft (answers), dpo, orpo or simpo (pairs of a chosen and a rejected answer), kto (answers with "
-        "a label)",
-        choices=TRAIN_MODES,
-    )
+    train_mode: str = setting(SFT, "objective", choices=TRAIN_MODES)
     preference_beta: float | None = setting(
         None,
         "strength of the preference loss (default: 0.1; simpo 2.0)",
-        metavar="BETA",
     )
     dpo_loss: str = setting("sigmoid", "loss of dpo", choices=("sigmoid", "ipo", "hinge"))
     label_smoothing: float = setting(
@@ -32,11 +26,9 @@ class PreferenceConfig:
         metavar="FRACTION",
     )
     length_normalized: bool = setting(False, "dpo: compare log-probabilities per token, not of whole answers")
-    simpo_margin: float = setting(
-        1.0, "simpo: margin that the loss asks for, gamma in the paper", metavar="GAMMA"
-    )
-    desirable_weight: float = setting(1.0, "kto: weight of the rows with label true", metavar="WEIGHT")
-    undesirable_weight: float = setting(1.0, "kto: weight of the rows with label false", metavar="WEIGHT")
+    simpo_margin: float = setting(1.0, "simpo: margin that the loss asks for, gamma in the paper")
+    desirable_weight: float = setting(1.0, "kto: weight of the rows with label true")
+    undesirable_weight: float = setting(1.0, "kto: weight of the rows with label false")
     reference: str = setting(
         "precomputed",
         "dpo, kto: compute the log-probabilities of the reference once before training, or in each iteration",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.config import DPO, KTO, ORPO, SIMPO, RunConfig
 from nalora_mlx.core.config_adapter import LORA_NAMES, NA_NAMES
 
 TRAINING_ONLY = (
@@ -13,6 +13,17 @@ TRAINING_ONLY = (
     "fine_tune_type optimizer optimizer_config learning_rate lr_schedule num_layers resume_adapter_file "
     "memory_budget report_to project_name push_to_hub"
 )
+
+
+# Settings of a preference loss, and the train modes that read them.
+OF_MODES = {
+    "dpo_loss": (DPO,),
+    "length_normalized": (DPO,),
+    "label_smoothing": (DPO, SIMPO),
+    "simpo_margin": (SIMPO,),
+    "desirable_weight": (KTO,),
+    "undesirable_weight": (KTO,),
+}
 
 
 class Rule(NamedTuple):
@@ -32,6 +43,11 @@ def _ignores_rate(config: RunConfig) -> bool:
     """Return whether the optimizer computes its learning rate itself, as mlx's Adafactor does by default."""
     settings = config.optimizer_config.get("adafactor") or {}
     return config.optimizer == "adafactor" and settings.get("relative_step", True)
+
+
+def _only_in(modes: tuple[str, ...], name: str) -> Rule:
+    """Return the rule for a setting that only some train modes read."""
+    return Rule((name,), lambda c: c.train_mode not in modes, f"without --train-mode {' or '.join(modes)}")
 
 
 # The first rule that applies to a setting gives the reason.
@@ -60,6 +76,19 @@ RULES = (
         _ignores_rate,
         "with adafactor, which computes its own rate: set optimizer_config: {adafactor: {relative_step: false}}",
     ),
+    Rule(
+        ("preference_beta", "reference", *OF_MODES),
+        lambda c: not c.prefers,
+        "without --train-mode dpo, orpo, kto or simpo",
+    ),
+    Rule(("reference",), lambda c: not c.has_reference, "without a reference: only dpo and kto have one"),
+    *(_only_in(modes, name) for name, modes in OF_MODES.items()),
+    Rule(
+        ("mask_prompt", "last_turn_only"),
+        lambda c: c.prefers and c.train_mode != ORPO,
+        "in preference training, which compares answers only",
+    ),
+    Rule(("last_turn_only", "chunk"), lambda c: c.prefers, "in preference training"),
     Rule(("grad_checkpoint_every",), lambda c: not c.grad_checkpoint, "without --grad-checkpoint"),
     Rule(("resume_adapter_file",), lambda c: c.resume is not None, "with --resume, which has a checkpoint"),
     Rule(("resume_anyway",), lambda c: c.resume is None, "without --resume"),
@@ -83,6 +112,11 @@ def without_effect(config: RunConfig) -> list[str]:
     ]
     if not config.train:
         return notices
+    if config.prefers and "beta" in config.given:
+        notices.append(
+            f"{_named('beta', config.given['beta'])} is the decay rate of NA-LoRA's average; the strength of the "
+            "preference loss is --preference-beta"
+        )
     notices += [
         f"optimizer_config.{name} has no effect with optimizer {config.optimizer}"
         for name, settings in config.optimizer_config.items()

@@ -82,8 +82,7 @@ def checkpoint_files(
         best: file of the best adapter so far, if there is one.
         reference: file of what a preference run computed before training.
     """
-    weights = adapter_weights(model)
-    arrays = {**trees.named_arrays(state), RANDOM: _random_key()}
+    weights, arrays = adapter_weights(model), {**trees.named_arrays(state), RANDOM: _random_key()}
     content = {
         "format": FORMAT,
         "progress": asdict(progress),
