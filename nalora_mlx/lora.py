@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # The settings in the order of the help. Those before the bar are on the short page, too.
 GROUPS = {
-    "model and data": "model data mask_prompt show_masks | valid_fraction last_turn_only chunk prompt_feature "
+    "model and data": "model data mask_prompt | show_masks valid_fraction last_turn_only chunk prompt_feature "
     "completion_feature text_feature chat_feature chat_template chat_template_args trust_remote_code",
     "training": "train test train_mode iters epochs batch_size learning_rate max_seq_length | optimizer "
     "grad_accumulation_steps grad_clip packing seed max_bad_steps",
