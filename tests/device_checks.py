@@ -23,6 +23,7 @@ from nalora_mlx.ops.cross_entropy import tiled_cross_entropy_sum
 from nalora_mlx.ops.device_sizes import SIZES, using_sizes
 from nalora_mlx.ops.kernels import healthcheck, selfcheck
 from nalora_mlx.ops.kernels.backend import backend
+from nalora_mlx.ops.rope import rope_positions
 from tests.adapters.test_miniatures import build as miniature
 from tests.ops import test_attention
 from tests.runs.test_resume import LATEST, assert_same_run, start_run
@@ -38,6 +39,8 @@ from training_runs import SETUPS, Setup, change_error, loss_error, training_run,
 TF32 = "MLX_ENABLE_TF32"
 # Of losses and attention. Half precision: one rounding of the inputs of each product.
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}
+# Of rotations; the angles of positions up to 500 are float32.
+ROTATION = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 1e-2}
 # Of a whole step in half precision, as a multiple of the CPU's own error.
 HALF_FACTOR = 2.0
 NAMES = {str(dtype).removeprefix("mlx.core."): dtype for dtype in TOLERANCE}
@@ -146,6 +149,29 @@ class DeviceChecks:
         want_gradient = (d * weights[:, None]) @ w
         assert value.item() == pytest.approx(want, rel=TOLERANCE[dtype])
         assert relative(gradient, want_gradient) <= TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("traditional", [False, True])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_rotary_positions_agree_with_float64(self, name, traditional):
+        """Compare rotations and their gradient at positions that do not follow from the order of the tokens."""
+        rng, dtype, (batch, heads, length, size) = np.random.default_rng(0), NAMES[name], (2, 3, 70, 64)
+        x, d = (mx.array(rng.normal(size=(batch, heads, length, size))).astype(dtype) for _ in range(2))
+        positions = rng.integers(0, 500, (batch, length))
+
+        def rotate(x):
+            with rope_positions(mx.array(positions.astype(np.int32))):
+                return mx.fast.rope(x, size, traditional=traditional, base=1e4, scale=1.0, offset=0)
+
+        output, gradient = mx.vjp(rotate, [x], [d])
+        mx.eval(output, gradient)
+        angles = positions[:, None, :, None] * 1e4 ** (-np.arange(size // 2) * 2 / size)
+        pairs = (slice(0, None, 2), slice(1, None, 2)) if traditional else np.split(np.arange(size), 2)
+        for got, given, sign in ((output[0], x, 1), (gradient[0], d, -1)):
+            a, b = (np.array(given.astype(mx.float32)).astype(np.float64)[..., part] for part in pairs)
+            want = np.empty(given.shape)
+            want[..., pairs[0]] = a * np.cos(angles) - sign * b * np.sin(angles)
+            want[..., pairs[1]] = b * np.cos(angles) + sign * a * np.sin(angles)
+            assert relative(got, want) <= ROTATION[dtype]
 
     @pytest.mark.parametrize("kind", SIZES)
     @pytest.mark.parametrize("mask", [None, "causal"])

@@ -173,12 +173,10 @@ def training_batches(
 
 def first_epoch(
     examples: Sequence[TokenizedRow], batch_size: int, seed: int, packing: bool = False, share: slice = ALL
-) -> list[Batch]:
-    """Return the batches of the first epoch of `training_batches`."""
-    if not examples:
-        return []
+) -> Iterator[Batch]:
+    """Return the batches of the first epoch of `training_batches`, made one by one."""
     batches = training_batches(examples, batch_size, seed, packing, share)
-    return list(itertools.islice(batches, batches_per_epoch(examples, batch_size, packing)))
+    return itertools.islice(batches, batches_per_epoch(examples, batch_size, packing))
 
 
 def evaluation_rows(

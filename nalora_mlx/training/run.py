@@ -100,16 +100,11 @@ class Run:
         return self.files.progress
 
     def run(self) -> TrainResult:
-        """Train until all iterations are done, or until something ends the run early.
-
-        Raises:
-            InputError: the checkpoint does not fit, or the output directory is in use, not writable or full.
-        """
+        """Train until all iterations are done, or until something ends the run early; see `train` for errors."""
         files = self.files
         self.notices += self.step.loss.notices()
-        if self.has_files or self.preferences is not None:
-            files.identify(self.train_set, self.valid_set)
         if self.has_files:
+            files.identify(self.train_set, self.valid_set)
             self.notices += files.restore(self.iterations, self.resume_anyway)
             self.good.save()
             self.notices += files.check_output(self.iterations)
@@ -117,17 +112,21 @@ class Run:
             self.notices += files.prepare_output()
             return self.train()
 
-    def prepare_rows(self) -> None:
-        """Compute what is computed once before training, and collate the validation set."""
+    def prepare_rows(self) -> bool:
+        """Compute what is computed once before training; return False if the run is to stop instead."""
         rows = self.validation.rows
         if self.preferences is not None:
-            self.train_set, rows = self.preferences.prepare(
-                self.train_set,
-                rows,
-                self.files,
-                lambda done, count: self.events.send("reference", batch=done, batches=count),
-            )
+
+            def go_on(done: int, count: int) -> bool:
+                self.events.send("reference", batch=done, batches=count)
+                return self.reason_to_stop() is None
+
+            found = self.preferences.prepare(self.train_set, rows, self.files, go_on)
+            if found is None:
+                return False
+            self.train_set, rows = found
         self.validation.prepare(rows)
+        return True
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -137,9 +136,9 @@ class Run:
         self.events.send("start", iterations=self.iterations, done=progress.iteration)
         for text in self.notices:
             self.events.send("notice", text=text)
-        self.prepare_rows()
+        ready = self.prepare_rows()
         self.began = time.perf_counter() - progress.seconds
-        if progress.iteration == 0:
+        if progress.iteration == 0 and ready:
             self.validate()
         self.model.train()
         batches = training_batches(

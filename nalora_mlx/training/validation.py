@@ -64,7 +64,7 @@ class Validation:
             more,
         )
         if self.preferences is not None:
-            measures |= self.preferences.divergence(self.batches[0])
+            measures |= self.preferences.divergence(self.batches[len(self.batches) // 2])
         before = progress.best
         if progress.record_validation(loss, measures.get("accuracy")) and not self.files.save_best():
             progress.best = before  # that of the adapter on disk

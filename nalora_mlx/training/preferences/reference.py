@@ -7,7 +7,7 @@ second model is loaded: the reference is the same model with other values of its
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import KTO, TrainingConfig
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.batches import Batch, evaluation_batches, first_epoch
+from nalora_mlx.data.batches import Batch, batches_per_epoch, evaluation_batches, first_epoch
 from nalora_mlx.data.preferences import PreferenceExample
 from nalora_mlx.ops.fast_math import vectorized
 from nalora_mlx.runs.fingerprint import fingerprint
@@ -38,7 +38,7 @@ TRAIN, VALID, START = (
     "start.",
 )  # names of arrays, and the prefix of the parameters before training
 Examples = Sequence[PreferenceExample]
-Show = Callable[[int, int], None]  # called with the number of batches done, and of all
+GoOn = Callable[[int, int], bool]  # takes the number of batches done, and of all; False ends the computation
 
 
 class Reference:
@@ -76,8 +76,8 @@ class Reference:
         valid_set: Examples,
         identity: Mapping[str, Any],
         output: Path | None,
-        show: Show,
-    ) -> None:
+        go_on: GoOn,
+    ) -> bool:
         """Compute the log-probabilities of all answers, or read them from the file of an earlier run.
 
         Training rows are computed in the batches of the first epoch, so the first losses compare equal numbers.
@@ -86,28 +86,36 @@ class Reference:
             train_set, valid_set: the rows; of the latter those that are validated on.
             identity: of the run, see `runs.fingerprint`.
             output: the run's directory, in whose subdirectory `FOLDER` the file is; None writes nothing.
-            show: called after each batch.
+            go_on: called after each batch.
+
+        Returns:
+            False if `go_on` ended the computation.
         """
         if output is not None:
             self.file = output / FOLDER / f"{self._key(identity, train_set)}.safetensors"
-            if self.file.exists() and self._read(self.file):
-                return
+            # Several workers compute together, and only the first one sees the file.
+            if self.workers.size == 1 and self.file.exists() and self._read(self.file):
+                return True
         if self.precomputed:
             config, share = self.config, self.workers.share
             training = first_epoch(train_set, config.batch_size, config.seed, config.packing, share)
             validation = evaluation_batches(valid_set, config.batch_size, -1, config.seed, share)
-            count = len(training) + len(validation)
+            count = batches_per_epoch(train_set, config.batch_size, config.packing) + len(validation)
             done = itertools.count(1)
             for name, examples, batches in ((TRAIN, train_set, training), (VALID, valid_set, validation)):
-                self.values[name] = row_log_probabilities(
-                    self.loss, examples, batches, self.workers, lambda: show(next(done), count)
+                values = row_log_probabilities(
+                    self.loss, examples, batches, self.workers, lambda: go_on(next(done), count)
                 )
+                if values is None:
+                    return False
+                self.values[name] = values
         if self.file is not None:
             arrays = {name: mx.array(values) for name, values in self.values.items()}
             start = {START + name: array for name, array in (self.start or {}).items()}
             if arrays | start:
                 storage.make_directory(self.file.parent)
                 storage.write_file(self.file, storage.arrays_writer(arrays | start))
+        return True
 
     def load(self, file: Path) -> None:
         """Read what a run computed before training, given the file in its checkpoint.
@@ -216,10 +224,10 @@ def log_probabilities(loss: PreferenceLoss, batch: Batch) -> mx.array:
 def row_log_probabilities(
     loss: PreferenceLoss,
     examples: Examples,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     workers: Workers,
-    on_batch: Callable[[], None] = lambda: None,
-) -> np.ndarray:
+    go_on: Callable[[], bool] = lambda: True,
+) -> np.ndarray | None:
     """Return the log-probabilities of rows under the current parameters: of each answer, and of the mismatched one.
 
     Args:
@@ -227,10 +235,10 @@ def row_log_probabilities(
         examples: N rows.
         batches: that hold each of them once.
         workers: hold the other shares of the batches.
-        on_batch: called after each batch.
+        go_on: called after each batch; False ends the computation.
 
     Returns:
-        [N, n] float32, or [N, n + 1].
+        [N, n] float32, or [N, n + 1]; None if `go_on` ended the computation.
     """
     mismatched = bool(examples) and examples[0].mismatched is not None
     each = len(examples[0].answers) if examples else 1
@@ -245,7 +253,8 @@ def row_log_probabilities(
         if rows and answers.mismatched is not None:
             values[rows, each] = np.array(log_probabilities(loss, answers.mismatched))
         trim_cache(None)
-        on_batch()
+        if not go_on():
+            return None
     return np.array(workers.sum(mx.array(values)))
 
 
@@ -254,7 +263,9 @@ def with_log_probabilities(
 ) -> list[PreferenceExample]:
     """Return rows with their log-probabilities under the current parameters."""
     batches = evaluation_batches(examples, config.batch_size, -1, config.seed, workers.share)
-    return _attached(examples, row_log_probabilities(loss, examples, batches, workers))
+    values = row_log_probabilities(loss, examples, batches, workers)
+    assert values is not None
+    return _attached(examples, values)
 
 
 def _attached(examples: Examples, values: np.ndarray) -> list[PreferenceExample]:

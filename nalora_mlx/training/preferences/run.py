@@ -12,7 +12,7 @@ from nalora_mlx.runs.checkpoints import REFERENCE_FILE
 from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.loss import batch_arrays
 from nalora_mlx.training.preferences.loss import PreferenceLoss
-from nalora_mlx.training.preferences.reference import TRAIN, VALID, Reference, Show
+from nalora_mlx.training.preferences.reference import TRAIN, VALID, GoOn, Reference
 from nalora_mlx.training.run_files import RunFiles
 
 PROBED_TOKENS = 512  # at most, on which the divergence is measured
@@ -32,16 +32,18 @@ class PreferenceRun:
         self.reference = Reference(loss, config, workers)
         self.window_arrays = self.reference.window_arrays
 
-    def prepare(self, train_set: Any, valid_set: Any, files: RunFiles, show: Show) -> tuple[Any, Any]:
+    def prepare(self, train_set: Any, valid_set: Any, files: RunFiles, go_on: GoOn) -> tuple[Any, Any] | None:
         """Return the rows with their log-probabilities under the reference, computed now or read from the checkpoint.
+
+        Returns None if `go_on`, which is called after each batch, returns False.
 
         Raises:
             InputError: the checkpoint lacks what its run computed before training.
         """
         if files.resume is not None:
             self.reference.load(files.resume / REFERENCE_FILE)
-        else:
-            self.reference.prepare(train_set, valid_set, files.identity, files.output, show)
+        elif not self.reference.prepare(train_set, valid_set, files.identity, files.output, go_on):
+            return None
         files.reference = self.reference.file
         return self.reference.attached(train_set, TRAIN), self.reference.attached(valid_set, VALID)
 
