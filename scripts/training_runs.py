@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, train
 from nalora_mlx.adapters.files import adapter_weights
+from nalora_mlx.data.preferences import PreferenceExample
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.ops.kernels.backend import ENVIRONMENT, REFERENCE
 
@@ -71,6 +72,7 @@ SETUPS = {
     "packing": Setup(DENSE, {"packing": True}),
     "4-bit base": Setup({**DENSE, "intermediate_size": 192}, {}, bits=4),
     "experts": Setup(EXPERTS, {}),
+    "preferences": Setup(DENSE, {"train_mode": "dpo"}),
 }
 
 
@@ -101,7 +103,7 @@ def training_run(
         settings = {"batch_size": ROWS, "iters": steps, "steps_per_report": 1} | setup.settings
         train(
             model,
-            random_rows(4 * ROWS),
+            random_pairs(4 * ROWS) if "train_mode" in settings else random_rows(4 * ROWS),
             config=TrainingConfig(**settings),
             optimizer=optim.SGD(learning_rate=0.1),
             listeners=[lambda e: losses.append(e["loss"]) if e["event"] == "metrics" else None],
@@ -141,6 +143,18 @@ def random_rows(count: int) -> list[Example]:
         tokens = rng.integers(1, VOCABULARY, length, dtype=np.int32)
         rows.append(Example(tokens, np.arange(length) >= length // 2, f"row:{i + 1}"))
     return rows
+
+
+def random_pairs(count: int) -> list[PreferenceExample]:
+    """Return preference rows: random rows, each with another random row's second half as the rejected answer."""
+    rows = random_rows(2 * count)
+    pairs = []
+    for chosen, other in zip(rows[::2], rows[1::2], strict=True):
+        start = int(chosen.loss_mask.argmax())
+        tokens = np.concatenate([chosen.tokens[:start], other.tokens[other.loss_mask]])
+        rejected = Example(tokens, np.arange(len(tokens)) >= start, chosen.source)
+        pairs.append(PreferenceExample((chosen, rejected)))
+    return pairs
 
 
 def loss_error(got: Outcome, want: Outcome) -> float:
