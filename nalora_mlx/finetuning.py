@@ -57,10 +57,7 @@ class FinetuneResult:
 
     def __repr__(self) -> str:
         training = self.training
-        losses = f"training loss {training.train_loss:.4g}"
-        if training.first_valid_loss is not None and training.valid_loss is not None:
-            losses = f"validation loss {training.first_valid_loss:.4g} -> {training.valid_loss:.4g}"
-        return f"<FinetuneResult: {losses} in {training.iterations} iterations, adapter in {self.path}>"
+        return f"<FinetuneResult: {training.summary} in {training.iterations} iterations, adapter in {self.path}>"
 
     @property
     def samples(self) -> list[dict[str, Any]]:
@@ -169,7 +166,9 @@ def finetune(
         progress: show progress and notices.
         on_report: called after each report of the training loss with what mlx-lm's callbacks get: iteration,
             train_loss, learning_rate, iterations_per_second, tokens_per_second, trained_tokens, peak_memory (GB).
-        on_validation: called after each validation with iteration, val_loss and val_time (seconds).
+            Preference training adds train_accuracy, train_margin and its other measures.
+        on_validation: called after each validation with iteration, val_loss and val_time (seconds). Preference training
+            adds val_accuracy, val_margin, val_kl and its other measures.
         on_save: called after each checkpoint with iteration and path.
         stop: asked while each update runs; True ends the training after that update, saved.
         resume: continue the run in `output` with its own settings; or the path of a checkpoint.

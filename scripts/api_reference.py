@@ -84,6 +84,7 @@ The `listeners` of `train` get all events. Each is a dict with its kind under `e
 EVENTS = (
     ("`start`", "before anything else; `done` counts the iterations before a resume", "iterations done"),
     ("`notice`", "skipped updates, jumps of the loss, a full disk and the like", "text"),
+    ("`reference`", "in dpo and kto, while log-probabilities before training are computed", "batch batches"),
     ("`step`", "after each iteration", "step iterations"),
     (
         "`metrics`, of `split` train",
@@ -102,7 +103,8 @@ EVENTS = (
     ("`end`", "after everything else; a `TrainResult`", "result"),
 )
 EVENTS_END = """
-Losses are means over the tokens that are trained on. `metrics.jsonl` in the run's directory keeps the `metrics` events.
+Losses are means over the tokens that are trained on, in preference training over rows. There, `metrics` events also
+have its measures, and those of `split` valid `first_accuracy` and `best_accuracy`. `metrics.jsonl` in the run's directory keeps the `metrics` events.
 """
 # Public names that come first, in the order in which a reader needs them.
 FIRST = ("finetune", "FinetuneResult")

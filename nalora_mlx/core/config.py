@@ -186,11 +186,6 @@ class RunConfig(TrainingConfig, DataConfig):
             found.append("nothing to do; give --train, --test or both, or --plan")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             found.append(f"learning_rate is {self.learning_rate}; it must be above 0")
-        if self.has_reference and self.test and self.train and self.fine_tune_type == "full":
-            found.append(
-                f"train_mode {self.train_mode} with fine_tune_type full cannot --test: no copy of the model before "
-                "training is kept; leave --test out"
-            )
         for name in self.optimizer_config:
             if name not in OPTIMIZERS:
                 found.append(f"optimizer_config names {name!r}{nearest(name, OPTIMIZERS)}")

@@ -98,6 +98,11 @@ RULES = (
 )
 
 
+def has_effect(config: RunConfig, name: str) -> bool:
+    """Return whether a setting has an effect in a run, whatever the data and the model."""
+    return not any(name in rule.names and rule.applies(config) for rule in RULES)
+
+
 def without_effect(config: RunConfig) -> list[str]:
     """Return notices of the settings in `config.given` that have no effect, whatever the data and the model."""
     found: dict[tuple[str, str], list[str]] = {}  # (file, reason) -> settings

@@ -19,10 +19,10 @@ class BatchAnswers:
         present: float32 [P], 1 for a row and 0 for a filler.
         desirable: float32 [P], the labels of rows with one answer.
         reference: float32 [n P], log-probability of each answer under the reference; None if not computed before.
-        mismatched_reference: float32 [P], the same for the answers of other rows; None without.
         sft_mask: float32 [B, L], where ORPO trains on the target as supervised training does; None without.
         sft_tokens: number of these targets in the whole batch.
-        mismatched: the batch of prompts with answers of other rows, for KTO; None without.
+        mismatched: the batch of prompts with answers of other rows, for KTO; None without. Its rows are indices into
+            `rows`.
     """
 
     rows: tuple[int, ...]
@@ -30,7 +30,6 @@ class BatchAnswers:
     present: np.ndarray
     desirable: np.ndarray
     reference: np.ndarray | None = None
-    mismatched_reference: np.ndarray | None = None
     sft_mask: np.ndarray | None = None
     sft_tokens: int = 0
     mismatched: Any = None
@@ -79,15 +78,14 @@ def collate_answers(
     def padded(values: Sequence[Any], count: int) -> np.ndarray:
         return np.array([*values, *[0.0] * (count - len(values))], np.float32)
 
-    references = [example.reference for example in own]
-    known = bool(own) and all(references)
+    known = bool(examples[rows[0]].reference)  # also for a worker without rows
+    references = [value for example in own for value in example.reference[:each]]
     return BatchAnswers(
         tuple(row for pack in packs for row in pack),
         numbers,
         padded([1.0] * len(own), size),
         padded([float(example.desirable) for example in own], size),
-        padded([value for one in references for value in one[:each]], each * size) if known else None,
-        padded([one[each] for one in references], size) if known and len(references[0]) > each else None,
+        padded(references, each * size) if known else None,
         sft_mask if any(example.sft_mask is not None for example in own) else None,
         sum(examples[row].sft_tokens for row in rows),
         mismatched,

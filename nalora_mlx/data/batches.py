@@ -208,20 +208,18 @@ def row_shapes(examples: Sequence[TokenizedRow]) -> PaddedShapes:
     """Return the shapes of batches with one row per sequence."""
     lanes = [(example.inputs, int(lane.loss_mask.sum())) for example in examples for lane in example.lanes]
     inputs, supervised = zip(*lanes, strict=True)
-    return replace(fit_shapes(inputs, supervised), mismatched=_mismatched_shapes(examples))
-
-
-def _mismatched_shapes(examples: Sequence[TokenizedRow]) -> PaddedShapes | None:
-    found = [example.mismatched for example in examples if isinstance(example, PreferenceExample)]
-    mismatched = [answer for answer in found if answer is not None]
-    return row_shapes(mismatched) if mismatched else None
+    found = _mismatched_rows(examples)
+    return replace(fit_shapes(inputs, supervised), mismatched=row_shapes(found) if found else None)
 
 
 def pack_shapes(examples: Sequence[TokenizedRow], packs: Packs, length: int) -> PaddedShapes:
     """Return the shapes of batches of packs, all padded to one length."""
     supervised = [sum(examples[row].supervised_tokens for row in pack) for pack in packs]
-    shapes = fit_shapes([length] * len(packs), supervised)
-    return replace(shapes, mismatched=_mismatched_shapes(examples))
+    shapes, mismatched = fit_shapes([length] * len(packs), supervised), None
+    if found := _mismatched_rows(examples):
+        longest = padded_length(found)
+        mismatched = pack_shapes(found, [pack for (pack,) in epoch_packs(found, 1, 0, 0)], longest)
+    return replace(shapes, mismatched=mismatched)
 
 
 def collate(
@@ -284,6 +282,7 @@ def _collate(
     rows = tuple(int(row) for pack in packs for row in pack)
     own_tokens = int(loss_mask.sum())
     branched = any(lane.branches is not None for _, lane in placed)
+    separated = packed or any(lane.segments is not None for _, lane in placed)
     preferences: Any = examples if are_preferences(examples) else None
     return Batch(
         fill("inputs", np.int32),
@@ -291,13 +290,15 @@ def _collate(
         loss_mask,
         fill("token_weights", np.float32),
         rows,
-        _segment_ids(placed, shape) if packed or branched else None,
+        _segment_ids(placed, shape) if separated else None,
         remote_tokens=sum(examples[row].supervised_tokens for row in rows) - own_tokens,
         loss_capacity=shapes.loss_capacity(own_tokens, len(sequences), length),
         branches=fill("branches", np.int32) if branched else None,
         positions=fill("positions", np.int32) if branched else None,
         answers=preferences
-        and collate_answers(preferences, own, rows, shape, _mismatched(preferences, own, shapes.mismatched)),
+        and collate_answers(
+            preferences, own, rows, shape, _mismatched(preferences, own, shapes.mismatched, packed)
+        ),
     )
 
 
@@ -317,10 +318,23 @@ def _segment_ids(placed: Sequence[tuple[tuple[int, slice], Lane]], shape: tuple[
     return segment_ids
 
 
+def _mismatched_rows(examples: Sequence[TokenizedRow]) -> list[PreferenceExample]:
+    """Return rows of the mismatched answers, with their log-probabilities under the reference."""
+    return [
+        PreferenceExample((row.mismatched,), reference=row.reference[len(row.answers) :])
+        for row in examples
+        if isinstance(row, PreferenceExample) and row.mismatched is not None
+    ]
+
+
 def _mismatched(
-    examples: Sequence[PreferenceExample], packs: Packs, shapes: PaddedShapes | None
+    examples: Sequence[PreferenceExample], packs: Packs, shapes: PaddedShapes | None, packed: bool
 ) -> Batch | None:
     """Return the batch of the mismatched answers of a worker's rows."""
-    own = [examples[row].mismatched for pack in packs for row in pack]
-    found = [PreferenceExample((answer,)) for answer in own if answer is not None]
-    return collate(found, range(len(found)), shapes=shapes) if found else None
+    found = _mismatched_rows([examples[row] for pack in packs for row in pack])
+    if not found:
+        return None
+    if not packed or shapes is None:
+        return collate(found, range(len(found)), shapes=shapes)
+    (own,) = epoch_packs(found, len(found), 0, 0, shapes.lengths[-1])
+    return collate_packs(found, own, shapes.lengths[-1], shapes=shapes)

@@ -28,6 +28,7 @@ from nalora_mlx.data.sources.loading import SPLITS, Source, hub_entry_splits, nu
 from nalora_mlx.data.splits import choose_training_rows, digest
 from nalora_mlx.data.tokenization import Split, tokenize_rows
 
+MOST_LEFT_OUT = 0.1  # of the rows of a data set on the Hub; beyond that, its rows are probably misunderstood
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "environment")
 
 
@@ -104,6 +105,9 @@ def read_rows(
             parsed[name], problems = parse_rows(contents, features, survey, accepted)
             total = len(parsed[name]) + len(problems)
             parsed[name], bad_images = check_images(parsed[name], source.directory, findings)
+            if config.prefers and source.is_remote and len(problems) <= MOST_LEFT_OUT * total:
+                found.notices += _left_out(problems, name, total)
+                problems = []
             found.problems += problems + bad_images
             found.notices += survey.notices(name)
             found.notices += _odd_rows(parsed[name], name, total, findings)
@@ -139,6 +143,14 @@ def read_run(config: RunConfig, rows: Mapping[str, Sequence[Mapping[str, Any]]] 
     if found.problems:
         raise InputError(listed(found.problems))
     return found
+
+
+def _left_out(problems: Sequence[str], name: str, total: int) -> list[str]:
+    """Return a notice of rows that cannot be compared, in a data set that the user cannot correct."""
+    if not problems:
+        return []
+    verbs = "cannot be compared and is" if len(problems) == 1 else "cannot be compared and are"
+    return [f"{name}: {len(problems):,} of {counted(total, 'row')} {verbs} left out: {listed(problems)}"]
 
 
 def _entries(config: RunConfig) -> list[dict[str, Any]]:

@@ -37,6 +37,14 @@ class Finding(Enum):
         "have answers that do not differ within {limit} tokens and were left out",
         "raise --max-seq-length, or shorten the prompts",
     )
+    SAME_RENDERING = (
+        "have answers that are the same once the chat template has rendered them and were left out",
+        "they differ only in what it drops, such as reasoning or white space; remove the rows, or correct them",
+    )
+    SPLIT_ANSWERS = (
+        "have answers of several turns that are rendered differently once later turns follow and were left out",
+        "let the chats part at their last answer, or use a --chat-template that keeps earlier turns as they are",
+    )
     SPLIT_CHATS = (
         "are rendered differently once later turns follow",
         "this gives {sequences} sequences, so that each answer follows exactly what the model reads in use "

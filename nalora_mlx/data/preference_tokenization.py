@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nalora_mlx.core.config import KTO, ORPO, PreferenceConfig
 from nalora_mlx.core.errors import InputError, listed
-from nalora_mlx.data.chats.chat_encoder import ChatEncoder
+from nalora_mlx.data.chats.chat_encoder import ChatEncoder, TokenSequence
 from nalora_mlx.data.findings import Finding, Findings
 from nalora_mlx.data.preferences import PreferenceExample
 from nalora_mlx.data.rows.formats import IMAGES, LABELS, PREFERENCES, Features, Row, parse_rows
@@ -32,6 +32,8 @@ def tokenize_preferences(
     The answers are supervised, and nothing else: all assistant turns from where the two chats part. KTO also takes
     pairs, and makes a desirable and an undesirable row of each.
 
+    Rows whose answers do not differ are left out, with a notice; if none is left, the notice is the problem.
+
     Args:
         rows: parsed rows.
         tokenizer: tokenizer wrapper of mlx-lm.
@@ -40,34 +42,41 @@ def tokenize_preferences(
         max_seq_length: maximum number of tokens of a prompt with one answer.
         name: of the split, for messages.
     """
-    encoder, findings, split = ChatEncoder(tokenizer, mask_prompt=True), Findings(), Split([])
+    encoder, split = ChatEncoder(tokenizer, mask_prompt=True), Split([])
+    findings, left_out = Findings(), Findings()
+    longest = 0
     for row in rows:
         try:
-            answers = [_encode(row, encoder, max_seq_length, findings)]
-            if row.rejected is not None:
-                other = replace(row, messages=row.messages[: row.answer_start] + row.rejected)
-                answers.append(_encode(other, encoder, max_seq_length, findings))
+            encoded = [_encode(one, encoder, max_seq_length, findings) for one in _answers(row)]
         except InputError as error:
             split.errors.append(str(error))
             continue
-        complete = [answer for answer in answers if answer is not None]
-        if len(complete) < len(answers) or (
-            len(complete) == 2 and np.array_equal(complete[0].tokens, complete[1].tokens)
-        ):
-            findings.add(Finding.SAME_ANSWERS, row.source)
+        if any(len(answer.sequences) > 1 for answer in encoded):
+            left_out.add(Finding.SPLIT_ANSWERS, row.source)
             continue
+        longest = max(longest, *(answer.length for answer in encoded))
+        was_cut = any(answer.length > max_seq_length for answer in encoded)
+        cut = [_cut(answer, row.source, max_seq_length) for answer in encoded]
+        answers = [answer for answer in cut if answer is not None]
+        if len(answers) < len(cut):
+            left_out.add(Finding.UNSUPERVISED, row.source)
+            continue
+        if len(answers) == 2 and np.array_equal(answers[0].tokens, answers[1].tokens):
+            left_out.add(Finding.SAME_ANSWERS if was_cut else Finding.SAME_RENDERING, row.source)
+            continue
+        if was_cut:
+            findings.add(Finding.TRUNCATED, row.source)
+        elif not all(ends(a.tokens, a.loss_mask, encoder.text_encoder.end_tokens) for a in answers):
+            findings.add(Finding.NO_END_TOKEN, row.source)
         split.rows += 1
-        split.sequences += _examples(complete, row, config, mask_prompt)
-    if rows and not split.sequences and not split.errors:
-        split.errors.append(
-            f"{name}: no row has answers that differ within {max_seq_length} tokens; raise --max-seq-length"
-        )
-    longest = max(
-        (len(answer.tokens) for example in split.sequences for answer in example.answers), default=0
-    )
-    split.notices = findings.notices(
-        name, len(rows), limit=max_seq_length, longest=longest, **finding_details(encoder, rows)
-    )
+        split.sequences += _examples(answers, row, config, mask_prompt)
+    details = {"limit": max_seq_length, "longest": longest, **finding_details(encoder, rows)}
+    split.notices = findings.notices(name, len(rows), **details)
+    without = left_out.notices(name, len(rows), **details)
+    if without and not split.sequences and not split.errors:
+        split.errors = without
+    else:
+        split.notices += without
     if config.train_mode == KTO:
         split.sequences = _with_mismatched(split.sequences, max_seq_length)
         split.notices += _balance_notices(split.sequences, config, name)
@@ -104,30 +113,46 @@ def accepted_rows(config: PreferenceConfig) -> set[str]:
     return {PREFERENCES, LABELS} if config.train_mode == KTO else {PREFERENCES}
 
 
-def _encode(row: Row, encoder: ChatEncoder, max_seq_length: int, findings: Findings) -> Example | None:
-    """Return a chat with its answers supervised; None if they are beyond the maximum length."""
-    before = frozenset(range(row.answer_start if row.rejected is not None else len(row.messages) - 1))
-    if row.rejected is None and row.messages[-1]["role"] != "assistant":
-        raise InputError(
-            f"{row.source}: ends in a {row.messages[-1]['role']} message; it must end in an answer"
-        )
-    sequences, _ = encode_row(replace(row, untrained=before), encoder, max_seq_length, findings)
-    if len(sequences) > 1:
-        raise InputError(
-            f"{row.source}: its answers have several assistant turns, and the model's chat template renders earlier "
-            "turns in another way once later ones follow; let the chats part at their last answer"
-        )
-    if not sequences:
+def fits(row: Any, config: PreferenceConfig) -> bool:
+    """Return whether something is a tokenized row with what the train mode reads."""
+    if not isinstance(row, PreferenceExample):
+        return isinstance(row, Example) and not config.prefers
+    answers = 1 if config.train_mode == KTO else 2
+    has_sft_mask = config.train_mode == ORPO
+    return config.prefers and len(row.answers) == answers and (row.sft_mask is not None) == has_sft_mask
+
+
+def _answers(row: Row) -> list[Row]:
+    """Return a row for each of its answers, in which only the turns of the answer are trained on."""
+    before = frozenset(range(row.answer_start))
+    rows = [replace(row, untrained=before)]
+    if row.rejected is not None:
+        messages = row.messages[: row.answer_start] + row.rejected
+        rows.append(replace(row, messages=messages, untrained=before))
+    return rows
+
+
+class _Encoded(NamedTuple):
+    """The tokens of an answer after its prompt, in one sequence if they are usable, and their length before cutting."""
+
+    sequences: list[TokenSequence]
+    length: int
+
+
+def _encode(row: Row, encoder: ChatEncoder, max_seq_length: int, findings: Findings) -> _Encoded:
+    sequences, lost = encode_row(row, encoder, max_seq_length, findings)
+    needed = lost + 1 if lost else 0  # a turn that is left out needs at least a token after its context
+    return _Encoded(sequences, max([needed, *(len(sequence.tokens) for sequence in sequences)]))
+
+
+def _cut(encoded: _Encoded, source: str, max_seq_length: int) -> Example | None:
+    """Return an answer within the maximum length; None if no token of it is left."""
+    if not encoded.sequences:
         return None
-    sequence = sequences[0]
-    tokens = np.array(sequence.tokens[:max_seq_length], np.int32)
-    loss_mask = np.array(sequence.loss_mask[:max_seq_length], bool)
-    if len(sequence.tokens) > max_seq_length:
-        findings.add(Finding.TRUNCATED, row.source)
-    elif not ends(tokens, loss_mask, encoder.text_encoder.end_tokens):
-        findings.add(Finding.NO_END_TOKEN, row.source)
-    loss_mask[:1] = False
-    return Example(tokens, loss_mask, row.source) if loss_mask.any() else None
+    tokens = np.array(encoded.sequences[0].tokens[:max_seq_length], np.int32)
+    loss_mask = np.array(encoded.sequences[0].loss_mask[:max_seq_length], bool)
+    loss_mask[:1] = False  # nothing predicts the first token
+    return Example(tokens, loss_mask, source) if loss_mask.any() else None
 
 
 def _examples(
@@ -147,15 +172,26 @@ def _examples(
 
 
 def _with_mismatched(examples: Sequence[PreferenceExample], max_seq_length: int) -> list[PreferenceExample]:
-    """Give each row the answer of the last row before it with another prompt, as a sample of mismatched answers."""
+    """Give each row the answer of the last row before it with another prompt, as a sample of mismatched answers.
+
+    The rows before the first one are the last ones. If all prompts are equal, the answer is that of the row before.
+    """
+    starts = [int(example.answers[0].loss_mask.argmax()) for example in examples]
+    prompts = [
+        example.answers[0].tokens[:start].tobytes() for example, start in zip(examples, starts, strict=True)
+    ]
+    count = len(examples)
+    others = [i - 1 for i in range(count)]
+    if len(set(prompts)) > 1:
+        for i in (*range(count), *range(count)):  # twice, because the first rows look back to the last ones
+            if prompts[i - 1] == prompts[i]:
+                others[i] = others[i - 1]
     found = []
-    for i, example in enumerate(examples):
-        others = (examples[i - back] for back in range(1, len(examples) + 1))
-        other = next((one for one in others if one.source != example.source), example).answers[0]
-        own = example.answers[0]
-        start, first = int(own.loss_mask.argmax()), int(other.loss_mask.argmax())
-        tokens = np.concatenate([own.tokens[:start], other.tokens[first:]])[:max_seq_length]
-        mask = np.concatenate([own.loss_mask[:start], other.loss_mask[first:]])[:max_seq_length]
+    for example, start, other in zip(examples, starts, others, strict=True):
+        own, answer = example.answers[0], examples[other].answers[0]
+        first = starts[other]
+        tokens = np.concatenate([own.tokens[:start], answer.tokens[first:]])[:max_seq_length]
+        mask = np.concatenate([own.loss_mask[:start], answer.loss_mask[first:]])[:max_seq_length]
         found.append(replace(example, mismatched=Example(tokens, mask, example.source)))
     return found
 

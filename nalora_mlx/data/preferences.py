@@ -55,14 +55,20 @@ class PreferenceExample:
     @cached_property
     def loss_mask(self) -> np.ndarray:
         """Bool, true for the tokens that the loss reads; as long as `tokens`. Holds the label, too."""
-        masks = [self._mask(number) for number in range(len(self.answers))]
+        masks = [sequence.loss_mask for sequence in self.sequences.values()]
         if self.mismatched is not None:
             masks.append(self.mismatched.loss_mask if self.desirable else ~self.mismatched.loss_mask)
         return np.concatenate(masks)
 
-    def _mask(self, number: int) -> np.ndarray:
-        mask = self.answers[number].loss_mask
-        return mask if number or self.sft_mask is None else mask | self.sft_mask
+    @property
+    def sequences(self) -> dict[str, Example]:
+        """Each answer after its prompt, with all tokens that the loss reads, by what the row says about it."""
+        if len(self.answers) < 2:
+            return {f"label {str(self.desirable).lower()}": self.answers[0]}
+        chosen, rejected = self.answers
+        if self.sft_mask is not None:
+            chosen = replace(chosen, loss_mask=chosen.loss_mask | self.sft_mask)
+        return {"chosen": chosen, "rejected": rejected}
 
     @property
     def inputs(self) -> int:
@@ -103,7 +109,7 @@ class PreferenceExample:
         sizes = (shared, len(parts[0].inputs) - shared, len(parts[1].inputs))
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Lane._fields[:5]}
         lane = Lane(**joined)
-        if not shared:
+        if self.layout == JOINED:
             return (lane._replace(segments=np.repeat([1, 2], sizes[1:]).astype(np.int32)),)
         token_weights = np.ones(sum(sizes), np.float32)
         token_weights[:shared] = SHARED_WEIGHT
@@ -134,6 +140,15 @@ class PreferenceExample:
 
 
 TokenizedRow = Example | PreferenceExample
+
+
+def separate_sequences(examples: Sequence[TokenizedRow]) -> list[Example]:
+    """Return the sequences that rows become, with each answer of a preference row after its own prompt."""
+    return [
+        sequence
+        for example in examples
+        for sequence in ((example,) if isinstance(example, Example) else example.sequences.values())
+    ]
 
 
 def laid_out(examples: Sequence[PreferenceExample], layout: str) -> list[PreferenceExample]:

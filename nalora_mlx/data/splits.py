@@ -83,12 +83,29 @@ def _weighted(rows: Sequence[Row], ratio: float, seed: int) -> list[Row]:
 
 
 def digest(row: Row) -> bytes:
-    """Return a hash of what a model reads of a row: not its source, its weights, or keys that no template reads."""
-    messages = [{key: m[key] for key in m.keys() & TEMPLATE_KEYS} for m in row.messages]
+    """Return a hash of what a model reads of a row: not its source, its weights, or keys that no template reads.
+
+    It covers the rejected chat and the label of preference rows.
+    """
     images = [reference_digest(image) for image in row.images]
-    content = (messages, row.tools, row.text, row.rejected, images, dict(row.template_args))
+    rejected = None if row.rejected is None else _read_parts(row.messages[: row.answer_start] + row.rejected)
+    content: tuple[Any, ...] = (
+        _read_parts(row.messages),
+        row.tools,
+        row.text,
+        rejected,
+        images,
+        dict(row.template_args),
+    )
+    if row.label is not None:  # only then, so that the rows of other runs keep their hashes
+        content += (row.label,)
     text = json.dumps(content, sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def _read_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what chat templates read of messages."""
+    return [{key: m[key] for key in m.keys() & TEMPLATE_KEYS} for m in messages]
 
 
 def _draw(purpose: str, seed: int, item: bytes) -> bytes:

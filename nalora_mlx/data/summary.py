@@ -9,6 +9,8 @@ import numpy as np
 
 from nalora_mlx.core.errors import counted
 from nalora_mlx.core.terminal import drawable
+from nalora_mlx.data.answer_batches import are_preferences
+from nalora_mlx.data.preferences import TokenizedRow, separate_sequences
 from nalora_mlx.data.tokenization import Example, Split
 
 MAX_BARS = 8  # of a histogram
@@ -16,14 +18,18 @@ REPEATED = 4  # tokens of an image, from which on they are not all shown
 LONG_TAIL = 8  # medians from which on the longest row is much longer than most
 
 
-def length_statistics(examples: Sequence[Example]) -> dict[str, int]:
-    """Return counts of sequences, tokens and supervised tokens, and quantiles of the sequences' lengths."""
-    lengths = np.array([len(example.tokens) for example in examples])
+def length_statistics(examples: Sequence[TokenizedRow]) -> dict[str, int]:
+    """Return counts of sequences, tokens and supervised tokens, and quantiles of the sequences' lengths.
+
+    Each answer of a preference row is a sequence, with its prompt.
+    """
+    sequences = separate_sequences(examples)
+    lengths = np.array([len(sequence.tokens) for sequence in sequences])
     shortest, median, p95, longest = np.quantile(lengths, (0, 0.5, 0.95, 1)).astype(int).tolist()
     return {
         "sequences": len(lengths),
         "tokens": int(lengths.sum()),
-        "supervised": int(sum(example.loss_mask.sum() for example in examples)),
+        "supervised": int(sum(sequence.loss_mask.sum() for sequence in sequences)),
         "shortest": shortest,
         "median": median,
         "p95": p95,
@@ -35,7 +41,12 @@ def summary(name: str, split: Split) -> str:
     """Return one line about a split: rows, sequences if they are more, images, tokens, what is supervised, lengths."""
     found = length_statistics(split.sequences)
     sequences = found["sequences"]
-    parts = f" in {counted(sequences, 'sequence')}" if sequences > split.rows else ""
+    if are_preferences(split.sequences):
+        parts = f" with {counted(sequences, 'answer')}"
+        if sequences == len(split.sequences):  # one each, with a label
+            parts += f", {sum(example.desirable for example in split.sequences):,} of them good"
+    else:
+        parts = f" in {counted(sequences, 'sequence')}" if sequences > split.rows else ""
     shortest, longest = found["shortest"], found["longest"]
     lengths = (
         f"{shortest:,} to {longest:,}, median {found['median']:,}" if longest > shortest else f"{longest:,}"
@@ -48,13 +59,13 @@ def summary(name: str, split: Split) -> str:
     )
 
 
-def histogram(examples: Sequence[Example], width: int = 40) -> list[str]:
-    """Return lines that draw how many rows have which lengths in tokens; none if one line would hold them all.
+def histogram(examples: Sequence[TokenizedRow], width: int = 40) -> list[str]:
+    """Return lines that draw how many sequences have which lengths in tokens; none if one line would hold them all.
 
     Ranges are equally wide, or each is twice as wide as the one before if the longest row is much longer than most.
     Empty ones are left out.
     """
-    lengths = np.array([len(example.tokens) for example in examples])
+    lengths = np.array([len(sequence.tokens) for sequence in separate_sequences(examples)])
     counts = [
         (low, high, int(((lengths >= low) & (lengths <= high)).sum())) for low, high in _ranges(lengths)
     ]
@@ -83,6 +94,13 @@ def _ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
         step = next(step for step in steps if (longest - 1) // step - (shortest - 1) // step < MAX_BARS)
         ends = list(range((shortest - 1) // step * step, longest + step, step))
     return [(low + 1, high) for low, high in itertools.pairwise(ends)]
+
+
+def titled_sequences(example: TokenizedRow) -> dict[str, Example]:
+    """Return the sequences of a row by what to call them: its source, and the answer of a preference row."""
+    if isinstance(example, Example):
+        return {example.source: example}
+    return {f"{example.source} ({what})": sequence for what, sequence in example.sequences.items()}
 
 
 def mask_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

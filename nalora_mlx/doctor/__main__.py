@@ -14,12 +14,13 @@ from nalora_mlx.core.signals import SIGNALS, ending_at_once
 
 if TYPE_CHECKING:
     from nalora_mlx.data.checks import RunData
-    from nalora_mlx.data.tokenization import Example
+    from nalora_mlx.data.preferences import TokenizedRow
     from nalora_mlx.doctor.model import LoadedModel
     from nalora_mlx.doctor.page import Page
 
 DATA_SETTINGS = (
     "data",
+    "train_mode",
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature"),
     *("valid_fraction", "chunk", "mask_prompt", "last_turn_only"),
     *("max_seq_length", "show_masks"),
@@ -132,7 +133,7 @@ def check(
             from nalora_mlx.doctor.model import check_model
 
             loaded = check_model(page, name, trust_remote_code, config, rows)
-    examples: list[Example] | None = None
+    examples: list[TokenizedRow] | None = None
     with page.section("Data"):
         if not has_data:
             page.note("none given; --data D checks its rows")
@@ -158,7 +159,8 @@ def check(
     with page.section("Extras"):
         machine.check_extras(page)
     is_run = loaded is not None and bool(examples)
-    page.verdict("nalora lora --train with the same flags starts the run" if is_run else None)
+    mode = f" --train-mode {config.train_mode}" if config.prefers and "train_mode" not in config.given else ""
+    page.verdict(f"nalora lora --train{mode} with the same flags starts the run" if is_run else None)
 
 
 def _say_ended(number: int) -> None:

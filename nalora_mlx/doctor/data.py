@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.config import DPO, ORPO, SFT, RunConfig
 from nalora_mlx.core.errors import InputError, counted, merged
+from nalora_mlx.core.notices import Note
 from nalora_mlx.core.terminal import drawable, has_colors, marked_text
 
 if TYPE_CHECKING:
     from nalora_mlx.data.checks import RunData
+    from nalora_mlx.data.preferences import TokenizedRow
     from nalora_mlx.data.rows.formats import Row
-    from nalora_mlx.data.tokenization import Example, Split
+    from nalora_mlx.data.tokenization import Split
     from nalora_mlx.doctor.model import LoadedModel
     from nalora_mlx.doctor.page import Page
     from nalora_mlx.models.vision.processor import VisionProcessor
@@ -28,7 +30,7 @@ HEAD, TAIL = 40, 80  # characters at the ends of a long piece of text to show th
 
 
 def read(page: "Page", config: RunConfig) -> "RunData":
-    """Read the rows.
+    """Read the rows. If they are preference rows and no train mode was given, set the train mode to dpo.
 
     Raises:
         InputError: there are none.
@@ -38,7 +40,21 @@ def read(page: "Page", config: RunConfig) -> "RunData":
         from nalora_mlx.data.sources.loading import SPLITS
 
         names = [name for name in SPLITS if name != "test" or not config.hf_dataset]
-        return read_rows(config, names, all_needed=False)
+        found = read_rows(config, names, all_needed=False)
+        if not found.problems or "train_mode" in config.given:
+            return found
+        config.train_mode = DPO
+        compared = read_rows(config, names, all_needed=False)
+        if _count(compared) <= _count(found):
+            config.train_mode = SFT
+            return found
+        note = "preference rows: --train-mode dpo (or orpo, simpo, kto) trains on them; checked as for dpo"
+        compared.notices.insert(0, Note(note))
+        return compared
+
+
+def _count(rows: "RunData") -> int:
+    return sum(len(found) for splits in rows.sources for found in splits.values())
 
 
 def count_rows(page: "Page", rows: "RunData") -> None:
@@ -54,7 +70,7 @@ def count_rows(page: "Page", rows: "RunData") -> None:
 
 def check_tokens(
     page: "Page", rows: "RunData", loaded: "LoadedModel", config: RunConfig, all_rows: bool
-) -> "list[Example]":
+) -> "list[TokenizedRow]":
     """Tokenize the rows; report truncated and omitted rows and lengths. Return the training examples.
 
     Args:
@@ -95,7 +111,7 @@ def check_tokens(
     if loaded.processor is not None:
         _describe_images(page, rows, loaded.processor)
     chats = any(row.messages for dataset in rows.sources for found in dataset.values() for row in found)
-    if chats and not config.mask_prompt:
+    if chats and not config.mask_prompt and config.train_mode in (SFT, ORPO):
         page.note("prompts are trained on too; --mask-prompt trains on the answers only")
     print_all(page, [], context_notices(splits, loaded.config) + length_notices(config, splits))
     return list(splits["train"].sequences)
@@ -118,9 +134,9 @@ def _describe_images(page: "Page", rows: "RunData", processor: "VisionProcessor"
         page.ok(f"{counted(len(counts), 'image')}, {each}")
 
 
-def show_masks(page: "Page", examples: "Sequence[Example]", tokenizer: Any, config: RunConfig) -> None:
+def show_masks(page: "Page", examples: "Sequence[TokenizedRow]", tokenizer: Any, config: RunConfig) -> None:
     """Show the supervised parts of training rows: of as many as --show-masks says in full, or of a few in short."""
-    from nalora_mlx.data.summary import mask_pieces
+    from nalora_mlx.data.summary import mask_pieces, titled_sequences
 
     is_short = "show_masks" not in config.given
     shown = examples[: MASKED_ROWS if is_short else config.show_masks]
@@ -129,10 +145,11 @@ def show_masks(page: "Page", examples: "Sequence[Example]", tokenizer: Any, conf
         how = "bold green" if colors else f"in {drawable('⟦ ⟧', '[[ ]]')}"
         page.note(f"what is trained on is {how}{'; --show-masks N shows whole rows' if is_short else ''}")
     for example in shown:
-        pieces = mask_pieces(example, tokenizer)
-        if is_short:
-            pieces = [(_shortened(text), supervised) for text, supervised in pieces]
-        page.plain(marked_text(example.source, pieces, colors))
+        for title, sequence in titled_sequences(example).items():
+            pieces = mask_pieces(sequence, tokenizer)
+            if is_short:
+                pieces = [(_shortened(text), supervised) for text, supervised in pieces]
+            page.plain(marked_text(title, pieces, colors))
 
 
 def print_all(page: "Page", problems: list[str], notices: list[str]) -> None:
@@ -199,7 +216,7 @@ def sample(rows: "Sequence[Row]", characters: int) -> "list[Row]":
     sizes = [
         TEMPLATE_CHARACTERS
         + len(row.text)
-        + sum(len(str(message)) for message in row.messages)
+        + sum(len(str(message)) for message in [*row.messages, *(row.rejected or ())])
         + IMAGE_CHARACTERS * len(row.images)
         for row in rows
     ]

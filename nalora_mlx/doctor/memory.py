@@ -1,16 +1,19 @@
 """Checks of the memory that a run needs: an upper bound at once, or a measurement on a few training steps."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.config import KTO, ORPO, RunConfig
 from nalora_mlx.ops.device_memory import default_budget, device_memory
 
 if TYPE_CHECKING:
-    from nalora_mlx.data.tokenization import Example
+    from nalora_mlx.data.preferences import TokenizedRow
     from nalora_mlx.doctor.model import LoadedModel
     from nalora_mlx.doctor.page import Page
+    from nalora_mlx.training.memory_model import BatchShape
+    from nalora_mlx.training.step import TrainingStep
 
 QUICK_WEIGHTS = 5e9  # bytes of weights that are read for an upper bound, which runs the model on four tokens
 
@@ -18,7 +21,7 @@ QUICK_WEIGHTS = 5e9  # bytes of weights that are read for an upper bound, which 
 def check_memory(
     page: "Page",
     loaded: "LoadedModel | None",
-    examples: "list[Example] | None",
+    examples: "list[TokenizedRow] | None",
     config: RunConfig,
     trials: bool,
 ) -> None:
@@ -41,14 +44,14 @@ def check_memory(
     if examples is None:
         length = config.max_seq_length
         page.note(f"without --data, all rows are assumed to have {length:,} tokens (--max-seq-length)")
-        examples = [_full_row(length)] * config.batch_size
+        examples = [_full_row(length, config)] * config.batch_size
     if any(example.images for example in examples):
         page.note("the features of images, which are computed before training, are not counted")
     (_measure if trials else _estimate)(page, loaded, examples, config, budget)
 
 
 def _reason_to_skip(
-    loaded: "LoadedModel", examples: "list[Example] | None", config: RunConfig, trials: bool
+    loaded: "LoadedModel", examples: "list[TokenizedRow] | None", config: RunConfig, trials: bool
 ) -> str | None:
     from nalora_mlx.core.trees import nbytes
     from nalora_mlx.models.loading import is_quantized
@@ -67,26 +70,48 @@ def _reason_to_skip(
     return None
 
 
-def _full_row(length: int) -> "Example":
+def _full_row(length: int, config: RunConfig) -> "TokenizedRow":
+    from nalora_mlx.data.preferences import PreferenceExample
     from nalora_mlx.data.tokenization import Example
 
-    return Example(np.ones(length, np.int32), np.ones(length, bool), "a full row")
+    row = Example(np.ones(length, np.int32), np.arange(length) > 0, "a full row")
+    if not config.prefers:
+        return row
+    if config.train_mode == KTO:
+        return PreferenceExample((row,), mismatched=row)
+    return PreferenceExample((row, row), sft_mask=row.loss_mask if config.train_mode == ORPO else None)
+
+
+def _planned(
+    loaded: "LoadedModel", examples: "list[TokenizedRow]", config: RunConfig
+) -> "tuple[TrainingStep, BatchShape]":
+    """Return a training step as the run would take it, and the shape of its largest batch."""
+    from nalora_mlx.training.memory_plan import largest_batch, planning_step
+    from nalora_mlx.training.optimizers import configured_optimizer
+    from nalora_mlx.training.preferences.layout import choose_layout
+    from nalora_mlx.training.preferences.loss import PreferenceLoss
+    from nalora_mlx.training.trainer import new_loss
+
+    loss = new_loss(loaded.model, config)
+    rows: Sequence[Any] = examples
+    if isinstance(loss, PreferenceLoss):
+        rows = choose_layout(loss, rows, config)
+    step = planning_step(loaded.model, config, configured_optimizer(config), loss)
+    return step, largest_batch(rows, config)
 
 
 def _estimate(
-    page: "Page", loaded: "LoadedModel", examples: "list[Example]", config: RunConfig, budget: int
+    page: "Page", loaded: "LoadedModel", examples: "list[TokenizedRow]", config: RunConfig, budget: int
 ) -> None:
     """Report an upper bound of the run's memory."""
     with page.working("estimating memory"):
         import mlx.core as mx
 
-        from nalora_mlx.training.memory_plan import largest_batch, planning_step, upper_bound_bytes
-        from nalora_mlx.training.optimizers import configured_optimizer
+        from nalora_mlx.training.memory_plan import upper_bound_bytes
 
         if loaded.processor is not None:
             mx.eval(loaded.model.parameters())  # MLX cannot trace arrays that are still on disk
-        shape = largest_batch(examples, config)
-        step = planning_step(loaded.model, config, configured_optimizer(config))
+        step, shape = _planned(loaded, examples, config)
         bound = upper_bound_bytes(step, shape, config)
     found = f"upper bound {bound / 1e9:.2f} GB for {shape.rows} x {shape.length:,} tokens"
     if bound <= budget:
@@ -97,19 +122,17 @@ def _estimate(
 
 
 def _measure(
-    page: "Page", loaded: "LoadedModel", examples: "list[Example]", config: RunConfig, budget: int
+    page: "Page", loaded: "LoadedModel", examples: "list[TokenizedRow]", config: RunConfig, budget: int
 ) -> None:
     """Report the run's memory as measured on a few training steps."""
     page.note("measuring a few training steps, which may take a minute")
     with page.working("preparing training steps") as show:
         import mlx.core as mx
 
-        from nalora_mlx.training.memory_plan import largest_batch, measure, planning_step
-        from nalora_mlx.training.optimizers import configured_optimizer
+        from nalora_mlx.training.memory_plan import measure
 
         mx.eval(loaded.model.parameters())  # to measure the steps without the reading of weights
-        shape = largest_batch(examples, config)
-        step = planning_step(loaded.model, config, configured_optimizer(config))
+        step, shape = _planned(loaded, examples, config)
         found = measure(step, shape, config, budget, show)
     first, *others = (line.removeprefix("memory: ") for line in found.lines())
     if found.fits:

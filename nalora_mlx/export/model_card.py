@@ -13,6 +13,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.paths import is_hub_name
 from nalora_mlx.models.hub import OUR_TAG
 from nalora_mlx.runs.metrics import METRICS_FILE
+from nalora_mlx.runs.preferences import OBJECTIVES, describe_objective
 from nalora_mlx.runs.record import RECORD_FILE
 
 INHERITED_METADATA = ("license", "license_name", "license_link", "language")
@@ -54,18 +55,18 @@ def write_card(
         merge_quality: how close the merged model is to base + adapter, as a phrase.
         images: whether the model is one of mlx-vlm.
     """
-    kind = _fine_tune_type(adapter_config)
+    kind, record = _fine_tune_type(adapter_config), _read_json(adapter / RECORD_FILE)
     metadata = _metadata("mlx", base, inherited, kind, images)
     origin = f"[{base}](https://huggingface.co/{base})" if base else "its base model"
     merged = "" if kind == "full" else " The adapter is merged into the weights."
     sections = [
         metadata,
         f"# {title}\n",
-        f"This model was fine-tuned from {origin} with {METHOD_LABELS[kind]}, by nalora-mlx {__version__}.{merged} "
+        f"This model was fine-tuned from {origin} with {_method(kind, record)}, by nalora-mlx {__version__}.{merged} "
         f"It runs in {'mlx-vlm' if images else 'mlx-lm'} like any other model.\n",
         f"```bash\n{_generate(title, images)}\n```\n",
         "## Training\n",
-        _format_table(_training_settings(adapter_config, _read_json(adapter / RECORD_FILE))),
+        _format_table(_training_settings(adapter_config, record)),
     ]
     if losses := _read_losses(adapter / METRICS_FILE):
         sections += ["## Results\n", _format_table(losses)]
@@ -95,7 +96,7 @@ def adapter_card(
     """
     is_peft = "peft_type" in config
     settings = _settings_of_peft(config) if is_peft else config
-    trained = _read_json(run / ADAPTER_CONFIG) if run else {}
+    trained, record = (_read_json(run / name) if run else {} for name in (ADAPTER_CONFIG, RECORD_FILE))
     kind = _fine_tune_type(trained or settings)
     origin = f"[{base}](https://huggingface.co/{base})" if base else "its base model"
     what = "The trained weights of" if kind == "full" else "An adapter for"
@@ -105,12 +106,10 @@ def adapter_card(
     sections = [
         _metadata("peft" if is_peft else "mlx", base, inherited, kind, images, base_model_relation=relation),
         f"# {repo}\n",
-        f"{what} {origin}, trained with {METHOD_LABELS[kind]}, by nalora-mlx {__version__}.\n",
+        f"{what} {origin}, trained with {_method(kind, record)}, by nalora-mlx {__version__}.\n",
         usage(repo, base or "BASE", images),
         "## Training\n",
-        _format_table(
-            _training_settings({**trained, **settings}, _read_json(run / RECORD_FILE) if run else {})
-        ),
+        _format_table(_training_settings({**trained, **settings}, record)),
     ]
     if run and losses and (rows := _read_losses(run / METRICS_FILE)):
         sections += ["## Results\n", _format_table(rows)]
@@ -123,6 +122,12 @@ def _fine_tune_type(adapter_config: dict[str, Any]) -> str:
     if kind == "lora" and NA_KEY in adapter_config:  # for mlx-lm, an NA-LoRA adapter is a LoRA
         kind = "na-lora"
     return kind if kind in METHOD_LABELS else "lora"
+
+
+def _method(kind: str, record: dict[str, Any]) -> str:
+    """Return what a model was trained with: the method, and the objective of a preference run."""
+    objective = OBJECTIVES.get(str((record.get("settings") or {}).get("train_mode")))
+    return f"{METHOD_LABELS[kind]} on preferences ({objective})" if objective else METHOD_LABELS[kind]
 
 
 def _metadata(
@@ -192,7 +197,8 @@ def _training_settings(adapter_config: dict[str, Any], record: dict[str, Any]) -
     lora = adapter_config.get("lora_parameters") or {}
     settings = adapter_config | (record.get("settings") or {})
     train = (record.get("data") or {}).get("train") or {}
-    rows: dict[str, Any] = {"layers": adapter_config.get("num_layers")}
+    rows: dict[str, Any] = {"objective": describe_objective(record.get("settings") or {})}
+    rows |= {"layers": adapter_config.get("num_layers")}
     rows |= {key: lora.get(key) for key in ("rank", "scale", "dropout")}
     # The modules within a layer, each once: those of vision-language models are whole paths.
     rows["keys"] = list(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", key) for key in lora.get("keys") or []))
@@ -218,7 +224,7 @@ def without_paths(value: Any) -> Any:
 
 
 def _read_losses(path: Path) -> dict[str, Any]:
-    """Return the losses in metrics.jsonl; unreadable lines are skipped."""
+    """Return the losses in metrics.jsonl, and the accuracies of preference runs; unreadable lines are skipped."""
     records = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -230,20 +236,26 @@ def _read_losses(path: Path) -> dict[str, Any]:
         except ValueError:
             continue
     valid, test = (
-        [(r.get("step"), r["loss"]) for r in records if isinstance(r, dict) and _is_loss(r, split)]
+        [r for r in records if isinstance(r, dict) and _is_number(r, split, "loss")]
         for split in ("valid", "test")
     )
     rows: dict[str, Any] = {}
     if valid:
-        rows["validation loss before"] = f"{valid[0][1]:.4f}"
-        rows["validation loss after"] = f"{valid[-1][1]:.4f} (iteration {valid[-1][0]})"
+        at = f"(iteration {valid[-1].get('step')})"
+        if all(_is_number(record, "valid", "accuracy") for record in (valid[0], valid[-1])):
+            rows["validation accuracy before"] = f"{valid[0]['accuracy']:.2f}"
+            rows["validation accuracy after"] = f"{valid[-1]['accuracy']:.2f} {at}"
+        rows["validation loss before"] = f"{valid[0]['loss']:.4f}"
+        rows["validation loss after"] = f"{valid[-1]['loss']:.4f} {at}"
+    if test and _is_number(test[-1], "test", "accuracy"):
+        rows["test accuracy"] = f"{test[-1]['accuracy']:.2f}"
     if test:
-        rows["test loss"] = f"{test[-1][1]:.4f}"
+        rows["test loss"] = f"{test[-1]['loss']:.4f}"
     return rows
 
 
-def _is_loss(record: dict[str, Any], split: str) -> bool:
-    return record.get("split") == split and isinstance(record.get("loss"), int | float)
+def _is_number(record: dict[str, Any], split: str, key: str) -> bool:
+    return record.get("split") == split and isinstance(record.get(key), int | float)
 
 
 def _format_table(rows: dict[str, Any]) -> str:

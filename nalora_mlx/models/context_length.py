@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nalora_mlx.core.errors import counted, places
+from nalora_mlx.data.preferences import separate_sequences
 from nalora_mlx.data.tokenization import Split
 
 # Keys of config.json, as families of models name it. Models that count no positions, such as Mamba, have none of them.
@@ -40,9 +41,9 @@ def context_notices(splits: Mapping[str, Split], config: Mapping[str, Any]) -> l
     notices = []
     for name, split in splits.items():
         lengths: dict[str, int] = {}
-        for example in split.sequences:
-            if (length := len(example.tokens)) > limit:
-                lengths[example.source] = max(length, lengths.get(example.source, 0))
+        for sequence in separate_sequences(split.sequences):
+            if (length := len(sequence.tokens)) > limit:
+                lengths[sequence.source] = max(length, lengths.get(sequence.source, 0))
         if lengths:
             notices.append(
                 f"{name}: {counted(len(lengths), 'row')} {'is' if len(lengths) == 1 else 'are'} longer than the "

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from nalora_mlx.report.downsampling import running_mean
-from nalora_mlx.report.formatting import format_pair
-from nalora_mlx.report.run_data import RunData
+from nalora_mlx.report.formatting import format_pair, format_share
+from nalora_mlx.report.result import validated_rows
+from nalora_mlx.report.run_data import MEASURES, RunData
+from nalora_mlx.training.preferences.warnings import findings
 
 LEVELS = ("warning", "note", "good")
 OVERFIT = 1.05  # last validation loss, relative to the best
@@ -18,6 +20,7 @@ NOISE = 4  # typical differences between reports that a rise must exceed
 STILL_FALLING = 0.03  # fall of the validation loss at the end, per tenth of the run, relative to it
 STILL_FALLING_TRAINING = 0.1  # the same for the training loss, from the fourth to the last fifth of the run
 MIN_REPORTS = 10  # reports needed to judge the training loss
+LESS_ACCURATE = 0.02  # fall of the validation accuracy below its best
 FEW_VALIDATIONS = 3  # up to this many do not make a curve
 
 
@@ -35,7 +38,10 @@ def advise(run: RunData) -> list[Advice]:
     smooth = running_mean(losses, max(3, len(losses) // 30))
     jump = _jump(steps, losses, smooth)
     diverged = any(advice.level == "warning" for advice in jump)
-    found = [*_skipped(run), *jump, *_validation(run, steps, smooth, diverged)]
+    validation = _validation(run, steps, smooth, diverged)
+    if run.best_accuracy is not None:
+        validation = [*_accuracy(run), *_failures(run)]
+    found = [*_skipped(run), *jump, *validation]
     return sorted(found, key=lambda advice: LEVELS.index(advice.level))
 
 
@@ -127,6 +133,65 @@ def _validation(run: RunData, steps: np.ndarray, smooth: np.ndarray, diverged: b
             "good", "No sign of overfitting", "The validation loss stayed close to its best until the end."
         )
     ]
+
+
+def _accuracy(run: RunData) -> list[Advice]:
+    """Say whether the validation accuracy of a preference run rose, and whether it stayed."""
+    steps, accuracies, losses = (run.valid[key] for key in ("step", "accuracy", "loss"))
+    best = run.best_index
+    if best is None or len(losses) < 2:
+        return []
+    first, highest, last = map(format_share, (accuracies[0], accuracies[best], accuracies[-1]))
+    use = f"Use the adapter in {run.path.resolve().name}/best"
+    if steps[best] == 0:
+        return [
+            Advice(
+                "warning",
+                "Training did not help",
+                f"The validation accuracy was {first} before training and is {last} at the end. Try another learning "
+                "rate, and look at the rows: are the chosen answers better?",
+            )
+        ]
+    iteration = f"iteration {int(steps[best]):,}"
+    if accuracies[best] - accuracies[-1] > LESS_ACCURATE:
+        return [
+            Advice(
+                "warning",
+                f"Less accurate after {iteration}",
+                f"The validation accuracy was best at {iteration} ({highest}) and fell to {last} at the end. {use}, or "
+                "train fewer iterations.",
+            )
+        ]
+    lowest = int(np.nanargmin(losses))
+    if losses[-1] > OVERFIT * losses[lowest]:
+        low, end = format_pair(losses[lowest], losses[-1])
+        return [
+            Advice(
+                "note",
+                f"Overconfident after iteration {int(steps[lowest]):,}",
+                f"The validation loss rose from {low} to {end} while the accuracy stayed: the model became surer of "
+                "pairs that it gets wrong, too. Train fewer iterations, or raise --preference-beta.",
+            )
+        ]
+    return [Advice("good", "The accuracy held", "It stayed close to its best until the end.")]
+
+
+def _failures(run: RunData) -> list[Advice]:
+    """Return what the run warned of: the known failures of preference training, at the last validation."""
+    first, last = (
+        {key: run.valid[key][i] for key in MEASURES if key in run.valid and not np.isnan(run.valid[key][i])}
+        for i in (0, -1)
+    )
+    rows = validated_rows(run) or run.data.get("valid", {}).get("rows", 0)
+    found = findings(run.preferences, first, last, rows) if len(run.valid["step"]) > 1 else []
+    return [
+        Advice("warning", each.title, f"{_sentence(each.measured)} {_sentence(each.remedy)}")
+        for each in found
+    ]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _overfit(

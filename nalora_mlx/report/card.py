@@ -203,7 +203,7 @@ def _draw_run(card: _Card, run: RunData) -> None:
         x = card.text(x, top + 40, "→", size, color="#8a94a3") + 20
     card.text(x, top + 40, headline.after, size, weight="bold", color=ACCENT)
     card.paragraph(MARGIN, top + 136, headline.words.rstrip("."), 21, 540, 2, color=MUTED)
-    _plot_losses(card.axes(700, 152, WIDTH - MARGIN - 700, 168 if sample else 350), [run])
+    _plot_curves(card.axes(700, 152, WIDTH - MARGIN - 700, 168 if sample else 350), [run])
     if sample:
         _draw_sample(card, sample)
 
@@ -244,20 +244,21 @@ def _sample(run: RunData) -> dict[str, Any] | None:
     return min(fitting, key=rank, default=None)
 
 
-def _plot_losses(axes: "Axes", runs: list[RunData]) -> None:
+def _plot_curves(axes: "Axes", runs: list[RunData]) -> None:
+    key, corner = ("accuracy", "lower right") if all(run.prefers for run in runs) else ("loss", "upper right")
     for i, run in enumerate(runs):
-        steps, losses = run.train["step"], run.train["loss"]
-        if len(losses) >= SMOOTHING_MIN_REPORTS:
-            losses = running_mean(losses, smoothing_window(len(losses)))
+        steps, values = run.train["step"], run.train[key]
+        if len(values) >= SMOOTHING_MIN_REPORTS:
+            values = running_mean(values, smoothing_window(len(values)))
         color = RUN_COLORS_LIGHT[i]
         if len(runs) == 1:
-            axes.plot(*downsample(steps, losses), color="#9db8d4", linewidth=2, label="training")
+            axes.plot(*downsample(steps, values), color="#9db8d4", linewidth=2, label="training")
         elif not len(run.valid["step"]):
-            axes.plot(*downsample(steps, losses), color=color, linestyle=MATPLOTLIB_DASHES[i], linewidth=2)
+            axes.plot(*downsample(steps, values), color=color, linestyle=MATPLOTLIB_DASHES[i], linewidth=2)
         few = len(run.valid["step"]) <= FEW_VALIDATIONS
         axes.plot(
             run.valid["step"],
-            run.valid["loss"],
+            run.valid[key],
             color=color,
             marker="o",
             markersize=8 if few else 5,
@@ -267,7 +268,10 @@ def _plot_losses(axes: "Axes", runs: list[RunData]) -> None:
             clip_on=False,
         )
     highest = max(np.nanmax(each["loss"], initial=0) for run in runs for each in (run.train, run.valid))
-    if needs_log_scale(runs):
+    if key == "accuracy":
+        axes.set_ylim(0, 1.08)
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    elif needs_log_scale(runs):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.tick_params(which="minor", length=0)
@@ -276,9 +280,7 @@ def _plot_losses(axes: "Axes", runs: list[RunData]) -> None:
     axes.set_xlabel("iteration", fontsize=17 * 72 / DPI, color=MUTED)
     axes.margins(x=0.02)
     if len(runs) == 1 and len(runs[0].train["step"]):
-        axes.legend(
-            frameon=False, fontsize=17 * 72 / DPI, labelcolor=MUTED, handlelength=1.4, loc="upper right"
-        )
+        axes.legend(frameon=False, fontsize=17 * 72 / DPI, labelcolor=MUTED, handlelength=1.4, loc=corner)
 
 
 # --- several runs ------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def _draw_comparison(card: _Card, runs: list[RunData]) -> None:
         card.text(MARGIN + 290, top, result.headline(run).text, 24, weight=weight)
         notes = [value for name, value, _ in result.facts(run) if name in ("Method", "Time")]
         card.text(MARGIN + 38, top + 32, " · ".join(notes), 18, color=MUTED)
-    _plot_losses(card.axes(640, 226, WIDTH - MARGIN - 640, 330), runs)
+    _plot_curves(card.axes(640, 226, WIDTH - MARGIN - 640, 330), runs)
 
 
 # --- fonts -------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import numpy as np
 
 from nalora_mlx.report.advice import FEW_VALIDATIONS
 from nalora_mlx.report.downsampling import MAX_POINTS, downsample, running_mean
-from nalora_mlx.report.run_data import Grid, RunData, short_layers
+from nalora_mlx.report.preferences import has_measure, loss_axis, preference_charts
+from nalora_mlx.report.run_data import MEASURES, Grid, RunData, short_layers
 from nalora_mlx.report.style import COLORMAP, PLOTLY_DASHES, PLOTLY_MARKERS, REGION_POSITIONS
 from nalora_mlx.report.tables import statistic_label
 
@@ -26,7 +27,7 @@ SCALARS = {  # by key in metrics.jsonl
     "peak_memory_gb": Scalar("Peak memory", "peak memory (GB)", ".2f", " GB"),
     "gradient_norm": Scalar("Gradient norm", "norm of the gradient", ".3g", ""),
 }
-NOISY_SCALARS = ("loss", "tokens_per_second", "gradient_norm")  # smoothed; the raw values are pale
+NOISY_SCALARS = ("loss", "tokens_per_second", "gradient_norm", *MEASURES)  # smoothed; the raw values are pale
 LOG_SCALE_RATIO = 10  # of the highest to the lowest loss
 SMOOTHING_MIN_REPORTS = 60  # shorter runs are not smoothed
 MAX_SCALAR_POINTS = 400  # of a line in the small charts
@@ -64,6 +65,16 @@ def chart_data(
         "scalars": [
             {"key": key, "unit": SCALARS[key].axis, "format": SCALARS[key].format} for key in scalars
         ],
+        "preferences": [
+            {
+                "key": name,
+                "unit": chart.axis,
+                "format": chart.format,
+                "measures": list(chart.measures.items()),
+            }
+            for name, chart in preference_charts(runs).items()
+        ],
+        "lossAxis": loss_axis(runs),
         "statistics": {
             name: dict(zip(("label", "unit"), statistic_label(name)[1:], strict=True)) for name in statistics
         },
@@ -84,7 +95,8 @@ def chart_data(
 
 def _run_data(run: RunData) -> dict[str, Any]:
     steps = run.train["step"]
-    scalars = [key for key in ("loss", *SCALARS) if len(steps) and not np.isnan(run.train[key]).all()]
+    keys = ("loss", *SCALARS, *(key for key in MEASURES if key in run.train))
+    scalars = [key for key in keys if len(steps) and not np.isnan(run.train[key]).all()]
     smooth = {}
     if len(steps) >= SMOOTHING_MIN_REPORTS:
         smooth = {
@@ -98,6 +110,9 @@ def _run_data(run: RunData) -> dict[str, Any]:
         "train": {key: _line(steps, run.train[key], max_points[key]) for key in scalars},
         "smooth": {key: _line(steps, values, MAX_SCALAR_POINTS) for key, values in smooth.items()},
         "valid": _line(run.valid["step"], run.valid["loss"]),
+        "validMeasures": {
+            key: _line(run.valid["step"], run.valid[key]) for key in MEASURES if has_measure(run.valid, key)
+        },
         "best": run.best_validation,
         "layers": short_layers(run.layers),
         "grids": {name: _grid(grid) for name, grid in run.grids.items()},

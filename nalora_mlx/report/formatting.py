@@ -25,6 +25,12 @@ def format_pair(before: float, after: float) -> tuple[str, str]:
     return _decimals(before, decimals), _decimals(after, decimals)
 
 
+def format_share(share: float) -> str:
+    """Format a share as a percentage, with one decimal if it would be 0% or 100% without and is not."""
+    rounded = f"{share:.0%}"
+    return f"{share:.1%}" if rounded in ("0%", "100%") and share not in (0, 1) else rounded
+
+
 def _decimals(value: float, decimals: int) -> str:
     return f"{value:,.{decimals}f}"
 

@@ -1,7 +1,7 @@
 "use strict";
 // Draws the charts of a report from the page's JSON data, in the colors of the current theme.
 (() => {
-  const { runs, scalars, statistics, markers, dashes, colorScale, regionColors, regions, lastStep, fewValidations, logScale, refresh, storageKey } = JSON.parse(document.getElementById("data").textContent);
+  const { runs, scalars, preferences, lossAxis, statistics, markers, dashes, colorScale, regionColors, regions, lastStep, fewValidations, logScale, refresh, storageKey } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const element = (id) => document.getElementById(id);
   const themeColor = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
@@ -82,7 +82,7 @@
         if (!several && run.best[0] > 0) labels.push(label(run.best[0], run.best[1], `best ${run.best[1].toPrecision(3)}`, run.best[0] > 0.8 * lastStep ? -36 : 36, -34, validation, log));
       }
     });
-    draw("chart-loss", traces, layout(steps(), axis("loss (nats per token)", log ? { type: "log", dtick: "D2", tickformat: "~g" } : {}), { showlegend: true, annotations: labels }));
+    draw("chart-loss", traces, layout(steps(), axis(lossAxis, log ? { type: "log", dtick: "D2", tickformat: "~g" } : {}), { showlegend: true, annotations: labels }));
   }
 
   function scalarCharts() {
@@ -95,6 +95,26 @@
         return smooth && !several ? [{ x: found[0], y: found[1], mode: "lines", line: { color: rgba(themeColor(`run-${i}`), 0.28), width: 1 }, hoverinfo: "skip" }, main] : [main];
       });
       draw("chart-" + name, traces, layout(steps(), axis(unit, { range: [0, 1.12 * extent(traces.map((trace) => [trace.y]))[1]], exponentformat: name === "learning_rate" ? "e" : "SI" }), { showlegend: several }));
+    }
+  }
+
+  // Training as lines, validation as points. Of two measures in one chart, the second is dotted.
+  function preferenceCharts() {
+    for (const { key, unit, format, measures } of preferences) {
+      const traces = [], pair = measures.length > 1;
+      runs.forEach((run, i) => measures.forEach(([name, label], n) => {
+        const training = themeColor(`run-${!several && pair ? n : i}`), validation = several || pair ? training : themeColor("run-1");
+        const found = run.train[name], valid = run.validMeasures[name], prefix = [several ? `${run.name}: ` : "", label && `${label}, `].join("");
+        if (found) {
+          const [x, y] = run.smooth[name] || found;
+          traces.push({ x, y, mode: "lines", line: { color: training, width: 2, dash: n ? "dot" : several ? dashes[i] : "solid" }, name: prefix + "training", hovertemplate: `%{y:${format}}` });
+        }
+        if (valid && valid[0].length) {
+          const few = valid[0].length <= fewValidations;
+          traces.push({ x: valid[0], y: valid[1], mode: few ? "markers" : "lines+markers", line: { color: validation, width: 1.5, dash: n ? "dot" : "solid" }, cliponaxis: false, marker: { symbol: markers[several ? i : n], size: few ? 9 : 6, color: validation }, name: prefix + "validation", hovertemplate: `%{y:${format}}` });
+        }
+      }));
+      draw("chart-" + key, traces, layout(steps(), axis(unit, key === "accuracy" ? { range: [0, 1.04], tickformat: ".0%" } : {}), { showlegend: true }));
     }
   }
 
@@ -216,7 +236,7 @@
   // One kind of chart at a time, so that the page stays responsive. A later call takes over from an earlier one.
   let calls = 0;
   function drawAll() {
-    const call = ++calls, parts = [lossChart, scalarCharts, heatCharts, layerCharts];
+    const call = ++calls, parts = [preferenceCharts, lossChart, scalarCharts, heatCharts, layerCharts];
     const next = () => {
       if (call !== calls) return;
       const part = parts.shift();

@@ -9,6 +9,7 @@ from nalora_mlx import __version__
 from nalora_mlx.report import answers, result, tables
 from nalora_mlx.report.advice import LEVELS, Advice, advise
 from nalora_mlx.report.chart_data import SCALARS, chart_data, has_scalar, last_step
+from nalora_mlx.report.preferences import CHARTS, caption, preference_charts
 from nalora_mlx.report.run_data import RunData, short_layers
 from nalora_mlx.report.style import RUN_COLORS_DARK, RUN_COLORS_LIGHT
 
@@ -59,6 +60,7 @@ def render_page(runs: list[RunData], refresh: float | None = None, card: str | N
     sections = [
         ("result", "Result"),
         *([("answers", "Answers")] if found else []),
+        *([("preferences", "Preferences")] if preference_charts(runs) else []),
         ("loss", "Loss"),
         *([("speed", "Speed")] if set(scalars) & set(SPEED_SCALARS) else []),
         *([("na", "NA-LoRA")] if statistics else []),
@@ -87,6 +89,7 @@ def render_page(runs: list[RunData], refresh: float | None = None, card: str | N
         cards_summary=answers.summary(runs),
         card_rows=max((1 + len(card.answers) + (not card.all_same) for card in found), default=0),
         cards_legend=answers.LEGEND if answers.has_marks(found) else "",
+        preferences=[_preference_chart(runs, name) for name in preference_charts(runs)],
         last_step=last_step(runs),
         loss_caption=tables.loss_caption(runs),
         loss_tables=[table for table in loss_tables if table],
@@ -136,6 +139,10 @@ def _scalar(runs: list[RunData], key: str) -> dict[str, str]:
         "title": scalar.title,
         "caption": tables.scalar_caption(runs, key, scalar.unit),
     }
+
+
+def _preference_chart(runs: list[RunData], name: str) -> dict[str, str]:
+    return {"key": name, "title": CHARTS[name].title, "caption": caption(runs, name)}
 
 
 def _description(runs: list[RunData]) -> str:

@@ -16,6 +16,7 @@ from nalora_mlx.report.chart_data import (
 )
 from nalora_mlx.report.downsampling import downsample, running_mean
 from nalora_mlx.report.formatting import format_number
+from nalora_mlx.report.preferences import PreferenceChart, has_measure, loss_axis, preference_charts
 from nalora_mlx.report.run_data import Grid, RunData, short_layers
 from nalora_mlx.report.style import COLORMAP, MATPLOTLIB_DASHES, MATPLOTLIB_MARKERS, RUN_COLORS_LIGHT
 from nalora_mlx.report.tables import statistic_label
@@ -58,6 +59,8 @@ def draw_plots(runs: list[RunData]) -> dict[str, bytes]:
     scalars = [key for key in SCALARS if has_scalar(runs, key)]
     if scalars:
         plots["speed.png"] = _draw_scalars(runs, scalars)
+    if charts := preference_charts(runs):
+        plots["preferences.png"] = _draw_preferences(runs, charts)
     statistics = list(dict.fromkeys(name for run in runs if run.layers for name in run.grids))
     for file, names in (
         ("layers.png", [name for name in HEATMAP_STATISTICS if name in statistics]),
@@ -91,7 +94,7 @@ def _draw_losses(runs: list[RunData]) -> bytes:
         ax: Axes = axes[0, 0]
         for i, run in enumerate(runs):
             _plot_losses(ax, run, i, several)
-        ax.set(xlabel="iteration", ylabel="loss (nats per token)")
+        ax.set(xlabel="iteration", ylabel=loss_axis(runs))
         ax.margins(x=0.02)
         ax.legend(ncols=2 if several else 1)
 
@@ -164,6 +167,45 @@ def _draw_scalars(runs: list[RunData], keys: list[str]) -> bytes:
             ax.set_ylim(0, 1.12 * highest or None)  # a constant line stays clear of the frame
             if len(runs) > 1:
                 ax.legend()
+
+    return _render(draw, (10, 5.6), 2, 2)
+
+
+def _draw_preferences(runs: list[RunData], charts: dict[str, PreferenceChart]) -> bytes:
+    """Draw the measures of preference runs: training as lines, validation as points."""
+    several = len(runs) > 1
+
+    def draw(axes: Any) -> None:
+        for ax in axes.flat[len(charts) :]:
+            ax.set_axis_off()
+        for ax, (name, chart) in zip(axes.flat, charts.items(), strict=False):
+            for i, run in enumerate(runs):
+                for n, (key, label) in enumerate(chart.measures.items()):
+                    color = i if several else n
+                    _plot_measure(ax, run, key, color, 2 if n else i, label)  # the second one is dotted
+            ax.set(title=chart.title, xlabel="iteration", ylabel=chart.axis)
+            if name == "accuracy":
+                ax.set_ylim(0, 1.04)
+            ax.legend(fontsize=8)
+
+    def _plot_measure(ax: "Axes", run: RunData, key: str, color: int, dash: int, label: str) -> None:
+        name = ", ".join(filter(None, (run.name if several else "", label)))
+        for columns, where in ((run.train, "training"), (run.valid, "validation")):
+            if not has_measure(columns, key):
+                continue
+            values, valid = columns[key], columns is run.valid
+            if not valid and len(values) >= SMOOTHING_MIN_REPORTS:
+                values = running_mean(values, smoothing_window(len(values)))
+            few = valid and len(values) <= FEW_VALIDATIONS
+            ax.plot(
+                *downsample(columns["step"], values),
+                color=RUN_COLORS_LIGHT[color],
+                linestyle=MATPLOTLIB_DASHES[dash],
+                linewidth=0 if few else 1 if valid else 1.5,
+                marker=MATPLOTLIB_MARKERS[color] if valid else None,
+                markersize=5,
+                label=f"{name}, {where}" if name else where,
+            )
 
     return _render(draw, (10, 5.6), 2, 2)
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from nalora_mlx.core.config import KTO
+from nalora_mlx.core.errors import counted
 from nalora_mlx.report.formatting import (
     format_count,
     format_duration,
     format_loss,
     format_number,
     format_pair,
+    format_share,
 )
 from nalora_mlx.report.run_data import RunData
 
@@ -33,6 +36,7 @@ PLAIN_NAMES = frozenset(
 )
 MEANING = "the number of equally likely next tokens the model hesitates between."  # of a perplexity
 SMALL_DIFFERENCE = 1.1  # ratio of two losses up to which one run of each says little
+FEW_ERRORS = 2  # standard errors of the difference of two accuracies up to which it says little
 HASH_LENGTH = 40  # of a snapshot's name in the cache of the Hub
 
 
@@ -115,6 +119,8 @@ def headline(run: RunData) -> Headline:
     best = run.best_validation
     if best is None:
         return _training_headline(run)
+    if run.best_accuracy is not None:
+        return _preference_headline(run)
     known = ~np.isnan(run.valid["loss"])
     steps, losses = run.valid["step"][known], run.valid["loss"][known]
     name, first = "Validation loss", float(losses[0])
@@ -133,6 +139,31 @@ def headline(run: RunData) -> Headline:
     place = "" if step == run.last_step else f", at iteration {step:,}"
     detail = f"Perplexity from {_perplexity(first)} to {_perplexity(loss)}: {MEANING}"
     return Headline(name, before, after, f"{direction}{_on_rows(run)}{place}.", detail)
+
+
+def _preference_headline(run: RunData) -> Headline:
+    """Return the validation accuracy before and at its best."""
+    best, accuracies, losses = run.best_index, run.valid["accuracy"], run.valid["loss"]
+    assert best is not None
+    has_before = int(run.valid["step"][0]) == 0
+    # A run that did not help shows what it ended with.
+    shown = best if best or not has_before else len(losses) - 1
+    step, rows = int(run.valid["step"][shown]), validated_rows(run)
+    kind, success = "pair", "in which the model prefers the chosen answer"
+    if run.preferences.train_mode == KTO:
+        kind, success = "answer", "that the model judges as their labels say"
+    words = f"Share of {counted(rows, kind) if rows else f'the {kind}s'} kept out of training {success}"
+    name, after = "Validation accuracy", format_share(accuracies[shown])
+    if not has_before or not shown:
+        when = f"in iteration {step:,}" if step else "before training"
+        return Headline(
+            name, None, after, f"{words}, {when}.", f"Validation loss {format_number(losses[shown], 3)}."
+        )
+    detail = f"Validation loss from {format_number(losses[0], 3)} to {format_number(losses[shown], 3)}."
+    if run.preferences.has_reference:
+        detail += " Before training, the accuracy is one half by definition: it is relative to the model at that time."
+    place = "" if step == run.last_step else f", at iteration {step:,}"
+    return Headline(name, format_share(accuracies[0]), after, f"{words}{place}.", detail)
 
 
 def _training_headline(run: RunData) -> Headline:
@@ -174,7 +205,8 @@ def facts(run: RunData) -> list[tuple[str, str, str]]:
         rank = "" if settings.get("fine_tune_type") == "full" else f"rank {settings.get('rank', '-')}"
         layers = settings.get("num_layers")
         depth = f"last {layers} layers" if isinstance(layers, int) and layers > 0 else "all layers"
-        found.append(("Method", run.method, ", ".join(filter(None, (rank, depth)))))
+        method = f"{run.objective} with {run.method}" if run.objective else run.method
+        found.append(("Method", method, ", ".join(filter(None, (rank, depth)))))
     if model := model_label(run):
         kind, count = run.model.get("type"), run.model.get("parameters")
         note = ", ".join(filter(None, (kind, f"{format_count(count)} parameters" if count else "")))
@@ -199,7 +231,15 @@ def facts(run: RunData) -> list[tuple[str, str, str]]:
 
 
 def best_runs(runs: list[RunData]) -> list[int]:
-    """Return the indices of the runs with the lowest validation loss; none if fewer than two were validated."""
+    """Return the indices of the runs with the lowest validation loss, or the highest accuracy of preference runs.
+
+    None if fewer than two were validated, or if only some are preference runs.
+    """
+    if any(run.prefers for run in runs):
+        accuracies = [run.best_accuracy for run in runs]
+        known = [accuracy for accuracy in accuracies if accuracy is not None]
+        alike = all(run.prefers for run in runs) and len(known) > 1
+        return [i for i, accuracy in enumerate(accuracies) if alike and accuracy == max(known)]
     losses = [run.best_validation[1] if run.best_validation else math.inf for run in runs]
     if sum(map(math.isfinite, losses)) < 2:
         return []
@@ -209,6 +249,11 @@ def best_runs(runs: list[RunData]) -> list[int]:
 def comparison(runs: list[RunData]) -> tuple[str, str]:
     """Say in a heading and a sentence which run is best."""
     best = best_runs(runs)
+    if not best and 0 < sum(run.prefers for run in runs) < len(runs):
+        return (
+            "No run is best",
+            "Some of the runs were trained on preferences and others on answers, so their results cannot be compared.",
+        )
     if not best:
         return (
             "No run is best",
@@ -217,7 +262,10 @@ def comparison(runs: list[RunData]) -> tuple[str, str]:
     names = " and ".join(runs[i].name for i in best)
     validation = [(run.data["valid"], validated_rows(run)) for run in runs if run.data.get("valid")]
     if any(each != validation[0] for each in validation):
-        note = "The runs were validated on different rows, so their losses do not compare directly."
+        results = "accuracies" if runs[0].prefers else "losses"
+        note = f"The runs were validated on different rows, so their {results} do not compare directly."
+    elif runs[0].prefers:
+        note = _accuracy_note(runs, best)
     else:
         losses = sorted(run.best_validation[1] for run in runs if run.best_validation)
         if len(best) > 1:
@@ -228,3 +276,22 @@ def comparison(runs: list[RunData]) -> tuple[str, str]:
             if losses[1] < SMALL_DIFFERENCE * losses[0]:
                 note += " So small a difference may be chance: train with other seeds before you rely on it."
     return (f"{names} is best" if len(best) == 1 else f"{names} are equally good"), note
+
+
+def _accuracy_note(runs: list[RunData], best: list[int]) -> str:
+    """Say how the best accuracy compares with the next one."""
+    first, second = sorted(
+        (run.best_accuracy for run in runs if run.best_accuracy is not None), reverse=True
+    )[:2]
+    if len(best) > 1:
+        note = f"Each reaches a validation accuracy of {format_share(first)}."
+    else:
+        note = f"Its validation accuracy is {format_share(first)}; the next best is {format_share(second)}."
+        mean, rows = (first + second) / 2, validated_rows(runs[best[0]])
+        error = math.sqrt(2 * mean * (1 - mean) / rows) if rows else math.inf
+        if first - second < FEW_ERRORS * error:
+            note += " So small a difference may be chance: validate on more rows before you rely on it."
+    modes = {run.preferences.train_mode for run in runs}
+    if len(modes) > 1:
+        note += " The objectives differ, and each has its own measure of what is preferred: compare the answers, too."
+    return note

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ import numpy as np
 
 from nalora_mlx.adapters.files import ADAPTER_CONFIG, CHAT_KEY
 from nalora_mlx.core import storage
-from nalora_mlx.core.config import METHOD_LABELS
+from nalora_mlx.core.config import METHOD_LABELS, PreferenceConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.report.downsampling import MAX_COLUMNS, average_columns
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.checkpoints import CHECKPOINTS
 from nalora_mlx.runs.metrics import METRICS_FILE
+from nalora_mlx.runs.preferences import OBJECTIVES, TRL_NAMES, measures, preference_config
 from nalora_mlx.runs.samples import read_samples
 
 SCALARS = ("loss", "learning_rate", "tokens_per_second", "peak_memory_gb", "gradient_norm")
+MEASURES = (*TRL_NAMES, "accuracy_longer", "accuracy_shorter")  # of preference runs
 MAX_LAYER_REPORTS = (
     5 * MAX_COLUMNS
 )  # reports whose layer statistics are read: a heat map averages five to a column
@@ -46,8 +48,8 @@ class RunData:
 
     name: str
     path: Path
-    train: dict[str, np.ndarray]  # "step" and SCALARS of each report, [N]
-    valid: dict[str, np.ndarray]  # "step" and "loss" of each validation
+    train: dict[str, np.ndarray]  # "step" and SCALARS of each report, and MEASURES in preference runs; [N]
+    valid: dict[str, np.ndarray]  # "step" and "loss" of each validation, and MEASURES
     test_loss: float | None = None
     tokens: int = 0
     skipped: int = 0
@@ -72,13 +74,39 @@ class RunData:
         return METHOD_LABELS.get(str(self.settings.get("fine_tune_type")))
 
     @property
+    def prefers(self) -> bool:
+        """Whether this is a preference run."""
+        return "accuracy" in self.train
+
+    @property
+    def objective(self) -> str | None:
+        """Label of the objective of a preference run; None for supervised training."""
+        return OBJECTIVES.get(self.preferences.train_mode)
+
+    @property
+    def preferences(self) -> PreferenceConfig:
+        """Settings of preference training."""
+        return preference_config(self.settings)
+
+    @property
+    def best_index(self) -> int | None:
+        """Index of the validation with the highest accuracy, if there is one, and the lowest loss; None without any."""
+        losses = self.valid["loss"]
+        known = np.flatnonzero(~np.isnan(losses))
+        accuracies = np.nan_to_num(self.valid.get("accuracy", np.zeros(len(losses))))
+        return min(map(int, known), key=lambda i: (-accuracies[i], losses[i]), default=None)
+
+    @property
     def best_validation(self) -> tuple[int, float] | None:
         """Step and loss of the best validation; None without a validation."""
-        losses = self.valid["loss"]
-        if not len(losses) or np.isnan(losses).all():
-            return None
-        lowest = int(np.nanargmin(losses))
-        return int(self.valid["step"][lowest]), float(losses[lowest])
+        best = self.best_index
+        return None if best is None else (int(self.valid["step"][best]), float(self.valid["loss"][best]))
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """Accuracy of the best validation; None without one, and in supervised training."""
+        best = self.best_index
+        return None if best is None or "accuracy" not in self.valid else float(self.valid["accuracy"][best])
 
     @property
     def last_step(self) -> int:
@@ -118,11 +146,13 @@ def read_run(path: Path, name: str) -> RunData:
         raise NoReportYet(f"{path / METRICS_FILE} has no reports yet; train for a while first")
     with_layers = [record for record in train if record.get("layers")]
     layers, grids = _layer_grids(with_layers)
+    train, valid = ([record | measures(record) for record in split] for split in (train, valid))
+    measured = [key for key in MEASURES if any(key in record for record in (*train, *valid))]
     run = RunData(
         name,
         path,
-        {key: _column(train, key) for key in ("step", *SCALARS)},
-        {key: _column(valid, key) for key in ("step", "loss")},
+        {key: _column(train, key) for key in ("step", *SCALARS, *measured)},
+        {key: _column(valid, key) for key in ("step", "loss", *measured)},
         test_loss=next((record["loss"] for record in reversed(records) if record["split"] == "test"), None),
         tokens=max((record.get("tokens") or 0 for record in train), default=0),
         skipped=max((record.get("skipped") or 0 for record in train), default=0),
@@ -256,6 +286,10 @@ def _read_description(run: RunData) -> None:
     record = _read_optional_json(run.path / RECORD_FILE)
     for settings in (adapter, state.get("config") or {}, record.get("settings") or {}):
         run.settings |= _flatten_settings(settings)
+    known = record.get("settings") or {}  # those of preference training that have an effect
+    for name in (each.name for each in fields(PreferenceConfig)):
+        if name not in known and (known or not run.prefers):
+            run.settings.pop(name, None)
     if "na_lora" in adapter and "settings" not in record:  # for mlx-lm, the adapter's type is lora
         run.settings["fine_tune_type"] = "na-lora"
     keys = {"train": "training_data", "valid": "validation_data"}

@@ -6,10 +6,24 @@ import numpy as np
 
 from nalora_mlx.report.formatting import format_number
 from nalora_mlx.report.run_data import RunData, short_layers
+from nalora_mlx.runs.preferences import TRL_NAMES
 
 MAX_LOSS_ROWS = 40
 FIRST_SETTINGS = (
-    *("model", "data", "hf_dataset", "fine_tune_type", "rank", "scale", "num_layers", "iters", "batch_size"),
+    *(
+        "model",
+        "data",
+        "hf_dataset",
+        "train_mode",
+        "preference_beta",
+        "dpo_loss",
+        "fine_tune_type",
+        "rank",
+        "scale",
+        "num_layers",
+        "iters",
+        "batch_size",
+    ),
     *(
         "grad_accumulation_steps",
         "learning_rate",
@@ -63,8 +77,11 @@ def loss_caption(runs: list[RunData]) -> str:
             place = f"at iteration {step:,}" if step else "before training, which did not lower it"
             parts.append(f"best validation loss {format_number(loss)} {place}")
         sentences.append((run, f"{', '.join(parts)}."))
-    text = _join_sentences(sentences, len(runs) > 1)
-    return f"{text} The loss measures how surprised the model is by the right text; lower is better."
+    text = join_sentences(sentences, len(runs) > 1)
+    meaning = "how surprised the model is by the right text"
+    if any(run.prefers for run in runs):
+        meaning = "how far the model is from preferring the good answers"
+    return f"{text} The loss measures {meaning}; lower is better."
 
 
 def scalar_caption(runs: list[RunData], key: str, unit: str) -> str:
@@ -75,10 +92,10 @@ def scalar_caption(runs: list[RunData], key: str, unit: str) -> str:
         if len(values):
             low, high, last = (format_number(value, 3) for value in (values.min(), values.max(), values[-1]))
             sentences.append((run, f"from {low} to {high}{unit}, {last} at the end."))
-    return _join_sentences(sentences, len(runs) > 1)
+    return join_sentences(sentences, len(runs) > 1)
 
 
-def _join_sentences(sentences: list[tuple[RunData, str]], several: bool) -> str:
+def join_sentences(sentences: list[tuple[RunData, str]], several: bool) -> str:
     """Join the runs' sentences. If there are several runs, each sentence begins with the run's name."""
     if several:
         return " ".join(f"{run.name}: {sentence}" for run, sentence in sentences)
@@ -95,11 +112,15 @@ def loss_table(run: RunData, split: str) -> dict[str, Any] | None:
     if not len(columns["step"]):
         return None
     rows = np.unique(np.linspace(0, len(columns["step"]) - 1, MAX_LOSS_ROWS).astype(int))
+    measures = [key for key in TRL_NAMES if key in columns and not np.isnan(columns[key]).all()]
     name = {"train": "training", "valid": "validation"}[split]
     return {
         "title": f"{run.name}: {name} loss",
-        "head": ["iteration", f"{name} loss"],
-        "rows": [[f"{int(columns['step'][i]):,}", format_number(columns["loss"][i])] for i in rows],
+        "head": ["iteration", f"{name} loss", *(key.replace("_", " ") for key in measures)],
+        "rows": [
+            [f"{int(columns['step'][i]):,}", *(format_number(columns[key][i]) for key in ("loss", *measures))]
+            for i in rows
+        ],
     }
 
 

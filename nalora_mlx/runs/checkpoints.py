@@ -12,6 +12,7 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 BEST_FILE = "best.safetensors"  # in a checkpoint: the best adapter at that time
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint: what a preference run computed before training
+REFERENCES = "reference"  # in the run's directory: the same; later runs on the same rows use its files, too
 Files = Mapping[str, storage.Writer]
 _STEP = re.compile(r"step-([0-9]{7,})")
 

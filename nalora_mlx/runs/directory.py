@@ -8,7 +8,7 @@ from nalora_mlx.adapters.files import ADAPTER_CONFIG, ADAPTER_FILE
 from nalora_mlx.core import storage
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.runs import checkpoints
-from nalora_mlx.runs.checkpoints import BEST, BEST_FILE, CHECKPOINTS
+from nalora_mlx.runs.checkpoints import BEST, BEST_FILE, CHECKPOINTS, REFERENCES
 from nalora_mlx.runs.loggers import TENSORBOARD
 from nalora_mlx.runs.metrics import METRICS_FILE, keep_until
 from nalora_mlx.runs.record import RECORD_FILE
@@ -46,7 +46,7 @@ def holds_run(output: Path) -> bool:
 
 def remove_partial_files(output: Path) -> None:
     """Remove files that a killed run left incomplete; no other process may be writing there."""
-    for directory in (output, output / CHECKPOINTS, output / BEST):
+    for directory in (output, output / CHECKPOINTS, output / BEST, output / REFERENCES):
         storage.remove_partial(directory)
 
 

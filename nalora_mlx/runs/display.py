@@ -15,7 +15,15 @@ from rich.text import Text
 from nalora_mlx.core.errors import merge_splits
 from nalora_mlx.core.paths import as_typed
 from nalora_mlx.core.terminal import LastingConsole, has_colors, marked_text
-from nalora_mlx.runs.status import Status, before_training, duration, is_worse_than_before, memory_use
+from nalora_mlx.runs.preferences import describe_measures
+from nalora_mlx.runs.status import (
+    Status,
+    before_training,
+    duration,
+    is_best,
+    is_worse_than_before,
+    memory_use,
+)
 
 SPEED_WINDOW = 3600.0  # seconds of steps from which the time left is estimated; one step may take minutes
 SAMPLE_LINES, SAMPLE_CHARACTERS = 6, 400  # of a prompt or an answer that are shown
@@ -155,6 +163,8 @@ class Display:
             self._start(event["iterations"], event["done"])
         elif kind == "step" and self.progress is not None:
             self.progress.update(self.training, completed=event["step"])
+        elif kind == "reference":
+            self._reference(event["batch"], event["batches"])
         elif kind == "validating":
             self._validating(event["batch"], event["batches"])
         elif kind == "metrics":
@@ -165,6 +175,12 @@ class Display:
             self._stop()  # what follows is printed below the bar
         elif kind == "saved":
             self.note(f"iteration {event['step']}: saved to {event['path']}")
+
+    def _reference(self, batch: int, batches: int) -> None:
+        if self.progress is not None:
+            self.progress.update(self.reference, completed=batch, total=batches, visible=batch < batches)
+        elif batch == 1 < batches:
+            self.note(f"computing the log-probabilities of the reference on {batches} batches")
 
     def _validating(self, batch: int, batches: int) -> None:
         if self.progress is not None:
@@ -185,6 +201,7 @@ class Display:
             speed_estimate_period=SPEED_WINDOW,
         )
         self.training = self.progress.add_task("training", total=iterations, completed=done)
+        self.reference = self.progress.add_task("reference", total=1, visible=False)
         self.validation = self.progress.add_task("validating", total=1, visible=False)
         self.live = Live(Group(self.progress, self.status), console=self.console, refresh_per_second=4)
         self.live.start()
@@ -193,19 +210,20 @@ class Display:
         self.status.add(event)
         total = str(self.iterations)
         step = f"iteration {event['step']:>{len(total)}}/{total}"
+        loss = ", ".join([f"loss {event['loss']:.4f}", *describe_measures(event)])
         if event["split"] == "valid":
-            remark = " (best)" if event["best_loss"] == event["loss"] else ""
+            remark = " (best)" if is_best(event) else ""
             if is_worse_than_before(event):
                 remark = f" ({before_training(event)})"
             self.validated = True
-            self.note(f"{step}: validation loss {event['loss']:.4f}{remark}, {event['seconds']:.1f} s")
+            self.note(f"{step}: validation {loss}{remark}, {event['seconds']:.1f} s")
             return
         if self.live is not None:
             return  # the status under the bar shows it
         rate = "" if event["learning_rate"] is None else f", lr {event['learning_rate']:.2e}"
         left = (self.iterations - event["step"]) / event["iterations_per_second"]
         self.note(
-            f"{step}: loss {event['loss']:.4f}{rate}, {event['tokens_per_second']:.0f} tokens/s, "
+            f"{step}: {loss}{rate}, {event['tokens_per_second']:.0f} tokens/s, "
             f"{memory_use(event['peak_memory_gb'], None)}, {duration(left)} left"
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError, first_line
 from nalora_mlx.core.optional_dependencies import install_command, install_packages
+from nalora_mlx.runs.preferences import TRL_NAMES, measures
 from nalora_mlx.runs.record import record
 
 TENSORBOARD = "tensorboard"  # name of the service, and of its directory in the run's directory
@@ -89,12 +90,14 @@ class TensorBoard:
 
 
 def _scalars(event: dict[str, Any]) -> dict[str, float]:
-    """Return the scalars of a metrics event by TensorBoard tag."""
+    """Return the scalars of a metrics event by TensorBoard tag. Those of preference training have TRL's tags."""
     values = {f"loss/{event['split']}": event["loss"]}
     for key in ("learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_gb"):
         values[f"training/{key}"] = event.get(key)
     for path, layer in event.get("layers", {}).items():
         values[f"misalignment/{path}"] = layer.get("misalignment")
+    prefix = {"train": "train", "valid": "eval"}[event["split"]]
+    values |= {f"{prefix}/{TRL_NAMES[name]}": value for name, value in measures(event).items()}
     return {tag: value for tag, value in values.items() if value is not None}
 
 
@@ -140,7 +143,7 @@ class MlxLmCallback:
 
 
 def report_info(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what mlx-lm's callbacks get of a report of the training loss."""
+    """Return what mlx-lm's callbacks get of a report of the training loss, and the measures of preference training."""
     return {
         "iteration": event["step"],
         "train_loss": event["loss"],
@@ -149,9 +152,15 @@ def report_info(event: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_second": event["tokens_per_second"],
         "trained_tokens": event["tokens"],
         "peak_memory": event["peak_memory_gb"],
+        **{f"train_{name}": value for name, value in measures(event).items()},
     }
 
 
 def validation_info(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what mlx-lm's callbacks get of a validation."""
-    return {"iteration": event["step"], "val_loss": event["loss"], "val_time": event["seconds"]}
+    """Return what mlx-lm's callbacks get of a validation, and the measures of preference training."""
+    return {
+        "iteration": event["step"],
+        "val_loss": event["loss"],
+        "val_time": event["seconds"],
+        **{f"val_{name}": value for name, value in measures(event).items()},
+    }

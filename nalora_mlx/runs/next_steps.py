@@ -9,6 +9,7 @@ from nalora_mlx.runs.checkpoints import BEST
 from nalora_mlx.runs.progress import TrainResult
 
 CLEARLY_BETTER = 0.98  # of the last validation loss: below it, the best adapter is suggested
+CLEARLY_MORE_ACCURATE = 0.02  # difference of validation accuracies above which it is suggested, too
 QUOTED_PROMPT = 60  # characters of a prompt that is shown as part of a command
 
 
@@ -19,8 +20,8 @@ def next_steps(
 
     Args:
         config: settings of the run.
-        result: of the training. If its best validation loss is clearly lower than its last one, the commands name the
-            best adapter.
+        result: of the training. If its best validation is clearly better than its last one, the commands name the best
+            adapter.
         prompts: of the run's data, see `runs.samples.choose_prompts`. A run on texts gets `nalora generate` instead of
             a chat.
     """
@@ -41,4 +42,7 @@ def next_steps(
 def has_better_adapter(result: TrainResult) -> bool:
     """Return whether the best adapter is clearly better than the last one."""
     best, last = result.best_valid_loss, result.valid_loss
+    gain = (result.best_valid_accuracy or 0.0) - (result.valid_accuracy or 0.0)
+    if gain > CLEARLY_MORE_ACCURATE:
+        return True
     return best is not None and (last is None or best < CLEARLY_BETTER * last)

@@ -40,6 +40,17 @@ class TrainResult:
     valid_accuracy: float | None = None
     best_valid_accuracy: float | None = None
 
+    @property
+    def summary(self) -> str:
+        """The validation accuracy and loss before and after training as a phrase, or the training loss without them."""
+        if self.first_valid_loss is None or self.valid_loss is None:
+            return f"training loss {self.train_loss:.4g}"
+        losses = f"loss {self.first_valid_loss:.4g} -> {self.valid_loss:.4g}"
+        if self.first_valid_accuracy is None or self.valid_accuracy is None:
+            return f"validation {losses}"
+        accuracies = f"{self.first_valid_accuracy:.2f} -> {self.valid_accuracy:.2f}"
+        return f"validation accuracy {accuracies}, {losses}"
+
     def lines(self, output: Path, preparation: float) -> list[str]:
         """Return how the training ended, in sentences.
 
@@ -58,6 +69,8 @@ class TrainResult:
         """Return the validation losses in sentences; none without a validation. `best` is where the best adapter is."""
         if self.best_valid_loss is None:
             return []
+        if self.best_valid_accuracy is not None:
+            return self._describe_accuracy(best)
         before, after = (
             "NaN or infinite" if loss is None else f"{loss:.4f}"
             for loss in (self.first_valid_loss, self.valid_loss)
@@ -75,6 +88,36 @@ class TrainResult:
                 "the rows",
             ]
         return lines
+
+    def _describe_accuracy(self, best: Path) -> list[str]:
+        """Return the validation accuracies and losses of preference training in sentences."""
+        accuracy = (
+            f"validation accuracy {_accuracy(self.first_valid_accuracy)} before training, "
+            f"{_accuracy(self.valid_accuracy)} after"
+        )
+        before, after = (
+            "NaN or infinite" if loss is None else f"{loss:.4f}"
+            for loss in (self.first_valid_loss, self.valid_loss)
+        )
+        loss = f"validation loss {before} before training, {after} after"
+        found = f"{_accuracy(self.best_valid_accuracy)} and a loss of {self.best_valid_loss:.4f}"
+        if not improves(
+            self.best_valid_loss, self.first_valid_loss, self.best_valid_accuracy, self.first_valid_accuracy
+        ):
+            return [
+                accuracy,
+                loss,
+                f"note: training did not help: the best adapter, in {best}, has a validation accuracy of {found}, so "
+                "the model is better without it; lower the learning rate, or look at the rows",
+            ]
+        last = self.valid_accuracy, self.valid_loss
+        is_last = last == (self.best_valid_accuracy, self.best_valid_loss)
+        where = "the best" if is_last else f"best {found} at iteration {self.best_iteration}: {best}"
+        return [f"{accuracy} ({where})", loss]
+
+
+def _accuracy(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
 
 
 class Best(NamedTuple):

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core import storage
-from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.config import PreferenceConfig, RunConfig
 from nalora_mlx.core.data_entries import data_entries
+from nalora_mlx.core.settings_without_effect import has_effect
 from nalora_mlx.core.versions import environment
 from nalora_mlx.data.sources.loading import HUB_KEYS
 from nalora_mlx.data.summary import length_statistics
@@ -65,6 +66,11 @@ def record(config: RunConfig, splits: Mapping[str, Split]) -> dict[str, Any]:
     settings["optimizer_config"] = config.optimizer_config.get(config.optimizer) or {}
     for name in ("adapter_path", "resume", "resume_adapter_file", "report_to", "project_name"):
         del settings[name]
+    if config.prefers:
+        settings["preference_beta"] = config.beta_of_loss
+    for name in (f.name for f in dataclasses.fields(PreferenceConfig)):
+        if not config.prefers or not has_effect(config, name):
+            del settings[name]
     settings["hf_dataset"] = _public_keys(config.hf_dataset)
     settings["data"] = _public_data(config.data)
     for name in ("model", "chat_template"):

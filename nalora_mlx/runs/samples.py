@@ -47,7 +47,8 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 def choose_prompts(data: RunData) -> list[dict[str, Any]]:
     """Return up to three different prompts of the validation set, or of the training set if there is none.
 
-    They are from the first rows; long rows are used only if there are too few short ones.
+    They are from the first rows; long rows are used only if there are too few short ones. Of preference rows, the
+    expected answer is the chosen one, or one with the label true.
 
     Returns:
         Prompts with these keys:
@@ -62,7 +63,8 @@ def choose_prompts(data: RunData) -> list[dict[str, Any]]:
     """
     rows: list[Row] = []
     for split in ("valid", "train"):
-        rows = [row for dataset in data.sources for row in dataset.get(split, ())]
+        every = (row for dataset in data.sources for row in dataset.get(split, ()))
+        rows = [row for row in every if row.label is not False]  # bad answers are none to expect
         if rows:
             break
     found: dict[str, dict[str, Any]] = {}
@@ -128,6 +130,8 @@ def _asked(row: Row) -> dict[str, Any] | None:
         text = "".join(opening).rstrip()
         return {"text": text, "prompt": text, "expected": "".join(rest).strip() or None} if text else None
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    if row.rejected is not None:
+        answers = [row.answer_start]
     messages = row.messages[: answers[-1]] if answers else row.messages
     count = sum(_is_image(part) for message in messages for part in _parts(message))
     if not messages or count > MOST_IMAGES:

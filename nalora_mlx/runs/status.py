@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nalora_mlx.core.terminal import drawable
+from nalora_mlx.runs.preferences import describe_measures
 
 TREND_WINDOW = 5  # reports whose mean is compared with that of the reports before
 LEVEL_CHANGE = 0.01  # relative change of the mean up to which the trend is level
@@ -69,7 +70,7 @@ class Status:
         """Add a metrics event."""
         if event["split"] == "valid":
             self.valid = event
-            if event["loss"] == event["best_loss"]:
+            if is_best(event):
                 self.best_step = event["step"]
             return
         self.report = event
@@ -82,8 +83,14 @@ class Status:
         table.add_column()
         if self.report:
             table.add_row("loss", self._loss(min(max(options.max_width - BESIDE, SHORTEST), LONGEST)))
+            if measures := describe_measures(self.report):
+                table.add_row("", ", ".join(measures))
         if self.valid:
             table.add_row("validation", self._validation())
+            if "accuracy" in self.valid:
+                table.add_row(
+                    "", ", ".join([f"loss {self.valid['loss']:.4f}", *describe_measures(self.valid)[1:]])
+                )
         if self.report:
             rate = self.report["learning_rate"]
             table.add_row("learning rate", "none" if rate is None else f"{rate:.2e}")
@@ -101,8 +108,10 @@ class Status:
         return text
 
     def _validation(self) -> Text:
-        text = Text(f"{self.valid['loss']:.4f}  ", "bold")
-        best, first = self.valid["best_loss"], self.valid.get("first_loss")
+        """Say how the last validation compares: by its accuracy in preference training, else by its loss."""
+        key, digits = ("accuracy", 2) if "accuracy" in self.valid else ("loss", 4)
+        value, best, first = (self.valid.get(name) for name in (key, f"best_{key}", f"first_{key}"))
+        text = Text(f"{'accuracy ' if key == 'accuracy' else ''}{value:.{digits}f}  ", "bold")
         if best is None:
             text.append("before training", "not bold")
         elif is_worse_than_before(self.valid):
@@ -110,10 +119,10 @@ class Status:
         elif self.best_step == self.valid["step"]:
             text.append("the best so far", "green")
             if first is not None:
-                text.append(f"  from {first:.4f}", "not bold dim")
+                text.append(f"  from {first:.{digits}f}", "not bold dim")
         else:
             place = "" if self.best_step is None else f" at iteration {self.best_step}"
-            text.append(f"best {best:.4f}{place}", "not bold")
+            text.append(f"best {best:.{digits}f}{place}", "not bold")
         return text
 
     def _memory(self, peak: float) -> Text:
@@ -139,9 +148,21 @@ def memory_use(peak: float, limit: int | None) -> str:
     return f"{peak:.2f} GB" if limit is None else f"{peak:.2f} of {limit / 1e9:.1f} GB"
 
 
-def improves(loss: float, before: float | None) -> bool:
-    """Return whether a validation loss is lower than that before training. A NaN before training is higher than any."""
-    return before is None or loss < before
+def improves(
+    loss: float,
+    before: float | None,
+    accuracy: float | None = None,
+    accuracy_before: float | None = None,
+) -> bool:
+    """Return whether a validation is better than that before training; any is better than a NaN.
+
+    A higher accuracy is better, if there is one. Among equal ones, and without one, a lower loss is.
+    """
+    if before is None or math.isnan(loss):
+        return before is None
+    if accuracy is not None and accuracy_before is not None and accuracy != accuracy_before:
+        return accuracy > accuracy_before
+    return loss < before
 
 
 def duration(seconds: float) -> str:
@@ -151,11 +172,21 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
+def is_best(event: dict[str, Any]) -> bool:
+    """Return whether a validation is the best of its run so far."""
+    return event["loss"] == event["best_loss"] and event.get("accuracy") == event.get("best_accuracy")
+
+
 def is_worse_than_before(event: dict[str, Any]) -> bool:
     """Return whether a validation is not better than the one before training."""
-    return event["step"] > 0 and not improves(event["loss"], event.get("first_loss"))
+    accuracies = event.get("accuracy"), event.get("first_accuracy")
+    return event["step"] > 0 and not improves(event["loss"], event.get("first_loss"), *accuracies)
 
 
 def before_training(event: dict[str, Any]) -> str:
-    """Say that a validation loss was lower before training."""
-    return f"not better than before training, {event['first_loss']:.4f}"
+    """Say that a validation was better before training, and by what."""
+    before = f"{event['first_loss']:.4f}"
+    if event.get("first_accuracy") is not None:
+        differs = event["accuracy"] != event["first_accuracy"]
+        before = f"accuracy {event['first_accuracy']:.2f}" if differs else f"loss {before}"
+    return f"not better than before training, {before}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from nalora_mlx.core.errors import first_line
 
-# Receives {"event": KIND, ...}; KIND is start, step, validating, metrics, notice, saving, saved or end.
+# Receives {"event": KIND, ...}; KIND is start, reference, step, validating, metrics, notice, saving, saved or end.
 Listener = Callable[[dict[str, Any]], None]
 
 

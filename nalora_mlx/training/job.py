@@ -25,7 +25,7 @@ from nalora_mlx.core.config import METHOD_LABELS, RunConfig
 from nalora_mlx.core.errors import InputError, counted, listed
 from nalora_mlx.core.machine import SLOW_GFLOPS, matmul_gflops
 from nalora_mlx.data.checks import RunData, tokenize
-from nalora_mlx.data.summary import histogram, mask_pieces, summary
+from nalora_mlx.data.summary import histogram, mask_pieces, summary, titled_sequences
 from nalora_mlx.data.tokenization import Split
 from nalora_mlx.models.context_length import context_notices
 from nalora_mlx.models.hub import model_description
@@ -40,6 +40,7 @@ from nalora_mlx.runs.checkpoints import REFERENCE_FILE
 from nalora_mlx.runs.display import Display
 from nalora_mlx.runs.loggers import reporters
 from nalora_mlx.runs.metrics import METRICS_FILE, MetricsFile
+from nalora_mlx.runs.preferences import describe_objective
 from nalora_mlx.runs.progress import TrainResult
 from nalora_mlx.runs.record import RECORD_FILE, RecordFile
 from nalora_mlx.runs.resume import find_start
@@ -64,7 +65,7 @@ from nalora_mlx.training.preferences.loss import PreferenceLoss
 from nalora_mlx.training.preferences.reference import Reference
 from nalora_mlx.training.samples import write_samples
 from nalora_mlx.training.schedules import length_notices
-from nalora_mlx.training.test_set import describe_test, evaluate_test_set
+from nalora_mlx.training.test_set import describe_test, evaluate_test_set, rows_with_reference
 from nalora_mlx.training.trainer import new_loss, train
 
 REAL_MODEL = 20_000_000  # parameters from which on the speed of this machine is worth a look
@@ -113,6 +114,7 @@ class Job:
         self.start: Path | None = None  # checkpoint or adapter to start from
         self.started = threading.Event()  # set once the output directory is this run's own
         self.reference: Reference | None = None  # of a preference run
+        self.test_rows: list[Any] | None = None  # of a preference run, see `rows_with_reference`
         self.result: TrainResult | None = None
         self.signal: int | None = None
 
@@ -136,6 +138,7 @@ class Job:
             if config.train:
                 loss = self.train()
             elif config.adapter_path:
+                self.test_rows = rows_with_reference(self.model, self.splits["test"], config, workers())
                 load_any_adapter(self.model, self.output)
                 self.model.freeze()
                 self.encode_images()
@@ -195,8 +198,8 @@ class Job:
         if config.train and not splits["valid"].sequences:
             display.note("note: no validation set (valid.jsonl): no validation, and no best adapter")
         for example in next(iter(splits.values())).sequences[: config.show_masks]:
-            for shown in getattr(example, "answers", (example,)):
-                display.masks(example.source, mask_pieces(shown, self.tokenizer))
+            for title, shown in titled_sequences(example).items():
+                display.masks(title, mask_pieces(shown, self.tokenizer))
         return splits
 
     def encode_images(self) -> None:
@@ -239,6 +242,7 @@ class Job:
         display.status.memory_limit = default_budget()
         loss, examples = new_loss(model, config), self.splits["train"].sequences
         if isinstance(loss, PreferenceLoss):
+            display.note(f"objective: {describe_objective(vars(config))}")
             examples = choose_layout(loss, examples, config)
             self.reference = Reference(loss, config, workers())
             if config.resume is not None and self.start is not None:
@@ -249,6 +253,8 @@ class Job:
             display.note(line)
         if config.plan:
             return loss
+        if self.reference is not None and self.reference.start is None:  # of the whole model
+            self.test_rows = rows_with_reference(model, self.splits["test"], config, workers())
         with memory_limit(config.memory_budget), interruptible(self.output, display) as request:
             self.result = train(
                 model,
@@ -334,7 +340,7 @@ class Job:
         """Compute the loss on the test set, show it, and add it to the metrics."""
         config, world = self.config, workers()
         found = evaluate_test_set(
-            self.model, self.splits["test"].sequences, config, loss, self.reference, world
+            self.model, self.splits["test"].sequences, config, loss, self.reference, world, self.test_rows
         )
         self.display.note(describe_test(found))
         if config.adapter_path and self.output.is_dir() and world.rank == 0:

@@ -15,6 +15,8 @@ an update with a learning rate of 0.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +32,7 @@ class LastGoodWeights:
 
     Args:
         step: the run's training step.
+        more: returns what the loss reads besides each of some batches; None for nothing.
 
     Attributes:
         shown: whether the current weights are known to be good.
@@ -38,8 +41,8 @@ class LastGoodWeights:
         saved: the weights of the last save, or of the start.
     """
 
-    def __init__(self, step: TrainingStep):
-        self.step = step
+    def __init__(self, step: TrainingStep, more: Callable[[Sequence[Batch]], Any] | None = None):
+        self.step, self.more = step, more
         self.shown = True
         self.batch: Batch | None = None
         self.arrays: list[mx.array] | None = None
@@ -96,8 +99,8 @@ class LastGoodWeights:
             module[name] = array
 
     def _is_finite(self, batch: Batch) -> bool:
-        step = self.step
-        return math.isfinite(evaluate(step.model, [batch], None, step.loss, step.workers)[0])
+        step, more = self.step, self.more and self.more([batch])
+        return math.isfinite(evaluate(step.model, [batch], None, step.loss, step.workers, None, more).loss)
 
 
 def keeps_weights(model: nn.Module) -> bool:

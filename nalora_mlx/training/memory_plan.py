@@ -204,8 +204,8 @@ def measure(
             step, layers, accumulating, lambda text: progress(f"with --grad-checkpoint, {text}")
         )
         checkpointed = profiler.profile(shape)
-    if keeps_weights(model):  # the saved, the last good and those in flight, next to the current ones
-        kept = 3 * nbytes(model.trainable_parameters())
+    if keeps_weights(model):
+        kept = _kept_weights(config) * nbytes(model.trainable_parameters())
         peak = peak.plus(kept)
         checkpointed = checkpointed and checkpointed.plus(kept)
     return Plan(shape, peak, budget, nbytes(model.parameters()), checkpointed, incomplete)
@@ -224,8 +224,17 @@ def upper_bound_bytes(step: TrainingStep, shape: BatchShape, config: TrainingCon
     """Return bytes that the run stays below, from the traced graph of its step; infinite if it cannot be traced."""
     layers = recomputed_layers(step.model, config)
     bound = bound_from_graph(step, shape, layers, config.grad_accumulation_steps > 1)
-    # The last good and the saved weights, and those before the step in flight.
-    return bound + 3 * nbytes(step.model.trainable_parameters()) * keeps_weights(step.model)
+    kept = _kept_weights(config) * nbytes(step.model.trainable_parameters())
+    return bound + kept * keeps_weights(step.model)
+
+
+def _kept_weights(config: TrainingConfig) -> int:
+    """Return how many copies of adapters there are next to the current ones.
+
+    These are the saved and the last good ones, those before the step in flight and, in preference training, those
+    before training.
+    """
+    return 3 + config.prefers
 
 
 class MemoryAdvice(NamedTuple):

@@ -73,7 +73,7 @@ class Run:
         self.preferences = (
             PreferenceRun(loss, config, self.workers) if isinstance(loss, PreferenceLoss) else None
         )
-        self.good = LastGoodWeights(self.step)
+        self.good = LastGoodWeights(self.step, self.preferences.window_arrays if self.preferences else None)
         self.in_flight: InFlight | None = None
         self.window_arrays: list[dict[str, mx.array]] = []  # for each batch of the current window
         self.settled_at = 0.0  # when the last iteration was settled, in seconds
@@ -315,7 +315,8 @@ class Run:
             return "stop was requested"
         patience, stale = self.config.early_stopping, self.progress.stale_validations
         if patience is not None and stale >= patience:
-            return f"no better validation loss in {stale} validations"
+            measure = "accuracy" if self.config.prefers else "loss"
+            return f"no better validation {measure} in {stale} validations"
         return None
 
     # --- reports, validation, saves -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nalora_mlx.adapters.attach import adapt_result
 from nalora_mlx.adapters.files import adapter_files, adapter_weights
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import TrainingConfig
@@ -122,6 +123,8 @@ class RunFiles:
         )
         saves = math.ceil((iterations - self.progress.iteration) / self.config.save_every)
         adapter, state = nbytes(adapter_weights(self.step.model)), nbytes(self.step.state_tree())
+        if self.config.prefers and adapt_result(self.step.model) is not None:
+            state += adapter  # as it was before training
         shortage = check_space(self.output, adapter, state, saves, self.config.keep_last)
         return [shortage] if shortage else []
 

@@ -15,7 +15,7 @@ from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.core.config import TrainingConfig
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.data.padding import padded_length
-from nalora_mlx.data.preference_tokenization import tokenize_preference_rows
+from nalora_mlx.data.preference_tokenization import fits, tokenize_preference_rows
 from nalora_mlx.data.preferences import PreferenceExample, TokenizedRow
 from nalora_mlx.data.rows.formats import Features
 from nalora_mlx.data.tokenization import Example, Split, tokenize_split
@@ -134,11 +134,15 @@ def tokenized(
     if isinstance(rows, Split):
         if rows.errors:
             raise InputError(f"{name}: {listed(rows.errors)}")
-        return rows.sequences
-    kind = PreferenceExample if config.prefers else Example
-    wrong: list[Any] = [row for row in rows if not isinstance(row, kind)]
+        rows = rows.sequences
+    wrong: list[Any] = [row for row in rows if not fits(row, config)]
     if not wrong:
         return rows
+    if any(isinstance(row, Example | PreferenceExample) for row in wrong):
+        raise InputError(
+            f"{name} was not tokenized for train_mode {config.train_mode}; give the rows as dicts with tokenizer=, or "
+            f"what nalora_mlx.preview(rows, tokenizer, train_mode={config.train_mode!r}) returns"
+        )
     if tokenizer is None or not all(isinstance(row, Mapping) for row in rows):
         raise InputError(
             f"{name} holds {type(wrong[0]).__name__}; give rows as dicts with tokenizer=, or what "

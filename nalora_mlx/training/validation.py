@@ -71,7 +71,7 @@ class Validation:
         if not math.isfinite(loss):
             events.send("notice", text=f"iteration {progress.iteration}: the validation loss is {loss}")
         if measures:
-            for text in new_warnings(progress, measures):
+            for text in new_warnings(progress, measures, self.config, len(self.rows)):
                 events.send("notice", text=f"iteration {progress.iteration}: {text}")
         event: dict[str, Any] = {
             "split": "valid",
@@ -84,5 +84,8 @@ class Validation:
             **measures,
         }
         if measures:
-            event |= {"best_accuracy": progress.best_valid_accuracy}
+            event |= {
+                "best_accuracy": progress.best_valid_accuracy,
+                "first_accuracy": progress.first_valid_accuracy,
+            }
         events.send("metrics", **event)

@@ -125,6 +125,80 @@ def test_what_was_understood_is_no_warning(model_directory, tmp_path, capsys):
     assert [line[0] for line in (form, held_out, empty)] == ["·", "·", "!"]
 
 
+def write_pairs(directory, *others):
+    """Write preference rows, and other rows after them."""
+    colours = (("cat", "red", "blue"), ("dog", "green", "red is red"), ("bird", "blue", "red"))
+    rows = [{"prompt": f"what is the {a} ?", "chosen": good, "rejected": bad} for a, good, bad in colours]
+    path = directory / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *others]))
+    return path
+
+
+PREFERENCES = "· preference rows: --train-mode dpo (or orpo, simpo, kto) trains on them; checked as for dpo"
+
+
+def test_preference_rows_are_recognized(model_directory, tmp_path, capsys):
+    path = write_pairs(tmp_path)
+    flags = ["--model", model_directory, "--data", path, "--valid-fraction", 0, *SMALL]
+    sections, _ = page_of(capsys, *flags)
+    assert sections["Data"][0] == PREFERENCES
+    assert any(re.match(r"✓ train +3 +6 +\d+ +\d+% ", line) for line in sections["Data"])
+    assert not any("--mask-prompt" in line for line in sections["Data"])
+    assert sections["verdict"] == [
+        "✓ ready: nalora lora --train --train-mode dpo with the same flags starts the run"
+    ]
+    titles = [line.strip() for line in sections["Masks"] if line.strip().startswith(str(path))]
+    assert titles == [f"{path}:{n} ({what})" for n in (1, 2) for what in ("chosen", "rejected")]
+    shown = "\n".join(sections["Masks"])
+    assert re.findall(r"⟦(.*?)<", shown) == ["red ", "blue ", "green ", "red is red "]
+    for mode in ("dpo", "orpo", "simpo", "kto"):
+        sections, _ = page_of(capsys, *flags, "--train-mode", mode)
+        assert PREFERENCES not in sections["Data"]
+        assert sections["verdict"] == ["✓ ready: nalora lora --train with the same flags starts the run"]
+        assert "fits" in sections["Memory"][-1]
+        assert any("--mask-prompt" in line for line in sections["Data"]) == (mode == "orpo")
+
+
+def test_problems_of_preference_rows(model_directory, tmp_path, capsys):
+    bad = {"prompt": "what ?", "chosen": "red", "rejected": "red"}
+    path = write_pairs(tmp_path, bad)
+    sections, _ = page_of(capsys, "--data", path, "--valid-fraction", 0, status=2)
+    assert sections["Data"][:2] == [
+        f"✗ {path}:4: 'chosen' and 'rejected' are the same; remove the row, or correct one of them",
+        PREFERENCES,
+    ]
+    assert sections["Data"][-1] == "· 3 rows for train; --model M shows their tokens and what is trained on"
+    # Whoever asks for supervised training, or has more rows for it, is told what it does not take.
+    answers = [{"prompt": "what ?", "completion": "red"}] * 4
+    for flags, others in ((["--train-mode", "sft"], []), ([], answers)):
+        sections, _ = page_of(capsys, "--data", write_pairs(tmp_path, *others), *flags, status=2)
+        assert sections["Data"][0].startswith(f"✗ {path}:1, :2, :3: holds a chosen and a rejected answer")
+        assert PREFERENCES not in sections["Data"]
+
+
+def test_rows_with_labels_are_recognized(model_directory, tmp_path, capsys):
+    path = tmp_path / "labels.csv"
+    path.write_text("prompt,completion,label\nthe cat,red,True\nthe dog,blue,False\n")
+    sections, _ = page_of(capsys, "--data", path, "--valid-fraction", 0)
+    assert sections["Data"][0] == (
+        f"! train: nothing reads the keys 'label' (2 rows, {path}:2); --train-mode kto learns from 'label' if it is "
+        "true or false"
+    )
+    flags = ["--model", model_directory, "--data", path, "--valid-fraction", 0, "--train-mode", "kto", *SMALL]
+    sections, _ = page_of(capsys, *flags)
+    titles = [line.strip() for line in sections["Masks"] if line.strip().startswith(str(path))]
+    assert titles == [f"{path}:2 (label true)", f"{path}:3 (label false)"]
+    path.write_text("text,label\nthe cat,True\n")
+    assert "kto" not in page_of(capsys, "--data", path, "--valid-fraction", 0)[0]["Data"][0]
+
+
+@pytest.mark.parametrize("mode", ["dpo", "orpo", "simpo", "kto"])
+def test_memory_of_preference_training_without_data(model_directory, mode, capsys):
+    sections, _ = page_of(capsys, "--model", model_directory, *SMALL, "--train-mode", mode)
+    rows = 2 if mode == "kto" else 4  # two answers of each row
+    assert f"for {rows} x 32 tokens: fits" in sections["Memory"][-1]
+
+
 def test_masks_are_shown_by_default_in_short(model_directory, tmp_path, capsys):
     question = "the cat is red " * 40
     row = json.dumps({"prompt": question, "completion": "the cat\nis green"})

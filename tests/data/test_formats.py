@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nalora_mlx.core.config import RunConfig, load_run_config
+from nalora_mlx.core.config import PreferenceConfig, RunConfig, load_run_config
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.notices import Note
 from nalora_mlx.data.checks import read_rows
+from nalora_mlx.data.preference_tokenization import accepted_rows
 from nalora_mlx.data.rows.formats import IMAGES, PREFERENCES, Features, Row, parse_row, parse_rows
 from nalora_mlx.data.rows.survey import Survey
 from nalora_mlx.lora import build_parser
@@ -138,20 +139,21 @@ SAME = {  # name: row, the same content by hand, and the parts of Row that messa
     "template arguments": ({"messages": PAIR, "chat_template_kwargs": {"enable_thinking": False}}, PAIR,
                            {"template_args": {"enable_thinking": False}}),
     "preference texts": ({"prompt": "q", "chosen": "a", "rejected": "b"}, [user("q"), answer("a")],
-                         {"rejected": [answer("b")]}),
+                         {"rejected": [answer("b")], "answer_start": 1}),
     "preference messages": ({"prompt": [SYSTEM, user("q")], "chosen": [answer("a")], "rejected": [answer("b")]},
-                            [SYSTEM, user("q"), answer("a")], {"rejected": [answer("b")]}),
-    "preference chats": ({"chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b"), user("r")]},
-                         [user("q"), answer("a")], {"rejected": [answer("b"), user("r")]}),
+                            [SYSTEM, user("q"), answer("a")], {"rejected": [answer("b")], "answer_start": 2}),
+    "preference chats": (
+        {"chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b"), user("r"), answer("c")]},
+        [user("q"), answer("a")], {"rejected": [answer("b"), user("r"), answer("c")], "answer_start": 1}),
     "preference chats beside the prompt": (
         {"prompt": "q", "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")],
          "system": "Be short."},
-        [SYSTEM, user("q"), answer("a")], {"rejected": [answer("b")]}),
+        [SYSTEM, user("q"), answer("a")], {"rejected": [answer("b")], "answer_start": 2}),
     "preference with an instruction": ({"instruction": "q", "input": "i", "chosen": "a", "rejected": "b"},
-                                       [user("q\n\ni"), answer("a")], {"rejected": [answer("b")]}),
+                                       [user("q\n\ni"), answer("a")], {"rejected": [answer("b")], "answer_start": 1}),
     "preference in ShareGPT": (
         sharegpt(("human", "q"), chosen={"from": "gpt", "value": "a"}, rejected={"from": "gpt", "value": "b"}),
-        [user("q"), answer("a")], {"rejected": [answer("b")]}),
+        [user("q"), answer("a")], {"rejected": [answer("b")], "answer_start": 1}),
     "image parts": ({"messages": [user([IMAGE, TEXT]), answer("a")], "images": ["a.png"]},
                     [user([IMAGE, TEXT]), answer("a")], {"images": ("a.png",)}),
     "images in parts": (
@@ -228,9 +230,10 @@ PROBLEMS = {
     "'chat_template_kwargs': 'x' is not an object": {"messages": PAIR, "chat_template_kwargs": "x"},
     "there is no 'prompt'": {"chosen": "a", "rejected": "b"},
     "one of 'chosen' and 'rejected' is a whole chat": {"prompt": "q", "chosen": PAIR, "rejected": "b"},
-    "must be the same chat up to": {"chosen": PAIR, "rejected": [user("x"), ANSWER]},
-    "'chosen' must end in an answer": {"chosen": [ASKED], "rejected": PAIR},
-    "'chosen' must be one answer": {"prompt": "q", "chosen": [ANSWER, ASKED, ANSWER], "rejected": "b"},
+    "begin with different messages; they must be answers to the same prompt": {
+        "chosen": PAIR, "rejected": [user("x"), ANSWER]},
+    "'chosen' has no answer of its own; it ends where the other goes on": {"chosen": [ASKED], "rejected": PAIR},
+    "'rejected' ends in a message of role 'user'": {"chosen": PAIR, "rejected": [ASKED, answer("b"), user("r")]},
     "need 1 image, and 'images' holds 0": {"messages": [user([IMAGE]), ANSWER]},
     "need 1 image, and 'images' holds 2": {"messages": [user([IMAGE]), ANSWER], "images": ["a", "b"]},
     "need 1 image, and 'images' holds 3": {"prompt": "<image>", "completion": "a", "images": ["a", "b", "c"]},
@@ -337,12 +340,12 @@ def test_key_flags_are_mlx_lms_settings(tmp_path):
 @pytest.mark.parametrize(
     ("row", "remedy", "features"),
     [
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "; --completion-key chosen trains", {"completion": "chosen"}),
-        ({"chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")]}, "; --chat-key chosen trains",
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, ", --completion-key chosen on the", {"completion": "chosen"}),
+        ({"chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")]}, ", --chat-key chosen on the",
          {"chat": "chosen"}),
         ({"prompt": [user("q")], "chosen": [answer("a")], "rejected": [answer("b")]},
-         "; --completion-key chosen trains", {"completion": "chosen"}),
-        ({"question": "q", "chosen": "a", "rejected": "b"}, "; --prompt-key question --completion-key chosen trains",
+         ", --completion-key chosen on the", {"completion": "chosen"}),
+        ({"question": "q", "chosen": "a", "rejected": "b"}, ", --prompt-key question --completion-key chosen on the",
          {"prompt": "question", "completion": "chosen"}),
         (sharegpt(("human", "q"), chosen={"from": "gpt", "value": "a"}, rejected={"from": "gpt", "value": "b"}),
          "put them at the end of the chats", None),
@@ -352,6 +355,7 @@ def test_supervised_runs_refuse_preferences_and_say_how_to_train_on_the_chosen(r
     rows, (problem,) = parse_rows([("x:1", row)], Features())
     assert rows == []
     assert problem.startswith("x:1: holds a chosen and a rejected answer")
+    assert "; --train-mode dpo trains on both" in problem
     assert remedy in problem
     ((accepted,), problems) = parse_rows([("x:1", row)], Features(), accepted={PREFERENCES})
     assert problems == []
@@ -489,6 +493,7 @@ ROW_KEYS = (
         "images",
         "image",
         "weight",
+        "label",
     ),
     "chat_template_kwargs",
 )
@@ -508,13 +513,20 @@ MESSAGES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.sampled_from(ROW_KEYS), VALUES | MESSAGES, max_size=6), st.booleans())
-def test_any_object_is_a_row_or_one_problem(content, mask_prompt):
+@settings(max_examples=90, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(ROW_KEYS), VALUES | MESSAGES, max_size=6),
+    st.booleans(),
+    st.sampled_from(["sft", "dpo", "kto"]),
+)
+def test_any_object_is_a_row_or_one_problem(content, mask_prompt, mode):
     before = repr(content)
     survey = Survey()
     rows, problems = parse_rows(
-        [("x:1", content)], Features(mask_prompt=mask_prompt), survey, {PREFERENCES, IMAGES}
+        [("x:1", content)],
+        Features(mask_prompt=mask_prompt),
+        survey,
+        accepted_rows(PreferenceConfig(train_mode=mode)),
     )
     assert len(rows) + len(problems) == 1
     assert all(problem.startswith("x:1: ") and "\n" not in problem for problem in problems)
@@ -522,7 +534,13 @@ def test_any_object_is_a_row_or_one_problem(content, mask_prompt):
     survey.notices("train")
     for row in rows:
         json.dumps([row.messages, row.tools, row.text, row.rejected], ensure_ascii=False).encode()
-        assert all(isinstance(message["content"], str | list) for message in row.messages)
+        messages = [*row.messages, *(row.rejected or ())]
+        assert all(isinstance(message["content"], str | list) for message in messages)
+        if mode != "sft":
+            assert (row.rejected is None) == (row.label is not None)
+            assert row.label is None or mode == "kto"
+            assert 0 < row.answer_start < len(row.messages)
+            assert messages[-1]["role"] == row.messages[-1]["role"] == "assistant"
         assert all(row.messages[index]["role"] == "assistant" for index in row.untrained)
         parts = [part for m in row.messages for part in m["content"] if isinstance(part, dict)]
         assert sum(part["type"] == "image" for part in parts) == len(row.images)

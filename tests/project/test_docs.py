@@ -77,7 +77,13 @@ FOREIGN = {
     "--model-only": "scripts/demo.sh",
     "--prepare": "scripts/digits.sh",
     "--hf-path": "mlx_lm.convert",
-    "--train-mode": "mlx-lm-lora",
+    "--delta": "mlx-lm-lora",
+    "--dpo-cpo-loss-type": "mlx-lm-lora",
+    "--fuse": "mlx-lm-lora",
+    "--gradient-accumulation-steps": "mlx-lm-lora",
+    "--load-in-4bits": "mlx-lm-lora",
+    "--reference-model-path": "mlx-lm-lora",
+    "--reward-scaling": "mlx-lm-lora",
     "--train-type": "mlx-lm-lora",
 }
 

@@ -110,3 +110,49 @@ def layer(i: int, progress: float, hard: bool = False) -> dict:
 def channel(i: int, c: int, progress: float) -> float:
     """Return the importance of a channel: it falls for odd channels and rises for even ones."""
     return round(0.3 + 0.02 * i + 0.01 * c + (0.1 if c % 2 == 0 else -0.1) * progress, 4)
+
+
+def write_preference_run(
+    path: Path,
+    accuracies: list,
+    losses: list | None = None,
+    reports: int = 40,
+    mode: str = "dpo",
+    last: dict | None = None,
+    rows: int = 40,
+    **measures,
+) -> Path:
+    """Write a preference run with these validations, evenly spaced, the first one before training.
+
+    In training and validation, rewards are 2 and -1 times the share of the run that is done, and log-probabilities
+    -2 plus it and -3 minus it. `measures` replace these in each record, and `last` in the last validation.
+    """
+    write_run(path, reports)
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    train = [record for record in records if record["split"] == "train"]
+    for record in train:
+        record |= preference_measures(record["step"] / reports) | {"accuracy": 0.75} | measures
+    valid = []
+    for i, accuracy in enumerate(accuracies):
+        done = i / max(1, len(accuracies) - 1)
+        loss = losses[i] if losses else 0.7 - 0.1 * done
+        record = {"split": "valid", "step": round(done * reports), "loss": loss, "tokens": 9, "seconds": 0.1}
+        more = {"accuracy": accuracy, "kl": 0.5 * done, **measures}
+        valid.append(record | preference_measures(done) | more)
+    valid[-1] |= last or {}
+    lines = [json.dumps(record) + "\n" for record in (*valid, *train)]
+    (path / "metrics.jsonl").write_text("".join(lines))
+    record = json.loads((path / "run.json").read_text())
+    record["settings"] |= {"train_mode": mode, "preference_beta": 0.1}
+    record["data"]["valid"]["rows"] = rows
+    (path / "run.json").write_text(json.dumps(record))
+    return path
+
+
+def preference_measures(done: float) -> dict:
+    return {
+        "chosen_reward": 2 * done,
+        "rejected_reward": -done,
+        "chosen_logp": -2 + done,
+        "rejected_logp": -3 - done,
+    }

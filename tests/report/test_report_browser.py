@@ -15,7 +15,14 @@ pytest.importorskip("matplotlib", reason="the extra report is not installed")
 from nalora_mlx.report.page import render_page
 from nalora_mlx.report.run_data import read_runs
 from nalora_mlx.runs.metrics import METRICS_FILE
-from tests.report.report_runs import CHANNELS, channel, sample, train_loss, write_run
+from tests.report.report_runs import (
+    CHANNELS,
+    channel,
+    sample,
+    train_loss,
+    write_preference_run,
+    write_run,
+)
 
 no_selenium = "the extra browser is not installed"
 webdriver = pytest.importorskip("selenium.webdriver", reason=no_selenium)
@@ -29,6 +36,7 @@ pytestmark = pytest.mark.skipif(
 )
 MAX_MILLISECONDS = 2000  # to draw all charts of a run of 10,000 iterations and 32 layers
 EXPERTS = [f"model.layers.{i}.{part}" for i in range(2) for part in ("mlp.switch_mlp", "mlp.shared_expert")]
+SPLITS = ("training", "validation")
 LONG_NAME = "a-name-that-goes-on-and-on_" * 4
 
 
@@ -63,7 +71,11 @@ def pages(tmp_path_factory):
     few.valid = {key: column[[0, -1]] for key, column in few.valid.items()}
     few.samples = []
     more = [write_run(directory / f"run-{i}", 30, seed=i) for i in range(4)]
+    pairs = write_preference_run(directory / "pairs", [0.5, 0.7, 0.8, 0.9, 0.95])
+    labels = write_preference_run(directory / "labels", [0.5, 0.9], mode="kto")
     made = {
+        "pairs": render_page(read_runs([pairs])),
+        "preferences": render_page(read_runs([pairs, labels, one])),
         "one": render_page(read_runs([one])),
         "two": render_page(read_runs([one, two])),
         "six": render_page(read_runs([one, two, *more])),
@@ -114,7 +126,7 @@ def undrawn(browser):
     )
 
 
-@pytest.mark.parametrize("name", ["one", "two", "six", "long", "odd"])
+@pytest.mark.parametrize("name", ["one", "two", "six", "long", "odd", "pairs", "preferences"])
 @pytest.mark.parametrize("dark", [False, True])
 def test_charts_are_drawn_without_errors_or_requests(show, name, dark):
     browser = show(name, dark=dark)
@@ -127,6 +139,27 @@ def test_charts_are_drawn_without_errors_or_requests(show, name, dark):
         if "requestWillBeSent" in entry["message"]
     ]
     assert not [message for message in requests if '"url":"http' in message]
+
+
+def test_preference_charts_show_training_and_validation(show):
+    """A chart of two measures has both, and a line through few validations is none."""
+    names = "return document.getElementById(arguments[0]).data.map(t => [t.name, t.mode, t.line.dash])"
+    browser = show("pairs")
+    assert browser.execute_script(names, "chart-logps") == [
+        ["chosen, training", "lines", "solid"],
+        ["chosen, validation", "lines+markers", "solid"],
+        ["rejected, training", "lines", "dot"],
+        ["rejected, validation", "lines+markers", "dot"],
+    ]
+    values = "return document.getElementById(arguments[0]).data.map(t => t.y)"
+    training, validation = browser.execute_script(values, "chart-accuracy")
+    assert training == [0.75] * 40
+    assert validation == [0.5, 0.7, 0.8, 0.9, 0.95]
+    assert [y[-1] for y in browser.execute_script(values, "chart-margin")] == [3, 3]
+    browser = show("preferences")
+    found = browser.execute_script(names, "chart-accuracy")
+    assert [name for name, *_ in found] == [f"{run}: {of}" for run in ("pairs", "labels") for of in SPLITS]
+    assert found[3][1] == "markers"
 
 
 def test_page_of_a_long_run_is_fast(show):
@@ -212,7 +245,7 @@ def test_charts_show_the_recorded_values(show, pages):
     assert np.abs(off).max() < 4, off
 
 
-@pytest.mark.parametrize("name", ["one", "two", "odd", "few"])
+@pytest.mark.parametrize("name", ["one", "two", "odd", "few", "preferences"])
 def test_page_fits_a_phone(show, name):
     browser = show(name, width=360)
     width, inner = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
@@ -486,6 +519,7 @@ def test_text_contrasts_with_the_background(show, name, dark):
     [
         ("odd", 360, False),
         ("two", 1280, True),
+        ("preferences", 1280, False),
         pytest.param("one", 1280, False, marks=pytest.mark.slow),
         pytest.param("one", 360, True, marks=pytest.mark.slow),
         pytest.param("two", 360, False, marks=pytest.mark.slow),

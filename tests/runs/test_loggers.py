@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from mlx_lm.tuner import callbacks
 
+import nalora_mlx
 from nalora_mlx.__main__ import main
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError
@@ -132,6 +133,76 @@ def test_nothing_starts_before_the_run(model_directory, data_directory, tmp_path
     monkeypatch.setattr(callbacks, "wandb", service)
     assert train(model_directory, data_directory, tmp_path / "a", "--report-to", "wandb", "--plan") == 0
     assert service.started == []
+
+
+# --- preference training -------------------------------------------------------------------------------------
+
+
+TRL_TAGS = {
+    "rewards/accuracies": "accuracy",
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "logps/chosen": "chosen_logp",
+    "logps/rejected": "rejected_logp",
+}
+
+
+def test_the_measures_of_preference_training_are_reported(model_directory, tmp_path, monkeypatch):
+    """TensorBoard gets them under the tags of TRL, the others and the callbacks of finetune with mlx-lm's prefixes."""
+    pytest.importorskip("tensorboardX", reason="needs tensorboardX; pip install -e '.[tensorboard]'")
+    service, reports, validations = Service(), [], []
+    monkeypatch.setattr(callbacks, "wandb", service)
+    animals = ("cat", "dog", "bird")
+    rows = [
+        {"prompt": f"what is the {a} ?", "chosen": f"the {a} is red", "rejected": "one two"} for a in animals
+    ]
+    result = nalora_mlx.finetune(
+        model_directory,
+        {"train": rows, "valid": rows[:2]},
+        tmp_path / "run",
+        train_mode="dpo",
+        iters=4,
+        batch_size=3,
+        learning_rate=1e-2,
+        steps_per_report=2,
+        steps_per_eval=4,
+        report_to="tensorboard,wandb",
+        samples=False,
+        progress=False,
+        on_report=reports.append,
+        on_validation=validations.append,
+    )
+    assert repr(result).startswith("<FinetuneResult: validation accuracy 0.50 -> 1.00, loss 0.6931 -> ")
+    found, logged = scalars(tmp_path / "run" / "tensorboard"), [values for _, values in service.logged]
+    for split, prefix, key, infos in (
+        ("train", "train", "train", reports),
+        ("valid", "eval", "val", validations),
+    ):
+        written = records(tmp_path / "run", split)
+        assert len(written) == len(infos) == 2
+        assert all(info in logged for info in infos)
+        for tag, name in TRL_TAGS.items():
+            expected = {record["step"]: record[name] for record in written}
+            assert found[f"{prefix}/{tag}"] == pytest.approx(expected, rel=1e-4)
+            assert [info[f"{key}_{name}"] for info in infos] == pytest.approx([*expected.values()], rel=1e-4)
+        margins = {record["step"]: record["chosen_reward"] - record["rejected_reward"] for record in written}
+        assert found[f"{prefix}/rewards/margins"] == pytest.approx(margins, rel=1e-3)
+        assert [info[f"{key}_margin"] for info in infos] == pytest.approx([*margins.values()], rel=1e-3)
+        assert margins[4] > 0.1
+    assert [info["val_kl"] for info in validations] == pytest.approx([*found["eval/kl"].values()], rel=1e-4)
+    assert validations[1]["val_kl"] > 0 == validations[0]["val_kl"]
+    assert "train/kl" not in found
+
+
+def test_supervised_training_reports_no_measures(model_directory, data_directory, tmp_path, monkeypatch):
+    service = Service()
+    monkeypatch.setattr(callbacks, "wandb", service)
+    assert train(model_directory, data_directory, tmp_path / "a", "--iters", "4", "--report-to", "wandb") == 0
+    names = "iteration train_loss learning_rate iterations_per_second tokens_per_second trained_tokens peak_memory"
+    assert {tuple(values) for _, values in service.logged} == {
+        tuple(names.split()),
+        ("iteration", "val_loss", "val_time"),
+    }
 
 
 # --- failures -----------------------------------------------------------------------------------------------

@@ -11,7 +11,14 @@ from nalora_mlx.data.rows.features import Features
 from nalora_mlx.data.rows.forms import Form, Forms, UnknownForm, form_of, known_forms
 from nalora_mlx.data.rows.images import place_images, read_images
 from nalora_mlx.data.rows.messages import Chat, joined
-from nalora_mlx.data.rows.preferences import LABEL, read_label, supervised_remedy
+from nalora_mlx.data.rows.preferences import (
+    CHOSEN,
+    LABEL,
+    REJECTED,
+    labelled_start,
+    read_label,
+    supervised_remedy,
+)
 from nalora_mlx.data.rows.survey import Survey
 from nalora_mlx.data.rows.tool_calls import read_tools
 
@@ -37,7 +44,7 @@ class Row:
         weight: how many times an epoch holds the row.
         chunk: whether a text longer than the sequence length becomes several sequences, instead of being truncated.
         rejected: in preference rows, the worse end of the chat, in place of the messages from `answer_start` on.
-        answer_start: index of the first message that the two do not share.
+        answer_start: in preference rows, index of the first message that is compared or labelled.
         label: whether a single answer is a good one, in rows for KTO.
         images: the images of a row in the order of their appearance: paths, bytes of files, data URIs or images of
             Pillow. In the data of a run, paths are absolute.
@@ -97,7 +104,7 @@ def parse_rows(
             if unread is not None and (row.rejected or row.images):
                 _check_accepted(row, content, features, accepted)
             if PREFERENCES in accepted and not row.rejected:
-                _check_compared(row, LABELS in accepted)
+                _check_compared(row, content, LABELS in accepted)
         except InputError as error:
             problems.append(str(error))
             continue
@@ -119,23 +126,38 @@ def _check_accepted(
     if row.rejected and PREFERENCES not in accepted:
         remedy = supervised_remedy(content, features.prompt)
         raise InputError(
-            f"{row.source}: holds a chosen and a rejected answer, and supervised training takes one; {remedy}"
+            f"{row.source}: holds a chosen and a rejected answer, and supervised training takes one; "
+            f"--train-mode dpo trains on both{remedy}"
+        )
+    if row.images and PREFERENCES in accepted:
+        raise InputError(
+            f"{row.source}: holds images, and preference training takes none; remove the images, or the row"
         )
     if row.images and IMAGES not in accepted:
         raise InputError(refused_images(row.source))
 
 
-def _check_compared(row: Row, labels: bool) -> None:
+def _check_compared(row: Row, content: Mapping[str, Any], labels: bool) -> None:
     """Raise InputError for a row without what a preference run compares."""
+    if not row.messages:
+        what = f"{CHOSEN!r} and {REJECTED!r}" + (f", or 'completion' and {LABEL!r}" if labels else "")
+        raise InputError(
+            f"{row.source}: is a text, and preference training compares answers; give 'prompt', {what}"
+        )
     if labels and row.label is None:
         raise InputError(
-            f"{row.source}: has no 'label' (true for a good answer, false for a bad one), nor a 'chosen' and a "
-            "'rejected' answer; --train-mode kto needs one or the other"
+            f"{row.source}: has no {LABEL!r} (true for a good answer, false for a bad one), nor a {CHOSEN!r} and a "
+            f"{REJECTED!r} answer; --train-mode kto needs one or the other"
+        )
+    if not labels and is_blank(content.get(LABEL)):
+        raise InputError(
+            f"{row.source}: has one answer, and nothing to compare it with; give 'prompt', {CHOSEN!r} and "
+            f"{REJECTED!r}, or use --train-mode sft"
         )
     if not labels:
         raise InputError(
-            f"{row.source}: has no 'rejected' answer to compare with; give 'prompt', 'chosen' and 'rejected', or use "
-            "--train-mode kto for rows with a 'label', or sft for rows with one answer"
+            f"{row.source}: has one answer with a {LABEL!r}, which --train-mode kto reads; the other preference modes "
+            f"need 'prompt', {CHOSEN!r} and {REJECTED!r}"
         )
 
 
@@ -212,6 +234,10 @@ def _chat_row(source: str, chat: Chat, others: Mapping[str, Any], has_label: boo
             chat = joined(Chat([message]), chat)
         else:
             unused_system = message["content"] != chat.messages[0]["content"]
+    label = None
+    if has_label and LABEL in others and chat.rejected is None:
+        label = read_label(others[LABEL])
+        chat = chat._replace(answer_start=labelled_start(chat))
     images = read_images(others[images_key]) if images_key else []
     messages, all_images = place_images(chat.messages, chat.images, images)
     row = Row(
@@ -224,9 +250,11 @@ def _chat_row(source: str, chat: Chat, others: Mapping[str, Any], has_label: boo
         rejected=chat.rejected,
         images=all_images,
         answer_start=chat.answer_start,
-        label=read_label(others["label"]) if has_label and LABEL in others else None,
+        label=label,
     )
-    used = {system_key, tools_key, images_key, "chat_template_kwargs", "weight", *[LABEL][: int(has_label)]}
+    used = {system_key, tools_key, images_key, "chat_template_kwargs", "weight"}
+    if label is not None:
+        used.add(LABEL)
     return row, _Unread([key for key in others if key not in used], chat.unknown_keys, unused_system)
 
 

@@ -9,8 +9,15 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import did_you_mean
 from nalora_mlx.data.rows.cells import check_unicode, is_blank, parsed_cell, text_in
 from nalora_mlx.data.rows.features import Features
-from nalora_mlx.data.rows.messages import SHAREGPT_KEYS, Chat, Message, joined, read_chat
-from nalora_mlx.data.rows.preferences import CHOSEN, REJECTED, instruction, read_preference, read_turns
+from nalora_mlx.data.rows.messages import SHAREGPT_KEYS, Chat, Message, joined, read_chat, read_turns
+from nalora_mlx.data.rows.preferences import (
+    CHOSEN,
+    LABEL,
+    PROMPT_KEYS,
+    REJECTED,
+    instruction,
+    read_preference,
+)
 
 KEY_FLAGS = "--prompt-key, --completion-key, --chat-key and --text-key"
 
@@ -49,14 +56,20 @@ class Form:
 
 
 class Forms(NamedTuple):
-    """Forms to try in order, with the first key of each.
+    """Forms to try in order.
 
-    `only_named` says that all of them have keys that the user has named.
+    Attributes:
+        ordered: the forms, each after its first key.
+        only_named: whether all of them have keys that the user has named.
+        features: the keys.
+        prefer: whether the run trains on preferences.
+        labels: whether it also trains on single answers with labels.
     """
 
     ordered: tuple[tuple[str, Form], ...]
     only_named: bool
     features: Features
+    prefer: bool = False
     labels: bool = False
 
 
@@ -64,8 +77,8 @@ class Forms(NamedTuple):
 def known_forms(features: Features, prefer: bool = False, labels: bool = False) -> Forms:
     """Return the forms to try.
 
-    1. Forms whose keys the user has named; only these, if a key is not the usual one.
-    2. Preferences, if the run trains on them (`prefer`). With `labels` it also reads labels of single answers.
+    1. Preferences, if the run trains on them (`prefer`). With `labels` it also reads labels of single answers.
+    2. Forms whose keys the user has named; only these, if a key is not the usual one.
     3. The forms of mlx_lm.lora in its order, but a text after the forms that seldom mean anything else.
     4. Pairs with other keys.
     """
@@ -73,15 +86,14 @@ def known_forms(features: Features, prefer: bool = False, labels: bool = False) 
         "preferences",
         (CHOSEN, REJECTED),
         {
-            **dict.fromkeys((features.prompt, "question", "query", "instruction", "input"), "prompt"),
-            **dict.fromkeys(SHAREGPT_KEYS, "prompt"),
-            CHOSEN: "completion",
+            **dict.fromkeys((features.prompt, *PROMPT_KEYS), "prompt"),
+            CHOSEN: "chosen answer",
             REJECTED: "rejected answer",
         },
         partial(read_preference, features.prompt),
     )
     forms = [
-        _pair("prompt/completion", features.prompt, features.completion, ("prompt", "completion")),
+        _pair("prompt/completion", features.prompt, features.completion, ("prompt", "completion"), labels),
         Form(
             "chat", (features.chat,), {features.chat: "chat"}, partial(_read_chat, features.chat), ("chat",)
         ),
@@ -90,17 +102,20 @@ def known_forms(features: Features, prefer: bool = False, labels: bool = False) 
         _instructions("Alpaca", "instruction", "input", "output"),
         _instructions("Dolly", "instruction", "context", "response"),
         Form("text", (features.text,), {features.text: "text"}, partial(_read_text, features), ("text",)),
-        *(_pair(f"{p}/{c}", p, c) for p in ("question", "query") for c in ("answer", "response")),
-        _pair("prompt/response", "prompt", "response"),
-        _pair("input/output", "input", "output"),
+        *(
+            _pair(f"{p}/{c}", p, c, in_cells=labels)
+            for p in ("question", "query")
+            for c in ("answer", "response")
+        ),
+        _pair("prompt/response", "prompt", "response", in_cells=labels),
+        _pair("input/output", "input", "output", in_cells=labels),
     ]
-    named = [form for form in forms if not features.named.isdisjoint(form.named_by)]
+    first = [preferences] if prefer else []
+    first += [form for form in forms if not features.named.isdisjoint(form.named_by)]
     if not features.unusual:
-        first = [*named, *([preferences] if prefer else [])]
-        named = [*first, *(form for form in forms if form not in first)]
-    elif prefer:
-        named = [preferences, *named]
-    return Forms(tuple((form.needs[0], form) for form in named), bool(features.unusual), features, labels)
+        first += [form for form in forms if form not in first]
+    ordered = tuple((form.needs[0], form) for form in first)
+    return Forms(ordered, bool(features.unusual), features, prefer, labels)
 
 
 def form_of(content: Mapping[str, Any], forms: Forms) -> Form:
@@ -117,6 +132,8 @@ def form_of(content: Mapping[str, Any], forms: Forms) -> Form:
             return form
     features = forms.features
     found = ", ".join(map(repr, content))[:200] or "nothing"
+    if forms.prefer and (problem := _uncompared(content, forms, found)):
+        raise UnknownForm(problem)
     if not forms.only_named:
         for _, form in forms.ordered:
             missing = [key for key in form.needs if key not in content]
@@ -130,7 +147,7 @@ def form_of(content: Mapping[str, Any], forms: Forms) -> Form:
             f"no known format; give {features.prompt!r} and {features.completion!r}, or {features.chat!r}, "
             f"or {features.text!r}, or name other keys with {KEY_FLAGS} (found {found})"
         )
-    _, form = forms.ordered[0]
+    form = next(form for _, form in forms.ordered if form.named_by)
     key, part = next(pair for pair in zip(form.needs, form.named_by, strict=True) if pair[0] not in content)
     known = [name for name in content if isinstance(name, str)]
     raise UnknownForm(
@@ -138,30 +155,50 @@ def form_of(content: Mapping[str, Any], forms: Forms) -> Form:
     )
 
 
-def _pair(name: str, prompt: str, completion: str, named_by: tuple[str, ...] = ()) -> Form:
+def _uncompared(content: Mapping[str, Any], forms: Forms, found: str) -> str:
+    """Return the problem of a row of no known form in a preference run; empty if it is a single answer with a label."""
+    there = [key for key in (CHOSEN, REJECTED) if key in content]
+    if len(there) == 1:
+        (missing,) = {CHOSEN, REJECTED} - {*there}
+        return (
+            f"{missing!r} is missing or an empty cell, and {there[0]!r} needs it; fill it, or remove the row "
+            f"(found {found})"
+        )
+    if forms.labels and LABEL in content:
+        return ""
+    prompt = forms.features.prompt
+    labelled = f", or {prompt!r}, {forms.features.completion!r} and {LABEL!r}" if forms.labels else ""
+    return f"no known format; give {prompt!r}, {CHOSEN!r} and {REJECTED!r}{labelled} (found {found})"
+
+
+def _pair(
+    name: str, prompt: str, completion: str, named_by: tuple[str, ...] = (), in_cells: bool = False
+) -> Form:
     return Form(
         name,
         (prompt, completion),
         {prompt: "prompt", completion: "completion"},
-        partial(_read_pair, prompt, completion),
+        partial(_read_pair, prompt, completion, in_cells),
         named_by,
     )
 
 
-def _read_pair(prompt: str, completion: str, content: Mapping[str, Any]) -> Chat:
+def _read_pair(prompt: str, completion: str, in_cells: bool, content: Mapping[str, Any]) -> Chat:
     asked, answer = content[prompt], content[completion]
-    if type(asked) is str and type(answer) is str:  # most rows; the rest would read them too, more slowly
+    if (
+        type(asked) is str and type(answer) is str and not in_cells
+    ):  # most rows; the rest would read them too, more slowly
         if not (asked.isascii() and answer.isascii()):
             check_unicode(asked, repr(prompt))
             check_unicode(answer, repr(completion))
         return Chat([{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
-    answers = read_turns(content, completion, "assistant")
+    answers = read_turns(content, completion, "assistant", in_cells)
     if answers.messages[0]["role"] != "assistant":
         raise InputError(
             f"{completion!r} must begin with an assistant message; if it holds whole chats, "
             f"give --chat-key {completion} instead"
         )
-    return joined(read_turns(content, prompt, "user"), answers)
+    return joined(read_turns(content, prompt, "user", in_cells), answers)
 
 
 def _instructions(name: str, prompt: str, context: str, completion: str) -> Form:

@@ -3,10 +3,12 @@
 Values of a row are never changed. Messages that have the shape already are shared with the row.
 """
 
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.data.rows.cells import check_unicode, is_blank, parsed_cell
+from nalora_mlx.data.rows.cells import check_unicode, is_blank, parsed_cell, text_in
 from nalora_mlx.data.rows.images import place_images, read_content, read_images
 from nalora_mlx.data.rows.tool_calls import read_calls, read_old_call
 
@@ -44,6 +46,8 @@ TEMPLATE_KEYS = frozenset(
         *("prefix", "partial", "channel", "recipient", "content_type", "metadata"),
     }
 )
+_KEYS_OF_MESSAGES = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+_MESSAGES_IN_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
 class Chat(NamedTuple):
@@ -78,6 +82,39 @@ def joined(*chats: Chat) -> Chat:
     last = chats[-1]
     start = len(messages) - len(last.messages) + last.answer_start if last.rejected is not None else 0
     return Chat(messages, frozenset(untrained), images, unknown, last.rejected, start)
+
+
+def read_turns(content: Mapping[str, Any], key: str, role: str, in_cells: bool = False) -> Chat:
+    """Return what a row holds under a key as messages; a string becomes one of the given role.
+
+    Args:
+        content: the row.
+        key: may hold a string, a message or a list of messages.
+        role: of a string.
+        in_cells: whether the string may be JSON of messages, as in a cell of a table.
+
+    Raises:
+        InputError: it is neither a string nor messages.
+    """
+    value = content[key]
+    if isinstance(value, list) or key in SHAREGPT_KEYS:
+        return read_chat(value, key)
+    if isinstance(value, dict) and not value.keys().isdisjoint(("role", "from")):
+        return read_chat([value], key)
+    text = text_in(content, key)
+    if in_cells:
+        parsed = parsed_cell(text)
+        if isinstance(parsed, list) and parsed and all(map(_is_message, parsed)):
+            return read_chat(parsed, key)
+        if parsed is text and _MESSAGES_IN_TEXT.match(text):
+            raise InputError(
+                f"{key!r} is a text that looks like messages and is not JSON; write the messages with json.dumps"
+            )
+    return Chat([{"role": role, "content": text}])
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and any(keys <= value.keys() for keys in _KEYS_OF_MESSAGES)
 
 
 def read_chat(value: Any, key: str) -> Chat:

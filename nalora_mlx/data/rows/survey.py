@@ -9,6 +9,7 @@ from nalora_mlx.core.notices import Note
 from nalora_mlx.core.parsing import did_you_mean
 from nalora_mlx.data.rows.cells import is_blank
 from nalora_mlx.data.rows.forms import KEY_FLAGS, Form
+from nalora_mlx.data.rows.preferences import LABEL
 
 ROW_KEYS = ("system", "tools", "images", "weight", "chat_template_kwargs")  # that rows of every form may have
 
@@ -53,13 +54,17 @@ class Survey:
         found: list[str] = []
         if self._parts:
             forms = "; ".join(map(self._clause, self.forms))
-            found.append(Note(f"{name}: {forms}; {KEY_FLAGS} read other keys"))
+            only_pairs = self._parts.keys() == {"preferences"}
+            others = "--prompt-key reads another prompt" if only_pairs else f"{KEY_FLAGS} read other keys"
+            found.append(Note(f"{name}: {forms}; {others}"))
         if self._keys and self._named:
             found.append(
                 Note(f"{name}: nothing reads the keys {self._keys}")
             )  # the user has said which to read
         elif self._keys:
             meant = next(filter(None, (did_you_mean(key, ROW_KEYS) for key in self._keys)), "")
+            if LABEL in self._keys and self.forms.keys() - {"text", "preferences"}:
+                meant = f"; --train-mode kto learns from {LABEL!r} if it is true or false"
             remedy = meant or "; remove them, or rename them if they matter"
             found.append(f"{name}: nothing reads the keys {self._keys}{remedy}")
         if self._message_keys:

@@ -52,6 +52,11 @@ class Source:
     texts: bool = False
     directory: Path | None = None
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is a data set on the Hub, whose rows the user cannot correct."""
+        return self.directory is None and not self.texts
+
 
 def open_source(path: str, names: Sequence[str], remarks: Remarks) -> Source:
     """Return the splits of one entry of --data: a directory, a file or a Hugging Face dataset.

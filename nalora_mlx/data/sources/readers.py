@@ -11,7 +11,11 @@ from nalora_mlx.data.sources.tables import csv_rows, parquet_rows, tsv_rows
 
 SPLITS = ("train", "valid", "test")
 # Names of each split in files, in data sets on the Hub, and in JSON files; the first that is there counts.
-SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+SPLIT_NAMES = {
+    "train": ("train", "train_prefs", "train_sft"),
+    "valid": ("valid", "validation", "val", "dev"),
+    "test": ("test", "test_prefs", "test_sft"),
+}
 ALL_SPLIT_NAMES = tuple(name for names in SPLIT_NAMES.values() for name in names)
 TEXT_FORMS = (".txt", ".md")
 

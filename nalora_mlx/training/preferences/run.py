@@ -40,9 +40,8 @@ class PreferenceRun:
         Raises:
             InputError: the checkpoint lacks what its run computed before training.
         """
-        if files.resume is not None:
-            self.reference.load(files.resume / REFERENCE_FILE)
-        elif not self.reference.prepare(train_set, valid_set, files.identity, files.output, go_on):
+        checkpoint = None if files.resume is None else files.resume / REFERENCE_FILE
+        if not self.reference.prepare(train_set, valid_set, files.identity, files.output, go_on, checkpoint):
             return None
         files.reference = self.reference.file
         return self.reference.attached(train_set, TRAIN), self.reference.attached(valid_set, VALID)
