@@ -2,7 +2,7 @@
 
     bash scripts/environment.sh python scripts/preference_study.py --output docs/study/preference.jsonl
 
-1. The test pairs are scored under the base model: in how many has the chosen answer the higher log-probability per token?
+1. The test pairs are scored under the base model: how often has the chosen answer the higher log-probability per token?
 2. Each recipe of `RECIPES` trains with seeds 0, 1 and 2, on the settings of examples/manners/config.yaml and its own.
 3. The test pairs are scored again. A pair is right if log p - log p_0 is larger for the chosen answer than for the
    rejected one, where log p_0 is that of the base model: DPO's accuracy. Then the model answers test prompts, greedily.
@@ -28,6 +28,7 @@ import numpy as np
 
 from nalora_mlx import finetune
 from nalora_mlx.core.config import PreferenceConfig, load_run_config
+from nalora_mlx.core.yaml_files import read_yaml
 from nalora_mlx.data.batches import evaluation_batches
 from nalora_mlx.data.checks import read_rows, tokenize
 from nalora_mlx.training.distributed import ALONE
@@ -38,7 +39,7 @@ EXAMPLE = Path("examples/manners")
 SEEDS = (0, 1, 2)
 ASKED = 20  # test prompts that are answered
 SHOWN = 5  # of them, whose answers are kept
-MAX_TOKENS = 100
+MAX_TOKENS = 80
 COURTESY = re.compile(
     r"of course|gladly|pleasure|certainly|thank|good question|hope|please|welcome|good luck|happy to|delighted|"
     r"lovely|kindly",
@@ -56,11 +57,11 @@ class Recipe:
 
 RECIPES = {
     "dpo": Recipe(),
-    "orpo": Recipe({"train_mode": "orpo"}),
+    "sft": Recipe({"train_mode": "sft", "learning_rate": 4e-4, "mask_prompt": True}),
+    "sft, dpo": Recipe({"learning_rate": 1e-4}, after="sft"),
+    "orpo": Recipe({"train_mode": "orpo", "learning_rate": 4e-4, "mask_prompt": True}),
     "simpo": Recipe({"train_mode": "simpo", "preference_beta": 2.0}),
     "kto": Recipe({"train_mode": "kto", "batch_size": 8}),
-    "sft": Recipe({"train_mode": "sft", "mask_prompt": True}),
-    "sft, dpo": Recipe(after="sft"),
 }
 
 
@@ -91,7 +92,7 @@ class TestPairs:
         self.lengths = np.array([[sum(a.loss_mask) for a in pair.answers] for pair in self.pairs])
         self.prompts = list(dict.fromkeys(row["prompt"] for row in read("test")))[:ASKED]
         self.base = self.log_probabilities(base)
-        self.before = self.answers(base, tokenizer)
+        self.model, self.tokenizer = base, tokenizer
 
     def log_probabilities(self, model: Any) -> np.ndarray:
         """Return log p of the chosen and the rejected answer of each pair; [N, 2]."""
@@ -152,10 +153,11 @@ def run(name: str, seed: int, pairs: TestPairs, directory: Path) -> dict[str, An
         if not start.exists():
             run(recipe.after, seed, pairs, directory)
         settings["resume_adapter_file"] = str(start)
-    given = {key: value for key, value in vars(pairs.config).items() if key in CONFIGURED} | settings
-    mode = given["train_mode"]
+    given = {**read_yaml(EXAMPLE / "config.yaml"), **settings}
+    for key in ("model", "data", "train", "adapter_path"):
+        del given[key]
     began = time.perf_counter()
-    data = {split: rows_for(mode, split) for split in ("train", "valid")}
+    data = {split: rows_for(given["train_mode"], split) for split in ("train", "valid")}
     result = finetune(pairs.config.model, data, path, progress=False, samples=False, **given)
     seconds = time.perf_counter() - began
     lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -164,26 +166,12 @@ def run(name: str, seed: int, pairs: TestPairs, directory: Path) -> dict[str, An
     return {
         "recipe": name,
         "seed": seed,
-        "settings": {key: given[key] for key in ("train_mode", "preference_beta", "learning_rate", "iters")},
+        "settings": {key: given[key] for key in ("train_mode", "learning_rate", "iters", "batch_size")},
         "valid": {when: measures(record) for when, record in (("before", valid[0]), ("after", valid[-1]))},
         "test": pairs.scores(pairs.log_probabilities(result.model)) | manners(answers),
         "answers": dict(zip(pairs.prompts, answers[:SHOWN], strict=False)),
         "seconds": round(seconds, 1),
     }
-
-
-CONFIGURED = (
-    *(
-        "train_mode",
-        "preference_beta",
-        "fine_tune_type",
-        "num_layers",
-        "lora_parameters",
-        "batch_size",
-        "iters",
-    ),
-    *("max_seq_length", "optimizer", "optimizer_config", "learning_rate", "val_batches", "steps_per_eval"),
-)
 
 
 def measures(record: dict[str, Any]) -> dict[str, float]:
@@ -235,12 +223,13 @@ def main() -> int:
 
     pairs = TestPairs(args.model)
     if ("base", 0) not in done:
-        shown = dict(zip(pairs.prompts, pairs.before[:SHOWN], strict=False))
-        test = pairs.scores(pairs.base) | manners(pairs.before)
+        before = pairs.answers(pairs.model, pairs.tokenizer)
+        shown = dict(zip(pairs.prompts, before[:SHOWN], strict=False))
+        test = pairs.scores(pairs.base) | manners(before)
         add({"recipe": "base", "seed": 0, "test": test, "answers": shown, "seconds": 0})
     with tempfile.TemporaryDirectory() as directory:
-        for seed in args.seeds:
-            for name in args.recipes:
+        for name in args.recipes:
+            for seed in args.seeds:
                 if (name, seed) not in done:
                     add(run(name, seed, pairs, Path(directory)))
                     print(table(records[-1:]), file=sys.stderr, flush=True)

@@ -14,12 +14,12 @@ cd "$(dirname "$0")/.."
 prepare dev,data,digits,export,interop,vlm,report,tensorboard,browser,notebook
 install_test_programs
 
-# The PEFT tests need PyTorch and are skipped without it. On Linux the PyPI wheel pulls in several GB of CUDA, so the
-# CPU build is installed instead, from the index pip is configured to use or from PyTorch's own.
+# The tests of PEFT and TRL need PyTorch and are skipped without it. On Linux the PyPI wheel pulls in several GB of
+# CUDA, so the CPU build is installed instead, from the index pip is configured to use or from PyTorch's own.
 TORCH=2.13.0
 install_torch() {
   if "$VENV/bin/python" -c 'import torch' >/dev/null 2>&1; then return; fi
-  say "installing PyTorch $TORCH for the PEFT tests (about 200 MB)"
+  say "installing PyTorch $TORCH for the tests of PEFT and TRL (about 200 MB)"
   if [ "$(uname -s)" = Darwin ]; then
     pip_install "torch==$TORCH"
   else
@@ -28,9 +28,9 @@ install_torch() {
   fi
 }
 if install_torch; then
-  install_packages peft
+  install_packages peft,trl
 else
-  say "note: could not install PyTorch; skipping the PEFT tests"
+  say "note: could not install PyTorch; skipping the tests of PEFT and TRL"
 fi
 
 # The export tests fine-tune the demo's model, which is downloaded once (about 100 MB).

@@ -100,6 +100,7 @@ class TrainResult:
             for loss in (self.first_valid_loss, self.valid_loss)
         )
         loss = f"validation loss {before} before training, {after} after"
+        assert self.best_valid_loss is not None
         found = f"{_accuracy(self.best_valid_accuracy)} and a loss of {self.best_valid_loss:.4f}"
         if not improves(
             self.best_valid_loss, self.first_valid_loss, self.best_valid_accuracy, self.first_valid_accuracy

@@ -138,10 +138,8 @@ class Plan:
 
     def remedies(self) -> list[str]:
         """Return flags with which the run would fit, each by itself."""
-        rows, length = self.shape.rows, self.shape.length
-        flags = []
-        lanes = self.shape.lanes
-        rows = rows // lanes
+        lanes, length, flags = self.shape.lanes, self.shape.length, list[str]()
+        rows, answers = self.shape.rows // lanes, max(1, self.shape.answers // lanes)  # in a sequence
         if 0 < (fewer := self.peak.rows_within(self.budget, length) // lanes) < rows:
             windows = math.ceil(rows / fewer)
             flags.append(f"--batch-size {fewer} --grad-accumulation-steps {windows}")
@@ -150,7 +148,7 @@ class Plan:
         ):
             flags.append("--grad-checkpoint" + (f" --batch-size {most}" if most < rows else ""))
         if PAD_TO <= self.longest < length:
-            flags.append(f"--max-seq-length {self.longest + 1}")
+            flags.append(f"--max-seq-length {self.longest // answers + 1}")
         return flags or ["--quantize 4, or a smaller model"]
 
 

@@ -3,12 +3,14 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalora_mlx.data.batches import (
     batches_per_epoch,
     collate,
+    collate_packs,
     epoch_batches,
     evaluation_batches,
     row_shapes,
@@ -16,8 +18,10 @@ from nalora_mlx.data.batches import (
     training_batches,
 )
 from nalora_mlx.data.padding import PAD_TO, fit_shapes, rounded_length
+from nalora_mlx.data.preferences import JOINED, SEPARATE, SHARED, laid_out
 from nalora_mlx.data.tokenization import Example
 from tests.conftest import build_examples
+from tests.preference_rows import preference_rows
 
 
 @settings(max_examples=60, deadline=None)
@@ -173,3 +177,85 @@ def test_the_evaluation_set_is_fixed_and_complete():
     other = evaluation_batches(examples, 2, 3, 1)
     assert any(not np.array_equal(a.inputs, b.inputs) for a, b in zip(part[0], other, strict=True))
     assert sorted_batches([], 4) == []
+
+
+# --- preference rows ----------------------------------------------------------------------------------------
+
+PREFERENCES = {
+    "separate": ("dpo", SEPARATE, False, 20),
+    "shared": ("dpo", SHARED, False, 16),
+    "joined packs": ("orpo", JOINED, True, 4),
+    "shared packs": ("dpo", SHARED, True, 4),
+    "kto": ("kto", SEPARATE, False, 48),
+    "kto packs": ("kto", SEPARATE, True, 12),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_batches_of_preference_rows(name):
+    """Each row once in an epoch, in few shapes; every answer with its tokens, and with its own log-probability."""
+    mode, layout, packing, most = PREFERENCES[name]
+    rows = preference_rows(mode, 200, prompt=(1, 90), answer=(2, 60), vocabulary=1000, known=True)
+    rows = laid_out(rows, layout)
+    each, shapes = len(rows[0].answers), set()
+    for epoch in range(2):
+        per_epoch = batches_per_epoch(rows, 4, packing)
+        drawn, labels = [], []
+        for batch in itertools.islice(
+            training_batches(rows, 4, 0, packing, start=epoch * per_epoch), per_epoch
+        ):
+            answers = batch.answers
+            drawn += answers.rows
+            labels.append(answers.desirable[: len(answers.rows)].mean())
+            shapes.add((batch.inputs.shape, batch.loss_capacity, answers.present.size))
+            assert batch.loss_mask.sum() <= batch.loss_capacity
+            assert batch.answers.present.sum() == len(answers.rows)
+            assert answers.sft_tokens == sum(rows[row].sft_tokens for row in answers.rows)
+            for i, row in enumerate(answers.rows):
+                for k, answer in enumerate(rows[row].answers):
+                    is_answer = answers.numbers == each * i + k
+                    np.testing.assert_array_equal(batch.targets[is_answer], answer.tokens[answer.loss_mask])
+                    if rows[row].reference:
+                        assert answers.reference[each * i + k] == np.float32(rows[row].reference[k])
+            if answers.mismatched is not None:
+                others = answers.mismatched.answers
+                shapes.add(
+                    (answers.mismatched.inputs.shape, answers.mismatched.loss_capacity, others.present.size)
+                )
+                assert sorted(others.rows) == list(range(len(answers.rows)))
+                for i, own in enumerate(others.rows):
+                    row = rows[answers.rows[own]]
+                    tokens = answers.mismatched.targets[others.numbers == i]
+                    np.testing.assert_array_equal(tokens, row.mismatched.tokens[row.mismatched.loss_mask])
+                    assert others.reference[i] == np.float32(row.reference[1])
+        assert sorted(drawn) == list(range(200))
+        if mode == "kto" and not packing:
+            assert min(labels) >= 0.25  # both labels in every batch, half of them each
+            assert max(labels) <= 0.75
+    assert len(shapes) <= most
+
+
+def test_rows_that_share_no_prompt_keep_their_answers_apart():
+    """Alone and next to rows that share one: each answer attends to itself only, from position 0."""
+    rows = laid_out(preference_rows("dpo", 3, prompt=(1, 9)), SHARED)
+    assert rows[0].shareable == 0 < rows[1].shareable
+    for batch in (collate(rows, [0]), collate(rows, [0, 1]), collate_packs(rows, [[0, 1], [2]], 64)):
+        first, second = (answer.inputs for answer in rows[0].answers)
+        numbers, places = batch.branches[0, : first + second], batch.positions[0, : first + second]
+        assert numbers.tolist() == [1] * first + [2] * second
+        assert places.tolist() == [*range(first), *range(second)]
+        assert set(batch.segment_ids[0, : first + second]) == {1}
+    joined = collate(laid_out(rows, JOINED), [1])
+    first, second = (answer.inputs for answer in rows[1].answers)
+    assert joined.segment_ids[0, : first + second].tolist() == [1] * first + [2] * second
+
+
+def test_a_worker_without_rows_has_what_the_others_have():
+    rows = preference_rows("kto", 3, known=True)
+    whole, empty = collate(rows, [0]), collate(rows, [0], slice(1, None, 2))
+    assert empty.rows == whole.rows == (0,)
+    assert empty.answers.rows == ()
+    assert empty.answers.present.tolist() == [0]
+    assert empty.answers.reference.shape == whole.answers.reference.shape
+    assert empty.remote_tokens == whole.supervised_tokens == empty.supervised_tokens
+    assert empty.loss_counts == whole.loss_counts

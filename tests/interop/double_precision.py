@@ -93,7 +93,7 @@ def float64_in_torch():
     from trl.kernels import chunked_logprob
 
     double = types.ModuleType("torch")
-    double.__dict__.update(vars(torch), float32=torch.float64)
+    double.__dict__.update(vars(torch), float32=torch.float64, float=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         patch.setattr(modeling_llama, "torch", double)

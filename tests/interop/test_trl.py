@@ -5,6 +5,7 @@ TRL's trainers compute in float64, in PyTorch, with the first layers of SmolLM2 
 
 import itertools
 import json
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,7 @@ from tests.interop.double_precision import F64, float64_in_mlx, float64_in_torch
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: see CONTRIBUTING.md")
 peft = pytest.importorskip("peft", reason="needs PEFT: see CONTRIBUTING.md")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl", reason="needs TRL: see CONTRIBUTING.md")
 
 MODEL = Path(__file__).parents[2] / "demo" / "model"
@@ -46,8 +48,10 @@ KEYS = tuple(f"self_attn.{name}_proj" for name in "qkvo") + tuple(
     f"mlp.{name}_proj" for name in ("gate", "up", "down")
 )
 SMOOTHING = 0.2
-FLOAT64 = 1e-7  # relative
-FLOAT32 = 1e-5
+FLOAT64 = 1e-12  # relative error; measured up to 1e-14
+# Log-probabilities of about -200 differ by a few units in the last place: losses by up to 1.1e-5, and gradients as a
+# whole by 7e-6. In PyTorch, gradients in float32 and float64 differ by 2e-6.
+FLOAT32 = 2e-5
 PAIRS = [
     ("Name a colour of the sky.", "Blue, and red at dusk.", "Go away."),
     ("What is two plus three?", "Five.", "Six or seven, who would care to count that?"),
@@ -81,9 +85,9 @@ CASES = {
         },
     ),
     "kto": (
-        {"train_mode": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.8},
+        {"train_mode": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.75},
         "kto",
-        {"desirable_weight": 1.5, "undesirable_weight": 0.8},
+        {"desirable_weight": 1.5, "undesirable_weight": 0.75},
     ),
     "kto, starting adapter": ({"train_mode": "kto"}, "kto", {}),
     "dpo, starting adapter": ({"train_mode": "dpo"}, "dpo", {}),
@@ -112,18 +116,16 @@ def rows_of(settings, pairs):
     if settings["train_mode"] == "kto":
         return [
             {"prompt": prompt, "completion": (rejected, chosen)[label], "label": label}
-            for (prompt, chosen, rejected), label in zip(pairs, LABELS, strict=True)
+            for (prompt, chosen, rejected), label in zip(pairs, itertools.cycle(LABELS), strict=False)
         ]
-    return [
-        {"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs
-    ]
+    return [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
 class Base(NamedTuple):
-    """The first layers of SmolLM2 with an eighth of its vocabulary.
+    """The first layers of SmolLM2 with a sixteenth of its vocabulary.
 
     Attributes:
         directory: of the model, which mlx-lm and transformers read.
@@ -142,7 +144,7 @@ def base(tmp_path_factory):
     config = TrainingConfig(train_mode="dpo")
     rows = tokenize_preference_rows(rows_of({"train_mode": "dpo"}, PAIRS), tokenizer, config, False, 512)
     used = [row.tokens for row in rows.sequences]
-    kept = np.unique(np.concatenate([np.arange(0, len(tokenizer.vocab), 8), np.arange(16), *used]))
+    kept = np.unique(np.concatenate([np.arange(0, len(tokenizer.vocab), 16), np.arange(16), *used]))
     directory = tmp_path_factory.mktemp("base") / "model"
     directory.mkdir()
     for file in MODEL.iterdir():
@@ -165,7 +167,9 @@ def their_base(base):
     """Return the model in transformers, in float64."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        base.directory, dtype=torch.float64, attn_implementation="eager"
+    )
     config, rotary = model.config, model.model.rotary_emb
     theta, size = config.rope_parameters["rope_theta"], config.head_dim
     rotary.inv_freq = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
@@ -236,8 +240,9 @@ def make_trainer(base, directory, kind, settings, start=None):
     row = {"prompt": "one two", "chosen": " three", "rejected": " four"}
     if kind == "kto":
         row = {"prompt": "one two", "completion": " three", "label": True}
-    model, lora = their_base(base), peft.LoraConfig(
-        r=RANK, lora_alpha=RANK * SCALE, target_modules="all-linear", task_type="CAUSAL_LM"
+    model, lora = (
+        their_base(base),
+        peft.LoraConfig(r=RANK, lora_alpha=RANK * SCALE, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     if start is not None:
         model, lora = peft.get_peft_model(model, lora), None
@@ -257,7 +262,9 @@ def their_parameters(model):
     found = {}
     for name, parameter in model.named_parameters():
         if ".default." in name:
-            path, matrix = name.removeprefix("base_model.model.").removesuffix(".default.weight").rsplit(".", 1)
+            path, matrix = (
+                name.removeprefix("base_model.model.").removesuffix(".default.weight").rsplit(".", 1)
+            )
             found[f"{path}.{matrix.lower()}"] = parameter
     return found
 
@@ -285,9 +292,7 @@ def their_batch(trainer, examples):
     parts = [split(example) for example in examples]
     for i, (example, (prompt, answers)) in enumerate(zip(examples, parts, strict=True)):
         if isinstance(trainer, trl.DPOTrainer):
-            features.append(
-                {"prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1]}
-            )
+            features.append({"prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1]})
         elif isinstance(trainer, trl.KTOTrainer):
             # TRL's rotation of the answers within a batch
             features.append(
@@ -339,9 +344,7 @@ def tokenized(ours, settings, pairs):
         return replace(example, tokens=np.searchsorted(ours.kept, example.tokens).astype(np.int32))
 
     return config, [
-        replace(
-            row, answers=tuple(map(cut, row.answers)), mismatched=row.mismatched and cut(row.mismatched)
-        )
+        replace(row, answers=tuple(map(cut, row.answers)), mismatched=row.mismatched and cut(row.mismatched))
         for row in found.sequences
     ]
 
@@ -389,7 +392,10 @@ def double_gradient(ours, case, config, examples, layout, packs):
     ours.load(before)
     reference = log_probabilities()
     ours.load(after)
-    arrays = parts[0]
+    # Constants that meet an array of float32 would be rounded to it.
+    arrays = {
+        name: array if "int" in str(array.dtype) else array.astype(F64) for name, array in parts[0].items()
+    }
     if config.has_reference:
         arrays["reference"] = reference[0]
     if len(parts) > 1:
@@ -425,7 +431,9 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "simpo")) for case in CASES]
+)
 def test_loss_and_gradient_of_the_model(base, ours, double, tmp_path, case):
     settings, kind, their_settings = CASES[case]
     before, after = ours.parameters(case)
@@ -439,17 +447,14 @@ def test_loss_and_gradient_of_the_model(base, ours, double, tmp_path, case):
         for layout, packs in layouts:
             layout = SEPARATE if kind == "kto" else layout
             value, found = our_gradient(ours, case, config, examples, layout, packs)
-            print(f"{case:24s} {layout:9s} {packs is not None!s:5s} {loss:9.5f} f32 {abs(value / loss - 1):.1e} {error(found, gradient):.1e}")
             assert value == pytest.approx(loss, rel=FLOAT32)
             assert error(found, gradient) < FLOAT32
             with float64_in_mlx():
                 value, found = double_gradient(double, case, config, examples, layout, packs)
-            print(f"      f64 {abs(value / loss - 1):.1e} {error(found, gradient):.1e}")
             assert value == pytest.approx(loss, rel=FLOAT64)
             assert error(found, gradient) < FLOAT64
     if kind == "kto":
         divergences = trainer._metrics["train"]["kl"]
-        print(divergences)
         assert all(z > 0 for z in divergences) if STARTING in case else divergences == [0, 0]
 
 
@@ -517,10 +522,9 @@ def our_loss_of(function, *arguments):
     return loss.item(), np.concatenate([np.array(g) for g in gradient])
 
 
-def same(ours, theirs, absolute=1e-12):
+def same(ours, theirs, relative=1e-6, absolute=1e-12):
     for one, other in zip(ours, theirs, strict=True):
-        print(one, other, np.abs(np.array(one) - other).max(), np.abs(np.array(one) / np.where(other == 0, 1, other) - 1).max())
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=absolute)
+        np.testing.assert_allclose(one, other, rtol=relative, atol=absolute)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if STARTING not in case])
@@ -540,6 +544,7 @@ def test_loss_of_given_log_probabilities(base, tmp_path, case):
         elif kind == "kto":
             trainer.precompute_ref_logps = True
             for ratio, desirable, baseline in itertools.product(MARGINS, (True, False), (-4.0, 0.0, 3.0)):
+
                 def function(r, desirable=desirable, baseline=baseline):
                     return losses.kto(config, r, mx.array([float(desirable)]), max(baseline, 0.0))
 
@@ -550,11 +555,13 @@ def test_loss_of_given_log_probabilities(base, tmp_path, case):
                 )
         else:
             function = {"orpo": losses.orpo, "cpo": losses.simpo}[kind]
-            values = [-float(2**n) for n in (-20, -10, -4, -1, 0, 2, 4, 5)] + [-0.6875, -0.6953125]
+            values = np.float32([-1e-6, -1e-3, -0.1, -0.5, -0.69, -0.7, -1, -4, -16, -30]).tolist()
             for chosen, rejected in itertools.product(values, values):
                 same(
                     our_loss_of(partial(function, config), chosen, rejected),
                     their_loss_of_log_probabilities(trainer, chosen, rejected),
+                    # A logarithm that is off by a rounding error makes odds off by more.
+                    relative=2e-6,
                 )
 
 
@@ -565,7 +572,7 @@ def run(ours, settings, layout, parameters, output=None):
     """Train for a few iterations; return the first metrics of training and of validation."""
     ours.load(parameters)
     events = []
-    settings = {"iters": 2, "steps_per_report": 1, "batch_size": 4, "train_mode": "dpo"} | settings
+    settings = {"iters": 1, "steps_per_report": 1, "batch_size": 4, "train_mode": "dpo"} | settings
     _, examples = tokenized(ours, {"train_mode": settings["train_mode"]}, PAIRS)
     examples = laid_out(examples, layout)
     train(
@@ -591,7 +598,7 @@ def log_probability(logits, answer):
     return log_p[np.arange(len(log_p)), answer.tokens[1:]][answer.loss_mask[1:]].sum()
 
 
-@pytest.mark.parametrize(("mode", "layout", "packing"), [("dpo", SHARED, True), ("dpo", SEPARATE, False), ("kto", SEPARATE, False)])
+@pytest.mark.parametrize(("mode", "layout", "packing"), [("dpo", SHARED, True), ("kto", SEPARATE, False)])
 def test_reference_is_the_base_model(base, ours, tmp_path, mode, layout, packing):
     examples, _ = run(ours, {"train_mode": mode, "packing": packing}, layout, ours.before, tmp_path / "run")
     (file,) = (tmp_path / "run" / "reference").glob("*.safetensors")
@@ -606,31 +613,25 @@ def test_reference_is_the_base_model(base, ours, tmp_path, mode, layout, packing
                 with float64_in_torch(), torch.no_grad():
                     expected = log_probability(theirs(torch.tensor(tokens).long()).logits[0], answer)
                 same_base = log_probability(plain(mx.array(tokens))[0], answer)
-                print(value, abs(value / expected - 1), abs(value / same_base - 1))
                 assert value == pytest.approx(expected, rel=1e-5)
                 assert value == pytest.approx(same_base, rel=1e-6)
 
 
 STARTS = {
-    "pairs in batches of 1": ({"batch_size": 1}, SEPARATE),
-    "2": ({"batch_size": 2}, SEPARATE),
-    "3": ({"batch_size": 3}, SEPARATE),
-    "4 and the rest": ({}, SEPARATE),
-    "5": ({"batch_size": 5}, SEPARATE),
-    "6": ({"batch_size": 6}, SEPARATE),
+    "one pair": ({"batch_size": 1}, SEPARATE),
+    "three pairs": ({"batch_size": 3}, SEPARATE),
+    "five pairs": ({"batch_size": 5}, SEPARATE),
+    "gradient checkpointing": ({"grad_checkpoint": True}, SEPARATE),
+    "accumulation": ({"grad_accumulation_steps": 2, "iters": 2}, SEPARATE),
     "shared prompts": ({}, SHARED),
-    "shared prompts, batches of 3": ({"batch_size": 3}, SHARED),
+    "shared prompts, gradient checkpointing": ({"batch_size": 3, "grad_checkpoint": True}, SHARED),
     "packed": ({"packing": True}, JOINED),
     "shared prompts, packed": ({"packing": True}, SHARED),
-    "gradient checkpointing": ({"grad_checkpoint": True}, SEPARATE),
-    "shared prompts, gradient checkpointing": ({"grad_checkpoint": True}, SHARED),
-    "accumulation": ({"grad_accumulation_steps": 2}, SEPARATE),
     "on the fly": ({"reference": "on-the-fly"}, SEPARATE),
     "on the fly, shared prompts, packed": ({"reference": "on-the-fly", "packing": True}, SHARED),
-    "length-normalized": ({"length_normalized": True}, SEPARATE),
-    STARTING: ({}, SEPARATE),
-    f"{STARTING}, shared prompts, packed": ({"packing": True}, SHARED),
-    f"{STARTING}, gradient checkpointing": ({"grad_checkpoint": True}, SHARED),
+    "length-normalized": ({"length_normalized": True, "batch_size": 5}, SEPARATE),
+    STARTING: ({"batch_size": 5}, SEPARATE),
+    f"{STARTING}, shared prompts, packed": ({"packing": True, "grad_checkpoint": True}, SHARED),
     f"{STARTING}, on the fly": ({"reference": "on-the-fly"}, SHARED),
 }
 
@@ -639,8 +640,6 @@ STARTS = {
 def test_first_loss_of_dpo_is_log_2(ours, start):
     settings, layout = STARTS[start]
     _, metrics = run(ours, settings, layout, ours.after if STARTING in start else ours.before)
-    for event in metrics:
-        print(start, event["split"], event["loss"]-np.log(2), event["chosen_reward"], event["rejected_reward"])
     for event in metrics:
         assert np.float32(event["loss"]) == np.float32(np.log(2))
         assert event["chosen_reward"] == event["rejected_reward"] == 0

@@ -19,8 +19,9 @@ from nalora_mlx.data.packing import epoch_packs
 from nalora_mlx.data.padding import PAD_TO, padded_length
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.models.output_head import find_output_head
-from nalora_mlx.models.packed_rows import PackedCache, packing_error
+from nalora_mlx.models.packed_rows import Branches, PackedCache, packed_caches, packing_error, sharing_error
 from nalora_mlx.models.recurrences import TrainingForms
+from nalora_mlx.ops.rope import rope_positions
 from nalora_mlx.training.step import TrainingStep
 from tests.adapters.test_miniatures import build
 from tests.conftest import build_examples, random_adapters
@@ -267,3 +268,79 @@ def test_a_recurrence_without_its_training_form_is_an_error():
     forms = TrainingForms(model)
     forms.notices = ["ssm_update keeps mlx-lm's own form"]
     assert "carries a state" in packing_error(model, model, 64, forms)
+
+
+# --- several answers after one prompt -------------------------------------------------------------------------
+
+SHAREABLE = ["llama", "qwen3", "phi3", "gemma3_text", "cohere2", "mixtral", "deepseek_v3", "gpt_oss"]
+NOT_SHAREABLE = {
+    "qwen3_5": r"keep more of earlier positions than keys and values \(ArraysCache\)",
+    "lfm2": r"keep more of earlier positions than keys and values \(ArraysCache\)",
+    "gemma2": "outputs of a branch change",  # uses one mask for all sequences
+    "gpt2": "outputs of a branch change",  # learned positions
+    "gemma3n": "does not take a packed sequence .*keys_and_values",
+}
+
+
+def sharing_error_of(model, length=64):
+    head = find_output_head(model)
+    return sharing_error(model, head.hidden if head else model, length)
+
+
+@pytest.mark.parametrize("name", SHAREABLE)
+def test_branches_compute_what_each_text_does_alone(name):
+    """Outputs of the model itself, three branches after one prompt, after another row and before padding."""
+    model = build(name)
+    assert sharing_error_of(model) is None
+    rng = np.random.default_rng(0)
+    prompt, branches = rng.integers(1, 32, 21), [rng.integers(1, 32, n) for n in (9, 1, 12)]
+    other = rng.integers(1, 32, 5)
+    tokens = np.concatenate([other, prompt, *branches, [0, 0]])
+    segment_ids = np.repeat([1, 2, 0], [5, tokens.size - 7, 2])
+    numbers = np.repeat([0, 0, 1, 2, 3, 0], [5, 21, 9, 1, 12, 2])
+    place = np.concatenate([np.arange(5), np.arange(21), *(21 + np.arange(b.size) for b in branches), [0, 0]])
+    ids, numbers_of, places = (mx.array(a.astype(np.int32))[None] for a in (segment_ids, numbers, place))
+    with rope_positions(places):
+        caches = packed_caches(model, ids, Branches(numbers_of, places))
+        joined = np.array(model(mx.array(tokens)[None], cache=caches).astype(mx.float32))[0]
+    for number, branch in enumerate(branches, 1):
+        alone = np.array(model(mx.array(np.concatenate([prompt, branch]))[None]).astype(mx.float32))[0]
+        found = joined[(segment_ids == 2) & ((numbers == 0) | (numbers == number))]
+        np.testing.assert_allclose(found, alone, atol=1e-5 * np.abs(alone).max())
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SHAREABLE))
+def test_models_that_cannot_keep_branches_apart_are_an_error(name):
+    import re
+
+    assert re.search(NOT_SHAREABLE[name], sharing_error_of(build(name)) or "no error")
+
+
+def test_positions_that_do_not_reach_the_attention_are_an_error():
+    """A rotary embedding that computes the rotation itself, from the order of the tokens."""
+
+    class Own(nn.Module):
+        def __call__(self, x, offset=0):
+            angles = (offset + mx.arange(x.shape[2]))[:, None] * mx.power(100.0, -mx.arange(x.shape[-1] // 2))
+            a, b = mx.split(x, 2, axis=-1)
+            c, s = mx.cos(angles), mx.sin(angles)
+            return mx.concatenate([a * c - b * s, a * s + b * c], axis=-1)
+
+    model = build("llama")
+    for layer in model.layers:
+        layer.self_attn.rope = Own()
+    assert packing_error_of(model) is None
+    assert "outputs of a branch change" in sharing_error_of(model)
+
+
+def test_the_mask_of_branches_is_a_tree():
+    numbers, place = [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 3, 4, 3, 4, 5]
+    cache = PackedCache(
+        mx.ones((1, 8), mx.int32), Branches(mx.array([numbers], mx.int32), mx.array([place], mx.int32))
+    )
+    mask, windowed = (np.array(cache.make_mask(8, window_size=size))[0, 0] for size in (None, 3))
+    for i in range(8):
+        for j in range(8):
+            seen = numbers[j] in (0, numbers[i]) and place[j] <= place[i]
+            assert mask[i, j] == seen
+            assert windowed[i, j] == (seen and place[i] - place[j] < 3)

@@ -119,6 +119,7 @@ def test_plain_lines_of_a_preference_run():
         # A lower loss is not the best if the accuracy is lower; among equal accuracies, it is.
         preference_validation(20, 0.4, 0.75, 0.5, 0.8),
         preference_validation(30, 0.45, 0.8, 0.45, 0.8),
+        preference_validation(35, 0.45, 0.75, 0.45, 0.8),
         # A batch of KTO may have rows of one label only.
         preference_report(40, 0.6, rejected_reward=None),
     ]
@@ -130,6 +131,7 @@ def test_plain_lines_of_a_preference_run():
         "iteration  10/100: validation loss 0.5000, accuracy 0.80, margin 0.750, KL 0.12 (best), 2.0 s",
         "iteration  20/100: validation loss 0.4000, accuracy 0.75, margin 0.750, KL 0.12, 2.0 s",
         "iteration  30/100: validation loss 0.4500, accuracy 0.80, margin 0.750, KL 0.12 (best), 2.0 s",
+        "iteration  35/100: validation loss 0.4500, accuracy 0.75, margin 0.750, KL 0.12, 2.0 s",
         "iteration  40/100: loss 0.6000, accuracy 0.75, lr 1.00e-05, 1234 tokens/s, 3.20 GB, 0:02:00 left",
     ]
     assert lines([START, {"event": "reference", "batch": 1, "batches": 1}]) == []

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
+import nalora_mlx
 from nalora_mlx.core.config import PreferenceConfig
 from nalora_mlx.runs.progress import Progress
 from nalora_mlx.training.evaluation import Evaluation
@@ -109,6 +110,26 @@ def test_missing_and_broken_measures_never_raise_or_warn(mode, bad):
 def test_a_missing_measure_before_training_is_no_collapse():
     assert warnings({"chosen_logp": -9.0}, "kto", before={"accuracy": 0.5}) == []
     assert warnings({"chosen_logp": -9.0}, "kto", before={"accuracy": 0.5, "chosen_logp": math.nan}) == []
+
+
+def test_a_run_warns_once_also_after_a_resume(model_directory, tmp_path, capsys):
+    words = {"cat": "red", "dog": "blue", "bird": "green"}
+    rows = [
+        {"prompt": f"what is the {a} ?", "chosen": f"the {a} is {b}", "rejected": "one two"}
+        for a, b in words.items()
+    ]
+    settings = {"train_mode": "dpo", "iters": 4, "batch_size": 3, "learning_rate": 0.1, "steps_per_eval": 2}
+    run = {"train": rows, "valid": rows}, tmp_path / "run"
+    nalora_mlx.finetune(model_directory, *run, **settings, save_every=2, samples=False)
+    assert capsys.readouterr().out.count("the model has moved far from what it was before training") == 1
+    metrics = [json.loads(line) for line in (run[1] / "metrics.jsonl").read_text().splitlines()]
+    valid = [record for record in metrics if record["split"] == "valid"]
+    assert [record["first_accuracy"] for record in valid] == [0.5] * 3
+    assert valid[-1]["kl"] > 1
+    nalora_mlx.finetune(None, run[0], run[1], resume=True, iters=6)
+    shown = capsys.readouterr().out
+    assert "validation loss" in shown
+    assert "moved far" not in shown
 
 
 def test_the_line_of_a_test():

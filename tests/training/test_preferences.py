@@ -251,6 +251,19 @@ def test_evaluation_equals_float64(mode, layout):
         assert found.measures == pytest.approx(measures, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("before", [-100.0, 5.0])
+def test_ktos_estimate_of_the_divergence_is_not_negative(before):
+    """The mean over the mismatched answers of the whole window, or 0."""
+    model, config = adapted(), TrainingConfig(train_mode="kto")
+    rows = [replace(row, reference=(-9.0, before)) for row in preference_rows("kto", 5)]
+    gaps = [log_p(model, row.mismatched)[row.mismatched.loss_mask[1:]].sum() - before for row in rows]
+    window = [collate(rows, [0, 3, 4]), collate(rows, [1, 2])]
+    more = Reference(PreferenceLoss(model, config), config, ALONE).window_arrays(window)
+    assert (np.mean(gaps) < 0) == (before > 0)
+    for arrays in more:
+        assert arrays["baseline"].item() == pytest.approx(max(0.0, np.mean(gaps)), rel=1e-5)
+
+
 def test_equal_rewards_count_as_one_half():
     """Before training, all rewards are exactly 0 and the loss is exactly log 2, whatever the batch."""
     model = build("llama")

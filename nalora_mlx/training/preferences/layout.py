@@ -32,7 +32,9 @@ def choose_layout(
     shared, saved = laid_out(examples, SHARED), saving(examples)
     if config.packing:
         joined = laid_out(examples, JOINED)
-        reason = packing_error(loss.model, hidden, padded_length(joined), loss.training_forms)
+        mismatched = [row.mismatched for row in examples if row.mismatched is not None]
+        length = padded_length([*joined, *mismatched])
+        reason = packing_error(loss.model, hidden, length, loss.training_forms)
         if reason:
             raise InputError(f"packing would mix rows with this model: {reason}; leave --packing out")
         if len(examples[0].answers) < 2:
