@@ -104,7 +104,8 @@ EVENTS = (
 )
 EVENTS_END = """
 Losses are means over the tokens that are trained on, in preference training over rows. There, `metrics` events also
-have its measures, and those of `split` valid `first_accuracy` and `best_accuracy`. `metrics.jsonl` in the run's directory keeps the `metrics` events.
+have its measures, and those of `split` valid `first_accuracy` and `best_accuracy`. `metrics.jsonl` in the run's
+directory keeps the `metrics` events.
 """
 # Public names that come first, in the order in which a reader needs them.
 FIRST = ("finetune", "FinetuneResult")

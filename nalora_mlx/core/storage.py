@@ -26,7 +26,7 @@ MAX_JSON_BYTES = 64 * 2**20  # ours have a few thousand
 # Temporary names. A file: .STEM.PID.SUFFIX. A directory: .NAME.PID.new (incomplete), .NAME.PID.old (complete, about to
 # be replaced) or .NAME.PID.gone (being removed).
 _TEMPORARY_NAME = re.compile(
-    r"\.(?P<name>adapters|adapter_config|metrics|run|samples|best|step-[0-9]+)\.[0-9]+"
+    r"\.(?P<name>adapters|adapter_config|metrics|run|samples|best|step-[0-9]+|[0-9a-f]{32}-[0-9a-f]{16})\.[0-9]+"
     r"\.(?P<kind>new|old|gone|safetensors|jsonl?)"
 )
 
