@@ -101,7 +101,7 @@ class TestPairs:
         loss = PreferenceLoss(model, PreferenceConfig(train_mode="dpo"))
         return row_log_probabilities(loss, self.pairs, batches, ALONE)
 
-    def scores(self, log_p: np.ndarray) -> dict[str, float]:
+    def scores(self, log_p: np.ndarray) -> dict[str, Any]:
         """Return the share of pairs that are right, by ratio to the base model and by log p, and the margin."""
         ratios, per_token = log_p - self.base, log_p / self.lengths
         return {
@@ -110,6 +110,7 @@ class TestPairs:
             "margin": float(np.mean(ratios[:, 0] - ratios[:, 1])),
             "chosen_logp": float(np.mean(per_token[:, 0])),
             "rejected_logp": float(np.mean(per_token[:, 1])),
+            "wrong": [pair.source for pair, (w, l_) in zip(self.pairs, ratios, strict=True) if w < l_],
         }
 
     def answers(self, model: Any, tokenizer: Any) -> list[str]:
