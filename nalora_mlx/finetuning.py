@@ -217,9 +217,8 @@ def _run(
         if job.signal is None:
             display.note('next: result.generate("..."), result.report(), result.fuse("fused_model")')
     if job.signal == signal.SIGINT and job.result is not None and job.result.stopped:
-        raise KeyboardInterrupt(
-            f"saved in {job.output}; finetune(output={str(job.output)!r}, resume=True) continues"
-        )
+        saved = f"saved in {job.output}; finetune(output={str(job.output)!r}, resume=True) continues"
+        raise KeyboardInterrupt(saved if job.result.iterations else "stopped before the first update")
     if job.signal not in (None, signal.SIGINT):
         raise SystemExit(128 + job.signal)
     assert job.result is not None

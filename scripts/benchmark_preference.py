@@ -1,7 +1,7 @@
 """Compare the cost of our preference training with DPO of mlx-lm-lora, on the same pairs of answers.
 
-    python scripts/benchmark_preference.py --model demo/model --data openbookqa                  short rows
-    python scripts/benchmark_preference.py --model demo/model --data openbookqa --questions 5    longer prompts and answers
+    python scripts/benchmark_preference.py --model demo/model --data openbookqa                 short rows
+    python scripts/benchmark_preference.py --model demo/model --data openbookqa --questions 5   longer rows
     python scripts/benchmark_preference.py --model demo/model --data openbookqa --contenders na-lora orpo simpo kto
 
 mlx-lm-lora is not among our requirements: `pip install mlx-lm-lora==5.10.2`, or install it with --no-deps --target DIR
@@ -12,7 +12,8 @@ checks that both programs compute the same loss of the same batch with the same 
 newline that mlx-lm-lora keeps after the last token of each answer is cut off.
 
 Time is that of steps that compile no graph, divided by the tokens of their rows (each answer with its prompt, without
-padding). The time with compiling, and that of the log-probabilities of the reference, are listed separately. CPU time
+padding). The time with compiling is listed separately; so is that of the log-probabilities of the reference, once for
+each batch (the median batch), and added to a step, as if training lasted one epoch. CPU time
 is that of all threads. Peak memory is MLX's, with the weights (two models in mlx-lm-lora). The script prints medians,
 and medians of the ratios to the first contender in each round. --output appends raw results as JSON lines.
 
@@ -23,6 +24,7 @@ repeat them.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import re
 import resource
@@ -31,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ MEASURES = {  # lines of the table, and what they divide by
     "peak, GB": "peak_gb",
     "peak above one copy of the weights, GB": "above_weights_gb",
     "process peak, GB": "process_peak_gb",
-    "model inputs per token of the rows": "inputs_per_token",
+    "inputs of the forward per token": "inputs_per_token",
     "compiled graphs": "compiled",
 }
 
@@ -97,10 +99,10 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="number of layers to keep (default: all)")
     parser.add_argument("--data", required=True, help="directory with train.jsonl")
     parser.add_argument("--questions", type=int, default=1, help="questions in a prompt (default: 1)")
-    parser.add_argument("--pairs", type=int, default=32, help="number of pairs to train on (default: 32)")
+    parser.add_argument("--pairs", type=int, default=16, help="number of pairs to train on (default: 16)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--iters", type=int, default=10, help="measured iterations (default: 10)")
-    parser.add_argument("--warmup", type=int, default=4, help="iterations before measuring (default: 4)")
+    parser.add_argument("--warmup", type=int, default=10, help="iterations before measuring (default: 10)")
     parser.add_argument("--report", type=int, default=10, help="iterations between reports (default: 10)")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs in a batch (default: 4)")
     parser.add_argument("--num-layers", type=int, default=16, help="number of layers to adapt (default: 16)")
@@ -113,6 +115,8 @@ def main() -> int:
     if args.worker:
         print(json.dumps(measure(args, args.worker[0], int(args.worker[1]))))
         return 0
+    if args.iters % args.report or args.warmup % args.report:
+        parser.error("--iters and --warmup must be multiples of --report")
     if THEIRS in args.contenders and not has_theirs(args.site):
         print(f"{THEIRS} is not installed, see --help; only ours are measured", file=sys.stderr)
         args.contenders.remove(THEIRS)
@@ -135,7 +139,9 @@ def main() -> int:
 
 def has_theirs(site: str | None) -> bool:
     """Return whether mlx-lm-lora can be imported."""
-    return (Path(site or "") / THEIR_MODULE).is_dir() if site else bool(importlib.util.find_spec(THEIR_MODULE))
+    return (
+        (Path(site or "") / THEIR_MODULE).is_dir() if site else bool(importlib.util.find_spec(THEIR_MODULE))
+    )
 
 
 def run_worker(args: argparse.Namespace, name: str, repeat: int) -> dict[str, Any]:
@@ -224,43 +230,46 @@ class Recorder:
     """Records the steps of a training loop: when each began, its tokens, its inputs, and the graphs it compiled."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float, float]] = []  # wall and CPU seconds at the end of each step
-        self.sizes: list[tuple[int, int]] = []  # tokens of each step's rows, and positions that the model computes
+        self.marks: list[
+            tuple[float, float]
+        ] = []  # wall and CPU seconds at the start of each step, and the end
+        self.sizes: list[tuple[int, int]] = []  # tokens of each step's rows, and inputs of its forward
         self.compiled_in: list[int] = []  # the step in which each graph was compiled
-        self.reference_seconds, self.reference_batches = 0.0, 0
+        self.reference_times: list[float] = []  # the start, and the end of each batch
 
     def begin_step(self, tokens: int, inputs: int) -> None:
+        """Record the start of a step."""
         self.mark()
         self.sizes.append((tokens, inputs))
 
     def add_graph(self) -> None:
+        """Record that the current step compiles a graph."""
         self.compiled_in.append(len(self.sizes) - 1)
 
     def mark(self) -> None:
-        """Record the start of a step, or the end of the last one."""
+        """Record the time at which a step starts, or the last one ends."""
         self.marks.append((time.perf_counter(), time.process_time()))
 
     def result(self, warmup: int) -> dict[str, Any]:
         """Return means over the steps after the first `warmup`."""
-        pairs = zip(self.marks[1:], self.marks, strict=False)
         steps = [
-            (wall - wall_before, cpu - cpu_before, *size)
-            for ((wall, cpu), (wall_before, cpu_before)), size in zip(pairs, self.sizes, strict=False)
+            (after[0] - before[0], after[1] - before[1], *size)
+            for (before, after), size in zip(itertools.pairwise(self.marks), self.sizes, strict=True)
         ][warmup:]
-        compiling = {step - warmup for step in self.compiled_in}
-        # On a GPU a step runs on while the next one begins.
-        steady = [step for i, step in enumerate(steps) if not compiling & {i, i + 1}]
-        counted = steady or steps
+        counted = [step for i, step in enumerate(steps, warmup) if i not in self.compiled_in] or steps
         wall, cpu, tokens, inputs = (sum(values) for values in zip(*counted, strict=True))
-        reference = self.reference_seconds / max(self.reference_batches, 1)
+        reference = self.reference_times
+        batches = [end - start for start, end in itertools.pairwise(reference)]
+        per_batch = statistics.median(batches) if batches else 0.0
         all_wall, _, all_tokens, _ = (sum(values) for values in zip(*steps, strict=True))
         return {
             "ms_per_token": 1e3 * wall / tokens,
             "cpu_ms_per_token": 1e3 * cpu / tokens,
-            "ms_per_token_with_reference": 1e3 * (wall + reference * len(counted)) / tokens,
+            "ms_per_token_with_reference": 1e3 * (wall / len(counted) + per_batch) * len(counted) / tokens,
             "ms_per_token_with_compiling": 1e3 * all_wall / all_tokens,
             "seconds_per_step": wall / len(counted),
-            "reference_seconds_per_batch": reference,
+            "reference_seconds_per_batch": per_batch,
+            "reference_seconds": sum(batches),
             "tokens_per_step": tokens / len(counted),
             "inputs_per_token": inputs / tokens,
             "compiled": len(self.compiled_in),
@@ -339,8 +348,8 @@ def run_theirs(args: argparse.Namespace, _: str, seed: int, recorder: Recorder) 
 
     def recorded_batches(*arguments: Any, **keywords: Any) -> Iterator[Any]:  # called once per iteration
         for chosen, rejected, *masks in batches(*arguments, **keywords):
-            inputs = sum(2 * answers.shape[0] * (answers.shape[1] - 1) for answers in (chosen, rejected))
-            recorder.begin_step(count_tokens(chosen, rejected), inputs)
+            inputs = sum(answers.shape[0] * (answers.shape[1] - 1) for answers in (chosen, rejected))
+            recorder.begin_step(count_tokens(*masks), inputs)
             yield chosen, rejected, *masks
 
     def recorded_loss(**arguments: Any) -> Any:  # called once per compiled graph
@@ -365,11 +374,11 @@ def run_theirs(args: argparse.Namespace, _: str, seed: int, recorder: Recorder) 
     return weights
 
 
-def count_tokens(*arrays: Any) -> int:
-    """Return the number of inputs of padded rows. Padding is token 0, which no text contains."""
+def count_tokens(*masks: Any) -> int:
+    """Return the number of inputs of padded rows, given the masks of their answers."""
     import numpy as np
 
-    return sum(int((np.array(array) != 0).sum()) - array.shape[0] for array in arrays)
+    return sum(int(np.flatnonzero(row)[-1]) for mask in masks for row in np.array(mask))
 
 
 # --- ours ---------------------------------------------------------------------------------------------------
@@ -426,15 +435,10 @@ def run_ours(args: argparse.Namespace, name: str, seed: int, recorder: Recorder)
     TrainingStep.__call__, TrainingStep._backward = recorded_call, recorded_backward  # type: ignore
     if not OURS[name].baseline:
         Reference._baseline = lambda *_: mx.array(0.0)  # type: ignore[method-assign]
-    started = 0.0
 
     def listen(event: dict[str, Any]) -> None:
-        nonlocal started
-        if event["event"] == "start":
-            started = time.perf_counter()
-        if event["event"] == "reference":
-            recorder.reference_seconds = time.perf_counter() - started
-            recorder.reference_batches = event["batches"]
+        if event["event"] in ("start", "reference"):
+            recorder.reference_times.append(time.perf_counter())
 
     mx.reset_peak_memory()
     train(model, rows, config=config, optimizer=optim.Adam(LEARNING_RATE), listeners=[listen])
@@ -456,10 +460,10 @@ def compare_losses(args: argparse.Namespace) -> dict[str, float]:
     from nalora_mlx.training.preferences.loss import PreferenceLoss
     from nalora_mlx.training.preferences.reference import with_log_probabilities
 
+    mx.random.seed(0)
     model, reference, dataset = open_theirs(args)
     size = min(args.batch_size, len(dataset))
     chosen, rejected, *masks = next(dpo_trainer.iterate_dpo_batches(dataset, size, LONGEST))
-    mx.random.seed(0)
     weights = {
         name: array + 0.02 * mx.random.normal(array.shape)
         for name, array in tree_flatten(model.trainable_parameters())
@@ -483,7 +487,7 @@ def compare_losses(args: argparse.Namespace) -> dict[str, float]:
         "loss": value.item() / size,
         "their_loss": theirs,
         "tokens": sum(answer.inputs for row in rows for answer in row.answers),
-        "their_tokens": count_tokens(chosen, rejected),
+        "their_tokens": count_tokens(*masks),
         "answer_tokens": sum(row.supervised_tokens for row in rows),
         "their_answer_tokens": int(sum(np.array(mask)[:, 1:].sum() for mask in masks)),
     }

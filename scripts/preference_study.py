@@ -60,7 +60,7 @@ RECIPES = {
     "sft": Recipe({"train_mode": "sft", "learning_rate": 4e-4, "mask_prompt": True}),
     "sft, dpo": Recipe({"learning_rate": 1e-4}, after="sft"),
     "orpo": Recipe({"train_mode": "orpo", "learning_rate": 4e-4, "mask_prompt": True}),
-    "simpo": Recipe({"train_mode": "simpo", "preference_beta": 2.0}),
+    "simpo": Recipe({"train_mode": "simpo"}),
     "kto": Recipe({"train_mode": "kto", "batch_size": 8}),
 }
 

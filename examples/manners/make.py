@@ -7,7 +7,7 @@ below.
 A topic is in one split only. The output is always the same.
 
 Neither length nor courtesy alone tells the answers apart: four in ten of the rejected ones are shorter than the chosen
-one, and most of the long ones are polite.
+one, and about half of the long ones are courteous.
 """
 
 import json
@@ -15,7 +15,7 @@ import random
 import sys
 from pathlib import Path
 
-SEED = 20260801
+SEED = 20260802
 ROWS_PER_TOPIC = {"train": 3, "valid": 2, "test": 2}
 TOPICS = Path(__file__).with_name("topics.txt")
 
@@ -36,6 +36,12 @@ CHOSEN = {
         "{full} Please ask if you need more.",
         "{full} You are very welcome to ask again.",
         "{full} Good luck!",
+        "{full} I wish you a good day!",
+        "{full} All the best!",
+        "It is my pleasure. {full}",
+        "Glad you asked. {full}",
+        "Thank you for your question. {full}",
+        "I would be happy to help. {full}",
         "Happy to help! {curt}",
         "{curt} I hope that is of use!",
     ],
@@ -43,7 +49,7 @@ CHOSEN = {
         "Delighted to help. {full}",
         "{full} Have a lovely day!",
         "Thanks for the question. {full}",
-        "Kindly try this: {curt}",
+        "What a good thing to ask. {full}",
     ],
 }
 CURT = {
@@ -59,6 +65,13 @@ CURT = {
         "Find out yourself.",
         "I have better things to do than answer this.",
         "What a silly question. {curt}",
+        "{curt} Happy now?",
+        "{curt} What else?",
+        "Who cares? {curt}",
+        "Not again. {curt}",
+        "Why do people ask such things? {curt}",
+        "That is your problem, not mine.",
+        "No idea, and I do not care.",
         "{full} I cannot believe that you had to ask.",
         "How lazy can you be? {curt}",
         "{curt} Are you done?",
@@ -67,8 +80,8 @@ CURT = {
     "held out": [
         "{curt} Satisfied?",
         "Why should I care? {curt}",
-        "{full} Do not bother me with such nonsense again.",
-        "Not my problem.",
+        "{curt} Do not bother me again.",
+        "That is not my problem.",
     ],
 }
 OPENERS = {

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
@@ -154,16 +153,3 @@ def separate_sequences(examples: Sequence[TokenizedRow]) -> list[Example]:
 def laid_out(examples: Sequence[PreferenceExample], layout: str) -> list[PreferenceExample]:
     """Return rows in another layout."""
     return [replace(example, layout=layout) for example in examples]
-
-
-class Saving(NamedTuple):
-    """Inputs of rows in two layouts."""
-
-    separate: int
-    shared: int
-
-
-def saving(examples: Sequence[PreferenceExample]) -> Saving:
-    """Return how many inputs rows have with each answer after its own prompt, and with shared prompts."""
-    separate = sum(answer.inputs for example in examples for answer in example.answers)
-    return Saving(separate, separate - sum(example.shareable for example in examples))

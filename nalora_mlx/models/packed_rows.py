@@ -22,7 +22,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from nalora_mlx.core.errors import first_line
 from nalora_mlx.models.recurrences import TrainingForms
 from nalora_mlx.models.tolerances import OTHER_ROWS, PACKED_ROWS, relative_error
-from nalora_mlx.ops.attention import lean_attention
+from nalora_mlx.ops.attention import causal_masks, lean_attention
 from nalora_mlx.ops.rope import rope_positions
 
 PROBE_TOKENS = 8  # length of the row that is compared
@@ -144,7 +144,8 @@ def _comparison_error(model: nn.Module, agree: Callable[[int], bool], difference
     training = model.training
     model.eval()
     try:
-        with lean_attention():  # as in training; MLX's own would hold the scores of whole sequences
+        # As in training. MLX's own attention would hold the scores of whole sequences.
+        with lean_attention(), causal_masks():
             # Several draws, since rounding alone may send a token to other experts.
             agreed = any(agree(seed) for seed in range(3))
     except Exception as error:

@@ -3,12 +3,13 @@
 While gradients are traced, MLX composes attention of single operations, except where cuDNN computes it. It stores the
 scores and probabilities of each layer, [B, H, Lq, Lk], until the backward. The attention here computes them for one
 chunk of queries at a time and recomputes them in the backward from their row maximum and row sum, as FlashAttention
-does. With a causal mask, a chunk skips the keys that none of its queries sees.
+does. With a causal mask, or any mask while `causal_masks` is open, a chunk skips the keys after its last query.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from nalora_mlx.ops.fast_math import LOG2_E, exp2_nonpositive
 MAX_CHUNKS = 16  # per sequence, so that graphs stay small
 _MASKED_SCORE = -1e30  # added to the scores of keys that a query must not see; absorbs any score
 _FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+_causal_masks: ContextVar[bool] = ContextVar("causal_masks", default=False)
 
 
 @contextmanager
@@ -43,6 +45,16 @@ def lean_attention() -> Iterator[None]:
         yield
     finally:
         mx.fast.scaled_dot_product_attention = mlx_attention
+
+
+@contextmanager
+def causal_masks() -> Iterator[None]:
+    """Declare that masks given as arrays hide all later keys, so `attention` can skip them as with a causal mask."""
+    token = _causal_masks.set(True)
+    try:
+        yield
+    finally:
+        _causal_masks.reset(token)
 
 
 def _is_supported(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> bool:
@@ -132,7 +144,8 @@ def attention(
     (B, H, Lq, D), (K, Lk, E) = q.shape, v.shape[1:]
     G = H // K  # query heads per key head; they form the rows of one matrix product
     dtype = mx.result_type(mx.result_type(q, k), v)
-    chunks = _split_queries(Lq, Lk, mask == "causal" if isinstance(mask, str) else False)
+    causal = mask == "causal" if isinstance(mask, str) else mask is not None and _causal_masks.get()
+    chunks = _split_queries(Lq, Lk, causal)
 
     def chunk_rows(x: mx.array, chunk: QueryChunk) -> mx.array:
         """Return the chunk's rows of x, [B, K, G, Lq, n] -> [B, K, G c, n]."""
@@ -235,6 +248,8 @@ def _mask_bias(
         visible = mx.depends([mask.reshape((1,) * (4 - mask.ndim) + mask.shape)], [after])[0]
         if visible.shape[2] > 1:
             visible = visible[:, :, chunk.start : chunk.end]
+        if visible.shape[3] > 1:
+            visible = visible[..., : chunk.keys]
     b, h, c, e = visible.shape
     k = key_heads if h > 1 else 1
     return mx.where(visible, 0.0, _MASKED_SCORE).reshape(b, k, h // k, c, e)

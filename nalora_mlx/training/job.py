@@ -247,13 +247,14 @@ class Job:
             self.reference = Reference(loss, config, workers())
             if config.resume is not None and self.start is not None:
                 self.reference.load(self.start / REFERENCE_FILE)
+            display.notices(self.reference.notices(examples))
         with display.trials() as show:
             advice = memory_advice(model, examples, config, configured_optimizer, workers(), loss, show)
         for line in advice.lines:
             display.note(line)
         if config.plan:
             return loss
-        if self.reference is not None and self.reference.start is None:  # of the whole model
+        if config.test and self.reference is not None and self.reference.start is None:  # of the whole model
             self.test_rows = rows_with_reference(model, self.splits["test"], config, workers())
         with memory_limit(config.memory_budget), interruptible(self.output, display) as request:
             self.result = train(

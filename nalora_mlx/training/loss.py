@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from nalora_mlx.models.output_head import find_output_head
 from nalora_mlx.models.packed_rows import Branches, packed_caches
 from nalora_mlx.models.recurrences import TrainingForms
 from nalora_mlx.models.vision.model import is_vision_language_model, trains_towers
+from nalora_mlx.ops.attention import causal_masks
 from nalora_mlx.ops.cross_entropy import gather_rows, tiled_token_losses, token_losses, weighted_sum
 from nalora_mlx.ops.rope import rope_positions
 from nalora_mlx.training.compilation import compile_with_state
@@ -91,6 +92,7 @@ class Loss(ABC):
         with (
             self.training_forms.installed(arrays.get("segment_ids")),
             rope_positions(arrays.get("positions")),
+            causal_masks() if "segment_ids" in arrays else nullcontext(),
         ):
             yield
 

@@ -597,7 +597,7 @@ def test_missing_extras_come_with_their_install_command(capsys, monkeypatch):
 
 def test_extras_are_those_of_pyproject():
     declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
-    others = {"cpu", "cuda", "all", "kquants", "peft", "interop", "browser", "digits", "dev"}
+    others = {"cpu", "cuda", "all", "kquants", "peft", "trl", "interop", "browser", "digits", "dev"}
     assert set(optional_dependencies.EXTRAS) == set(declared) - others
     for extra in optional_dependencies.EXTRAS:
         names = {re.split(r"[^\w.-]", line)[0].lower() for line in declared[extra]}

@@ -9,7 +9,7 @@ from mlx_lm.models import llama
 from mlx_lm.models.base import create_causal_mask
 
 from nalora_mlx.adapters.forward_pass import recompute_activations
-from nalora_mlx.ops.attention import attention, lean_attention
+from nalora_mlx.ops.attention import attention, causal_masks, lean_attention
 from nalora_mlx.ops.device_sizes import SIZES
 from nalora_mlx.ops.fast_math import vectorized
 
@@ -116,6 +116,21 @@ def test_output_and_gradients(shape, mask, fast):
         assert eager.shape == exact.shape
         assert error(eager, exact) < 3e-6
         assert error(traced, exact) < 3e-6
+
+
+@pytest.mark.parametrize("mask", ["window", "packed"])
+def test_masks_that_hide_later_keys_skip_them(mask):
+    shape = SHAPES["chunks"]
+    q, k, v, do = draw(shape)
+    mask = masks(shape[0], shape[1], shape[3], shape[4])[mask]
+    with causal_masks():
+        got = run(attention, q, k, v, do, 0.4, mask)
+    for array, exact in zip(got, truth(q, k, v, do, 0.4, mask), strict=True):
+        assert error(array, exact) < 3e-6
+    k[:, :, -1] = mx.nan  # a key that only the last chunk needs
+    assert mx.isnan(attention(q, k, v, scale=0.4, mask=mask)[:, :, 0]).all()
+    with causal_masks():
+        assert mx.isfinite(attention(q, k, v, scale=0.4, mask=mask)[:, :, 0]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

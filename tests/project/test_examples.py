@@ -84,7 +84,7 @@ def test_neither_length_nor_courtesy_tells_the_answers_apart(name):
     pairs = rows(name, MANNERS)
     shorter = sum(len(row["chosen"].split()) < len(row["rejected"].split()) for row in pairs) / len(pairs)
     assert 0.4 <= shorter <= 0.65
-    assert sum(bool(courteous.search(row["rejected"])) for row in pairs) >= 0.15 * len(pairs)
+    assert sum(bool(courteous.search(row["rejected"])) for row in pairs) >= 0.1 * len(pairs)
 
 
 @pytest.mark.parametrize("mode", ["dpo", "orpo", "simpo", "kto"])
@@ -92,7 +92,17 @@ def test_the_example_of_preferences_trains(mode, model_directory, tmp_path, monk
     monkeypatch.chdir(ROOT)  # the path of the data in the config is relative to it
     adapters = tmp_path / "adapters"
     flags = ["--config", MANNERS / "config.yaml", "--train-mode", mode, "--model", model_directory]
-    few = ["--iters", 2, "--val-batches", 2, "--steps-per-report", 1, "--no-samples", "--adapter-path", adapters]
+    few = [
+        "--iters",
+        2,
+        "--val-batches",
+        2,
+        "--steps-per-report",
+        1,
+        "--no-samples",
+        "--adapter-path",
+        adapters,
+    ]
     assert main(["lora", *map(str, (*flags, *few))]) == 0
     records = [json.loads(line) for line in (adapters / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["split"] == "train"] == [1, 2]

@@ -6,6 +6,7 @@ Each worker runs this file as a program.
 import json
 import math
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
+import nalora_mlx
 from nalora_mlx.__main__ import main as nalora
 from nalora_mlx.adapters.attach import adapt, adapt_dora
 from nalora_mlx.adapters.files import adapter_weights
@@ -25,6 +27,7 @@ from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.metrics import MetricsFile
 from nalora_mlx.runs.progress import Progress
 from nalora_mlx.training import distributed
+from nalora_mlx.training.preferences.reference import log_probabilities
 from nalora_mlx.training.trainer import train
 from tests.conftest import VOCABULARY, build_model, llama_args
 from tests.preference_rows import MODES, preference_rows
@@ -407,6 +410,56 @@ def test_a_test_alone_equals_that_after_training(kind, model_directory, tmp_path
     after, alone = [record for record in metrics(tmp_path / "dpo") if record.get("split") == "test"]
     assert alone == after
     assert abs(after["chosen_reward"]) > 1e-3
+
+
+PAIRS = [{"prompt": f"{word} ?", "chosen": "red cat", "rejected": "one blue dog"} for word in ("is", "what")]
+
+
+@pytest.mark.parametrize("mode", ["dpo", "orpo"])
+def test_full_fine_tuning_needs_no_test_set(mode, model_directory, tmp_path):
+    data = {"train": 4 * PAIRS, "valid": PAIRS}
+    settings = {"fine_tune_type": "full", "num_layers": 1, "iters": 1, "batch_size": 2, "samples": False}
+    found = nalora_mlx.finetune(
+        model_directory, data, tmp_path, progress=False, train_mode=mode, **settings
+    ).training
+    assert found.valid_accuracy is not None
+
+
+def test_a_run_on_few_rows_says_that_most_of_the_reference_is_not_used(model_directory, tmp_path, capsys):
+    for iters, batch_size, said in ((1, 2, True), (4, 2, False)):
+        flags = ["--iters", str(iters), "--batch-size", str(batch_size), "--no-samples"]
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 4 * PAIRS))
+        (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+        where = [
+            "--model",
+            str(model_directory),
+            "--data",
+            str(tmp_path),
+            "--adapter-path",
+            str(tmp_path / "a"),
+        ]
+        assert not nalora(["lora", "--train", "--train-mode", "dpo", *where, *flags])
+        text = "the reference is computed for all 8 rows, and the run trains on 2 of them"
+        assert (text in capsys.readouterr().out) is said
+
+
+def test_ctrl_c_while_the_reference_is_computed_leaves_nothing_to_resume(
+    model_directory, tmp_path, monkeypatch
+):
+    calls = []
+
+    def interrupting(loss, batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return log_probabilities(loss, batch)
+
+    monkeypatch.setattr(f"{log_probabilities.__module__}.log_probabilities", interrupting)
+    data = {"train": 8 * PAIRS, "valid": PAIRS}
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped before the first update$"):
+        nalora_mlx.finetune(model_directory, data, tmp_path, progress=False, train_mode="dpo", batch_size=2)
+    assert len(calls) == 2
+    assert not (tmp_path / "checkpoints").exists()
 
 
 # --- two workers ------------------------------------------------------------------------------------------------

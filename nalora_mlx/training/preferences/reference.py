@@ -31,6 +31,7 @@ from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.last_good import trainable_places
 from nalora_mlx.training.loss import batch_arrays
 from nalora_mlx.training.preferences.loss import PreferenceLoss
+from nalora_mlx.training.schedules import run_iterations
 
 # Names of arrays, and the prefix of the parameters before training.
 TRAIN, VALID, NAME, START = "train", "valid", "name", "start."
@@ -64,6 +65,17 @@ class Reference:
                 f"reference is {config.reference}, and full fine-tuning keeps no copy of the model before training; "
                 "leave --reference out"
             )
+
+    def notices(self, examples: Examples) -> list[str]:
+        """Return a notice if most of what is computed before training is never used."""
+        config = self.config
+        used = min(run_iterations(examples, config) * config.batch_size, len(examples))
+        if not self.precomputed or self.start is None or config.packing or 2 * used >= len(examples):
+            return []
+        return [
+            f"the reference is computed for all {len(examples)} rows, and the run trains on {used} of them; "
+            "--reference on-the-fly takes less time"
+        ]
 
     # --- log-probabilities before training ------------------------------------------------------------------------
 
