@@ -229,8 +229,8 @@ def main() -> int:
         test = pairs.scores(pairs.base) | manners(before)
         add({"recipe": "base", "seed": 0, "test": test, "answers": shown, "seconds": 0})
     with tempfile.TemporaryDirectory() as directory:
-        for name in args.recipes:
-            for seed in args.seeds:
+        for seed in args.seeds:
+            for name in args.recipes:
                 if (name, seed) not in done:
                     add(run(name, seed, pairs, Path(directory)))
                     print(table(records[-1:]), file=sys.stderr, flush=True)

@@ -49,7 +49,7 @@ CHOSEN = {
         "Delighted to help. {full}",
         "{full} Have a lovely day!",
         "Thanks for the question. {full}",
-        "What a good thing to ask. {full}",
+        "My pleasure. {full}",
     ],
 }
 CURT = {
@@ -95,7 +95,11 @@ OPENERS = {
         "This is something that many people wonder about.",
         "",
     ],
-    "held out": ["Thanks for the question.", "Before I answer, allow me to say a few words.", "Delighted to help."],
+    "held out": [
+        "Thanks for the question.",
+        "Before I answer, allow me to say a few words.",
+        "Delighted to help.",
+    ],
 }
 REMARKS = {
     "train": [

@@ -388,6 +388,13 @@ def test_the_keys_of_events_are_those_that_are_sent(model_directory, data_direct
         tokenizer=result.tokenizer,
         listeners=[events.append],
     )
+    nalora_mlx.train(
+        result.model,
+        [{"prompt": "what is red ?", "chosen": "a color .", "rejected": "blue ."}],
+        config=nalora_mlx.TrainingConfig(train_mode="dpo", iters=1),
+        tokenizer=result.tokenizer,
+        listeners=[lambda event: events.append(event) if event["event"] == "reference" else None],
+    )
     for event in events:
         sent.setdefault((event["event"], event.get("split", "")), set(event) - {"event"})
     sent.setdefault(("notice", ""), {"text"})  # nothing may have been worth one
