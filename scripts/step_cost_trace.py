@@ -28,6 +28,7 @@ from nalora_mlx.models import recurrences
 from nalora_mlx.models.output_head import OutputHead, find_output_head
 from nalora_mlx.ops.device_sizes import DeviceSizes
 from nalora_mlx.training import loss
+from nalora_mlx.training.loss import batch_arrays
 from nalora_mlx.training.step import TrainingStep
 from nalora_mlx.training.traced_graph import TracedGraph, trace_graph
 
@@ -210,18 +211,17 @@ def _trace_ours(step: Step, model: nn.Module, weights: int) -> TracedStep:
         state = training.state
         size = _bytes([model.trainable_parameters(), training.optimizer.state])
         batch = random_batch(step)
-        given = [mx.array(a) for a in (batch.inputs, *batch.loss_positions(), batch.token_mask)]
-        weight = mx.array(1 / max(batch.supervised_tokens, 1))
+        given = batch_arrays(batch)
+        weights_of_terms = mx.array([1 / max(count, 1) for count in batch.loss_counts])
         window: list[Any] = []
 
         def backward(*arrays: mx.array) -> Any:
-            window[:] = training._backward(
-                [*arrays[:-1], None, None, arrays[-1]], weight, mx.random.key(0), None
-            )
+            named = dict(zip(given, arrays, strict=True))
+            window[:] = training._backward(named, weights_of_terms, mx.random.key(0), None)
             return window
 
         with as_gpu(step.backend, step.sizes, step.attention):
-            first = trace_graph(backward, *given)
+            first = trace_graph(backward, *given.values())
             flat = tree_flatten(window)
             arrays = [
                 mx.broadcast_to(mx.array(0, a.dtype), a.shape) for _, a in flat if isinstance(a, mx.array)
@@ -230,7 +230,7 @@ def _trace_ours(step: Step, model: nn.Module, weights: int) -> TracedStep:
             def finish(*arrays: mx.array) -> Any:
                 values = iter(arrays)
                 result = tree_map(lambda leaf: next(values) if isinstance(leaf, mx.array) else leaf, window)
-                loss, _ = training._finish(result[0], result[1], True, True)
+                loss, _ = training._finish(*result, True, True)
                 changed = {name: value for name, value in state.items() if name not in ("model", "random")}
                 return [loss, changed]
 
