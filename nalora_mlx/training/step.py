@@ -156,8 +156,9 @@ class TrainingStep:
         arrays = batch_arrays(batch) | dict(more or {})
         counts = [window_counts] if isinstance(window_counts, int) else window_counts
         weights = mx.array([1 / max(count, 1) for count in counts])
-        shape = (array_shapes(arrays), accumulated is None)
-        backward = self.graph_of_shape(shape) if self.compiled else self._backward
+        backward = self._backward
+        if self.compiled:  # otherwise images may bring values that are no arrays
+            backward = self.graph_of_shape((array_shapes(arrays), accumulated is None))
         loss, measures, window = backward(arrays, weights, key, accumulated)
         finish = self._compiled_finish if self.compiled else self._finish
         result = finish(loss, measures, window, accumulated is None, update)
