@@ -30,6 +30,7 @@ COMMAND_GROUPS = {
     "try the result": {
         "chat": "chat with a model, or with base and tuned model side by side",
         "generate": "answer one prompt",
+        "evaluate": "compare base and tuned model on a test set, general text and standard tasks",
         "report": "write an HTML report of one run, or of several compared",
     },
     "use it elsewhere": {
@@ -40,7 +41,7 @@ COMMAND_GROUPS = {
     "set up": {"completion": "print a completion script for a shell"},
 }
 COMMANDS = {name: text for group in COMMAND_GROUPS.values() for name, text in group.items()}
-PACKAGES = ("chat", "doctor", "export", "report", "serve")  # commands that are packages
+PACKAGES = ("chat", "doctor", "evaluate", "export", "report", "serve")  # commands that are packages
 
 
 def command(name: str) -> ModuleType:

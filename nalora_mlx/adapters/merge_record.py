@@ -33,8 +33,8 @@ def merge_record(base: Path, adapter: Path, same_run: Iterable[Path] = ()) -> di
     new: dict[str, list[str]] = {}
     if not _is_full(adapter):
         new = {
-            _ADAPTERS: [_digest(adapter / ADAPTER_FILE)],
-            _SAME_RUNS: [_digest(path / ADAPTER_FILE) for path in same_run],
+            _ADAPTERS: [adapter_digest(adapter / ADAPTER_FILE)],
+            _SAME_RUNS: [adapter_digest(path / ADAPTER_FILE) for path in same_run],
         }
     found = {name: list(dict.fromkeys([*before[name], *new.get(name, [])])) for name in before}
     found[_SAME_RUNS] = [digest for digest in found[_SAME_RUNS] if digest not in found[_ADAPTERS]]
@@ -59,7 +59,7 @@ def contains(name: str, model: Path, adapter: str | Path) -> str | None:
     path = path / ADAPTER_FILE if path.is_dir() else path
     if _is_full(path.parent):
         return None
-    digest = _digest(path)
+    digest = adapter_digest(path)
     if digest in merged[_ADAPTERS]:
         return f"{name} already contains {adapter}"
     if digest in merged[_SAME_RUNS]:
@@ -102,7 +102,7 @@ def _read_record(model: Path) -> dict[str, list[str]]:
     return found
 
 
-def _digest(path: Path) -> str:
+def adapter_digest(path: Path) -> str:
     """Return the start of the SHA-256 of an adapter's arrays, which does not depend on how the file stores them."""
     digest = hashlib.sha256()
     for name, array in sorted(read_weights(path).items()):

@@ -139,12 +139,13 @@ VALUE_ADVICE = {value: "with quantize 4" for value in ("qlora", "q-lora", "qdora
 COMMANDS = {
     theirs: [ours]
     for ours, others in {
-        "lora": "train finetune fine-tune tune fit sft test evaluate eval resume",
+        "lora": "train finetune fine-tune tune fit sft test resume",
         "fuse": "merge",
         "export": "convert gguf quantize save peft ollama lmstudio push upload",
         "generate": "run ask answer infer inference predict prompt complete",
         "chat": "compare talk repl",
         "serve": "server api openai",
+        "evaluate": "eval benchmark score metrics lm_eval lm-eval harness",
         "report": "plot plots dashboard html card",
         "doctor": "check info plan diagnose env validate",
         "completion": "completions autocomplete",

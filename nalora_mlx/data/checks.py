@@ -70,6 +70,7 @@ def read_rows(
     all_needed: bool = True,
     compare_with_test: bool = False,
     rows: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    unsplit: str = "train",
 ) -> RunData:
     """Read the splits of a run, and check what can be checked without a tokenizer.
 
@@ -81,6 +82,7 @@ def read_rows(
         all_needed: require a test set if it is among the names; the training set is always required.
         compare_with_test: look for training and validation rows in the test set too, even if `names` lacks it.
         rows: the rows by split, if `data` is `ROWS_IN_MEMORY`.
+        unsplit: the split that the rows of a file without splits belong to.
 
     Raises:
         InputError: there is no such file, directory or dataset, or a required split is empty.
@@ -96,7 +98,7 @@ def read_rows(
     accepted = accepted_rows(config)
     entries = _entries(config)
     for entry in entries:
-        source = _open(config, entry, names, remarks, rows)
+        source = _open(config, entry, names, remarks, rows, unsplit)
         features = _features(config, entry, source)
         parsed: dict[str, list[Row]] = {}
         for name, contents in source.splits.items():
@@ -166,6 +168,7 @@ def _open(
     names: Sequence[str],
     remarks: Remarks,
     rows: Mapping[str, Sequence[Mapping[str, Any]]] | None,
+    unsplit: str,
 ) -> Source:
     if rows is not None:
         return Source({name: numbered(rows.get(name, ()), name) for name in names}, directory=Path.cwd())
@@ -173,7 +176,7 @@ def _open(
         raise InputError("the run was trained on rows given in Python; give them again: finetune(data=...)")
     if config.hf_dataset:
         return Source(hub_entry_splits(entry, names))
-    return open_source(entry["path"], names, remarks)
+    return open_source(entry["path"], names, remarks, unsplit)
 
 
 def _features(config: RunConfig, entry: Mapping[str, Any], source: Source) -> Features:

@@ -12,6 +12,8 @@ from nalora_mlx.core.config import METHOD_LABELS
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.paths import is_hub_name
 from nalora_mlx.models.hub import OUR_TAG
+from nalora_mlx.runs.evaluation_rows import by_part, measure_rows, part_title
+from nalora_mlx.runs.evaluations import evaluations_of
 from nalora_mlx.runs.metrics import METRICS_FILE
 from nalora_mlx.runs.preferences import OBJECTIVES, describe_objective
 from nalora_mlx.runs.record import RECORD_FILE
@@ -70,6 +72,7 @@ def write_card(
     ]
     if losses := _read_losses(adapter / METRICS_FILE):
         sections += ["## Results\n", _format_table(losses)]
+    sections += _evaluations(adapter)
     if merge_quality:
         sections += ["## Merging\n", f"{merge_quality[0].upper()}{merge_quality[1:]}.\n"]
     (directory / "README.md").write_text("\n".join(sections), encoding="utf-8")
@@ -113,6 +116,8 @@ def adapter_card(
     ]
     if run and losses and (rows := _read_losses(run / METRICS_FILE)):
         sections += ["## Results\n", _format_table(rows)]
+    if run and losses:
+        sections += _evaluations(run)
     return "\n".join(sections)
 
 
@@ -252,6 +257,21 @@ def _read_losses(path: Path) -> dict[str, Any]:
     if test:
         rows["test loss"] = f"{test[-1]['loss']:.4f}"
     return rows
+
+
+def _evaluations(adapter: Path) -> list[str]:
+    """Return the sections with the results of `nalora evaluate` about an adapter; none without any."""
+    sections = []
+    for content in evaluations_of(adapter):
+        found = content["adapters"][0]
+        for part, entries in by_part(found["measures"]).items():
+            lines = ["| | base | tuned | difference (95 % interval) | |", "|---|---|---|---|---|"]
+            for row in measure_rows(entries):
+                difference = f"{row.difference} ({row.interval})" if row.interval else row.difference
+                cells = (row.title, row.base, row.tuned, difference, row.verdict)
+                lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+            sections.append("\n".join([f"{part_title(content, part)}\n", *lines]) + "\n")
+    return ["## Evaluation\n", *sections] if sections else []
 
 
 def _is_number(record: dict[str, Any], split: str, key: str) -> bool:

@@ -160,6 +160,32 @@ def tiled_token_losses(
     return function(hidden)[0]
 
 
+def tiled_argmax(compute_logits: LogitsFunction, vocabulary: int, hidden: mx.array) -> mx.array:
+    """Return the vocabulary entry with the largest logit of each row, the first of equal ones; [S], int32.
+
+    Computes one tile of logits [rows, columns] at a time.
+
+    Args:
+        compute_logits: see `LogitsFunction`.
+        vocabulary: V, the number of vocabulary entries.
+        hidden: [S, D], any float dtype.
+    """
+    row_tiles, vocabulary_tiles = head_tiles(hidden.shape[0], vocabulary)
+    found = list[mx.array]()
+    previous = list[mx.array]()
+    for rows in row_tiles:
+        h = hidden[rows]
+        best, entry = mx.full((h.shape[0],), -mx.inf), mx.zeros((h.shape[0],), mx.int32)
+        for tile in vocabulary_tiles:
+            logits = compute_logits(_run_after(h, previous), tile).astype(mx.float32)  # [s, v]
+            largest = mx.max(logits, axis=-1)
+            at = mx.argmax(logits, axis=-1).astype(mx.int32) + tile.start
+            best, entry = mx.maximum(best, largest), mx.where(largest > best, at, entry)
+            previous = [best, entry]
+        found.append(entry)
+    return mx.concatenate(found)
+
+
 def head_tiles(rows: int, vocabulary: int) -> tuple[list[slice], list[slice]]:
     """Split rows and vocabulary into tiles of the sizes of this device; see `device_sizes`.
 

@@ -6,12 +6,16 @@ from nalora_mlx.ops.cross_entropy import LogitsFunction, head_tiles
 
 
 def tiled_kl_divergence(
-    compute_logits: LogitsFunction, vocabulary: int, hidden: mx.array, reference: mx.array
+    compute_logits: LogitsFunction,
+    vocabulary: int,
+    hidden: mx.array,
+    reference: mx.array,
+    reference_logits: LogitsFunction | None = None,
 ) -> mx.array:
     """Return KL(p || q) = sum_v p_v (log p_v - log q_v) of each row; [S], float32.
 
-    p and q are the distributions of two hidden states under one output head. For each tile of the vocabulary, with
-    logits l and l' of both (online softmax):
+    p and q are the distributions of two hidden states, under one output head or one each. For each tile of the
+    vocabulary, with logits l and l' of both (online softmax):
 
     1. Update the maxima m and m', and rescale the sums below by the change of m, and of m' for z'.
     2. z += sum_v exp(l_v - m), z' += sum_v exp(l'_v - m'), a += sum_v exp(l_v - m) (l_v - l'_v).
@@ -23,19 +27,24 @@ def tiled_kl_divergence(
         vocabulary: V, the number of vocabulary entries.
         hidden: [S, D] of p, any float dtype.
         reference: [S, D] of q.
+        reference_logits: the function of q; that of p if None.
     """
+    functions = (compute_logits, reference_logits or compute_logits)
     row_tiles, vocabulary_tiles = head_tiles(hidden.shape[0], vocabulary)
-    return mx.concatenate(
-        [_rows(compute_logits, vocabulary_tiles, hidden[t], reference[t]) for t in row_tiles]
-    )
+    return mx.concatenate([_rows(functions, vocabulary_tiles, hidden[t], reference[t]) for t in row_tiles])
 
 
-def _rows(compute_logits: LogitsFunction, tiles: list[slice], h: mx.array, reference: mx.array) -> mx.array:
+def _rows(
+    functions: tuple[LogitsFunction, LogitsFunction], tiles: list[slice], h: mx.array, reference: mx.array
+) -> mx.array:
     low = mx.full((h.shape[0], 1), -mx.inf)
     p_max, q_max, zero = low, low, mx.zeros_like(low)
     p_sum, q_sum, difference = zero, zero, zero
     for tile in tiles:
-        p, q = (compute_logits(x, tile).astype(mx.float32) for x in (h, reference))  # [s, v]
+        p, q = (
+            compute_logits(x, tile).astype(mx.float32)  # [s, v]
+            for compute_logits, x in zip(functions, (h, reference), strict=True)
+        )
         old_p, old_q = p_max, q_max
         p_max = mx.maximum(p_max, mx.max(p, axis=-1, keepdims=True))
         q_max = mx.maximum(q_max, mx.max(q, axis=-1, keepdims=True))

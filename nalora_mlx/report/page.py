@@ -9,6 +9,7 @@ from nalora_mlx import __version__
 from nalora_mlx.report import answers, result, tables
 from nalora_mlx.report.advice import LEVELS, Advice, advise
 from nalora_mlx.report.chart_data import SCALARS, chart_data, has_scalar, last_step
+from nalora_mlx.report.evaluations import LEGEND, evaluation_sections
 from nalora_mlx.report.preferences import CHARTS, caption, preference_charts
 from nalora_mlx.report.run_data import RunData, short_layers
 from nalora_mlx.report.style import RUN_COLORS_DARK, RUN_COLORS_LIGHT
@@ -54,12 +55,13 @@ def render_page(runs: list[RunData], refresh: float | None = None, card: str | N
     statistics = _ordered_statistics(runs)
     scalars = [key for key in SCALARS if has_scalar(runs, key)]
     loss_tables = [tables.loss_table(run, split) for run in runs for split in ("train", "valid")]
-    found = answers.cards(runs)
+    found, evaluated = answers.cards(runs), evaluation_sections(runs)
     facts = [make(runs) for make in (tables.settings_table, tables.data_table, tables.environment_table)]
     facts = [table for table in facts if table["rows"]]
     sections = [
         ("result", "Result"),
         *([("answers", "Answers")] if found else []),
+        *([("evaluation", "Evaluation")] if evaluated else []),
         *([("preferences", "Preferences")] if preference_charts(runs) else []),
         ("loss", "Loss"),
         *([("speed", "Speed")] if set(scalars) & set(SPEED_SCALARS) else []),
@@ -89,6 +91,8 @@ def render_page(runs: list[RunData], refresh: float | None = None, card: str | N
         cards_summary=answers.summary(runs),
         card_rows=max((1 + len(card.answers) + (not card.all_same) for card in found), default=0),
         cards_legend=answers.LEGEND if answers.has_marks(found) else "",
+        evaluations=evaluated,
+        evaluations_legend=LEGEND,
         preferences=[_preference_chart(runs, name) for name in preference_charts(runs)],
         last_step=last_step(runs),
         loss_caption=tables.loss_caption(runs),

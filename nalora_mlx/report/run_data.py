@@ -17,6 +17,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.report.downsampling import MAX_COLUMNS, average_columns
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.checkpoints import CHECKPOINTS
+from nalora_mlx.runs.evaluations import read_evaluations
 from nalora_mlx.runs.metrics import METRICS_FILE
 from nalora_mlx.runs.preferences import OBJECTIVES, TRL_NAMES, measures, preference_config
 from nalora_mlx.runs.samples import read_samples
@@ -67,6 +68,7 @@ class RunData:
     )  # name, type and number of parameters of the base model
     samples: list[dict[str, Any]] = field(default_factory=list)  # prompts with answers, see `read_samples`
     prompts: list[dict[str, Any]] = field(default_factory=list)  # saved at the start, also without answers
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # see `read_evaluations`
 
     @property
     def method(self) -> str | None:
@@ -161,6 +163,7 @@ def read_run(path: Path, name: str) -> RunData:
         seconds=_duration(train, valid),
         channels=_channel_grids(with_layers),
         samples=read_samples(path),
+        evaluations=read_evaluations(path),
     )
     _read_description(run)
     return run

@@ -1,4 +1,4 @@
-"""The model that a run trained, by which a command that lacks --model can name it."""
+"""The model and the data that a run was trained on, for commands that do not get them as flags."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from nalora_mlx.runs.resume import STATE_FILE
 from nalora_mlx.runs.saved_settings import resumed_settings
 
 
-def trained_model(adapter: Path) -> str | None:
-    """Return the base model of an adapter: a path, or a name on the Hub; None if its run does not say.
+def trained_settings(adapter: Path) -> dict[str, Any]:
+    """Return the settings of the run that wrote an adapter, by name; empty if its run does not say.
 
-    The run's latest checkpoint has the path. run.json is made to be shared, and has only the name.
+    The run's latest checkpoint has the paths of model and data. run.json is made to be shared, and has only names.
 
     Args:
         adapter: directory of a run, of its best adapter, or of one of its checkpoints.
@@ -23,10 +23,19 @@ def trained_model(adapter: Path) -> str | None:
         for checkpoint in reversed(steps(run / CHECKPOINTS).values()):
             settings = resumed_settings(_content(checkpoint / STATE_FILE).get("config") or {}, run)
             if settings is not None:
-                return settings["model"]
-        if model := (_content(run / RECORD_FILE).get("settings") or {}).get("model"):
-            return model
-    return None
+                return settings
+        if (settings := _content(run / RECORD_FILE).get("settings") or {}).get("model"):
+            return settings
+    return {}
+
+
+def trained_model(adapter: Path) -> str | None:
+    """Return the base model of an adapter: a path, or a name on the Hub; None if its run does not say.
+
+    Args:
+        adapter: see `trained_settings`.
+    """
+    return trained_settings(adapter).get("model")
 
 
 def _content(path: Path) -> dict[str, Any]:

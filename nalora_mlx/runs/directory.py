@@ -9,6 +9,7 @@ from nalora_mlx.core import storage
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.checkpoints import BEST, BEST_FILE, CHECKPOINTS, REFERENCES
+from nalora_mlx.runs.evaluations import EVALUATIONS
 from nalora_mlx.runs.loggers import TENSORBOARD
 from nalora_mlx.runs.metrics import METRICS_FILE, keep_until
 from nalora_mlx.runs.record import RECORD_FILE
@@ -23,6 +24,7 @@ RUN_FILES = (
     CHECKPOINTS,
     RECORD_FILE,
     SAMPLES_FILE,
+    EVALUATIONS,
     REPORT,
     TENSORBOARD,
 )

@@ -114,16 +114,25 @@ class Loss(ABC):
             arrays: of the batch.
             with_gradient: False skips the gradient that is otherwise computed along with the losses.
         """
-        inputs, rows, targets, weights = (arrays[name] for name in ("inputs", "rows", "targets", "weights"))
+        return self.losses_of(self.states(arrays), arrays["targets"], with_gradient)
+
+    def states(self, arrays: Arrays) -> mx.array:
+        """Return what the output head reads at each supervised position, [S, D]; logits [S, V] without a head."""
+        inputs, rows, weights = (arrays[name] for name in ("inputs", "rows", "weights"))
         arguments = self.model_arguments(arrays)
         if self.head is None:
             logits = self.forward(inputs, **arguments)  # [B, L, V]
-            return token_losses(logits.reshape(-1, logits.shape[-1])[rows], targets)
+            return logits.reshape(-1, logits.shape[-1])[rows]
         hidden = self.head.hidden(inputs, **arguments)  # [B, L, D]
-        hidden = gather_rows(hidden.reshape(-1, hidden.shape[-1]), rows, weights)  # [S, D]
-        if not self.head_is_frozen or self.head.projection is None:
-            return token_losses(self.head.logits(hidden), targets)
-        return tiled_token_losses(self.head.logits_for, self.head.vocabulary, hidden, targets, with_gradient)
+        return gather_rows(hidden.reshape(-1, hidden.shape[-1]), rows, weights)
+
+    def losses_of(self, states: mx.array, targets: mx.array, with_gradient: bool = True) -> mx.array:
+        """Return -log p(target) of each of the rows that `states` returned; see `token_losses`."""
+        if self.head is None:
+            return token_losses(states, targets)
+        if not self.has_tiles:
+            return token_losses(self.head.logits(states), targets)
+        return tiled_token_losses(self.head.logits_for, self.head.vocabulary, states, targets, with_gradient)
 
     @property
     def has_tiles(self) -> bool:

@@ -58,17 +58,23 @@ class Source:
         return self.directory is None and not self.texts
 
 
-def open_source(path: str, names: Sequence[str], remarks: Remarks) -> Source:
+def open_source(path: str, names: Sequence[str], remarks: Remarks, unsplit: str = "train") -> Source:
     """Return the splits of one entry of --data: a directory, a file or a Hugging Face dataset.
+
+    Args:
+        path: of the directory or file, or name of the dataset.
+        names: of the splits.
+        remarks: collects what is wrong or odd.
+        unsplit: the split that a file, or a folder of texts, belongs to if it does not say.
 
     Raises:
         InputError: there is no such thing.
     """
     local = Path(path).expanduser()
     if os.path.isdir(local):
-        return _open_directory(local, names, remarks)
+        return _open_directory(local, names, remarks, unsplit)
     if os.path.exists(local):  # unlike Path.exists, false for a name that is too long
-        return _open_file(local, names, remarks)
+        return _open_file(local, names, remarks, unsplit)
     known = form_and_stem(local)[0] or local.suffix.lower() in TEXT_FORMS
     if known or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise InputError(
@@ -123,26 +129,27 @@ def read_jsonl(path: Path) -> list[RawRow]:
     return load_local(path, ["train"])["train"]
 
 
-def _open_file(path: Path, names: Sequence[str], remarks: Remarks) -> Source:
-    """Return a file as the training set; a .json file may hold several splits."""
+def _open_file(path: Path, names: Sequence[str], remarks: Remarks, unsplit: str = "train") -> Source:
+    """Return a file as the split `unsplit`; a .json file may hold several splits."""
     form, _ = form_and_stem(path)
     if path.suffix.lower() in TEXT_FORMS:
-        return Source(_training_only(read_texts([path], remarks), names), texts=True)
+        return Source(_only(unsplit, read_texts([path], remarks), names), texts=True)
     if not form:
         raise InputError(
             f"--data {path}: not a form that can be read; give {FORMS}, or {', '.join(TEXT_FORMS)}"
         )
     if form != ".json":
-        return Source(_training_only(read_file(path, remarks), names), directory=path.parent)
+        return Source(_only(unsplit, read_file(path, remarks), names), directory=path.parent)
     found = read_json_splits(path, remarks)
     if "" in found:
-        return Source(_training_only(found[""], names), directory=path.parent)
+        return Source(_only(unsplit, found[""], names), directory=path.parent)
     splits = {name: _named_split(found, name, str(path), remarks) for name in names}
     return Source(splits, directory=path.parent)
 
 
-def _training_only(rows: Iterable[RawRow], names: Sequence[str]) -> dict[str, Iterable[RawRow]]:
-    return {name: rows if name == "train" else [] for name in names}
+def _only(split: str, rows: Iterable[RawRow], names: Sequence[str]) -> dict[str, Iterable[RawRow]]:
+    """Return rows as one split, and the others without rows."""
+    return {name: rows if name == split else [] for name in names}
 
 
 def _named_split(
@@ -160,7 +167,9 @@ def _named_split(
 # --- directories --------------------------------------------------------------------------------------------
 
 
-def _open_directory(directory: Path, names: Sequence[str], remarks: Remarks) -> Source:
+def _open_directory(
+    directory: Path, names: Sequence[str], remarks: Remarks, unsplit: str = "train"
+) -> Source:
     """Return the splits of a directory of data files; of its texts if it has no data file."""
     try:
         children = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
@@ -169,7 +178,7 @@ def _open_directory(directory: Path, names: Sequence[str], remarks: Remarks) -> 
     data_files = [path for path in children if form_and_stem(path)[0]]
     texts = [] if data_files else _text_files(directory)
     if texts:
-        return Source(_text_splits(directory, texts, names, remarks), texts=True)
+        return Source(_text_splits(directory, texts, names, remarks, unsplit), texts=True)
     by_name: dict[str, list[Path]] = {}
     for path in data_files:
         by_name.setdefault(_split_name(path), []).append(path)
@@ -229,14 +238,14 @@ def _text_files(directory: Path) -> list[Path]:
 
 
 def _text_splits(
-    directory: Path, texts: Sequence[Path], names: Sequence[str], remarks: Remarks
+    directory: Path, texts: Sequence[Path], names: Sequence[str], remarks: Remarks, unsplit: str
 ) -> dict[str, Iterable[RawRow]]:
-    """Return texts by split if there is a subdirectory train/; otherwise all texts are training rows."""
+    """Return texts by split if there is a subdirectory of that name; otherwise all texts are of the split `unsplit`."""
     by_name: dict[str, list[Path]] = {}
     for path in texts:
         by_name.setdefault(path.relative_to(directory).parts[0], []).append(path)
-    if "train" not in by_name:
-        return _training_only(read_texts(texts, remarks), names)
+    if unsplit not in by_name:
+        return _only(unsplit, read_texts(texts, remarks), names)
     unused = [str(path) for name, paths in by_name.items() if name not in ALL_SPLIT_NAMES for path in paths]
     if unused:
         remarks.notices.append(

@@ -22,7 +22,8 @@ def choose_layout(
 ) -> list[PreferenceExample]:
     """Return the rows of a run in the layout that takes the least time and is exact for its model.
 
-    1. Both answers follow one prompt (SHARED), if that saves time (see `_cost`) and the model computes the same.
+    1. Both answers follow one prompt (SHARED), if that saves time (see `sequence_cost`) and the model computes the
+       same.
     2. Otherwise each answer follows its own prompt: in a sequence of its own (SEPARATE), or with packing both in one
        sequence (JOINED).
 
@@ -45,8 +46,10 @@ def choose_layout(
         if len(examples[0].answers) < 2:
             return list(examples)
     width = hidden(mx.zeros((1, 1), mx.int32)).shape[-1]  # lazy: nothing is computed
-    separate_cost = sum(_cost(answer.inputs, width) for example in examples for answer in example.answers)
-    shared_cost = sum(_cost(example.inputs, width) for example in shared)
+    separate_cost = sum(
+        sequence_cost(answer.inputs, width) for example in examples for answer in example.answers
+    )
+    shared_cost = sum(sequence_cost(example.inputs, width) for example in shared)
     if shared_cost <= (1 - LEAST_SAVED) * separate_cost and not sharing_error(
         loss.model, hidden, padded_length(shared), loss.training_forms
     ):
@@ -54,7 +57,7 @@ def choose_layout(
     return joined if config.packing else list(examples)
 
 
-def _cost(inputs: int, width: int) -> float:
+def sequence_cost(inputs: int, width: int) -> float:
     """Return the time that a sequence of n inputs takes in a model of width D, in that of an input without attention.
 
     n + n^2 / (3 D), with n rounded up as padding does. The second term is attention, which both answers in one sequence

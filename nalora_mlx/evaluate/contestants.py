@@ -1,0 +1,104 @@
+"""The base model and its tuned versions, from one load of the base's weights."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import mlx.nn as nn
+
+from nalora_mlx.adapters.comparison import load_tuned
+from nalora_mlx.adapters.files import check_adapter, read_chat_settings
+from nalora_mlx.adapters.merge_record import twice_notice
+from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.errors import InputError
+from nalora_mlx.data.checks import RunData
+from nalora_mlx.data.tokenization import Example, Split
+from nalora_mlx.models.loading import local_directory, slow_on_cpu_notice
+from nalora_mlx.runs.base_model import trained_model
+from nalora_mlx.training.chats import configure_run_chats
+from nalora_mlx.training.images import (
+    encode_images,
+    load_run_model,
+    load_run_tokenizer,
+    run_processor,
+)
+
+BASE = "base"
+
+
+class Contestants:
+    """A base model and adapters for it. The base's weights are loaded once; adapters are loaded one at a time.
+
+    Args:
+        config: model, chat template and the like; `adapter_path` is the first adapter, or empty without any.
+        adapters: directories.
+        data: the test rows, which decide whether the model is loaded with its vision tower.
+        notify: called with notices.
+
+    Attributes:
+        base: the base model, in evaluation mode and frozen.
+        tokenizer: renders chats as in training.
+        processor: of a vision-language model; None for a model of mlx-lm.
+
+    Raises:
+        InputError: the model or an adapter cannot be loaded, or adapters were trained with different chat templates.
+    """
+
+    def __init__(
+        self, config: RunConfig, adapters: Sequence[Path], data: RunData, notify: Callable[[str], None]
+    ):
+        for adapter in adapters:
+            check_adapter(adapter)
+        _check_chats(adapters)
+        if slow := slow_on_cpu_notice(config.model, config.quantize):
+            notify(slow)
+        self.config, self.adapters = config, list(adapters)
+        self.processor = run_processor(config, data, notify)
+        self.tokenizer = load_run_tokenizer(config, self.processor)
+        configure_run_chats(config, self.tokenizer, None, notify)
+        self.base, self.model_config = load_run_model(config, self.processor, notify)
+        _prepare(self.base)
+        for adapter in adapters:
+            directory = local_directory(config.model)
+            if twice := twice_notice(config.model, directory, adapter):
+                notify(twice)
+            trained = trained_model(adapter)
+            if trained is not None and Path(trained).name != Path(config.model).name:
+                notify(f"{adapter} was trained on {trained}, and --model is {config.model}")
+
+    def tuned(self, adapter: Path) -> nn.Module:
+        """Return the base model with an adapter; it shares the arrays of the base.
+
+        Raises:
+            InputError: the adapter does not fit the model.
+        """
+        settings = self.config
+        model = load_tuned(self.base, settings.model, adapter, settings.trust_remote_code, settings.quantize)
+        _prepare(model)
+        return model
+
+    def with_images(self, model: nn.Module, examples: Sequence[Example]) -> list[Example]:
+        """Return examples with what their images are for a model. Those without images stay as they are."""
+        if self.processor is None or not any(example.images for example in examples):
+            return list(examples)
+        split = Split([replace(example, media=None) for example in examples])
+        with TemporaryDirectory() as directory:
+            encode_images(model, self.processor, {"test": split}, Path(directory), lambda *_: None)
+        return split.sequences
+
+
+def _prepare(model: nn.Module) -> None:
+    model.eval()
+    model.freeze()
+
+
+def _check_chats(adapters: Sequence[Path]) -> None:
+    """Raise InputError if adapters were trained with different chat templates: each would need its own questions."""
+    settings = [replace(read_chat_settings(adapter), date=None) for adapter in adapters]
+    for adapter, found in zip(adapters, settings, strict=True):
+        if found != settings[0]:
+            raise InputError(
+                f"--adapter-path {adapter}: trained with another chat template than {adapters[0]}; evaluate them "
+                "in two commands"
+            )

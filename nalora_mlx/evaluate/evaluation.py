@@ -1,0 +1,253 @@
+"""One evaluation: the test rows and general text, measured on a base model and on its tuned versions."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nalora_mlx.adapters.files import ADAPTER_FILE
+from nalora_mlx.adapters.merge_record import adapter_digest
+from nalora_mlx.core.config import RunConfig
+from nalora_mlx.core.data_entries import ROWS_IN_MEMORY, data_entries
+from nalora_mlx.core.errors import InputError, counted, listed
+from nalora_mlx.data.chats.chat_encoder import ChatEncoder
+from nalora_mlx.data.checks import RunData, read_rows, tokenize
+from nalora_mlx.data.preferences import PreferenceExample
+from nalora_mlx.evaluate import results
+from nalora_mlx.evaluate.contestants import Contestants
+from nalora_mlx.evaluate.general_text import read_general_text
+from nalora_mlx.evaluate.measurement import Measured, Measurer, OnProgress, TestSet
+from nalora_mlx.evaluate.metrics import (
+    BUILT_IN,
+    Metric,
+    choose_metrics,
+    default_metrics,
+    regex_metric,
+    schema_metric,
+)
+from nalora_mlx.evaluate.questions import (
+    default_max_tokens,
+    draw_rows,
+    expected_answers,
+    read_questions,
+    require_expected,
+)
+from nalora_mlx.evaluate.settings import NONE, EvaluationSettings
+from nalora_mlx.evaluate.user_metrics import check, load_user_metric
+from nalora_mlx.runs.evaluations import run_of
+
+
+class Evaluation:
+    """An evaluation.
+
+    Args:
+        config: of model and data; `data` may be empty.
+        settings: what is measured.
+        adapters: directories of adapters.
+        has_data: whether there is a test set.
+        notify: called with notices.
+        on_progress: see `Measurer`.
+
+    Attributes:
+        contestants: the models.
+        test_set: what they are measured on.
+        base: what was measured of the base model.
+
+    Raises:
+        InputError: rows, metrics, the model or an adapter cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: EvaluationSettings,
+        adapters: Sequence[Path],
+        has_data: bool,
+        notify: Callable[[str], None],
+        on_progress: OnProgress,
+    ):
+        self.config, self.settings, self.notify = config, settings, notify
+        metrics = _metrics_of_user(settings) if has_data else []
+        data = _read_test_rows(config, settings.split, notify) if has_data else RunData(False)
+        self.total = draw_rows(data, settings.split, settings.samples, settings.seed) if has_data else 0
+        if has_data and settings.answers:
+            metrics = _with_defaults(metrics, data, settings)
+        self.contestants = Contestants(config, adapters, data, notify)
+        self.test_set = TestSet(batch_size=settings.batch_size)
+        if has_data:
+            self._tokenize(data, metrics)
+        if settings.general != NONE:
+            self.test_set.general = read_general_text(
+                settings.general, self.contestants.tokenizer, config, notify
+            )
+        self.measurer = Measurer(self.contestants, self.test_set, notify, on_progress)
+        self.base: Measured | None = None
+
+    def _tokenize(self, data: RunData, metrics: list[Metric]) -> None:
+        settings, config, contestants, test = self.settings, self.config, self.contestants, self.test_set
+        split = tokenize(data, contestants.tokenizer, config.max_seq_length, contestants.processor)[
+            settings.split
+        ]
+        if split.errors:
+            raise InputError(listed(split.errors))
+        for notice in split.notices:
+            self.notify(notice)
+        # Of preference rows, the loss is that of the chosen answers.
+        test.examples = [
+            one.answers[0] if isinstance(one, PreferenceExample) else one
+            for one in split.sequences
+            if not isinstance(one, PreferenceExample) or one.desirable
+        ]
+        if not settings.answers and settings.choices is None and not config.prefers:
+            return
+        encoder = ChatEncoder(contestants.tokenizer, True, True, contestants.processor)
+        test.questions = read_questions(data, settings.split, encoder, config, self.notify, settings.choices)
+        test.metrics = metrics
+        if not test.questions:
+            if settings.metric:
+                raise InputError(f"--metric: the {settings.split} rows are texts, which ask for no answer")
+            self.notify("the rows are texts, which ask for no answer; only their loss is compared")
+            test.metrics = []
+        require_expected(test.questions, [metric.name for metric in test.metrics if metric.needs_expected])
+        test.max_tokens = settings.max_tokens or default_max_tokens(test.questions)
+
+    # --- results ------------------------------------------------------------------------------------------------
+
+    def start(self) -> dict[str, Any]:
+        """Measure the base model; return the result so far."""
+        self.base = self.measurer.measure(self.contestants.base)
+        rows = len({example.source for example in self.test_set.examples})
+        content = results.document(
+            public_name(self.config.model),
+            self.data_name,
+            self.settings.split,
+            rows,
+            self.total,
+            self.test_set,
+        )
+        return content | {"base": self._measures(None)}
+
+    def measure(self, adapter: Path) -> Measured:
+        """Return what is measured of the base model with an adapter.
+
+        Raises:
+            InputError: the adapter does not fit the model.
+        """
+        return self.measurer.measure(self.contestants.tuned(adapter))
+
+    def compared(self, adapter: Path, tuned: Measured) -> dict[str, Any]:
+        """Return what was measured with an adapter, compared with the base, as JSON."""
+        assert self.base is not None
+        entries = self._measures(tuned)
+        records = results.answer_records(self.test_set, self.base, tuned)
+        metric = next(iter(tuned.values), None)
+        return {
+            "name": adapter_name(adapter),
+            "digest": adapter_digest(adapter / ADAPTER_FILE),
+            "measures": entries,
+            "warning": results.forgetting(entries, self.settings.max_forgetting),
+            "answers": records,
+            "metric": metric,
+            "changed": results.changed(records, metric) if metric else {"better": [], "worse": []},
+            "changed_choices": results.changed_choices(self.test_set, self.base, tuned),
+        }
+
+    def _measures(self, tuned: Measured | None) -> list[dict[str, Any]]:
+        assert self.base is not None
+        dropped = list(self.measurer.dropped)
+        return results.measures(self.test_set, self.base, tuned, dropped, self.settings.seed)
+
+    @property
+    def data_name(self) -> str | None:
+        """The names of the test sets, without directories; None without one."""
+        if not self.test_set.examples:
+            return None
+        if self.config.hf_dataset:
+            found = self.config.hf_dataset
+            entries: Sequence[Mapping[str, Any]] = found if isinstance(found, list) else [found]
+        else:
+            entries = data_entries(self.config.data)
+        return ", ".join(public_name(entry["path"]) for entry in entries)
+
+    def title_of(self, metric: str) -> str:
+        """Return the title of a metric of the answers."""
+        return next(found.title for found in self.test_set.metrics if found.name == metric)
+
+
+def public_name(name: str) -> str:
+    """Return a name on the Hub as it is, and the last part of a path."""
+    return Path(name).expanduser().absolute().name if os.path.exists(os.path.expanduser(name)) else name
+
+
+def adapter_name(adapter: Path) -> str:
+    """Return a short name of an adapter: that of its run, with "best" or its step."""
+    run, part = run_of(adapter)
+    name = run.expanduser().absolute().name
+    return f"{name}/{part}" if part else name
+
+
+# --- rows and metrics ---------------------------------------------------------------------------------------
+
+
+def _read_test_rows(config: RunConfig, split: str, notify: Callable[[str], None]) -> RunData:
+    """Return the rows of a split.
+
+    Raises:
+        InputError: there are none, or some cannot be used.
+    """
+    entries = [] if config.hf_dataset else data_entries(config.data)
+    if any(entry["path"] == ROWS_IN_MEMORY for entry in entries):
+        raise InputError("--data is missing; the run was trained on rows given in Python")
+    data = read_rows(replace(config, valid_fraction=0.0), [split], all_needed=False, unsplit=split)
+    if data.problems:
+        raise InputError(listed(data.problems))
+    for notice in data.notices:
+        notify(notice)
+    if not any(splits[split] for splits in data.sources):
+        paths = " ".join(entry["path"] for entry in entries) or "hf_dataset"
+        raise InputError(
+            f"--data {paths}: no rows for {split}; add rows to {split}.jsonl, choose another split with --split, or "
+            "give the file of the rows itself"
+        )
+    return data
+
+
+def _metrics_of_user(settings: EvaluationSettings) -> list[Metric]:
+    """Return the metrics that flags name, before anything slow begins."""
+    named = [name for name in settings.metric or () if name != NONE]
+    unknown = [name for name in named if name not in BUILT_IN and ":" not in name]
+    choose_metrics(unknown)  # raises for the first
+    found = [BUILT_IN[name] if name in BUILT_IN else load_user_metric(name) for name in dict.fromkeys(named)]
+    if settings.regex is not None:
+        found.append(regex_metric(settings.regex))
+    if settings.json_schema is not None:
+        found.append(schema_metric(Path(settings.json_schema).expanduser()))
+    return found
+
+
+def _with_defaults(metrics: list[Metric], data: RunData, settings: EvaluationSettings) -> list[Metric]:
+    """Add the metrics that suit the rows, if none is named; try those of the user on the expected answers."""
+    rows = expected_answers(data, settings.split)
+    if not settings.metric:
+        expected = [row["expected"] for row in rows if row["expected"] is not None]
+        if len(expected) == len(rows):
+            metrics = choose_metrics(default_metrics(expected)) + metrics
+    for metric in metrics:
+        if metric.needs_expected:
+            check(metric, rows)
+    return metrics
+
+
+def describe(test: TestSet) -> str:
+    """Return what will be measured, in a line."""
+    parts = []
+    if test.examples:
+        parts.append(f"loss of {counted(len(test.examples), 'sequence')}")
+    if test.metrics:
+        parts.append(f"{counted(len(test.questions), 'answer')} of at most {test.max_tokens} tokens")
+    if test.general:
+        parts.append(
+            f"{counted(sum(text.supervised_tokens for text in test.general), 'token')} of general text"
+        )
+    return ", ".join(parts)
