@@ -12,9 +12,11 @@ mlx_lm.evaluate only where it goes wrong:
 - Answers of a model that reasons end at a stop word after the reasoning only, as in lm_eval's own models.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -24,10 +26,11 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, NaiveStreamingDetokenizer
 
 from nalora_mlx.core.errors import InputError, first_line
 from nalora_mlx.data.tokenization import Example
-from nalora_mlx.evaluate.generation import generate_answers
+from nalora_mlx.evaluate.generation import Batching, generate_answers
 from nalora_mlx.evaluate.scoring import Scorer
 from nalora_mlx.models.context_length import context_length
 
@@ -52,6 +55,7 @@ class LanguageModel(LM):
         batch_size: texts at a time; None for the default of the device.
         use_chat_template: whether contexts are rendered chats, which contain their special tokens.
         on_progress: called with the number of requests done, and of all requests of their kind.
+        batching: how the model answers many prompts, if known; see `generate_answers`.
 
     Attributes:
         computing: whether the model computes; still true after an error of it, as opposed to one of lm_eval or a task.
@@ -64,12 +68,13 @@ class LanguageModel(LM):
         batch_size: int | None = None,
         use_chat_template: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
+        batching: Batching | None = None,
     ):
         super().__init__()
         self.tokenizer, self.computing = tokenizer, False
         self._model, self._batch_size, self._on_progress = model, batch_size, on_progress
         self._use_chat_template = use_chat_template
-        self._scorer = Scorer(model, batch_size)
+        self._batching = batching
         self._max_length = _stated_length(model) or MAX_LENGTH
 
     # --- text -----------------------------------------------------------------------------------------------
@@ -113,6 +118,10 @@ class LanguageModel(LM):
         return next(token for token in found if token is not None)
 
     # --- scores ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self._model, self._batch_size)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return for each (context, continuation) the log-probability in nats, and whether it is the greedy answer.
@@ -187,12 +196,13 @@ class LanguageModel(LM):
         self.computing = True
         answers = generate_answers(
             self._model,
-            self.tokenizer,
+            _untrimmed(self.tokenizer),
             prompts,
             limits,
             self._batch_size,
             [[]] * len(prompts) if reasons else stop_words,
             lambda done: self._on_progress(done, len(requests)) if self._on_progress else None,
+            self._batching,
         )
         self.computing = False
         return [self._final(answer.text, words) for answer, words in zip(answers, stop_words, strict=True)]
@@ -221,6 +231,15 @@ def generation_settings(options: Mapping[str, Any]) -> tuple[int, list[str]]:
     limit = next((options[name] for name in LIMITS if options.get(name) is not None), MAX_ANSWER)
     words = options.get("until") or []
     return int(limit), [word for word in ([words] if isinstance(words, str) else words) if word]
+
+
+def _untrimmed(tokenizer: Any) -> Any:
+    """Return a tokenizer that streams the text of `decode`. For byte-level BPE, mlx-lm drops a space at the start."""
+    if not isinstance(tokenizer.detokenizer, BPEStreamingDetokenizer):
+        return tokenizer
+    changed = copy.copy(tokenizer)
+    changed._detokenizer = NaiveStreamingDetokenizer(tokenizer._tokenizer)
+    return changed
 
 
 def _stated_length(model: nn.Module) -> int | None:

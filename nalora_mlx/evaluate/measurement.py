@@ -7,6 +7,7 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
+from nalora_mlx.core.errors import RunError
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.evaluate.contestants import Contestants
 from nalora_mlx.evaluate.generation import (
@@ -144,6 +145,11 @@ class Measurer:
         encoded = self.contestants.with_images(model, examples)
         scores = scorer.score([[example] for example in encoded], on_progress=self._progress(what))
         values = [-score.log_probability for (score,) in scores]
+        if not np.isfinite(values).all():
+            row = examples[int(np.argmin(np.isfinite(values)))].source
+            raise RunError(
+                f"{row}: the loss is NaN or infinite; use an earlier checkpoint, or a model in float32 or bfloat16"
+            )
         return Sums.by_source(examples, values, [score.tokens for (score,) in scores])
 
     def _choices(self, scorer: Scorer, model: nn.Module, questions: Sequence[Question]) -> np.ndarray:

@@ -86,14 +86,13 @@ def measures(
         found.append(_loss(GENERAL_LOSS, "loss", GENERAL, base.general, other, seed))
     if tuned is not None and tuned.divergences is not None:
         sums = tuned.divergences
-        interval = mean_interval(sums.values, sums.tokens, bounds=(0.0, math.inf), seed=seed)
+        interval = mean_interval(sums.values, sums.tokens, seed=seed)
         found.append(_entry(KL, "KL(base || tuned)", GENERAL, NATS, [None, interval]))
     return found
 
 
 def _loss(name: str, title: str, part: str, base: Sums, tuned: Sums | None, seed: int) -> dict[str, Any]:
-    bounds = (0.0, math.inf)
-    intervals = [mean_interval(sums.values, sums.tokens, bounds, seed) for sums in (base, tuned) if sums]
+    intervals = [mean_interval(sums.values, sums.tokens, seed=seed) for sums in (base, tuned) if sums]
     comparison = None
     if tuned is not None:
         comparison = compare(base.values, tuned.values, base.tokens, lower_is_better=True, seed=seed)
@@ -106,7 +105,9 @@ def _score(
     inside = all(((of_model >= 0) & (of_model <= 1)).all() for of_model in values)
     bounds = (0.0, 1.0) if inside else None
     intervals = [mean_interval(of_model, None, bounds, seed) for of_model in values]
-    comparison = compare(values[0], values[1], binary=binary, seed=seed) if len(values) > 1 else None
+    comparison = None
+    if len(values) > 1:
+        comparison = compare(values[0], values[1], binary=binary, seed=seed, bounds=bounds)
     return _entry(name, title, part, SHARE if binary else SCORE, intervals, comparison)
 
 

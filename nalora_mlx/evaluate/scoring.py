@@ -5,6 +5,7 @@ model allows it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from nalora_mlx.models.packed_rows import sharing_error
 from nalora_mlx.ops.attention import lean_attention
 from nalora_mlx.ops.cross_entropy import LogitsFunction, tiled_argmax
 from nalora_mlx.ops.device_sizes import device_kind
-from nalora_mlx.ops.fast_math import vectorized
+from nalora_mlx.ops.fast_math import vectorized, vectorized_models
 from nalora_mlx.ops.kl_divergence import tiled_kl_divergence
 from nalora_mlx.training.device_memory import trim_cache
 from nalora_mlx.training.loss import Arrays, SupervisedLoss, batch_arrays
@@ -133,9 +134,9 @@ class Scorer:
     def __init__(self, model: nn.Module, batch_size: int | None = None):
         self.loss = SupervisedLoss(model)
         self.batch_size = batch_size
-        self._token_losses = self.loss.compile(self._compute_losses)
-        self._argmax = self.loss.compile(self._compute_argmax)
-        self._states = self.loss.compile(self.loss.states)
+        self._token_losses = self._compile(self._compute_losses)
+        self._argmax = self._compile(self._compute_argmax)
+        self._states = self._compile(self.loss.states)
         self._sharing_errors: dict[int, str | None] = {}  # by length of sequences
 
     def score(
@@ -156,9 +157,8 @@ class Scorer:
         matches = np.ones(len(texts), bool)
         for batch, owners in self._batches(self._laid_out(groups), len(texts), on_progress):
             arrays = batch_arrays(batch)
-            with vectorized(), lean_attention():
-                losses = self._token_losses(arrays)
-                best = self._argmax(arrays) if greedy else None
+            losses = self._token_losses(arrays)
+            best = self._argmax(arrays) if greedy else None
             values = np.array(losses)[: len(owners)].astype(np.float64)
             np.add.at(sums, owners, -values)
             np.add.at(counts, owners, 1)
@@ -188,8 +188,7 @@ class Scorer:
         items = [SharedTexts((text,), (i,)) for i, text in enumerate(texts)]
         for batch, owners in self._batches(items, len(texts), on_progress):
             arrays = batch_arrays(batch)
-            with vectorized(), lean_attention():
-                states = self._states(arrays), other._states(arrays)
+            states = self._states(arrays), other._states(arrays)
             (p, p_states), (q, q_states) = (
                 _logit_rows(scorer.loss, found) for scorer, found in zip((self, other), states, strict=True)
             )
@@ -198,6 +197,25 @@ class Scorer:
             np.add.at(sums, owners, np.array(values)[: len(owners)].astype(np.float64))
             trim_cache()
         return sums
+
+    def _compile(self, function: Callable[[Arrays], mx.array]) -> Callable[[Arrays], mx.array]:
+        """Return a function of a batch that computes it as a training step does, so that equal models give equal bits.
+
+        Adapters and base layers must then use the same functions.
+        """
+
+        def compute(arrays: Arrays) -> mx.array:
+            faster = vectorized_models() if self.loss.compiled else nullcontext()
+            with faster, lean_attention():
+                return function(arrays)
+
+        compiled = self.loss.compile(compute)
+
+        def call(arrays: Arrays) -> mx.array:
+            with vectorized() if self.loss.compiled else nullcontext():
+                return compiled(arrays)
+
+        return call
 
     def _compute_losses(self, arrays: Arrays) -> mx.array:
         return self.loss.token_losses(arrays, with_gradient=False)
@@ -227,7 +245,8 @@ class Scorer:
             return [item for items in alone for item in items]
         width = self._width()
         chosen = [
-            sequence_cost(item.inputs, width)
+            item.shared > 0
+            and sequence_cost(item.inputs, width)
             <= (1 - LEAST_SAVED) * sum(sequence_cost(one.inputs, width) for one in items)
             for item, items in zip(shared, alone, strict=True)
         ]

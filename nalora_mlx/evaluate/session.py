@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+from rich.console import Console
 
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import RunConfig
@@ -200,9 +201,11 @@ class Session:
             ) from None
 
     def _print(self, renderable: Any) -> None:
-        piped = not self.display.interactive
+        console = self.display.console
+        if not self.display.interactive:  # a table should not be cut to a width that no terminal has
+            console = Console(file=console.file, width=PIPED_WIDTH, highlight=False)
         with suppress(OSError):  # the terminal may be closed
-            self.display.console.print(renderable, soft_wrap=piped, width=PIPED_WIDTH if piped else None)
+            console.print(renderable)
 
     @contextmanager
     def _working(self, text: str) -> Iterator[None]:

@@ -84,17 +84,23 @@ def run_tasks(
         import lm_eval
     except ImportError as error:
         raise InputError(f"standard tasks need the package lm_eval: {install_command('eval')}") from error
+    from nalora_mlx.evaluate.generation import choose_batching
     from nalora_mlx.evaluate.language_model import LanguageModel, quiet
 
     if apply_chat_template and not tokenizer.has_chat_template:
         raise InputError("the model has no chat template, so tasks cannot be rendered as chats")
-    results = []
+    results, batching = [], None
     with quiet(notify):
         loaded = _load_tasks(list(dict.fromkeys(names)), task_path)
         _check_and_set(loaded["tasks"], num_fewshot, notify)
+        generates = any(task.OUTPUT_TYPE == "generate_until" for task in loaded["tasks"].values())
         for name, model in models:
+            if generates and batching is None and batch_size != 1:
+                batching = choose_batching(model)  # a tuned model answers as its base model does
+                if batching.notice:
+                    notify(batching.notice)
             report = (lambda *counts, name=name: on_progress(name, *counts)) if on_progress else None
-            wrapped = LanguageModel(model, tokenizer, batch_size, apply_chat_template, report)
+            wrapped = LanguageModel(model, tokenizer, batch_size, apply_chat_template, report, batching)
             del model
             random.seed(seed)
             np.random.seed(seed)
@@ -191,9 +197,9 @@ def _resolve_data_files(entry: Any, task_path: Path | None, copy: Path) -> None:
     """
     if task_path is None or entry.yaml_path is None:
         return
-    if not entry.yaml_path.resolve().is_relative_to(task_path.resolve()):
-        return
     directory = entry.yaml_path.resolve().parent
+    if not directory.is_relative_to(task_path.resolve()):
+        return
     given = {key: entry.cfg[key] for key in ("dataset_path", "dataset_kwargs") if entry.cfg.get(key)}
     changed = dict(given)
     if str(given.get("dataset_path", "")).startswith("."):

@@ -218,6 +218,11 @@ def test_stop_words_do_not_depend_on_the_cut_of_the_tokens(letters):
     begun = [[f"{text[-1]}!"] for text in texts]
     answers = generate_answers(model, letters(), prompts, 20, batch_size=3, stop_words=begun)
     assert answers == [(text, False, 20) for text in texts]
+    # The last character of each text appears only when the answer is cut.
+    last = [[text[-2:]] for text in texts]
+    answers = generate_answers(model, letters(), prompts, 20, batch_size=3, stop_words=last)
+    expected = [(text.split(text[-2:])[0], True) for text in texts]
+    assert [answer[:2] for answer in answers] == expected
 
 
 def test_an_end_token_as_the_last_token_completes_an_answer(letters):
@@ -320,17 +325,17 @@ def test_a_single_prompt_is_not_checked(letters, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "message"),
     [
-        {"prompts": [[1, 2], []]},
-        {"max_tokens": 0},
-        {"max_tokens": [3, 0]},
-        {"max_tokens": [3]},
-        {"stop_words": [["a"]]},
-        {"batch_size": 0},
+        ({"prompts": [[1, 2], []]}, "a prompt is empty"),
+        ({"max_tokens": 0}, "must be at least 1"),
+        ({"max_tokens": [3, 0]}, "must be at least 1"),
+        ({"max_tokens": [3]}, "2 prompts have 1 values of max_tokens"),
+        ({"stop_words": [["a"]]}, "1 lists of stop words"),
+        ({"batch_size": 0}, "must be at least 1"),
     ],
 )
-def test_wrong_arguments(settings, letters):
+def test_wrong_arguments(settings, message, letters):
     arguments = {"prompts": [[1, 2], [3]], "max_tokens": 2} | settings
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=message):
         generate_answers(build("llama"), letters(), **arguments)

@@ -410,6 +410,15 @@ def test_schema_chooses_the_draft(tmp_path):
     assert [metric.score(answer, "", ROW) for answer in ("4", "5")] == [1, 0]
     with pytest.raises(InputError, match=r"schema\.json: no valid JSON schema at exclusiveMaximum: "):
         schema_metric(schema_file(tmp_path, {"exclusiveMaximum": True}))
+    # The references of a part with an address of its own are relative to it.
+    parts = {
+        "b": {"$id": "https://example.com/in/b", "$ref": "c"},
+        "c": {"$id": "https://example.com/in/c", "type": "null"},
+    }
+    nested = schema_metric(
+        schema_file(tmp_path, {"$id": "https://example.com/a", "$ref": "in/b", "$defs": parts})
+    )
+    assert [nested.score(answer, "", ROW) for answer in ("null", "5")] == [1, 0]
     drafts = schema_metric(schema_file(tmp_path, {"$ref": "https://json-schema.org/draft/2020-12/schema"}))
     assert [drafts.score(answer, "", ROW) for answer in ('{"type": "array"}', '{"type": 3}')] == [1, 0]
 
@@ -509,6 +518,7 @@ def user_metric(folder, source, name="score"):
         ("def score(answer, expected) -> bool: return answer != expected", 1, True),
         ("from __future__ import annotations\ndef score(a, b) -> bool: return True", 1, True),
         ("def score(answer, expected, row): return len(row['messages'])", 2, False),
+        ("def score(answer, expected, line): return len(line['messages'])", 2, False),
         ("def score(answer, expected, row=None): return len(row['messages'])", 2, False),
         ("def score(answer, expected, factor=4): return factor", 4, False),
         ("def score(answer, expected, /, *, factor=4): return factor", 4, False),

@@ -70,7 +70,7 @@ def build_tokenizer(directory, adds_bos=True):
         eos_token="</s>",
         additional_special_tokens=special[2:],
         chat_template=CHAT_TEMPLATE.replace(
-            "assistant ", "assistant\\n"
+            "assistant ", "assistant\n"
         ),  # where no token crosses the boundary
     )
     fast.save_pretrained(directory)
@@ -206,8 +206,9 @@ def test_scores_are_those_of_mlx_lm(saved, monkeypatch, chat):
                     response, own = (response, True), (own, True)
                 np.testing.assert_allclose(response[0], own[0], rtol=1e-4)
                 assert response[1] == own[1]
-    assert any(0 < value < 1 for (_, metric), value in values.items() if metric.startswith("exact_match"))
-    assert 0 < values["last_words", "acc"] <= 1
+    if not chat:  # the model was trained on texts
+        assert any(0 < value < 1 for (_, metric), value in values.items() if metric.startswith("exact_match"))
+        assert 0 < values["last_words", "acc"] <= 1
 
 
 def test_number_of_examples_and_documents_are_those_of_lm_eval(saved, monkeypatch):
@@ -227,11 +228,7 @@ def test_number_of_examples_and_documents_are_those_of_lm_eval(saved, monkeypatc
         key = metric.metric if "," in metric.metric else f"{metric.metric},none"
         assert metric.values == [reference["results"][metric.task][key]]
         assert metric.documents.shape == (1, 5)
-    prompt = (
-        reference["samples"]["sums"][0]["arguments"]["gen_args_0"]["arg_0"]
-        if isinstance(reference["samples"]["sums"][0]["arguments"], dict)
-        else reference["samples"]["sums"][0]["arguments"][0][0]
-    )
+    prompt = reference["samples"]["sums"][0]["arguments"][0][0]
     assert prompt.count("Question:") == 4
 
 
@@ -331,7 +328,7 @@ def test_settings_of_answers(saved, monkeypatch):
 
     calls = []
 
-    def generate(model, tokenizer, prompts, max_tokens, batch_size, stop_words, on_answer):
+    def generate(model, tokenizer, prompts, max_tokens, batch_size, stop_words, on_answer, batching):
         calls.append((prompts, max_tokens, stop_words))
         return [SimpleNamespace(text="a. Question: b") for _ in prompts]
 
@@ -361,16 +358,46 @@ def test_stop_words_count_after_the_reasoning(saved, tmp_path, monkeypatch, chat
 
     passed = []
 
-    def generate(model, tokenizer, prompts, max_tokens, batch_size, stop_words, on_answer):
+    def generate(model, tokenizer, prompts, max_tokens, batch_size, stop_words, on_answer, batching):
         passed.extend(stop_words)
         return [SimpleNamespace(text=text) for text in ("First.\n\nThen.</think>7\n\nDone", "7\n\nDone")]
 
     monkeypatch.setattr(module, "generate_answers", generate)
-    tokenizer = SimpleNamespace(has_thinking=True, think_end="</think>", encode=lambda text, **_: [5])
+    tokenizer = SimpleNamespace(
+        has_thinking=True, think_end="</think>", detokenizer=None, encode=lambda text, **_: [5]
+    )
     lm = language_model(SimpleNamespace(model=saved.model, tokenizer=tokenizer), use_chat_template=chat)
     asked = requests(("One", {"until": ["\n\n"]}), ("Two", {"until": ["\n\n"]}))
     assert lm.generate_until(asked) == ["7", "7"]
     assert passed == ([[], []] if chat else [["\n\n"]] * 2)
+
+
+def test_batching_is_chosen_once_for_all_models(saved, tmp_path, monkeypatch):
+    from nalora_mlx.evaluate import generation
+    from nalora_mlx.evaluate import language_model as module
+
+    chosen, passed, notes = [], [], []
+
+    def choose(model):
+        chosen.append(model)
+        return generation.Batching(False, False, "answers are generated one at a time")
+
+    def generate(*arguments):
+        passed.append(arguments[-1])
+        return [SimpleNamespace(text="two")]
+
+    monkeypatch.setattr(generation, "choose_batching", choose)
+    monkeypatch.setattr(module, "generate_answers", generate)
+    write_task(tmp_path, "mine")
+    models = [("base", saved.model), ("tuned", saved.model)]
+    (metric,) = run_tasks(models, saved.tokenizer, ["mine"], tmp_path, notify=notes.append)
+    assert metric.values == [1, 1]
+    assert chosen == [saved.model]
+    assert passed == [generation.Batching(False, False, notes[0])] * 2
+    assert len(notes) == 1
+    run_tasks(models, saved.tokenizer, ["mine"], tmp_path, batch_size=1)
+    assert len(chosen) == 1
+    assert passed[2:] == [None, None]
 
 
 # --- several models -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from nalora_mlx.ops import cross_entropy
 from nalora_mlx.ops.cross_entropy import (
     cross_entropy_sum,
     gather_rows,
+    tiled_argmax,
     tiled_cross_entropy_sum,
 )
 from nalora_mlx.ops.device_sizes import device_sizes, using_sizes
@@ -148,6 +149,17 @@ def test_few_tiles_of_logits_are_live(compiled, with_gradient, ahead, most, monk
     finally:
         mx.set_memory_limit(limit)
     assert 1 <= tiles < most  # out of 32
+
+
+def test_the_largest_logit_is_found_in_tiles(monkeypatch):
+    set_columns(monkeypatch, 128)
+    logits = np.random.default_rng(0).normal(size=(9, 500)).astype(np.float32)
+    logits[0, [3, 200, 499]] = 50  # the first of equal ones
+    logits[1, 499] = logits[2, 0] = 50
+    logits[3] = -1e30
+    found = tiled_argmax(lambda h, entries: h[:, entries], 500, mx.array(logits))
+    assert found.tolist() == logits.argmax(axis=1).tolist()
+    assert found.tolist()[:4] == [3, 499, 0, 0]
 
 
 def test_gather_rows_matches_indexing():
