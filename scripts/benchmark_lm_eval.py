@@ -5,7 +5,7 @@
 Both run lm_eval's evaluation of the same local tasks on the same model, in one process, and take turns: 40 questions
 with four continuations each, and 16 answers of up to 32 tokens. The script prints one JSON line for each task and side
 with the medians of the rounds, in seconds on the clock and of all processors, and one for the ratios of the medians.
-What nalora does only once for all models is measured apart: it checks that the model answers in batches as it does alone.
+Apart from them is what nalora does once for all models: it checks that they answer in batches as they do alone.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ CHOICES = {
 ANSWERS = {
     "task": "answers",
     "output_type": "generate_until",
-    "doc_to_text": "Question: {{text}}\nAnswer:",
+    "doc_to_text": "{{text}}",  # the model continues the story
     "doc_to_target": "{{label}}",
-    "generation_kwargs": {"until": ["Question:"], "do_sample": False, "max_gen_toks": 32},
+    "generation_kwargs": {"until": ["The end"], "do_sample": False, "max_gen_toks": 32},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
 PLACES = ("kitchen", "garden", "harbour", "library", "workshop", "station", "market", "school")
@@ -60,7 +61,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         write_tasks(Path(directory))
         os.chdir(directory)  # where lm_eval looks for data files
-        measure(model, Path(directory), args.rounds)
+        measure(model, Path(directory), args.tasks, args.rounds)
     return 0
 
 
@@ -82,7 +83,7 @@ def write_tasks(directory: Path) -> None:
         (directory / f"{task['task']}.yaml").write_text(json.dumps(task | source | {"test_split": "test"}))
 
 
-def measure(model: str, directory: Path, rounds: int) -> None:
+def measure(model: str, directory: Path, tasks: Sequence[str], rounds: int) -> None:
     """Measure both sides in turn and print the results."""
     import datasets
     from lm_eval.tasks import TaskManager
@@ -98,7 +99,7 @@ def measure(model: str, directory: Path, rounds: int) -> None:
     start = time.perf_counter()
     batching = choose_batching(theirs._model)
     print(json.dumps({"choose_batching_s": round(time.perf_counter() - start, 3)}), flush=True)
-    for task in ("choices", "answers"):
+    for task in tasks:
         loaded = manager.load([task])
         times: dict[str, list[tuple[float, float]]] = {"nalora": [], "mlx_lm": []}
         results = {}

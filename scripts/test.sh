@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 # shellcheck source=scripts/get_model.sh
 . scripts/get_model.sh
-prepare dev,data,digits,export,interop,vlm,report,tensorboard,browser,notebook
+prepare dev,data,digits,export,eval,interop,vlm,report,tensorboard,browser,notebook
 install_test_programs
 
 # The tests of PEFT and TRL need PyTorch and are skipped without it. On Linux the PyPI wheel pulls in several GB of

@@ -20,6 +20,7 @@ from nalora_mlx.core.versions import library_versions
 EXTRAS = {
     "data": "Parquet files, and data sets on the Hugging Face Hub",
     "export": "GGUF files",
+    "eval": "standard tasks and JSON schemas of nalora evaluate",
     "report": "nalora report",
     "tensorboard": "--report-to tensorboard",
     "vlm": "vision-language models",

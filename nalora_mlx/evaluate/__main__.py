@@ -36,15 +36,15 @@ INHERITED = [name for name in RUN_SETTINGS if name not in ("model", "trust_remot
 GROUPS = {
     "model and data": "model data split samples mask_prompt | last_turn_only max_seq_length train_mode prompt_feature "
     "completion_feature text_feature chat_feature chat_template chat_template_args quantize trust_remote_code",
-    "answers": "metric regex json_schema choices max_tokens | batch_size show",
-    "general text and tasks": "general max_forgetting tasks | task_path limit num_fewshot chat_tasks",
-    "results": "watch_checkpoints output | seed",
+    "answers": "metric regex choices max_tokens | json_schema batch_size show",
+    "general text and tasks": "general tasks | max_forgetting task_path limit num_fewshot chat_tasks",
+    "results": "watch_checkpoints | output seed",
 }
 EXAMPLES = """
 did training help? on the test set of the run
   nalora evaluate --model Qwen/Qwen3-0.6B --adapter-path adapters
-compare two adapters on other rows, by a metric of your own
-  nalora evaluate --model Qwen/Qwen3-0.6B --adapter-path a --adapter-path b --data rows.jsonl --metric score.py:score
+compare two adapters, by a metric of your own
+  nalora evaluate --model Qwen/Qwen3-0.6B --adapter-path a --adapter-path b --metric score.py:score
 which checkpoint is best?
   nalora evaluate --model Qwen/Qwen3-0.6B --adapter-path adapters --watch-checkpoints
 a standard task, with the extra eval

@@ -1,9 +1,11 @@
 """The base model and its tuned versions, from one load of the base's weights."""
 
+import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import mlx.nn as nn
 
@@ -59,6 +61,7 @@ class Contestants:
         configure_run_chats(config, self.tokenizer, None, notify)
         self.base, self.model_config = load_run_model(config, self.processor, notify)
         _prepare(self.base)
+        self._features: Path | None = None
         for adapter in adapters:
             directory = local_directory(config.model)
             if twice := twice_notice(config.model, directory, adapter):
@@ -79,12 +82,19 @@ class Contestants:
         return model
 
     def with_images(self, model: nn.Module, examples: Sequence[Example]) -> list[Example]:
-        """Return examples with what their images are for a model. Those without images stay as they are."""
-        if self.processor is None or not any(example.images for example in examples):
+        """Return examples with what a model needs besides their tokens; of a model of mlx-lm, they stay as they are.
+
+        Features of images are in a temporary directory as long as this object lives; batches read them from there.
+        Models with the same vision tower share them. Texts need something, too, if the model attends both ways in
+        prompts.
+        """
+        if self.processor is None:
             return list(examples)
+        if self._features is None:
+            self._features = Path(mkdtemp(prefix="nalora-"))
+            weakref.finalize(self, shutil.rmtree, self._features, ignore_errors=True)
         split = Split([replace(example, media=None) for example in examples])
-        with TemporaryDirectory() as directory:
-            encode_images(model, self.processor, {"test": split}, Path(directory), lambda *_: None)
+        encode_images(model, self.processor, {"test": split}, self._features, lambda *_: None)
         return split.sequences
 
 

@@ -14,12 +14,14 @@ mlx_lm.evaluate only where it goes wrong:
 
 import copy
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import datasets
+import lm_eval
 import lm_eval.api.task as task_module
 import mlx.nn as nn
 import numpy as np
@@ -58,6 +60,7 @@ class LanguageModel(LM):
         batching: how the model answers many prompts, if known; see `generate_answers`.
 
     Attributes:
+        use_chat_template: whether contexts are rendered chats.
         computing: whether the model computes; still true after an error of it, as opposed to one of lm_eval or a task.
     """
 
@@ -73,7 +76,7 @@ class LanguageModel(LM):
         super().__init__()
         self.tokenizer, self.computing = tokenizer, False
         self._model, self._batch_size, self._on_progress = model, batch_size, on_progress
-        self._use_chat_template = use_chat_template
+        self.use_chat_template = use_chat_template
         self._batching = batching
         self._max_length = _stated_length(model) or MAX_LENGTH
 
@@ -109,7 +112,7 @@ class LanguageModel(LM):
             ) from error
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=not self._use_chat_template))
+        return list(self.tokenizer.encode(text, add_special_tokens=not self.use_chat_template))
 
     @property
     def _prefix(self) -> int:
@@ -131,20 +134,19 @@ class LanguageModel(LM):
         members: dict[str, list[int]] = {}  # requests by context
         for i, request in enumerate(requests):
             members.setdefault(request.args[0], []).append(i)
-        results = [(0.0, True)] * len(requests)
-        groups, owners = [], []
-        for context, indices in members.items():
-            texts = self._continued(context, [requests[i].args[1] for i in indices])
-            kept = [(i, text) for i, text in zip(indices, texts, strict=True) if text.loss_mask.any()]
-            groups.append([text for _, text in kept])
-            owners.append([i for i, _ in kept])
+        groups = [
+            self._continued(context, [requests[i].args[1] for i in indices])
+            for context, indices in members.items()
+        ]
         self.computing = True
         scores = self._scorer.score(groups, greedy=True, on_progress=self._on_progress)
         self.computing = False
-        for indices, found in zip(owners, scores, strict=True):
-            for i, score in zip(indices, found, strict=True):
-                results[i] = (score.log_probability, bool(score.greedy))
-        return results
+        results = {
+            i: (score.log_probability, bool(score.greedy))
+            for indices, found in zip(members.values(), scores, strict=True)
+            for i, score in zip(indices, found, strict=True)
+        }
+        return [results[i] for i in range(len(requests))]
 
     def _continued(self, context: str, continuations: Sequence[str]) -> list[Example]:
         """Return the texts of one context. If one is too long, all lose the same tokens on the left."""
@@ -192,7 +194,7 @@ class LanguageModel(LM):
             (self._encode(request.args[0]) or [self._prefix])[-max(1, self._max_length - limit) :]
             for request, limit in zip(requests, limits, strict=True)
         ]
-        reasons = self._use_chat_template and self.tokenizer.has_thinking
+        reasons = self.use_chat_template and self.tokenizer.has_thinking
         self.computing = True
         answers = generate_answers(
             self._model,
@@ -258,6 +260,45 @@ def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the number of tokens with which both begin."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def evaluate_tasks(
+    model: LanguageModel, loaded: Mapping[str, Any], limit: int | None, seed: int
+) -> dict[str, Any]:
+    """Return lm_eval's results of a model, with the metrics of each document but without its texts.
+
+    Args:
+        model: the model.
+        loaded: tasks and groups, as lm_eval's task manager loads them.
+        limit: number of documents of each task; None for all.
+        seed: of the choice of examples.
+
+    Raises:
+        InputError: a task file does not fit its data.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed)
+    try:
+        results = lm_eval.evaluate(
+            model,
+            loaded,
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=model.use_chat_template,
+            fewshot_as_multiturn=model.use_chat_template,
+        )
+    except Exception as error:
+        if model.computing or isinstance(error, InputError):
+            raise
+        names, what = ", ".join(loaded["tasks"]), f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"task {names}: its task file does not fit its data ({what})") from error
+    samples = {
+        task: [{key: found[key] for key in ("doc_id", "filter", *found["metrics"])} for found in documents]
+        for task, documents in results["samples"].items()
+    }
+    return results | {"samples": samples}
 
 
 @contextmanager

@@ -162,7 +162,7 @@ class Measurer:
 
     def _divergences(self, scorer: Scorer) -> Sums:
         assert self.base_scorer is not None
-        texts = self.test_set.general
+        texts = self.contestants.with_images(self.contestants.base, self.test_set.general)
         values = self.base_scorer.divergences(scorer, texts, self._progress("divergence on general text"))
         return Sums.by_source(texts, list(values), [text.supervised_tokens for text in texts])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.nn as nn
 from rich.console import Console
+from rich.text import Text
 
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import RunConfig
@@ -201,11 +202,11 @@ class Session:
             ) from None
 
     def _print(self, renderable: Any) -> None:
-        console = self.display.console
-        if not self.display.interactive:  # a table should not be cut to a width that no terminal has
+        console, piped = self.display.console, not self.display.interactive
+        if piped:  # a table should not be cut to a width that no terminal has
             console = Console(file=console.file, width=PIPED_WIDTH, highlight=False)
         with suppress(OSError):  # the terminal may be closed
-            console.print(renderable)
+            console.print(renderable, soft_wrap=piped and isinstance(renderable, Text))
 
     @contextmanager
     def _working(self, text: str) -> Iterator[None]:

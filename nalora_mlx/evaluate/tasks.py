@@ -1,7 +1,6 @@
 """Standard tasks through EleutherAI's lm_eval: several models on the same documents, paired."""
 
 import gc
-import random
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -81,11 +80,11 @@ def run_tasks(
         InputError: lm_eval is missing, a task is unknown or cannot run here, or its file or data cannot be read.
     """
     try:
-        import lm_eval
+        import lm_eval  # noqa: F401
     except ImportError as error:
         raise InputError(f"standard tasks need the package lm_eval: {install_command('eval')}") from error
     from nalora_mlx.evaluate.generation import choose_batching
-    from nalora_mlx.evaluate.language_model import LanguageModel, quiet
+    from nalora_mlx.evaluate.language_model import LanguageModel, evaluate_tasks, quiet
 
     if apply_chat_template and not tokenizer.has_chat_template:
         raise InputError("the model has no chat template, so tasks cannot be rendered as chats")
@@ -102,27 +101,7 @@ def run_tasks(
             report = (lambda *counts, name=name: on_progress(name, *counts)) if on_progress else None
             wrapped = LanguageModel(model, tokenizer, batch_size, apply_chat_template, report, batching)
             del model
-            random.seed(seed)
-            np.random.seed(seed)
-            for task in loaded["tasks"].values():
-                task.set_fewshot_seed(seed)
-            try:
-                results.append(
-                    lm_eval.evaluate(
-                        wrapped,
-                        loaded,
-                        limit=limit,
-                        bootstrap_iters=0,
-                        apply_chat_template=apply_chat_template,
-                        fewshot_as_multiturn=apply_chat_template,
-                    )
-                )
-            except Exception as error:
-                if wrapped.computing or isinstance(error, InputError):
-                    raise
-                raise InputError(
-                    f"task {', '.join(loaded['tasks'])}: its task file does not fit its data ({_shown(error)})"
-                ) from error
+            results.append(evaluate_tasks(wrapped, loaded, limit, seed))
             del wrapped
             gc.collect()  # compiled functions and their models refer to each other
     return _collect(results)

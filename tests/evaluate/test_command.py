@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import stream_generate
+from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
+from mlx_lm.tuner.trainer import evaluate as mlx_lm_evaluate
 from mlx_lm.utils import load
 
 from nalora_mlx.__main__ import main
@@ -101,7 +103,7 @@ def loss_in_float64(model, tokenizer, rows):
 # --- measures -----------------------------------------------------------------------------------------------
 
 
-def test_losses_equal_float64_and_mlx_lm(result, model_directory, run, rows, data, capsys):
+def test_losses_equal_float64_and_mlx_lm(result, model_directory, run, rows):
     test = rows[::2]
     base, tokenizer = load(str(model_directory))
     tuned, _ = load(str(model_directory), adapter_path=str(run))
@@ -109,13 +111,11 @@ def test_losses_equal_float64_and_mlx_lm(result, model_directory, run, rows, dat
     assert measured["base"][0] == pytest.approx(loss_in_float64(base, tokenizer, test), rel=1e-6)
     assert measured["tuned"][0] == pytest.approx(loss_in_float64(tuned, tokenizer, test), rel=1e-5)
     assert measured["told"] == "better"
-    capsys.readouterr()
-    # All rows in batches of one, and no length that mlx-lm pads: its mask then has no pad token.
-    from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
-    from mlx_lm.tuner.trainer import evaluate as mlx_lm_evaluate
-
+    # mlx-lm also counts one token of padding after each row, except where there is no padding: all rows are equally
+    # long here, and it does not pad beyond the maximum length.
     dataset = CacheDataset(CompletionsDataset(test, tokenizer, "prompt", "completion", mask_prompt=True))
-    theirs = mlx_lm_evaluate(tuned, dataset, batch_size=1, num_batches=-1, max_seq_length=2048)
+    (length,) = {len(dataset[i][0]) for i in range(len(dataset))}
+    theirs = mlx_lm_evaluate(tuned, dataset, batch_size=1, num_batches=-1, max_seq_length=length)
     assert measured["tuned"][0] == pytest.approx(float(theirs), rel=1e-5)
 
 

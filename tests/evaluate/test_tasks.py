@@ -246,6 +246,7 @@ def test_score_is_the_log_probability_of_what_the_continuation_adds(saved):
         assert score == pytest.approx(values[len(prompt) - 1 :].sum(), rel=1e-5)
         assert greedy == best[len(prompt) - 1 :].all()
     assert found[3] == (0, True)
+    assert lm.loglikelihood(requests(("Tea", ""))) == [(0, True)]
     values, _ = log_probabilities(saved.model, saved.tokenizer.encode("Tea."))
     assert found[4][0] == pytest.approx(values[-1], rel=1e-5)
 

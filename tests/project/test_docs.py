@@ -60,6 +60,7 @@ NOT_RUN = {
     "python scripts/": "slow, and not part of the package",
     "python examples/": "tests/project/test_examples.py runs it",
     "jupyter": "opens a window",
+    "nalora evaluate --tasks": "needs the network; tests/evaluate/test_tasks.py runs tasks",
 }
 SHELL = ("mkdir", "ls", "cat", "head", "echo", "printf", "cp")  # run by bash unchanged
 RUNS = ("ADAPTERS", "RUN", "RUN_A", "RUN_B", "A", "B")  # placeholders for output directories of nalora lora
