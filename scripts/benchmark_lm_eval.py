@@ -52,6 +52,7 @@ ENDINGS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="directory of a model")
+    parser.add_argument("--tasks", nargs="+", choices=("choices", "answers"), default=("choices", "answers"))
     parser.add_argument(
         "--rounds", type=int, default=3, help="measurements of each task and side (default: 3)"
     )

@@ -21,7 +21,7 @@ def next_steps(
     Args:
         config: settings of the run.
         result: of the training. If its best validation is clearly better than its last one, the commands name the best
-            adapter.
+            adapter. They evaluate it if the run has a test set.
         prompts: of the run's data, see `runs.samples.choose_prompts`. A run on texts gets `nalora generate` instead of
             a chat.
     """
@@ -36,7 +36,8 @@ def next_steps(
         prompt = " ".join(prompts[0]["text"][:QUOTED_PROMPT].split())
         return [("generate", ["nalora", "generate", *model, "--prompt", prompt]), report, merge]
     chat = ["nalora", "chat", *model]
-    return [("chat", chat), ("compare", [*chat, "--compare"]), report, merge]
+    evaluate = [("evaluate", ["nalora", "evaluate", *model])] if config.test else []
+    return [("chat", chat), ("compare", [*chat, "--compare"]), *evaluate, report, merge]
 
 
 def has_better_adapter(result: TrainResult) -> bool:

@@ -183,6 +183,8 @@ def test_scores_are_those_of_mlx_lm(saved, monkeypatch, chat):
     monkeypatch.chdir("/")
     found = run_tasks([("base", saved.model)], saved.tokenizer, names, TASKS, apply_chat_template=chat)
 
+    for metric in found:  # perplexities and correlations are no means
+        assert (metric.documents is not None) == metric.metric.startswith(("acc", "exact_match"))
     values = {(metric.task, metric.metric): metric.values[0] for metric in found}
     expected = {
         (task, key.removesuffix(",none")): value
@@ -230,6 +232,7 @@ def test_number_of_examples_and_documents_are_those_of_lm_eval(saved, monkeypatc
         assert metric.documents.shape == (1, 5)
     prompt = reference["samples"]["sums"][0]["arguments"][0][0]
     assert prompt.count("Question:") == 4
+    assert notes == ["task science: its prompts have no examples, whatever their number should be"]
 
 
 # --- texts --------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ def test_the_next_steps_name_model_and_adapter():
         "--prompt 'It was a dark and stormy night'"
     )
     assert commands(config, result(), [{"messages": []}])[0] == f"nalora chat {model}"
+    tested = RunConfig(model="org/a", adapter_path="my adapters", test=True)
+    assert commands(tested, result())[2] == f"nalora evaluate {model}"
 
 
 def test_every_next_step_is_a_command_with_these_flags():

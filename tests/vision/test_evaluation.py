@@ -39,7 +39,16 @@ END = "<|im_end|>"
 
 @pytest.fixture(scope="module")
 def vision_model(tmp_path_factory):
-    return save_model("qwen3_vl", tmp_path_factory.mktemp("models") / "qwen3_vl")
+    """Return a model whose answers depend on the images."""
+    directory = save_model("qwen3_vl", tmp_path_factory.mktemp("models") / "qwen3_vl")
+    arrays = load_file(directory / "model.safetensors")
+    for name in arrays:
+        if "patch_embed" in name or "merger" in name:
+            arrays[name] = 4 * arrays[name]
+        elif name.startswith("language_model.") and "embed" not in name and arrays[name].ndim == 2:
+            arrays[name] = 3 * arrays[name]
+    save_file(arrays, directory / "model.safetensors", {"format": "mlx"})
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +208,15 @@ def test_choices_are_by_likelihood(measured, vision_model, data, rows, run, towe
             sources = [entry["source"] for entry in changed[kind]]
             assert sources == [f"test.jsonl:{j + 1}" for j in np.flatnonzero(rows_of)]
     assert (right[0] != right[1]).any()
-    # The rows are alike but for their images, which matter.
-    assert np.abs(np.array(scores[0])[0] - np.array(scores[0])[3]).max() > 5e-3
+
+
+def test_answers_depend_on_the_images(measured):
+    """Else the other tests would tell nothing: rows 1, 4 and 7 have one image each, and nearly the same text."""
+    result, scores = measured
+    assert np.abs(np.array(scores[0])[0] - np.array(scores[0])[3]).max() > 0.3
+    texts = [[record[name]["text"] for record in result["adapters"][0]["answers"]] for name in ("base", "tuned")]
+    print(texts)
+    assert 0
 
 
 def test_an_adapter_without_effect_equals_the_base_bit_for_bit(vision_model, tower_run, data, tmp_path):
