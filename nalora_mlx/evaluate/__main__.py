@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
         )
     )
     settings.check()
+    if settings.watch_checkpoints:
+        adapters = [_first_checkpoint(adapters)]
     flags = {name: value for name, value in given.items() if name in RUN_SETTINGS}
     require_model(flags.get("model"), adapters[0] if adapters else None)
     config, has_data = _configure(flags, adapters, settings)
@@ -103,6 +105,19 @@ def run(args: argparse.Namespace) -> None:
 
     with keep_awake(), open_display() as display:
         Session(config, settings, adapters, has_data, display).run()
+
+
+def _first_checkpoint(runs: Sequence[Path]) -> Path:
+    """Return the first checkpoint of a run; wait for it while the run goes on.
+
+    Raises:
+        InputError: there is not one run, or it has no checkpoints.
+    """
+    from nalora_mlx.evaluate.checkpoints import wait_for_checkpoint
+
+    if len(runs) != 1:
+        raise InputError("--watch-checkpoints: give the directory of one run with --adapter-path")
+    return wait_for_checkpoint(runs[0])
 
 
 def _configure(
@@ -122,8 +137,6 @@ def _configure(
         check_paths(None, str(adapter))
     if len({adapter.resolve() for adapter in adapters}) < len(adapters):
         raise InputError("--adapter-path: the same adapter is given twice; give each once")
-    if settings.watch_checkpoints and len(adapters) != 1:
-        raise InputError("--watch-checkpoints: give the directory of one run with --adapter-path")
     saved = _inherited(adapters[0]) if adapters else {}
     has_data = "data" in flags or (settings.tasks is None and ("data" in saved or "hf_dataset" in saved))
     if not has_data and settings.tasks is None:

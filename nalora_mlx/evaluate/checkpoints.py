@@ -1,19 +1,39 @@
 """The checkpoints of a run compared with each other: which step is best?"""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from nalora_mlx.core.errors import listed
+from nalora_mlx.core.errors import InputError, listed
+from nalora_mlx.core.locks import is_locked
 from nalora_mlx.evaluate import results
 from nalora_mlx.evaluate.evaluation import Evaluation
 from nalora_mlx.evaluate.measurement import Measured
 from nalora_mlx.evaluate.statistics import Comparison, compare
+from nalora_mlx.runs.checkpoints import CHECKPOINTS, steps
 from nalora_mlx.runs.evaluation_rows import GENERAL, GENERAL_LOSS, LOSS, NOT_TOLD, SHARE, format_value
 
+WAIT = 10.0  # seconds between two looks for new checkpoints
 BEFORE = 0  # the step of the base model, before training
+
+
+def wait_for_checkpoint(run: Path) -> Path:
+    """Return the first checkpoint of a run; wait for it while the run goes on.
+
+    Raises:
+        InputError: the run has ended without one, or the directory is none of a run.
+    """
+    while True:
+        running = is_locked(run)
+        if found := list(steps(run / CHECKPOINTS).values()):
+            return found[0]
+        if not running:
+            raise InputError(f"--adapter-path {run}: has no checkpoints; give the directory of a run")
+        time.sleep(WAIT)
 
 
 class CheckpointRace:

@@ -218,11 +218,17 @@ def _metrics_of_user(settings: EvaluationSettings) -> list[Metric]:
     named = [name for name in settings.metric or () if name != NONE]
     unknown = [name for name in named if name not in BUILT_IN and ":" not in name]
     choose_metrics(unknown)  # raises for the first
-    found = [BUILT_IN[name] if name in BUILT_IN else load_user_metric(name) for name in dict.fromkeys(named)]
+    found = [
+        BUILT_IN[name] if name in BUILT_IN else replace(load_user_metric(name), name=name.rpartition("/")[2])
+        for name in dict.fromkeys(named)
+    ]  # results are shared, and hold no directories
     if settings.regex is not None:
         found.append(regex_metric(settings.regex))
     if settings.json_schema is not None:
         found.append(schema_metric(Path(settings.json_schema).expanduser()))
+    names = [metric.name for metric in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--metric: two metrics are called {twice[0]}; rename one of them")
     return found
 
 

@@ -15,7 +15,7 @@ from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.errors import InputError, RunError, listed
 from nalora_mlx.core.locks import is_locked
 from nalora_mlx.evaluate import results, table
-from nalora_mlx.evaluate.checkpoints import CheckpointRace
+from nalora_mlx.evaluate.checkpoints import WAIT, CheckpointRace
 from nalora_mlx.evaluate.contestants import BASE
 from nalora_mlx.evaluate.evaluation import Evaluation, adapter_name, describe
 from nalora_mlx.evaluate.settings import EvaluationSettings
@@ -24,7 +24,6 @@ from nalora_mlx.runs.display import Display
 from nalora_mlx.runs.evaluations import evaluation_file, write_evaluation
 
 PIPED_WIDTH = 160  # columns of a table, if output is piped
-WAIT = 10.0  # seconds between two looks for new checkpoints
 
 
 class Session:
@@ -59,12 +58,12 @@ class Session:
             RunError: a metric failed on an answer; all else is written.
         """
         if self.settings.output is not None:
-            storage.check_writable(Path(self.settings.output).expanduser().parent)
+            _check_output(Path(self.settings.output).expanduser())
         with self._working(f"loading {self.config.model}"):
             self.evaluation = Evaluation(
                 self.config,
                 self.settings,
-                self._first_adapters(),
+                self.adapters,
                 self.has_data,
                 lambda text: self.display.notices([text]),
                 lambda what, done, count: self.update(f"{self.doing}: {what} ({done:,} of {count:,})"),
@@ -73,7 +72,7 @@ class Session:
         with self._working(f"measuring {BASE}"):
             self.content = self.evaluation.start()
         if self.settings.watch_checkpoints:
-            self._watch(self.adapters[0])
+            self._watch(self.adapters[0].parent.parent)
         else:
             for adapter in self.adapters:
                 self._measure(adapter)
@@ -86,16 +85,6 @@ class Session:
             self.display.note(f"written: {path}")
         if dropped := self.evaluation.measurer.dropped:
             raise RunError(f"{listed(list(dropped.values()))}; the other results are complete")
-
-    def _first_adapters(self) -> list[Path]:
-        """Return the adapters to check before the model is loaded: of a run that is watched, a checkpoint."""
-        if not self.settings.watch_checkpoints:
-            return self.adapters
-        run = self.adapters[0]
-        found = list(steps(run / CHECKPOINTS).values())
-        if not found and not is_locked(run):
-            raise InputError(f"--adapter-path {run}: has no checkpoints; give the directory of a run")
-        return found[:1]
 
     # --- models -------------------------------------------------------------------------------------------------
 
@@ -168,13 +157,14 @@ class Session:
                         race.add(step, self.evaluation.measure(path))
                 if step in race.measured:
                     self.display.note(race.line(step))
+                    self.content |= race.content()
+                    self._write()
             if ended and not new:
                 break
             if not new:
                 time.sleep(WAIT)
         self._print(race.table())
         self.display.note(race.verdict())
-        self.content |= race.content()
 
     # --- output -------------------------------------------------------------------------------------------------
 
@@ -187,8 +177,9 @@ class Session:
             return
         data, split = self.content["data"], self.content["split"]
         if self.settings.watch_checkpoints:
-            path = evaluation_file(self.adapters[0], data, split)
+            path = evaluation_file(self.adapters[0].parent.parent, data, split)
             self._write_file(path.with_name(f"{path.stem}-checkpoints.json"), self.content)
+            return
         for adapter, found in zip(self.adapters, self.content["adapters"], strict=False):
             self._write_file(evaluation_file(adapter, data, split), self.content | {"adapters": [found]})
 
@@ -214,3 +205,18 @@ class Session:
         self.doing = text
         with self.display.waiting(text) as self.update:
             yield
+
+
+def _check_output(path: Path) -> None:
+    """Raise InputError if the file cannot be written, or exists and is no result of an evaluation."""
+    if path.is_dir():
+        raise InputError(f"--output {path}: is a directory; give a file")
+    storage.check_writable(path.parent)
+    if not path.exists():
+        return
+    try:
+        known = {"format", "adapters"} <= storage.read_json(path).keys()
+    except InputError:
+        known = False
+    if not known:
+        raise InputError(f"--output {path}: exists and was not written by nalora evaluate; give another file")

@@ -432,6 +432,36 @@ def test_bad_input_is_one_line(model_directory, run, data, tmp_path, capsys):
     )
 
 
+def test_no_other_file_is_overwritten(model_directory, data, tmp_path, capsys):
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"a": 1}')
+    flags = ["--data", data, "--metric", "none", "--general", "none", "--output"]
+    refused(
+        capsys, model_directory, [*flags, mine], "mine.json: exists and was not written by nalora evaluate"
+    )
+    refused(capsys, model_directory, [*flags, tmp_path], "is a directory; give a file")
+    assert mine.read_text() == '{"a": 1}'
+    for _ in range(2):  # a result may be replaced
+        assert evaluate(model_directory, *flags, tmp_path / "result.json") == 0
+
+
+@pytest.mark.parametrize("kind", ["full", "dora"])
+def test_other_kinds_of_tuned_models(kind, model_directory, data, tmp_path):
+    output, path = tmp_path / "run", tmp_path / "result.json"
+    where = ["--model", model_directory, "--data", data, "--adapter-path", output, "--mask-prompt"]
+    flags = ["--fine-tune-type", kind, "--learning-rate", "1e-3", "--no-samples", *FAST, "--iters", "20"]
+    assert main(["lora", "--train", *map(str, where), *flags]) == 0
+    flags = ["--adapter-path", output, "--general", data / "general.txt", "--output", path]
+    assert evaluate(model_directory, *flags) == 0
+    content = json.loads(path.read_text())
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    tuned, tokenizer = load(str(model_directory), adapter_path=str(output))
+    assert entry(content, "loss")["tuned"][0] == pytest.approx(
+        loss_in_float64(tuned, tokenizer, rows), rel=1e-5
+    )
+    assert entry(content, "kl")["tuned"][0] > 1e-3
+
+
 def test_adapters_of_other_models_are_refused(run, data, tokenizer_directory, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(tokenizer_directory, other)
@@ -482,6 +512,6 @@ def test_a_metric_of_the_users_own(model_directory, run, data, tmp_path):
     assert evaluate(model_directory, *flags) == 0
     content = json.loads(path.read_text())
     lengths = [len(record["tuned"]["text"]) for record in content["adapters"][0]["answers"]]
-    measured = entry(content, f"{score}:length")
+    measured = entry(content, "score.py:length")
     assert measured["tuned"][0] == pytest.approx(np.mean(lengths))
     assert measured["unit"] == "score"

@@ -185,6 +185,11 @@ def test_scores_are_those_of_mlx_lm(saved, monkeypatch, chat):
 
     for metric in found:  # perplexities and correlations are no means
         assert (metric.documents is not None) == metric.metric.startswith(("acc", "exact_match"))
+        name, _, answers = metric.metric.partition(",")
+        samples = reference["samples"][metric.task]
+        if metric.documents is not None:
+            of_filter = [sample[name] for sample in samples if sample["filter"] == (answers or "none")]
+            assert metric.documents[0].tolist() == of_filter
     values = {(metric.task, metric.metric): metric.values[0] for metric in found}
     expected = {
         (task, key.removesuffix(",none")): value

@@ -143,11 +143,11 @@ def test_losses_are_those_of_a_test(result, vision_model, data, run, tower_run, 
         record = json.loads((adapter / "metrics.jsonl").read_text().splitlines()[-1])
         assert record["split"] == "test"
         assert measures(result, number)["loss"]["tuned"][0] == pytest.approx(record["loss"], rel=1e-5)
-    base = {measures(result, number)["loss"]["base"][0] for number in (0, 1)}
-    tuned = [measures(result, number)["loss"]["tuned"][0] for number in (0, 1)]
-    assert len(base) == 1
-    assert max(tuned) < base.pop() - 0.3
-    assert abs(tuned[0] - tuned[1]) > 1e-3
+    (base, tuned), (same, other) = (
+        [measures(result, number)["loss"][name][0] for name in ("base", "tuned")] for number in (0, 1)
+    )
+    assert base == same
+    assert min(abs(base - tuned), abs(base - other), abs(tuned - other)) > 0.01
 
 
 def test_answers_are_greedy(result, vision_model, data, rows, run, tower_run):
@@ -214,9 +214,7 @@ def test_answers_depend_on_the_images(measured):
     """Else the other tests would tell nothing: rows 1, 4 and 7 have one image each, and nearly the same text."""
     result, scores = measured
     assert np.abs(np.array(scores[0])[0] - np.array(scores[0])[3]).max() > 0.3
-    texts = [[record[name]["text"] for record in result["adapters"][0]["answers"]] for name in ("base", "tuned")]
-    print(texts)
-    assert 0
+    assert len({result["adapters"][0]["answers"][i]["base"]["text"] for i in (0, 3, 6)}) > 1
 
 
 def test_an_adapter_without_effect_equals_the_base_bit_for_bit(vision_model, tower_run, data, tmp_path):
