@@ -105,22 +105,13 @@ class PreferenceExample:
             return tuple(self._part(number, 0) for number in range(len(self.answers)))
         shared = self.shareable if self.layout == SHARED else 0
         parts = [self._part(0, 0), self._part(1, shared)]
-        sizes = (shared, len(parts[0].inputs) - shared, len(parts[1].inputs))
-        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Lane._fields[:5]}
-        lane = Lane(**joined)
         if self.layout == JOINED:
-            return (lane._replace(segments=np.repeat([1, 2], sizes[1:]).astype(np.int32)),)
-        token_weights = np.ones(sum(sizes), np.float32)
+            sizes = [len(part.inputs) for part in parts]
+            return (joined_lane(parts)._replace(segments=np.repeat([1, 2], sizes).astype(np.int32)),)
+        lane = branched_lane(parts, shared)
+        token_weights = np.ones(len(lane.inputs), np.float32)
         token_weights[:shared] = SHARED_WEIGHT
-        positions = np.concatenate([np.arange(shared + sizes[1]), shared + np.arange(sizes[2])])
-        return (
-            lane._replace(
-                segments=np.ones(sum(sizes), np.int32),
-                branches=np.repeat([0, 1, 2], sizes).astype(np.int32),
-                positions=positions.astype(np.int32),
-                token_weights=token_weights,
-            ),
-        )
+        return (lane._replace(token_weights=token_weights),)
 
     def _part(self, number: int, start: int) -> Lane:
         """Return an answer with its prompt from input `start` on."""
@@ -139,6 +130,31 @@ class PreferenceExample:
 
 
 TokenizedRow = Example | PreferenceExample
+
+
+def joined_lane(parts: Sequence[Lane]) -> Lane:
+    """Return sequences one after the other, as one."""
+    inputs, targets, loss_mask = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    answers, sft_mask = (
+        None if parts[0][i] is None else np.concatenate([part[i] for part in parts]) for i in (3, 4)
+    )
+    return Lane(inputs, targets, loss_mask, answers, sft_mask)
+
+
+def branched_lane(parts: Sequence[Lane], shared: int) -> Lane:
+    """Return texts that begin with the same inputs as one sequence, in which these stand once.
+
+    Args:
+        parts: the first text, and what follows the shared inputs in each of the others.
+        shared: number of shared inputs.
+    """
+    sizes = [shared, len(parts[0].inputs) - shared, *(len(part.inputs) for part in parts[1:])]
+    positions = [np.arange(shared), *(shared + np.arange(size) for size in sizes[1:])]
+    return joined_lane(parts)._replace(
+        segments=np.ones(sum(sizes), np.int32),
+        branches=np.repeat(np.arange(len(sizes)), sizes).astype(np.int32),
+        positions=np.concatenate(positions).astype(np.int32),
+    )
 
 
 def separate_sequences(examples: Sequence[TokenizedRow]) -> list[Example]:

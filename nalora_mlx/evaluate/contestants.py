@@ -3,9 +3,10 @@
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import mlx.nn as nn
 
@@ -17,6 +18,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.checks import RunData
 from nalora_mlx.data.tokenization import Example, Split
 from nalora_mlx.models.loading import local_directory, slow_on_cpu_notice
+from nalora_mlx.models.vision.processor import VisionProcessor
 from nalora_mlx.runs.base_model import trained_model
 from nalora_mlx.training.chats import configure_run_chats
 from nalora_mlx.training.images import (
@@ -29,46 +31,22 @@ from nalora_mlx.training.images import (
 BASE = "base"
 
 
+@dataclass
 class Contestants:
-    """A base model and adapters for it. The base's weights are loaded once; adapters are loaded one at a time.
-
-    Args:
-        config: model, chat template and the like; `adapter_path` is the first adapter, or empty without any.
-        adapters: directories.
-        data: the test rows, which decide whether the model is loaded with its vision tower.
-        notify: called with notices.
+    """A base model and what is needed to load adapters for it, one at a time.
 
     Attributes:
+        config: model, chat template and the like.
         base: the base model, in evaluation mode and frozen.
         tokenizer: renders chats as in training.
         processor: of a vision-language model; None for a model of mlx-lm.
-
-    Raises:
-        InputError: the model or an adapter cannot be loaded, or adapters were trained with different chat templates.
     """
 
-    def __init__(
-        self, config: RunConfig, adapters: Sequence[Path], data: RunData, notify: Callable[[str], None]
-    ):
-        for adapter in adapters:
-            check_adapter(adapter)
-        _check_chats(adapters)
-        if slow := slow_on_cpu_notice(config.model, config.quantize):
-            notify(slow)
-        self.config, self.adapters = config, list(adapters)
-        self.processor = run_processor(config, data, notify)
-        self.tokenizer = load_run_tokenizer(config, self.processor)
-        configure_run_chats(config, self.tokenizer, None, notify)
-        self.base, self.model_config = load_run_model(config, self.processor, notify)
-        _prepare(self.base)
-        self._features: Path | None = None
-        for adapter in adapters:
-            directory = local_directory(config.model)
-            if twice := twice_notice(config.model, directory, adapter):
-                notify(twice)
-            trained = trained_model(adapter)
-            if trained is not None and Path(trained).name != Path(config.model).name:
-                notify(f"{adapter} was trained on {trained}, and --model is {config.model}")
+    config: RunConfig
+    base: nn.Module
+    tokenizer: Any
+    processor: VisionProcessor | None
+    _features: Path | None = field(default=None, init=False)  # directory of the features of images
 
     def tuned(self, adapter: Path) -> nn.Module:
         """Return the base model with an adapter; it shares the arrays of the base.
@@ -96,6 +74,39 @@ class Contestants:
         split = Split([replace(example, media=None) for example in examples])
         encode_images(model, self.processor, {"test": split}, self._features, lambda *_: None)
         return split.sequences
+
+
+def load_contestants(
+    config: RunConfig, adapters: Sequence[Path], data: RunData, notify: Callable[[str], None]
+) -> Contestants:
+    """Load the base model and check adapters for it.
+
+    Args:
+        config: `adapter_path` is the first adapter, or empty without any.
+        adapters: directories.
+        data: the test rows, which decide whether the model is loaded with its vision tower.
+        notify: called with notices.
+
+    Raises:
+        InputError: the model or an adapter cannot be loaded, or adapters were trained with different chat templates.
+    """
+    for adapter in adapters:
+        check_adapter(adapter)
+    _check_chats(adapters)
+    if slow := slow_on_cpu_notice(config.model, config.quantize):
+        notify(slow)
+    processor = run_processor(config, data, notify)
+    tokenizer = load_run_tokenizer(config, processor)
+    configure_run_chats(config, tokenizer, None, notify)
+    base, _ = load_run_model(config, processor, notify)
+    _prepare(base)
+    for adapter in adapters:
+        if twice := twice_notice(config.model, local_directory(config.model), adapter):
+            notify(twice)
+        trained = trained_model(adapter)
+        if trained is not None and Path(trained).name != Path(config.model).name:
+            notify(f"{adapter} was trained on {trained}, and --model is {config.model}")
+    return Contestants(config, base, tokenizer, processor)
 
 
 def _prepare(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from nalora_mlx.data.chats.chat_encoder import ChatEncoder
 from nalora_mlx.data.checks import RunData, read_rows, tokenize
 from nalora_mlx.data.preferences import PreferenceExample
 from nalora_mlx.evaluate import results
-from nalora_mlx.evaluate.contestants import Contestants
+from nalora_mlx.evaluate.contestants import load_contestants
 from nalora_mlx.evaluate.general_text import read_general_text
 from nalora_mlx.evaluate.measurement import Measured, Measurer, OnProgress, TestSet
 from nalora_mlx.evaluate.metrics import (
@@ -44,7 +44,6 @@ class Evaluation:
     Args:
         config: of model and data; `data` may be empty.
         settings: what is measured.
-        adapters: directories of adapters.
         has_data: whether there is a test set.
         notify: called with notices.
         on_progress: see `Measurer`.
@@ -52,37 +51,48 @@ class Evaluation:
     Attributes:
         contestants: the models.
         test_set: what they are measured on.
+        measurer: measures them.
         base: what was measured of the base model.
-
-    Raises:
-        InputError: rows, metrics, the model or an adapter cannot be used.
     """
 
     def __init__(
         self,
         config: RunConfig,
         settings: EvaluationSettings,
-        adapters: Sequence[Path],
         has_data: bool,
         notify: Callable[[str], None],
         on_progress: OnProgress,
     ):
-        self.config, self.settings, self.notify = config, settings, notify
-        metrics = _metrics_of_user(settings) if has_data else []
-        data = _read_test_rows(config, settings.split, notify) if has_data else RunData(False)
-        self.total = draw_rows(data, settings.split, settings.samples, settings.seed) if has_data else 0
-        if has_data and settings.answers:
-            metrics = _with_defaults(metrics, data, settings)
-        self.contestants = Contestants(config, adapters, data, notify)
+        self.config, self.settings, self.has_data = config, settings, has_data
+        self.notify, self.on_progress = notify, on_progress
         self.test_set = TestSet(batch_size=settings.batch_size)
-        if has_data:
+        self.total = 0  # rows in the split
+        self.base: Measured | None = None
+
+    def prepare(self, adapters: Sequence[Path]) -> None:
+        """Read the rows, load the base model, and tokenize.
+
+        Args:
+            adapters: directories of adapters to check.
+
+        Raises:
+            InputError: rows, metrics, the model or an adapter cannot be used.
+        """
+        config, settings = self.config, self.settings
+        metrics, data = list[Metric](), RunData(False)
+        if self.has_data:
+            metrics = _metrics_of_user(settings)
+            data = _read_test_rows(config, settings.split, self.notify)
+            self.total = draw_rows(data, settings.split, settings.samples, settings.seed)
+            if settings.answers:
+                metrics = _with_defaults(metrics, data, settings)
+        self.contestants = load_contestants(config, adapters, data, self.notify)
+        if self.has_data:
             self._tokenize(data, metrics)
         if settings.general != NONE:
-            self.test_set.general = read_general_text(
-                settings.general, self.contestants.tokenizer, config, notify
-            )
-        self.measurer = Measurer(self.contestants, self.test_set, notify, on_progress)
-        self.base: Measured | None = None
+            tokenizer = self.contestants.tokenizer
+            self.test_set.general = read_general_text(settings.general, tokenizer, config, self.notify)
+        self.measurer = Measurer(self.contestants, self.test_set, self.notify, self.on_progress)
 
     def _tokenize(self, data: RunData, metrics: list[Metric]) -> None:
         settings, config, contestants, test = self.settings, self.config, self.contestants, self.test_set

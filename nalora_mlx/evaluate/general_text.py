@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from nalora_mlx.core.config import RunConfig
@@ -13,7 +12,6 @@ from nalora_mlx.data.sources.loading import numbered
 from nalora_mlx.data.tokenization import Example, tokenize_split
 
 SHIPPED = "general.jsonl"
-NONE = "none"  # value of --general that leaves it out
 
 
 def read_general_text(
@@ -23,7 +21,7 @@ def read_general_text(
 
     Args:
         given: value of --general: a file, directory or data set in any format of --data; None for the text that the
-            package ships.
+            package ships. The value none is not passed on.
         tokenizer: of the model.
         config: maximum length and chat template.
         notify: called with notices about the user's text.
@@ -49,9 +47,3 @@ def read_general_text(
     for notice in split.notices:
         notify(f"--general: {notice.removeprefix('test: ')}")
     return list(split.sequences)
-
-
-def check_general_text(given: str | None) -> None:
-    """Raise InputError if --general names a path that does not exist."""
-    if given is not None and given.startswith((".", "/", "~")) and not Path(given).expanduser().exists():
-        raise InputError(f"--general {given}: no such file or directory")

@@ -16,6 +16,7 @@ import numpy as np
 
 from nalora_mlx.data.batches import Batch, collate, row_shapes
 from nalora_mlx.data.padding import padded_length, rounded_length
+from nalora_mlx.data.preferences import branched_lane
 from nalora_mlx.data.tokenization import Example, Lane
 from nalora_mlx.models.packed_rows import sharing_error
 from nalora_mlx.ops.attention import lean_attention
@@ -100,24 +101,7 @@ class SharedTexts:
             scored = text.loss_mask[start + 1 :]
             answers = np.where(scored, i, -1).astype(np.int32)
             parts.append(Lane(text.tokens[start:-1], text.tokens[start + 1 :], scored, answers))
-        if len(parts) == 1:
-            return (parts[0],)
-        sizes = [shared, len(parts[0].inputs) - shared, *(len(part.inputs) for part in parts[1:])]
-        positions = [np.arange(shared), *(shared + np.arange(size) for size in sizes[1:])]
-        inputs, targets, mask, answers = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in Lane._fields[:4]
-        )
-        return (
-            Lane(
-                inputs,
-                targets,
-                mask,
-                answers,
-                segments=np.ones(sum(sizes), np.int32),
-                branches=np.repeat(np.arange(len(sizes)), sizes).astype(np.int32),
-                positions=np.concatenate(positions).astype(np.int32),
-            ),
-        )
+        return (parts[0] if len(parts) == 1 else branched_lane(parts, shared),)
 
 
 class Scorer:

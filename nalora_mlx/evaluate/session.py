@@ -1,5 +1,6 @@
 """What `nalora evaluate` does: measures one model after the other, prints what it finds, and writes it at once."""
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -46,8 +47,14 @@ class Session:
         display: Display,
     ):
         self.config, self.settings, self.adapters = config, settings, list(adapters)
-        self.has_data, self.display = has_data, display
-        self.update: Any = lambda _: None  # replaces the text that shows what is being done
+        self.display = display
+        self.doing, self.update = (
+            "",
+            lambda _: None,
+        )  # what is being done, and a function that replaces the text
+        self.evaluation = Evaluation(
+            config, settings, has_data, lambda text: display.notices([text]), self._show_progress
+        )
         self.written: list[Path] = []
 
     def run(self) -> None:
@@ -60,14 +67,7 @@ class Session:
         if self.settings.output is not None:
             _check_output(Path(self.settings.output).expanduser())
         with self._working(f"loading {self.config.model}"):
-            self.evaluation = Evaluation(
-                self.config,
-                self.settings,
-                self.adapters,
-                self.has_data,
-                lambda text: self.display.notices([text]),
-                lambda what, done, count: self.update(f"{self.doing}: {what} ({done:,} of {count:,})"),
-            )
+            self.evaluation.prepare(self.adapters)
         self.display.note(describe(self.evaluation.test_set))
         with self._working(f"measuring {BASE}"):
             self.content = self.evaluation.start()
@@ -93,6 +93,7 @@ class Session:
         name = adapter_name(adapter)
         with self._working(f"measuring {name}"):
             found = self.evaluation.compared(adapter, self.evaluation.measure(adapter))
+            gc.collect()  # compiled functions refer to their model, which goes only with the cycle
         self.content["adapters"].append(found)
         self._print(table.measures_table(self.content, name, found["measures"]))
         for line in table.sentences(found["measures"]):
@@ -119,6 +120,8 @@ class Session:
                 yield adapter_name(adapter), contestants.tuned(adapter)
 
         assert settings.tasks is not None
+        if contestants.processor is not None:
+            raise InputError("--tasks: take models of mlx-lm, and this one is loaded through mlx-vlm")
         with self._working(f"tasks: {settings.tasks}"):
             found = run_tasks(
                 models(),
@@ -155,6 +158,7 @@ class Session:
                 with self._working(f"measuring step {step}"), suppress(FileNotFoundError):
                     if path is not None:
                         race.add(step, self.evaluation.measure(path))
+                        gc.collect()
                 if step in race.measured:
                     self.display.note(race.line(step))
                     self.content |= race.content()
@@ -198,6 +202,9 @@ class Session:
             console = Console(file=console.file, width=PIPED_WIDTH, highlight=False)
         with suppress(OSError):  # the terminal may be closed
             console.print(renderable, soft_wrap=piped and isinstance(renderable, Text))
+
+    def _show_progress(self, what: str, done: int, count: int) -> None:
+        self.update(f"{self.doing}: {what} ({done:,} of {count:,})")
 
     @contextmanager
     def _working(self, text: str) -> Iterator[None]:

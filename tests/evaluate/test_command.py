@@ -337,6 +337,32 @@ def test_samples_and_split(model_directory, data, tmp_path, capsys):
     assert "train: 5 of 27 rows" in capsys.readouterr().out
 
 
+def test_standard_tasks_are_compared_by_document(model_directory, run, data, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install '.[eval]')")
+    path = tmp_path / "result.json"
+    tasks = Path(__file__).parent / "tasks"
+    name = "science"
+    flags = [
+        "--adapter-path",
+        run,
+        "--tasks",
+        name,
+        "--task-path",
+        tasks,
+        "--general",
+        "none",
+        "--output",
+        path,
+    ]
+    assert evaluate(model_directory, *flags, "--limit", "5") == 0
+    content = json.loads(path.read_text())
+    (measured, *_) = [found for found in content["adapters"][0]["measures"] if found["part"] == "tasks"]
+    assert measured["rows"] == 5
+    assert measured["difference"][0] == pytest.approx(measured["tuned"][0] - measured["base"][0])
+    assert content["data"] is None  # with tasks, only --data gives a test set
+    assert name in capsys.readouterr().out
+
+
 def test_watch_finds_the_best_checkpoint(model_directory, run, data, capsys):
     flags = ["--adapter-path", run, "--watch-checkpoints", "--metric", "none", "--general", "none"]
     assert evaluate(model_directory, *flags) == 0

@@ -155,6 +155,23 @@ def test_texts_that_share_nothing_stay_apart():
     assert_scores(model, [texts], scorer.score([texts]), greedy=False)
 
 
+def test_only_equal_beginnings_are_shared():
+    """Tokenizers may merge the end of a prompt with the beginning of an answer."""
+    rng = np.random.default_rng(4)
+    prompt = rng.integers(1, VOCABULARY, 30, dtype=np.int32)
+    texts = []
+    for i in range(3):
+        tokens = np.concatenate([prompt, rng.integers(1, VOCABULARY, 4 + i, dtype=np.int32)])
+        tokens[25 - i] = tokens[25 - i] % 31 + 1  # before the answer
+        texts.append(Example(tokens, np.arange(len(tokens)) >= 30, f"x:{i}"))
+    item = SharedTexts(tuple(texts), (0, 1, 2))
+    assert item.shared == 22
+    model = frozen(build_model())
+    scorer = Scorer(model)
+    assert [len(item.texts) for item in scorer._laid_out([texts])] == [3]
+    assert_scores(model, [texts], scorer.score([texts], greedy=True))
+
+
 def test_masks_with_gaps_and_long_texts():
     rng = np.random.default_rng(1)
     texts = [
