@@ -180,9 +180,7 @@ def encode_answer(
     message: dict[str, Any] = {"role": "assistant", "content": PLACEHOLDER if answer is None else answer}
     if answer is not None and answer == question.expected and len(row.messages) > end:
         message = row.messages[end]
-    chat = replace(
-        row, messages=[*question.messages, message], rejected=None, untrained=frozenset(range(end))
-    )
+    chat = replace(row, messages=[*question.messages, message], rejected=None, untrained=frozenset())
     encoding = encoder(chat, max_seq_length)
     if not encoding.sequences:
         return None

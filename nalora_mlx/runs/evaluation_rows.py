@@ -85,7 +85,8 @@ def format_value(numbers: Numbers, unit: str) -> str:
 def _signed(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
-    return f"{100 * value:+.1f}" if unit == SHARE else f"{value:+.3f}"
+    text = f"{100 * value:+.1f}" if unit == SHARE else f"{value:+.3f}"
+    return text if float(text) else text[1:]  # zero has no sign
 
 
 def _perplexity(numbers: Numbers) -> str:

@@ -16,7 +16,7 @@ from nalora_mlx.runs.record import RECORD_FILE
 
 EVALUATIONS = "evaluations"
 FORMAT = 1
-LONGEST_NAME = 80  # characters of a test set's name in the name of a file
+LONGEST_NAME = 48  # characters of a test set's name in the name of a file
 # What the report and the model card read of a result, of its adapter, and of each measure.
 _KEYS = ("created", "model", "data", "split", "rows", "of", "passages", "adapters")
 _ADAPTER_KEYS = ("name", "digest", "measures")
@@ -60,9 +60,9 @@ def evaluation_file(adapter: Path, data: str | None, split: str) -> Path:
 def _file_name(name: str) -> str:
     """Return a name as part of a file's name: with a hash if characters had to be replaced, or there are too many."""
     plain = re.sub(r"[^\w.-]+", "_", name).lstrip(".-")[:LONGEST_NAME]
-    if plain == name and name.isascii():
+    if plain == name:
         return name
-    return f"{plain.encode('ascii', 'ignore').decode()}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
 
 
 def write_evaluation(path: Path, content: Mapping[str, Any]) -> None:

@@ -15,7 +15,12 @@ from mlx_lm.tuner.trainer import evaluate as mlx_lm_evaluate
 from mlx_lm.utils import load
 
 from nalora_mlx.__main__ import main
+from nalora_mlx.core.config import RunConfig
+from nalora_mlx.data.checks import RunData
+from nalora_mlx.evaluate.contestants import load_contestants
 from nalora_mlx.evaluate.general_text import read_general_text
+from nalora_mlx.evaluate.generation import GeneratedAnswer
+from nalora_mlx.evaluate.measurement import without_reasoning
 from nalora_mlx.models.conversation import render_prompt
 from tests.conftest import build_model, llama_args
 
@@ -110,6 +115,7 @@ def test_losses_equal_float64_and_mlx_lm(result, model_directory, run, rows):
     measured = entry(result, "loss")
     assert measured["base"][0] == pytest.approx(loss_in_float64(base, tokenizer, test), rel=1e-6)
     assert measured["tuned"][0] == pytest.approx(loss_in_float64(tuned, tokenizer, test), rel=1e-5)
+    assert measured["difference"][0] == pytest.approx(measured["tuned"][0] - measured["base"][0])
     assert measured["told"] == "better"
     # mlx-lm also counts one token of padding after each row, except where there is no padding: all rows are equally
     # long here, and it does not pad beyond the maximum length.
@@ -251,15 +257,24 @@ def test_choices_by_likelihood(model_directory, run, data, rows, tmp_path):
     assert {measure["name"] for measure in content["base"]} == {"loss", "choice"}
 
 
-def test_quantized_base(model_directory, data, tmp_path):
-    output, path = tmp_path / "run", tmp_path / "result.json"
+def test_quantized_base(tokenizer_directory, data, tmp_path):
+    """Groups of 64 need wider layers."""
+    output, path, model_directory = tmp_path / "run", tmp_path / "result.json", tmp_path / "wide"
+    shutil.copytree(tokenizer_directory, model_directory)
+    args = llama_args(hidden_size=64, intermediate_size=128)
+    arrays = dict(tree_flatten(build_model(args=args).parameters()))
+    mx.save_safetensors(str(model_directory / "model.safetensors"), arrays)
+    (model_directory / "config.json").write_text(json.dumps(args | {"eos_token_id": 2}))
     where = ["--model", model_directory, "--data", data, "--adapter-path", output, "--quantize", "4"]
     assert main(["lora", "--train", *map(str, where), "--no-samples", *FAST]) == 0
+    where = [*where[:-2], "--test"]
+    assert main(["lora", *map(str, where), "--quantize", "4", "--test-batches", "-1"]) == 0
     assert evaluate(model_directory, "--adapter-path", output, "--general", "none", "--output", path) == 0
     content = json.loads(path.read_text())
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert entry(content, "loss")["told"] == "better"
-    assert records[-1]["split"] == "valid"
+    assert records[-1]["split"] == "test"
+    assert entry(content, "loss")["tuned"][0] == pytest.approx(records[-1]["loss"], rel=1e-4)
+    assert entry(content, "loss")["base"][0] > 1.2 * records[-1]["loss"]
 
 
 # --- output -------------------------------------------------------------------------------------------------
@@ -315,6 +330,46 @@ def test_several_adapters_from_one_load(model_directory, run, data, tmp_path, mo
     assert first["base"] == second["base"]
     assert first["tuned"][0] < second["tuned"][0] < second["base"][0]
     assert opened.count(False) <= 1  # the others never read the base's weights
+
+
+def test_adapters_are_loaded_frozen_beside_the_base(model_directory, run):
+    """A frozen output head runs in tiles."""
+    config = RunConfig(model=str(model_directory), adapter_path=str(run), test=True)
+    contestants = load_contestants(config, [run], RunData(False), pytest.fail)
+    tuned = contestants.tuned(run)
+    assert not tree_flatten(tuned.trainable_parameters())
+    assert not tree_flatten(contestants.base.trainable_parameters())
+    assert tuned.model.embed_tokens.weight is contestants.base.model.embed_tokens.weight
+
+
+def test_long_texts_are_one_row(model_directory, run, tmp_path):
+    (tmp_path / "long.txt").write_text(" ".join([GENERAL] * 6))
+    flags = ["--data", tmp_path / "long.txt", "--metric", "none", "--general", tmp_path / "long.txt"]
+    path = tmp_path / "result.json"
+    assert evaluate(model_directory, *flags, "--max-seq-length", "20", "--output", path) == 0
+    content = json.loads(path.read_text())
+    assert content["passages"] == 1
+    model, tokenizer = load(str(model_directory))
+    tokens = [*tokenizer.encode(" ".join([GENERAL] * 6)), tokenizer.eos_token_id]
+    total = 0.0
+    for start in range(0, len(tokens) - 1, 19):  # windows overlap by one token
+        window = tokens[start : start + 20]
+        logits = np.array(model(mx.array([window]))[0, :-1], np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= log_p[np.arange(len(window) - 1), window[1:]].sum()
+    assert entry(content, "general_loss", None)["base"][0] == pytest.approx(
+        total / (len(tokens) - 1), rel=1e-5
+    )
+
+
+def test_reasoning_is_left_out_of_answers():
+    class Thinker:
+        think_end = "</think>"
+
+    answer = GeneratedAnswer("<think>one?</think>\n\ntwo", True, 7)
+    assert without_reasoning(answer, Thinker()).text == "two"
+    assert without_reasoning(answer._replace(text="two"), Thinker()).text == "two"
+    assert without_reasoning(answer, object()) == answer
 
 
 def test_without_adapter(model_directory, data, tmp_path, capsys):
@@ -456,6 +511,16 @@ def test_bad_input_is_one_line(model_directory, run, data, tmp_path, capsys):
     refused(
         capsys, model_directory, [*with_data, "--general", "./nowhere"], "--general ./nowhere: no such file"
     )
+
+
+def test_data_of_the_run_that_is_gone(model_directory, run, data, tmp_path, capsys):
+    moved = tmp_path / "rows"
+    shutil.copytree(data, moved)
+    output = tmp_path / "run"
+    where = ["--model", model_directory, "--data", moved, "--adapter-path", output]
+    assert main(["lora", "--train", *map(str, where), "--no-samples", *FAST, "--iters", "3"]) == 0
+    shutil.rmtree(moved)
+    refused(capsys, model_directory, ["--adapter-path", output], "--data is missing; give a test set")
 
 
 def test_no_other_file_is_overwritten(model_directory, data, tmp_path, capsys):

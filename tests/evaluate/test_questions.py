@@ -113,6 +113,24 @@ def test_preference_rows_ask_for_the_chosen_answer(tokenizer, tmp_path):
     assert len(question.choices) == 2
 
 
+def test_preferences_part_at_any_answer(tokenizer, tmp_path):
+    """The chats part at the first answer, and go on after it."""
+    first, later = CHAT["messages"][:1], CHAT["messages"][2:]
+    answers = [{"role": "assistant", "content": text} for text in ("the cat", "the dog")]
+    row = {"chosen": [*first, answers[0], *later], "rejected": [*first, answers[1], *later]}
+    (question,) = questions_of([row], tokenizer, tmp_path, train_mode="dpo")
+    assert question.expected == "the cat"
+    assert question.texts == ("the cat", "the dog")
+    assert question.prompt == render_prompt(tokenizer, first)
+
+
+def test_answers_that_are_not_trained_on_are_asked_for(tokenizer, tmp_path):
+    messages = [*CHAT["messages"][:3], CHAT["messages"][3] | {"weight": 0}]
+    (question,) = questions_of([{"messages": messages}], tokenizer, tmp_path)
+    assert question.expected == "the cat is blue"
+    assert question.prompt == render_prompt(tokenizer, messages[:3])
+
+
 def test_bad_answers_of_kto_ask_nothing(tokenizer, tmp_path):
     rows = [PAIR | {"label": True}, PAIR | {"label": False, "completion": "the dog"}]
     found = questions_of(rows, tokenizer, tmp_path, train_mode="kto")
