@@ -211,7 +211,10 @@ def _read_test_rows(config: RunConfig, split: str, notify: Callable[[str], None]
         raise InputError("--data is missing; the run was trained on rows given in Python")
     data = read_rows(replace(config, valid_fraction=0.0), [split], all_needed=False, unsplit=split)
     if data.problems:
-        raise InputError(listed(data.problems))
+        text = listed(data.problems)
+        if "--mask-prompt" in text and "mask_prompt" not in config.given:
+            text += " (the adapter's run has --mask-prompt; give --no-mask-prompt)"
+        raise InputError(text)
     for notice in data.notices:
         notify(notice)
     if not any(splits[split] for splits in data.sources):

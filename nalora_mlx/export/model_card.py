@@ -260,18 +260,29 @@ def _read_losses(path: Path) -> dict[str, Any]:
 
 
 def _evaluations(adapter: Path) -> list[str]:
-    """Return the sections with the results of `nalora evaluate` about an adapter; none without any."""
-    sections = []
+    """Return the section with the results of `nalora evaluate` about an adapter; nothing without any."""
+    tables = []
     for content in evaluations_of(adapter):
-        found = content["adapters"][0]
-        for part, entries in by_part(found["measures"]).items():
+        for part, entries in by_part(content["adapters"][0]["measures"]).items():
             lines = ["| | base | tuned | difference (95 % interval) | |", "|---|---|---|---|---|"]
             for row in measure_rows(entries):
                 difference = f"{row.difference} ({row.interval})" if row.interval else row.difference
                 cells = (row.title, row.base, row.tuned, difference, row.verdict)
-                lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-            sections.append("\n".join([f"{part_title(content, part)}\n", *lines]) + "\n")
-    return ["## Evaluation\n", *sections] if sections else []
+                lines.append(
+                    f"| {' | '.join(_one_line(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+                )
+            tables.append("\n".join([f"{_one_line(part_title(content, part))}\n", *lines]) + "\n")
+    if not tables:
+        return []
+    legend = (
+        "`nalora evaluate` measured the base model, and the adapter on it, on the same rows. Differences of shares are "
+        "in percentage points.\n"
+    )
+    return ["## Evaluation\n", legend, *dict.fromkeys(tables)]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _is_number(record: dict[str, Any], split: str, key: str) -> bool:

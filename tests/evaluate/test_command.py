@@ -344,11 +344,24 @@ def test_adapters_are_loaded_frozen_beside_the_base(model_directory, run):
 
 def test_long_texts_are_one_row(model_directory, run, tmp_path):
     (tmp_path / "long.txt").write_text(" ".join([GENERAL] * 6))
-    flags = ["--data", tmp_path / "long.txt", "--metric", "none", "--general", tmp_path / "long.txt"]
+    flags = [
+        "--adapter-path",
+        run,
+        "--data",
+        tmp_path / "long.txt",
+        "--metric",
+        "none",
+        "--general",
+        tmp_path / "long.txt",
+    ]
     path = tmp_path / "result.json"
-    assert evaluate(model_directory, *flags, "--max-seq-length", "20", "--output", path) == 0
+    assert (
+        evaluate(model_directory, *flags, "--no-mask-prompt", "--max-seq-length", "20", "--output", path) == 0
+    )
     content = json.loads(path.read_text())
-    assert content["passages"] == 1
+    assert (
+        content["passages"] == entry(content, "general_loss")["rows"] == entry(content, "loss")["rows"] == 1
+    )
     model, tokenizer = load(str(model_directory))
     tokens = [*tokenizer.encode(" ".join([GENERAL] * 6)), tokenizer.eos_token_id]
     total = 0.0
@@ -487,6 +500,13 @@ def test_bad_input_is_one_line(model_directory, run, data, tmp_path, capsys):
         r"score.py:score on .*test.jsonl:1: raises",
     )
     refused(capsys, model_directory, [*with_data, "--regex", "("], "regular expression")
+    texts = ["--data", data / "general.txt", "--adapter-path", run]
+    refused(
+        capsys,
+        model_directory,
+        texts,
+        "this row is a text .the adapter's run has --mask-prompt; give --no-mask",
+    )
     refused(
         capsys,
         model_directory,
