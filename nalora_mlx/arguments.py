@@ -217,7 +217,7 @@ def _add_setting(parser: argparse._ActionsContainer, field: Any, annotation: Any
         action: Any = parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         action.on_by_default = field.default is True
         return
-    options |= {name: metadata[name] for name in ("choices", "nargs", "const") if name in metadata}
+    options |= {name: metadata[name] for name in ("choices", "nargs", "const", "action") if name in metadata}
     if get_origin(kind) is dict:
         options |= {"type": _template_args, "metavar": "JSON"}
     elif metadata.get("size"):  # `coerce` parses it

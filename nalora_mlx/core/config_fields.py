@@ -12,8 +12,8 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
     Args:
         default: the only place where the default is written.
         help: help text of the flag.
-        metadata: options of the flag, see `nalora_mlx.arguments.add_settings`: choices, nargs, const and
-            metavar as in argparse; flag_name for a flag that is not named like the setting;
+        metadata: options of the flag, see `nalora_mlx.arguments.add_settings`: choices, nargs, const, action
+            and metavar as in argparse; flag_name for a flag that is not named like the setting;
             size=True for a number of bytes such as 2GB; yaml_only=True for no flag. flag=True marks a setting of
             `NALoRAConfig` that is a flag of its own, and may_change=True one that may differ when a run is resumed.
     """

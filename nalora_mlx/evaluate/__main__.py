@@ -32,6 +32,7 @@ RUN_SETTINGS = (
     "trust_remote_code",
 )
 INHERITED = [name for name in RUN_SETTINGS if name not in ("model", "trust_remote_code")] + ["hf_dataset"]
+OF_ROWS = ("metric", "regex", "json_schema", "choices")  # settings that need a test set
 # The settings in the order of the help. Those before the bar are on the short page, too.
 GROUPS = {
     "model and data": "model data split samples mask_prompt | last_turn_only max_seq_length train_mode prompt_feature "
@@ -96,7 +97,11 @@ def run(args: argparse.Namespace) -> None:
     )
     settings.check()
     if settings.watch_checkpoints:
-        adapters = [_first_checkpoint(adapters)]
+        from nalora_mlx.evaluate.checkpoints import wait_for_checkpoint
+
+        if len(adapters) != 1:
+            raise InputError("--watch-checkpoints: give the directory of one run with --adapter-path")
+        wait_for_checkpoint(adapters[0])
     flags = {name: value for name, value in given.items() if name in RUN_SETTINGS}
     require_model(flags.get("model"), adapters[0] if adapters else None)
     config, has_data = _configure(flags, adapters, settings)
@@ -105,19 +110,6 @@ def run(args: argparse.Namespace) -> None:
 
     with keep_awake(), open_display() as display:
         Session(config, settings, adapters, has_data, display).run()
-
-
-def _first_checkpoint(runs: Sequence[Path]) -> Path:
-    """Return the first checkpoint of a run; wait for it while the run goes on.
-
-    Raises:
-        InputError: there is not one run, or it has no checkpoints.
-    """
-    from nalora_mlx.evaluate.checkpoints import wait_for_checkpoint
-
-    if len(runs) != 1:
-        raise InputError("--watch-checkpoints: give the directory of one run with --adapter-path")
-    return wait_for_checkpoint(runs[0])
 
 
 def _configure(
@@ -140,9 +132,14 @@ def _configure(
     saved = _inherited(adapters[0]) if adapters else {}
     has_data = "data" in flags or (settings.tasks is None and ("data" in saved or "hf_dataset" in saved))
     if not has_data and settings.tasks is None:
+        gone = saved.get("gone")
+        reason = f"the run's data, {gone}, is not there any more" if gone else "--data is missing"
         raise InputError(
-            "--data is missing; give a test set (a file, or a directory with test.jsonl), or --tasks NAMES"
+            f"{reason}; give a test set with --data (a file, or a directory with test.jsonl), or --tasks NAMES"
         )
+    if not has_data and (unused := [f"--{name}" for name in OF_ROWS if getattr(settings, name) is not None]):
+        raise InputError(f"{', '.join(unused)}: with --tasks, only --data gives a test set; give it, too")
+    saved.pop("gone", None)
     first = str(adapters[0]) if adapters else ""
     config = load_run_config(None, flags | {"adapter_path": first, "test": True}, saved)
     config.train = False
@@ -151,19 +148,25 @@ def _configure(
 
 
 def _inherited(adapter: Path) -> dict[str, Any]:
-    """Return the settings of an adapter's run about its data. Data that is not there any more is left out."""
-    from nalora_mlx.core.data_entries import data_entries
-    from nalora_mlx.core.paths import is_hub_name
-    from nalora_mlx.runs.base_model import trained_settings
+    """Return the settings of an adapter's run about its data; under "gone", its data that does not exist any more.
+
+    mlx_lm.lora keeps its settings in adapter_config.json.
+    """
+    from nalora_mlx.adapters.files import read_adapter_config
+    from nalora_mlx.runs.base_model import missing_data, trained_settings
 
     trained = trained_settings(adapter)
+    if not trained:
+        content = read_adapter_config(adapter)
+        trained = {
+            name: content[name] for name in ("data", "mask_prompt", "max_seq_length") if name in content
+        }
     saved = {name: trained[name] for name in INHERITED if trained.get(name) is not None}
     if saved.get("hf_dataset"):
         saved.pop("data", None)
-    if "data" in saved:
-        paths = [entry["path"] for entry in data_entries(saved["data"])]
-        if not all(Path(path).expanduser().exists() or is_hub_name(path) for path in paths):
-            del saved["data"]
+    if "data" in saved and (gone := missing_data(adapter, saved["data"])):
+        del saved["data"]
+        saved["gone"] = ", ".join(gone)
     return saved
 
 

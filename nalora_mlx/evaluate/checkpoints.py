@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from nalora_mlx.adapters.files import ADAPTER_CONFIG
 from nalora_mlx.core.errors import InputError, listed
 from nalora_mlx.core.locks import is_locked
 from nalora_mlx.evaluate import results
@@ -15,22 +16,22 @@ from nalora_mlx.evaluate.evaluation import Evaluation
 from nalora_mlx.evaluate.measurement import Measured
 from nalora_mlx.evaluate.statistics import Comparison, compare
 from nalora_mlx.runs.checkpoints import CHECKPOINTS, steps
-from nalora_mlx.runs.evaluation_rows import GENERAL, GENERAL_LOSS, LOSS, NOT_TOLD, SHARE, format_value
+from nalora_mlx.runs.evaluation_rows import GENERAL, GENERAL_LOSS, LOSS, NOT_TOLD, format_value
 
 WAIT = 10.0  # seconds between two looks for new checkpoints
 BEFORE = 0  # the step of the base model, before training
 
 
-def wait_for_checkpoint(run: Path) -> Path:
-    """Return the first checkpoint of a run; wait for it while the run goes on.
+def wait_for_checkpoint(run: Path) -> None:
+    """Wait for the first checkpoint of a run while it goes on.
 
     Raises:
         InputError: the run has ended without one, or the directory is none of a run.
     """
     while True:
         running = is_locked(run)
-        if found := list(steps(run / CHECKPOINTS).values()):
-            return found[0]
+        if steps(run / CHECKPOINTS) and (run / ADAPTER_CONFIG).exists():
+            return
         if not running:
             raise InputError(f"--adapter-path {run}: has no checkpoints; give the directory of a run")
         time.sleep(WAIT)
@@ -53,8 +54,15 @@ class CheckpointRace:
         self.evaluation = evaluation
         self.measured: dict[int, Measured] = {}
         self.entries: dict[int, list[dict[str, Any]]] = {}
-        named = bool(evaluation.settings.metric) and evaluation.settings.answers
-        self.metric = next(iter(evaluation.base.values), None) if named else None
+
+    @property
+    def metric(self) -> str | None:
+        """The metric that decides: the first of those that the user names and no row broke; None for the loss."""
+        if not self.evaluation.settings.metric or not self.evaluation.settings.answers:
+            return None
+        assert self.evaluation.base is not None
+        dropped = self.evaluation.measurer.dropped
+        return next((name for name in self.evaluation.base.values if name not in dropped), None)
 
     def add(self, step: int, found: Measured) -> None:
         """Add what was measured of a step."""
@@ -95,7 +103,7 @@ class CheckpointRace:
         assert found is not None
         if self.metric is not None:
             return found.values[self.metric], None
-        assert found.losses is not None
+        assert found.losses is not None  # a watched run has a test set
         return found.losses.values, found.losses.tokens
 
     def _cost(self, step: int) -> float:
@@ -108,18 +116,14 @@ class CheckpointRace:
         """Return a step compared with the best one."""
         assert self.best is not None
         (values, weights), (best, _) = self._values(step), self._values(self.best)
-        entry = self._entry(next(iter(self.entries)))
         return compare(
             best,
             values,
             weights,
-            binary=entry["unit"] == SHARE,
+            binary=weights is None and bool(np.isin((best, values), (0, 1)).all()),
             lower_is_better=self.metric is None,
             seed=self.evaluation.settings.seed,
         )
-
-    def _entry(self, step: int) -> dict[str, Any]:
-        return next(entry for entry in self.entries[step] if entry["name"] == self.decisive)
 
     def table(self) -> Table:
         """Return all steps as a table."""

@@ -10,7 +10,7 @@ from nalora_mlx.adapters.files import ADAPTER_FILE
 from nalora_mlx.adapters.merge_record import adapter_digest
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.data_entries import ROWS_IN_MEMORY, data_entries
-from nalora_mlx.core.errors import InputError, counted, listed
+from nalora_mlx.core.errors import InputError, counted, listed, places
 from nalora_mlx.data.chats.chat_encoder import ChatEncoder
 from nalora_mlx.data.checks import RunData, read_rows, tokenize
 from nalora_mlx.data.preferences import PreferenceExample
@@ -85,7 +85,7 @@ class Evaluation:
             data = _read_test_rows(config, settings.split, self.notify)
             self.total = draw_rows(data, settings.split, settings.samples, settings.seed)
             if settings.answers:
-                metrics = _with_defaults(metrics, data, settings)
+                metrics = _with_defaults(metrics, data, settings, self.notify)
         self.contestants = load_contestants(config, adapters, data, self.notify)
         if self.has_data:
             self._tokenize(data, metrics)
@@ -116,8 +116,10 @@ class Evaluation:
         test.metrics = metrics
         if not test.questions:
             if settings.metric:
-                raise InputError(f"--metric: the {settings.split} rows are texts, which ask for no answer")
-            self.notify("the rows are texts, which ask for no answer; only their loss is compared")
+                raise InputError(f"--metric: no row of {settings.split} asks for an answer")
+            self.notify(
+                f"no row of {settings.split} asks for an answer, as texts do not; only losses are compared"
+            )
             test.metrics = []
         require_expected(test.questions, [metric.name for metric in test.metrics if metric.needs_expected])
         test.max_tokens = settings.max_tokens or default_max_tokens(test.questions)
@@ -125,7 +127,14 @@ class Evaluation:
     # --- results ------------------------------------------------------------------------------------------------
 
     def start(self) -> dict[str, Any]:
-        """Measure the base model; return the result so far."""
+        """Measure the base model; return the result so far.
+
+        Raises:
+            InputError: there is nothing to measure.
+        """
+        test = self.test_set
+        if not test.examples and not test.questions and not test.general and self.settings.tasks is None:
+            raise InputError(f"--data: no row of {self.settings.split} can be measured; give other rows")
         self.base = self.measurer.measure(self.contestants.base)
         rows = len({example.source for example in self.test_set.examples})
         content = results.document(
@@ -136,7 +145,28 @@ class Evaluation:
             self.total,
             self.test_set,
         )
-        return content | {"base": self._measures(None)}
+        return content | {"settings": self._public_settings(), "base": self._measures(None)}
+
+    def _public_settings(self) -> dict[str, Any]:
+        """Return what was measured, without directories."""
+        settings = vars(self.settings) | {
+            name: getattr(self.config, name) for name in ("mask_prompt", "max_seq_length", "train_mode")
+        }
+        left_out = (
+            "output",
+            "show",
+            "watch_checkpoints",
+            "batch_size",
+            "max_forgetting",
+            "max_tokens",
+            "split",
+        )
+        settings = {name: value for name, value in settings.items() if name not in left_out}
+        settings["metric"] = [metric.name for metric in self.test_set.metrics]
+        for name in ("general", "json_schema", "task_path"):
+            if settings[name] is not None:
+                settings[name] = public_name(settings[name])
+        return {name: value for name, value in settings.items() if value is not None}
 
     def measure(self, adapter: Path) -> Measured:
         """Return what is measured of the base model with an adapter.
@@ -146,15 +176,21 @@ class Evaluation:
         """
         return self.measurer.measure(self.contestants.tuned(adapter))
 
-    def compared(self, adapter: Path, tuned: Measured) -> dict[str, Any]:
-        """Return what was measured with an adapter, compared with the base, as JSON."""
+    def compare(self, adapter: Path, name: str) -> dict[str, Any]:
+        """Return what is measured with an adapter, compared with the base, as JSON.
+
+        Raises:
+            InputError: the adapter does not fit the model.
+        """
+        digest = adapter_digest(adapter / ADAPTER_FILE)  # of the file that is read next
+        tuned = self.measure(adapter)
         assert self.base is not None
         entries = self._measures(tuned)
         records = results.answer_records(self.test_set, self.base, tuned)
         metric = next(iter(tuned.values), None)
         return {
-            "name": adapter_name(adapter),
-            "digest": adapter_digest(adapter / ADAPTER_FILE),
+            "name": name,
+            "digest": digest,
             "measures": entries,
             "warning": results.forgetting(entries, self.settings.max_forgetting),
             "answers": records,
@@ -190,11 +226,18 @@ def public_name(name: str) -> str:
     return Path(name).expanduser().absolute().name if os.path.exists(os.path.expanduser(name)) else name
 
 
-def adapter_name(adapter: Path) -> str:
-    """Return a short name of an adapter: that of its run, with "best" or its step."""
-    run, part = run_of(adapter)
-    name = run.expanduser().absolute().name
-    return f"{name}/{part}" if part else name
+def adapter_names(adapters: Sequence[Path]) -> list[str]:
+    """Return short names of adapters: those of their runs, with "best" or a step, and directories if they are equal."""
+    parts = []
+    for adapter in adapters:
+        run, part = run_of(adapter)
+        parts.append((*run.expanduser().absolute().parts, *([part] if part else [])))
+    extra = [bool(run_of(adapter)[1]) for adapter in adapters]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(found[-count - more :]) for found, more in zip(parts, extra, strict=True)]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 # --- rows and metrics ---------------------------------------------------------------------------------------
@@ -219,6 +262,8 @@ def _read_test_rows(config: RunConfig, split: str, notify: Callable[[str], None]
         notify(notice)
     if not any(splits[split] for splits in data.sources):
         paths = " ".join(entry["path"] for entry in entries) or "hf_dataset"
+        if entries and all(os.path.isfile(os.path.expanduser(entry["path"])) for entry in entries):
+            raise InputError(f"--data {paths}: has no rows for {split}; give a file with rows")
         raise InputError(
             f"--data {paths}: no rows for {split}; add rows to {split}.jsonl, choose another split with --split, or "
             "give the file of the rows itself"
@@ -245,13 +290,21 @@ def _metrics_of_user(settings: EvaluationSettings) -> list[Metric]:
     return found
 
 
-def _with_defaults(metrics: list[Metric], data: RunData, settings: EvaluationSettings) -> list[Metric]:
+def _with_defaults(
+    metrics: list[Metric], data: RunData, settings: EvaluationSettings, notify: Callable[[str], None]
+) -> list[Metric]:
     """Add the metrics that suit the rows, if none is named; try those of the user on the expected answers."""
     rows = expected_answers(data, settings.split)
     if not settings.metric:
         expected = [row["expected"] for row in rows if row["expected"] is not None]
         if len(expected) == len(rows):
             metrics = choose_metrics(default_metrics(expected)) + metrics
+        elif expected:
+            open_rows = [row["source"] for row in rows if row["expected"] is None]
+            notify(
+                f"{counted(len(open_rows), 'row')} of {settings.split} have no answer ({places(open_rows, 3)}), so no "
+                "answers are compared; remove them, or name metrics that need none"
+            )
     for metric in metrics:
         if metric.needs_expected:
             check(metric, rows)
@@ -264,7 +317,9 @@ def describe(test: TestSet) -> str:
     if test.examples:
         parts.append(f"loss of {counted(len(test.examples), 'sequence')}")
     if test.metrics:
-        parts.append(f"{counted(len(test.questions), 'answer')} of at most {test.max_tokens} tokens")
+        parts.append(
+            f"{counted(len(test.questions), 'answer')} of at most {counted(test.max_tokens, 'token')}"
+        )
     if test.general:
         parts.append(
             f"{counted(sum(text.supervised_tokens for text in test.general), 'token')} of general text"

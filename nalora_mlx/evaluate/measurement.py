@@ -1,6 +1,6 @@
 """What is measured of one model: losses, answers, choices, and losses on general text."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -233,13 +233,3 @@ def without_reasoning(answer: GeneratedAnswer, tokenizer: Any) -> GeneratedAnswe
     if not end or end not in answer.text:
         return answer
     return answer._replace(text=answer.text.partition(end)[2].strip())
-
-
-def binary_names(metrics: Sequence[Metric], values: Sequence[Mapping[str, np.ndarray]]) -> set[str]:
-    """Return the names of metrics that are right or wrong: those that say so, or whose values are all 0 or 1."""
-    return {
-        metric.name
-        for metric in metrics
-        if metric.is_binary
-        or all(np.isin(of_model[metric.name], (0, 1)).all() for of_model in values if metric.name in of_model)
-    }

@@ -1,5 +1,6 @@
 """The test rows as questions: what a model is asked, what it should answer, and the choices that it has."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -56,12 +57,12 @@ class Question:
         return readable(self.messages)
 
     def content(self) -> dict[str, Any]:
-        """Return what a metric of the user's own may read besides the answer."""
+        """Return a copy of what a metric of the user's own may read besides the answer."""
         return {
             "source": self.source,
-            "messages": self.messages,
+            "messages": copy.deepcopy(self.messages),
             "expected": self.expected,
-            "tools": self.row.tools,
+            "tools": copy.deepcopy(self.row.tools),
         }
 
 
@@ -117,6 +118,7 @@ def read_questions(
     questions: list[Question] = []
     problems: list[str] = []
     too_long: list[str] = []
+    unwritten: list[str] = []
     for row in (row for splits in data.sources for row in splits[split]):
         if not row.messages or row.label is False:
             continue
@@ -127,7 +129,7 @@ def read_questions(
             problems.append(str(error))
             continue
         if answer is None:
-            too_long.append(row.source)
+            (unwritten if _fits(question, encoder, config.max_seq_length) else too_long).append(row.source)
             continue
         start = int(answer.loss_mask.argmax())
         question.prompt = answer.tokens[:start].tolist()
@@ -140,8 +142,13 @@ def read_questions(
         raise InputError(listed(problems))
     if too_long:
         notify(
-            f"{counted(len(too_long), 'row')} of {split} are not answered ({places(too_long, 3)}): their prompts reach "
-            f"the maximum of {config.max_seq_length} tokens; raise --max-seq-length"
+            f"{split}: {counted(len(too_long), 'row')} left out of the answers ({places(too_long, 3)}), with prompts "
+            f"of {config.max_seq_length} tokens or more; raise --max-seq-length"
+        )
+    if unwritten:
+        notify(
+            f"{split}: {counted(len(unwritten), 'row')} left out of the answers ({places(unwritten, 3)}), because the "
+            "chat template does not write what they expect, such as tool calls"
         )
     _add_choices(questions, choices, encoder, config.max_seq_length)
     return questions
@@ -192,6 +199,12 @@ def encode_answer(
     return Example(np.array(tokens[:max_seq_length], np.int32), mask, row.source, row.images)
 
 
+def _fits(question: Question, encoder: ChatEncoder, max_seq_length: int) -> bool:
+    """Return whether a question leaves room for an answer."""
+    asked = replace(question, expected=None)
+    return encode_answer(asked, None, encoder, max_seq_length) is not None
+
+
 def _without_end(tokens: np.ndarray, encoder: ChatEncoder) -> str:
     """Return an answer as the text that a model writes, without the token that ends it."""
     ends, kept = encoder.text_encoder.end_tokens, tokens.tolist()
@@ -222,7 +235,10 @@ def _add_choices(
         rejected = question.row.rejected
         if choices is not None:
             question.texts = tuple(choices)
-            expected = (question.expected or "").strip()
+            if question.expected is None:
+                wrong.append(f"{question.source}: has no answer")
+                continue
+            expected = question.expected.strip()
             found = [i for i, choice in enumerate(choices) if choice.strip() == expected]
             if not found:
                 wrong.append(f"{question.source}: its answer is none of the choices")

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nalora_mlx import __version__
-from nalora_mlx.evaluate.measurement import Measured, Sums, TestSet, binary_names
+from nalora_mlx.evaluate.measurement import Measured, Sums, TestSet
 from nalora_mlx.evaluate.questions import Question, known_choices
 from nalora_mlx.evaluate.statistics import Comparison, Interval, compare, mean_interval, words
 from nalora_mlx.runs.evaluation_rows import (
@@ -74,10 +75,9 @@ def measures(
         found.append(_loss(LOSS, "loss", TEST, base.losses, other, seed))
     metrics = [metric for metric in test.metrics if metric.name in base.values and metric.name not in dropped]
     models = [base] if tuned is None else [base, tuned]
-    binary = binary_names(metrics, [model.values for model in models])
     for metric in metrics:
         values = [model.values[metric.name] for model in models]
-        found.append(_score(metric.name, metric.title, TEST, values, metric.name in binary, seed))
+        found.append(_score(metric.name, metric.title, TEST, values, metric.is_binary, seed))
     if base.choices is not None:
         values = [model.choices for model in models if model.choices is not None]
         found.append(_score(CHOICE, "most likely choice", TEST, values, True, seed))
@@ -165,9 +165,17 @@ def _entry(
             "p": comparison.p,
             "lower_is_better": comparison.lower_is_better,
             "told": comparison.told,
-            "words": words(comparison, unit if unit == NATS else ""),
+            "words": _words(comparison, unit),
         }
     return entry
+
+
+def _words(comparison: Comparison, unit: str) -> str:
+    """Return a comparison in words; shares are in percentage points, as in tables."""
+    if unit == SHARE:
+        points = Interval(*(100 * number for number in comparison.difference))
+        return words(replace(comparison, difference=points), "points")
+    return words(comparison, unit if unit == NATS else "")
 
 
 def _numbers(interval: Interval | None) -> list[float | None] | None:

@@ -1,5 +1,6 @@
 """Settings of `nalora evaluate`, apart from those of the model and the data."""
 
+import math
 from dataclasses import dataclass
 
 from nalora_mlx.core.config_fields import not_a_count, setting, too_small
@@ -20,6 +21,7 @@ class EvaluationSettings:
         "metrics of the answers: exact, normalized, contains, f1, rouge-l, number, json, or FILE.py:FUNCTION; none to "
         "generate no answers (default: by the rows)",
         nargs="+",
+        action="extend",
         metavar="NAME",
     )
     regex: str | None = setting(None, "regular expression that whole answers should match", metavar="PATTERN")
@@ -65,8 +67,18 @@ class EvaluationSettings:
         found = not_a_count(self, "samples")
         found += too_small(self, 1, "max_tokens", "batch_size", "limit")
         found += too_small(self, 0, "show", "num_fewshot", "max_forgetting", "seed")
+        if not math.isfinite(self.max_forgetting):
+            found.append(f"max_forgetting is {self.max_forgetting}; give a number")
         if self.metric is not None and NONE in self.metric and len(self.metric) > 1:
             found.append("metric is none and others; give one or the other")
+        if not self.answers and (self.regex is not None or self.json_schema is not None):
+            found.append("metric is none, and regex or json_schema are of answers; leave one of them out")
+        if self.choices and (
+            len(set(map(str.strip, self.choices))) < len(self.choices) or "" in self.choices
+        ):
+            found.append("choices has an empty or a repeated text; give different ones")
+        if self.tasks is not None and not self.task_names:
+            found.append("tasks names no task; give names, separated by commas")
         if self.tasks is None:
             found += [
                 f"{name} is given without tasks; give tasks, too"
@@ -77,6 +89,11 @@ class EvaluationSettings:
             found.append("watch_checkpoints and tasks cannot both be given; give one of them")
         if found:
             raise InputError("; ".join(found))
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names of the tasks."""
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
 
     @property
     def answers(self) -> bool:

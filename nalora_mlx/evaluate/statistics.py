@@ -203,6 +203,7 @@ def words(comparison: Comparison, unit: str = "") -> str:
     text = f"no difference can be told with {rows}"
     if different < min(FEWEST_DIFFERENT, comparison.rows):
         text += f", of which {f'only {different}' if different else 'none'} differ{'s' * (different < 2)}"
+    text += f", and it takes {FEWEST_DIFFERENT}" if 0 < different < FEWEST_DIFFERENT else ""
     if high - low > 0 and math.isfinite(high - low):
         digits = _digits(high - low)
         text += f" ({low:z.{digits}f} to {high:z.{digits}f}{unit})"

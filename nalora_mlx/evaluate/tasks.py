@@ -43,38 +43,26 @@ class TaskMetric:
     group: str | None = None
 
 
-def run_tasks(
-    models: Iterable[tuple[str, nn.Module]],
-    tokenizer: Any,
+LoadedTasks = dict[str, dict]  # as lm_eval loads tasks and groups
+
+
+def load_tasks(
     names: Sequence[str],
     task_path: Path | None = None,
-    limit: int | None = None,
     num_fewshot: int | None = None,
-    batch_size: int | None = None,
-    apply_chat_template: bool = False,
-    seed: int = 0,
     notify: Callable[[str], None] = print_notice,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> list[TaskMetric]:
-    """Return the metrics of tasks for each model, groups before their tasks.
+) -> LoadedTasks:
+    """Load tasks and their documents.
 
-    Task files may name Python functions (`!function`) of files next to them, which run: trust `task_path` as you would
-    trust a program. Code that comes with data sets on the Hub never runs, nor does code that a model writes.
+    Task files may name Python functions (`!function`) of files next to them, which run: trust them like a program. Code
+    that comes with data sets on the Hub never runs, nor does code that a model writes.
 
     Args:
-        models: names and models of mlx-lm, frozen and in evaluation mode. Each is released before the next one is asked
-            for, so an iterator may load one after another.
-        tokenizer: tokenizer of all models, in mlx-lm's wrapper.
         names: tasks, groups and tags of lm_eval, or of `task_path`.
         task_path: directory with further task files, in lm_eval's YAML format. They come before lm_eval's own. Paths of
             data files are relative to the task file.
-        limit: number of documents of each task; None for all.
         num_fewshot: number of examples in a prompt; None for the task's own. Tasks without examples stay without.
-        batch_size: texts at a time; None for the default of the device.
-        apply_chat_template: render prompts as chats, with each example as a turn.
-        seed: of the choice of examples.
         notify: called with lm_eval's warnings.
-        on_progress: called with the model's name, the number of requests done, and of all requests of their kind.
 
     Raises:
         InputError: lm_eval is missing, a task is unknown or cannot run here, or its file or data cannot be read.
@@ -83,6 +71,43 @@ def run_tasks(
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise InputError(f"standard tasks need the package lm_eval: {install_command('eval')}") from error
+    from nalora_mlx.evaluate.language_model import quiet
+
+    if task_path is not None and not task_path.is_dir():
+        raise InputError(f"--task-path {task_path}: is not a directory with task files")
+    with quiet(notify):
+        loaded = _load_tasks(list(dict.fromkeys(names)), task_path)
+        _check_and_set(loaded["tasks"], num_fewshot, notify)
+    return loaded
+
+
+def run_tasks(
+    models: Iterable[tuple[str, nn.Module]],
+    tokenizer: Any,
+    tasks: LoadedTasks,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    apply_chat_template: bool = False,
+    seed: int = 0,
+    notify: Callable[[str], None] = print_notice,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[TaskMetric]:
+    """Return the metrics of tasks for each model, groups before their tasks.
+
+    Args:
+        models: names and models of mlx-lm, frozen and in evaluation mode. Each is released before the next one is asked
+            for, so an iterator may load one after another.
+        tokenizer: tokenizer of all models, in mlx-lm's wrapper.
+        tasks: from `load_tasks`.
+        limit: number of documents of each task; None for all.
+        batch_size: texts at a time; None for the default of the device.
+        apply_chat_template: render prompts as chats, with each example as a turn.
+        seed, notify: of the choice of examples; called with lm_eval's warnings.
+        on_progress: called with the model's name, the number of requests done, and of all requests of their kind.
+
+    Raises:
+        InputError: a task cannot run on this model.
+    """
     from nalora_mlx.evaluate.generation import choose_batching
     from nalora_mlx.evaluate.language_model import LanguageModel, evaluate_tasks, quiet
 
@@ -90,9 +115,7 @@ def run_tasks(
         raise InputError("the model has no chat template, so tasks cannot be rendered as chats")
     results, batching = [], None
     with quiet(notify):
-        loaded = _load_tasks(list(dict.fromkeys(names)), task_path)
-        _check_and_set(loaded["tasks"], num_fewshot, notify)
-        generates = any(task.OUTPUT_TYPE == "generate_until" for task in loaded["tasks"].values())
+        generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values())
         for name, model in models:
             if generates and batching is None and batch_size != 1:
                 batching = choose_batching(model)  # a tuned model answers as its base model does
@@ -101,7 +124,7 @@ def run_tasks(
             report = (lambda *counts, name=name: on_progress(name, *counts)) if on_progress else None
             wrapped = LanguageModel(model, tokenizer, batch_size, apply_chat_template, report, batching)
             del model
-            results.append(evaluate_tasks(wrapped, loaded, limit, seed))
+            results.append(evaluate_tasks(wrapped, tasks, limit, seed))
             del wrapped
             gc.collect()  # compiled functions and their models refer to each other
     return _collect(results)
@@ -146,8 +169,6 @@ def _open_manager(names: Sequence[str], task_path: Path | None) -> Any:
 
     if task_path is None:
         return TaskManager()
-    if not task_path.is_dir():
-        raise InputError(f"{task_path}: is not a directory with task files")
     manager = TaskManager(include_path=str(task_path), include_defaults=False)
     local = manager.task_index
     if all(member in local for name in names for member in _members(name, local)):

@@ -49,7 +49,12 @@ def load_user_metric(text: str) -> Metric:
             value = function(answer, expected, row) if takes_row else function(answer, expected)
         except (Exception, SystemExit) as error:
             raise MetricError(f"{where}: raises {_described(error, path)}") from error
-        return _number(value, where)
+        number = _number(value, where)
+        if is_binary and number not in (0, 1):
+            raise MetricError(
+                f"{where}: returns {number:g}, and is annotated with -> bool; remove the annotation"
+            )
+        return number
 
     is_binary = signature.return_annotation in (bool, "bool")
     return Metric(text, name.strip("_").replace("_", " ") or name, True, is_binary, score)

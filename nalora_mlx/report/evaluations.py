@@ -136,11 +136,11 @@ def _comparison(runs: Sequence[RunData]) -> list[Section]:
     parts = []
     for (title, *_), columns in found.items():
         measures = dict.fromkeys(measure for column in columns.values() for measure in column)
-        rows = [
+        compared = [
             Row(measure, [base, *(columns.get(name, {}).get((measure, base), "-") for name in names)])
             for measure, base in measures
         ]
-        parts.append(Part(title, rows))
+        parts.append(Part(title, compared))
     return [Section(COMPARISON, None, ["base", *names], parts, None, [])] if parts else []
 
 

@@ -540,7 +540,12 @@ def test_data_of_the_run_that_is_gone(model_directory, run, data, tmp_path, caps
     where = ["--model", model_directory, "--data", moved, "--adapter-path", output]
     assert main(["lora", "--train", *map(str, where), "--no-samples", *FAST, "--iters", "3"]) == 0
     shutil.rmtree(moved)
-    refused(capsys, model_directory, ["--adapter-path", output], "--data is missing; give a test set")
+    refused(
+        capsys,
+        model_directory,
+        ["--adapter-path", output],
+        f"the run's data, {moved}, is not there any more; give a test",
+    )
 
 
 def test_no_other_file_is_overwritten(model_directory, data, tmp_path, capsys):

@@ -70,7 +70,7 @@ def test_texts_ask_nothing_and_long_prompts_are_left_out(tokenizer, tmp_path):
     found = questions_of([PAIR, long], tokenizer, tmp_path, notices=notices, max_seq_length=30)
     assert len(found) == 1
     (notice,) = notices
-    assert "1 row of test" in notice
+    assert "test: 1 row left out of the answers" in notice
     assert "test.jsonl:2" in notice
     assert "--max-seq-length" in notice
 

@@ -348,13 +348,13 @@ WORDS = [
     (
         Comparison(Interval(0.075, -0.03, 0.18), 3, 0, 0.25, 40, False),
         "",
-        "no difference can be told with 40 rows, of which only 3 differ (-0.03 to 0.18); "
+        "no difference can be told with 40 rows, of which only 3 differ, and it takes 6 (-0.03 to 0.18); "
         "about 160 rows would show one of this size",
     ),
     (
         Comparison(Interval(0.01, -INF, INF), 1, 0, None, 40, False),
         "",
-        "no difference can be told with 40 rows, of which only 1 differs",
+        "no difference can be told with 40 rows, of which only 1 differs, and it takes 6",
     ),
     (
         Comparison(Interval(0, 0, 0), 0, 0, None, 40, True),
@@ -369,10 +369,14 @@ WORDS = [
     (
         Comparison(Interval(0.2, -0.02, 0.42), 1, 0, None, 40, False),
         "",
-        "no difference can be told with 40 rows, of which only 1 differs (-0.02 to 0.42); "
+        "no difference can be told with 40 rows, of which only 1 differs, and it takes 6 (-0.02 to 0.42); "
         "about 300 rows would show one of this size",
     ),
-    (Comparison(Interval(2, -INF, INF), 1, 0, None, 1, True), "", "no difference can be told with 1 row"),
+    (
+        Comparison(Interval(2, -INF, INF), 1, 0, None, 1, True),
+        "",
+        "no difference can be told with 1 row, and it takes 6",
+    ),
     (
         Comparison(Interval(1e-4, -1, 1), 20, 20, None, 40, True),
         "",

@@ -18,12 +18,18 @@ from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.merge import fuse_model
 from nalora_mlx.core.config_adapter import NALoRAConfig
 from nalora_mlx.core.errors import InputError
-from nalora_mlx.evaluate.tasks import run_tasks
+from nalora_mlx.evaluate import tasks
 from tests.conftest import CHAT_TEMPLATE, build_model, llama_args, random_adapters
 
 pytest.importorskip("lm_eval")
 TASKS = Path(__file__).parent / "tasks"
 NAMES = ["endings", "science", "last_words", "pages", "sums"]
+
+
+def run_tasks(models, tokenizer, names, task_path=None, num_fewshot=None, notify=print, **settings):
+    """Load tasks and run them."""
+    loaded = tasks.load_tasks(names, task_path, num_fewshot, notify)
+    return tasks.run_tasks(models, tokenizer, loaded, notify=notify, **settings)
 
 
 @pytest.fixture(autouse=True, scope="module")

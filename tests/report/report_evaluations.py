@@ -69,7 +69,7 @@ def answer(prompt: str, expected: str | None, base: str, tuned: str, complete: b
     return {"source": "test.jsonl:1", "prompt": prompt, "expected": expected, **texts}
 
 
-def evaluation(name: str, digest: str, data: str | None = "data", **changes: Any) -> dict[str, Any]:
+def evaluation(name: str, digest: str | None, data: str | None = "data", **changes: Any) -> dict[str, Any]:
     """Return a result about an adapter. `changes` replace entries of the adapter, or of the result."""
     adapter = {
         "name": name,

@@ -230,6 +230,13 @@ def test_unfinished_files_are_left_out(run):
     assert len(read_evaluations(run)) == 1
 
 
+def test_a_result_about_no_adapter_is_left_out(tmp_path):
+    """Neither the run nor its result has a digest."""
+    run = write_run(tmp_path / "run")
+    write_evaluation(run / "evaluations" / "a.json", evaluation("run", None))
+    assert read_evaluations(run) == evaluations_of(run) == []
+
+
 def test_adapters_are_read_only_if_there_are_results(run, monkeypatch):
     """They may have gigabytes, and a report is written again and again during training."""
     monkeypatch.setattr(evaluations, "adapter_digest", pytest.fail)
@@ -319,6 +326,8 @@ def test_infinite_intervals_are_left_out():
 def test_what_is_not_compared_has_no_difference():
     (kl,) = rows(measure("kl", None, (0.25, 0.2, 0.3)))
     assert kl == ("kl", "-", "0.250", "", "", "", "")
+    (row,) = rows(measure("exact", (0, 0, 0), None, (None, None, None)))
+    assert (row.tuned, row.difference, row.interval) == ("-", "-", "")
     assert format_value([None, None, None], "score") == "-"
 
 

@@ -1,7 +1,9 @@
 """`nalora evaluate` on rows with images: losses, answers, choices, and adapters of the vision tower."""
 
+import gc
 import json
 import shutil
+import tempfile
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -12,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 import nalora_mlx
 from nalora_mlx.__main__ import main
 from nalora_mlx.adapters.comparison import load_tuned
+from nalora_mlx.adapters.files import adapter_config, adapter_weights
+from nalora_mlx.evaluate import contestants
 from nalora_mlx.evaluate.scoring import Scorer
 from nalora_mlx.models.vision.generation import model_inputs, render_chat, stream_answer
 from nalora_mlx.models.vision.loading import open_processor, open_vision_model
@@ -19,6 +23,7 @@ from nalora_mlx.models.vision.model import VisionLanguageModel
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed (pip install '.[vlm]')")
 
+from tests.conftest import random_adapters
 from tests.vision.tiny_models import picture, save_model
 
 SETTINGS = {
@@ -83,9 +88,14 @@ def run(vision_model, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tower_run(vision_model, data, tmp_path_factory):
-    """Return a run that adapts the vision tower and the projector, too."""
+    """Return a run that adapts the vision tower and the projector, and nothing else in effect."""
     output = tmp_path_factory.mktemp("run") / "towers"
     nalora_mlx.finetune(vision_model, data, output, vision=True, projector=True, **SETTINGS)
+    arrays = load_file(output / "adapters.safetensors")
+    for name in arrays:
+        if name.startswith("language_model.") and name.endswith("lora_b"):
+            arrays[name] = 0 * arrays[name]  # so that nothing but the tower makes a difference
+    save_file(arrays, output / "adapters.safetensors", {"format": "mlx"})
     return output
 
 
@@ -239,6 +249,17 @@ def test_an_adapter_without_effect_equals_the_base_bit_for_bit(vision_model, tow
         assert record["base"] == record["tuned"]
 
 
+def test_features_do_not_outlive_the_evaluation(vision_model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = []
+    monkeypatch.setattr(contestants, "mkdtemp", lambda **kw: made.append(tempfile.mkdtemp(**kw)) or made[-1])
+    flags = ["--data", data, "--metric", "none", "--general", "none", "--choices", *ANSWERS]
+    evaluated(vision_model, tmp_path / "result.json", *flags)
+    gc.collect()
+    assert len(made) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
 def test_text_is_not_read_as_a_prompt(tmp_path):
     """PaliGemma attends both ways in a prompt. In a text that is scored, no token sees its successors."""
     model = save_model("paligemma", tmp_path / "model")
@@ -249,17 +270,36 @@ def test_text_is_not_read_as_a_prompt(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     text = "A text about nothing in particular."
     (tmp_path / "general.txt").write_text(text)
-    flags = ["--data", tmp_path / "test.jsonl", "--metric", "none", "--general", tmp_path / "general.txt"]
-    content = evaluated(model, tmp_path / "result.json", *flags)
-    found = {measure["name"]: measure for measure in content["base"]}["general_loss"]["base"][0]
     base, config = open_vision_model(str(model))
     base.eval()
     tokenizer = open_processor(str(model), config).tokenizer
+    adapter = write_random_adapter(str(model), tmp_path / "adapter")
+    flags = ["--adapter-path", adapter, "--data", tmp_path / "test.jsonl", "--metric", "none"]
+    content = evaluated(model, tmp_path / "result.json", *flags, "--general", tmp_path / "general.txt")
     tokens = [*tokenizer.encode(text), tokenizer.eos_token_id]
-    expected = []
-    for i in range(1, len(tokens)):  # each token after those before it alone
-        prefix = mx.array([tokens[:i]])
-        media = {"prompt": (mx.arange(i) < 1).astype(mx.int32)[None]}
-        logits = np.array(base(prefix, media=media)[0, -1], np.float64)
-        expected.append(np.log(np.exp(logits).sum()) - logits[tokens[i]])
-    assert found == pytest.approx(np.mean(expected), rel=1e-4)
+    p, q = (
+        # Each token after those before it alone.
+        np.array([next_log_probabilities(each, tokens[:i]) for i in range(1, len(tokens))])
+        for each in (base, load_tuned(base, str(model), adapter))
+    )
+    found = measures(content, 0)
+    for log_probabilities, value in ((p, "base"), (q, "tuned")):
+        expected = -log_probabilities[np.arange(len(tokens) - 1), tokens[1:]].mean()
+        assert found["general_loss"][value][0] == pytest.approx(expected, rel=1e-4)
+    assert found["kl"]["tuned"][0] == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-3)
+
+
+def write_random_adapter(model, directory):
+    directory.mkdir()
+    tuned, _ = open_vision_model(model)
+    nalora_mlx.adapt(tuned, nalora_mlx.NALoRAConfig(rank=4, scale=4.0))
+    random_adapters(tuned, size=0.3)
+    mx.save_safetensors(str(directory / "adapters.safetensors"), adapter_weights(tuned))
+    (directory / "adapter_config.json").write_text(json.dumps(adapter_config(tuned)))
+    return directory
+
+
+def next_log_probabilities(model, tokens):
+    media = {"prompt": (mx.arange(len(tokens)) < 1).astype(mx.int32)[None]}
+    logits = np.array(model(mx.array([tokens]), media=media)[0, -1], np.float64)
+    return logits - np.log(np.exp(logits).sum())
