@@ -187,6 +187,7 @@ class Evaluation:
         assert self.base is not None
         entries = self._measures(tuned)
         records = results.answer_records(self.test_set, self.base, tuned)
+        choices = results.choice_records(self.test_set, self.base, tuned)
         metric = next(iter(tuned.values), None)
         return {
             "name": name,
@@ -196,7 +197,8 @@ class Evaluation:
             "answers": records,
             "metric": metric,
             "changed": results.changed(records, metric) if metric else {"better": [], "worse": []},
-            "changed_choices": results.changed_choices(self.test_set, self.base, tuned),
+            "choices": choices,
+            "changed_choices": results.changed_choices(choices),
         }
 
     def _measures(self, tuned: Measured | None) -> list[dict[str, Any]]:

@@ -84,6 +84,7 @@ class Measured:
         answers: to the questions; empty if there are no metrics.
         values: of each metric, [N]; see `TestSet.questions`.
         choices: for each question with choices, 1 if the expected one is the most likely, else 0; [M].
+        chosen: for each of them, index of the most likely choice; [M].
         general: losses on general text; None without any.
         divergences: KL(base || model) on general text; None for the base.
     """
@@ -92,6 +93,7 @@ class Measured:
     answers: list[GeneratedAnswer] = field(default_factory=list)
     values: dict[str, np.ndarray] = field(default_factory=dict)
     choices: np.ndarray | None = None
+    chosen: np.ndarray | None = None
     general: Sums | None = None
     divergences: Sums | None = None
 
@@ -129,7 +131,8 @@ class Measurer:
         if test.examples:
             found.losses = self._losses(scorer, model, test.examples, "loss on the test rows")
         if asked := known_choices(test.questions):
-            found.choices = self._choices(scorer, model, asked)
+            found.chosen = self._choices(scorer, model, asked)
+            found.choices = (found.chosen == [question.correct for question in asked]).astype(np.float64)
         if test.general:
             found.general = self._losses(scorer, model, test.general, "loss on general text")
             if self.base_scorer is not None:
@@ -157,8 +160,7 @@ class Measurer:
         encoded = iter(self.contestants.with_images(model, flat))
         groups = [[next(encoded) for _ in question.choices] for question in questions]
         scores = scorer.score(groups, on_progress=self._progress("choices"))
-        best = [int(np.argmax([score.log_probability for score in of_one])) for of_one in scores]
-        return np.array([float(i == q.correct) for i, q in zip(best, questions, strict=True)])
+        return np.array([int(np.argmax([score.log_probability for score in of_one])) for of_one in scores])
 
     def _divergences(self, scorer: Scorer) -> Sums:
         assert self.base_scorer is not None

@@ -226,16 +226,26 @@ def changed(records: Sequence[dict[str, Any]], metric: str) -> dict[str, list[in
     }
 
 
-def changed_choices(test: TestSet, base: Measured, tuned: Measured) -> dict[str, list[dict[str, Any]]]:
+def choice_records(test: TestSet, base: Measured, tuned: Measured) -> list[dict[str, Any]]:
+    """Return the choices of each question, and which is the most likely one for each model, as JSON."""
+    records = []
+    for i, question in enumerate(known_choices(test.questions)):
+        assert base.chosen is not None
+        assert tuned.chosen is not None
+        chosen = {"base": int(base.chosen[i]), "tuned": int(tuned.chosen[i])}
+        records.append(
+            _asked(question) | {"choices": list(question.texts), "correct": question.correct} | chosen
+        )
+    return records
+
+
+def changed_choices(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Return the questions whose most likely choice became right, and those for which it became wrong."""
     found: dict[str, list[dict[str, Any]]] = {"better": [], "worse": []}
-    if base.choices is None or tuned.choices is None:
-        return found
-    for question, before, after in zip(
-        known_choices(test.questions), base.choices, tuned.choices, strict=True
-    ):
+    for record in records:
+        before, after = (record[who] == record["correct"] for who in ("base", "tuned"))
         if before != after:
-            found["better" if after > before else "worse"].append(_asked(question))
+            found["better" if after else "worse"].append(record)
     return found
 
 

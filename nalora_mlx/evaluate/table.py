@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nalora_mlx.core.errors import counted
-from nalora_mlx.runs.evaluation_rows import GENERAL, by_part, measure_rows, part_title
+from nalora_mlx.runs.evaluation_rows import GENERAL, NOT_TOLD, by_part, measure_rows, part_title
 
 COLORS = {"better": "green", "worse": "red", "": "dim"}
 SHOWN_CHARACTERS = 300  # of a prompt or an answer
@@ -28,14 +28,16 @@ def measures_table(content: Mapping[str, Any], name: str | None, entries: Sequen
         if number:
             table.add_row(Text(title, "dim"))
         else:
-            table.add_column(title)
+            table.add_column(title, no_wrap=True)
             for heading in ("base", *([name, "difference", "95 % interval", ""] if name else [])):
                 table.add_column(heading, justify="left" if heading in ("", "95 % interval") else "right")
         for row in measure_rows(found):
             cells: list[str | Text] = [f"  {row.title}", row.base]
             if name:
                 color = COLORS[row.told]
-                cells += [row.tuned, Text(row.difference, color), row.interval, Text(row.verdict, color)]
+                # A terminal is narrow; sentences below the table say what is not told.
+                verdict = row.verdict.replace(NOT_TOLD, "not told").replace("McNemar ", "")
+                cells += [row.tuned, Text(row.difference, color), row.interval, Text(verdict, color)]
             table.add_row(*cells)
     return table
 

@@ -19,6 +19,7 @@ from nalora_mlx.core.parsing import did_you_mean
 from nalora_mlx.models.loading import print_notice
 
 DEFAULT_FILTER = "none"  # lm_eval's name for answers as they are
+LoadedTasks = dict[str, dict]  # as lm_eval loads tasks and groups
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,6 @@ class TaskMetric:
     group: str | None = None
 
 
-LoadedTasks = dict[str, dict]  # as lm_eval loads tasks and groups
-
-
 def load_tasks(
     names: Sequence[str],
     task_path: Path | None = None,
@@ -65,7 +63,7 @@ def load_tasks(
         notify: called with lm_eval's warnings.
 
     Raises:
-        InputError: lm_eval is missing, a task is unknown or cannot run here, or its file or data cannot be read.
+        InputError: lm_eval is missing, a task is unknown or cannot run, or its file or data cannot be read.
     """
     try:
         import lm_eval  # noqa: F401
@@ -103,7 +101,7 @@ def run_tasks(
         batch_size: texts at a time; None for the default of the device.
         apply_chat_template: render prompts as chats, with each example as a turn.
         seed, notify: of the choice of examples; called with lm_eval's warnings.
-        on_progress: called with the model's name, the number of requests done, and of all requests of their kind.
+        on_progress: called with the model's name, and how many requests are done of all of their kind.
 
     Raises:
         InputError: a task cannot run on this model.

@@ -72,7 +72,10 @@ def part_title(content: Mapping[str, Any], part: str) -> str:
         if content["rows"] < content["of"]:
             rows = f"{content['rows']:,} of {counted(content['of'], 'row')}"
         return f"{content['data']}, {content['split']}: {rows}"
-    return f"general text: {counted(content['passages'], 'passage')}" if part == GENERAL else "standard tasks"
+    if part == GENERAL:
+        name = (content.get("settings") or {}).get("general")
+        return f"general text{f' ({name})' if name else ''}: {counted(content['passages'], 'passage')}"
+    return "standard tasks"
 
 
 def format_value(numbers: Numbers, unit: str) -> str:

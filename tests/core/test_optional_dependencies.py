@@ -145,7 +145,7 @@ def test_extras_of_the_project():
         for name, lines in declared["optional-dependencies"].items()
     }
     (everything,) = declared["optional-dependencies"]["all"]
-    assert Requirement(everything).extras == set(optional_dependencies.EXTRAS) - {"vlm", "notebook"}
+    assert Requirement(everything).extras == set(optional_dependencies.EXTRAS) - {"vlm", "notebook", "eval"}
     assert extras["export"] == {"gguf", "xllamacpp"}
     assert Requirement(*declared["optional-dependencies"]["kquants"]).extras == {"export"}
 

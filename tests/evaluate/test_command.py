@@ -253,6 +253,10 @@ def test_choices_by_likelihood(model_directory, run, data, rows, tmp_path):
                 totals.append(sum(log_p[len(prompt) - 1 + i, token] for i, token in enumerate(answer)))
             right += texts[int(np.argmax(totals))] == row["completion"]
         assert found[0] == pytest.approx(right / len(rows[::2]))
+    records = content["adapters"][0]["choices"]
+    assert len(records) == len(rows[::2])
+    assert sum(record["tuned"] == record["correct"] for record in records) == round(len(records) * found[0])
+    assert all(record["choices"][record["correct"]] == record["expected"] for record in records)
     assert content["adapters"][0]["answers"] == []
     assert {measure["name"] for measure in content["base"]} == {"loss", "choice"}
 
@@ -546,6 +550,65 @@ def test_data_of_the_run_that_is_gone(model_directory, run, data, tmp_path, caps
         ["--adapter-path", output],
         f"the run's data, {moved}, is not there any more; give a test",
     )
+
+
+def test_a_metric_cannot_change_the_rows(model_directory, run, data, tmp_path):
+    score, path = tmp_path / "score.py", tmp_path / "result.json"
+    score.write_text(
+        "def score(answer, expected, row):\n    row['messages'][0]['content'] = 'cat'\n    return 1\n"
+    )
+    flags = ["--adapter-path", run, "--general", "none", "--output", path, "--metric"]
+    assert evaluate(model_directory, *flags, "exact", f"{score}:score") == 0
+    changed = json.loads(path.read_text())
+    assert evaluate(model_directory, *flags, "exact") == 0
+    assert entry(changed, "loss") == entry(json.loads(path.read_text()), "loss")
+    assert "what colour" in changed["adapters"][0]["answers"][0]["prompt"]
+
+
+def test_other_settings_keep_the_first_result(model_directory, run, data):
+    def files():
+        return {path.name: path.read_bytes() for path in (run / "evaluations").glob("*.json")}
+
+    flags = ["--adapter-path", run, "--general", "none", "--metric"]
+    assert evaluate(model_directory, *flags, "exact") == 0
+    first = files()
+    assert evaluate(model_directory, *flags, "f1") == 0
+    assert files().items() > first.items()
+    count = len(files())
+    assert evaluate(model_directory, *flags, "f1") == 0  # the same again
+    assert len(files()) == count
+
+
+def test_a_watched_run_loses_and_damages_checkpoints(
+    model_directory, run, data, tmp_path, monkeypatch, capsys
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken, ignore=shutil.ignore_patterns("evaluations"))
+    (broken / "checkpoints/step-0000040/adapters.safetensors").write_bytes(b"no")
+    flags = ["--adapter-path", broken, "--data", data, "--watch-checkpoints", "--metric", "none"]
+    refused(
+        capsys, model_directory, [*flags, "--general", "none"], "adapters.safetensors", "complete", status=1
+    )
+    content = json.loads(next((broken / "evaluations").glob("*-checkpoints.json")).read_text())
+    assert [found["step"] for found in content["checkpoints"]] == [20, 60]
+    from nalora_mlx.evaluate.evaluation import Evaluation
+
+    measure = Evaluation.measure
+
+    def pruned(self, adapter):
+        shutil.rmtree(broken / "checkpoints/step-0000040", ignore_errors=True)
+        return measure(self, adapter)
+
+    monkeypatch.setattr(Evaluation, "measure", pruned)
+    assert evaluate(model_directory, *flags, "--general", "none") == 0
+
+
+def test_a_partly_right_metric_decides_among_checkpoints(model_directory, run, data, tmp_path, capsys):
+    score = tmp_path / "score.py"
+    score.write_text("def part(answer, expected):\n    return 0.5 * (answer == expected)\n")
+    flags = ["--adapter-path", run, "--watch-checkpoints", "--general", "none", "--metric", f"{score}:part"]
+    assert evaluate(model_directory, *flags) == 0
+    assert re.search(r"step \d+ has the best part|no checkpoint has a better part", capsys.readouterr().out)
 
 
 def test_no_other_file_is_overwritten(model_directory, data, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """RUN/evaluations/: where results of `nalora evaluate` are, which of them hold, and their rows as text."""
 
 import json
+import re
 import os
 import shutil
 from pathlib import Path
@@ -257,7 +258,7 @@ def test_training_again_archives_results_and_resuming_leaves_out_outdated_ones(
     assert main([*train, *FLAGS.split()]) == 0
     assert main(evaluate) == 0
     (path,) = (run / "evaluations").iterdir()
-    assert path.name == f"{data_directory.name}-test.json"
+    assert re.fullmatch(rf"{data_directory.name}-test-[0-9a-f]{{6}}\.json", path.name)
     assert names(read_evaluations(run)) == ["run"]
     # Longer training changes the adapter, and its result no longer holds.
     assert main(["lora", "--resume", "--adapter-path", str(run), "--iters", "6"]) == 0
