@@ -1,8 +1,8 @@
 """RUN/evaluations/: where results of `nalora evaluate` are, which of them hold, and their rows as text."""
 
 import json
-import re
 import os
+import re
 import shutil
 from pathlib import Path
 
