@@ -31,7 +31,8 @@ RUN_SETTINGS = (
     "quantize",
     "trust_remote_code",
 )
-INHERITED = [name for name in RUN_SETTINGS if name not in ("model", "trust_remote_code")] + ["hf_dataset"]
+INHERITED = [name for name in RUN_SETTINGS if name not in ("model", "trust_remote_code")]
+INHERITED += ["hf_dataset", "valid_fraction", "chunk", "seed"]
 OF_ROWS = ("metric", "regex", "json_schema", "choices")  # settings that need a test set
 # The settings in the order of the help. Those before the bar are on the short page, too.
 GROUPS = {

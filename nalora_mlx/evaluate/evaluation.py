@@ -2,39 +2,32 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nalora_mlx.adapters.files import ADAPTER_FILE
 from nalora_mlx.adapters.merge_record import adapter_digest
 from nalora_mlx.core.config import RunConfig
-from nalora_mlx.core.data_entries import ROWS_IN_MEMORY, data_entries
-from nalora_mlx.core.errors import InputError, counted, listed, places
+from nalora_mlx.core.data_entries import data_entries
+from nalora_mlx.core.errors import InputError, counted, listed
 from nalora_mlx.data.chats.chat_encoder import ChatEncoder
-from nalora_mlx.data.checks import RunData, read_rows, tokenize
+from nalora_mlx.data.checks import RunData, tokenize
 from nalora_mlx.data.preferences import PreferenceExample
 from nalora_mlx.evaluate import results
 from nalora_mlx.evaluate.contestants import load_contestants
 from nalora_mlx.evaluate.general_text import read_general_text
 from nalora_mlx.evaluate.measurement import Measured, Measurer, OnProgress, TestSet
 from nalora_mlx.evaluate.metrics import (
-    BUILT_IN,
     Metric,
-    choose_metrics,
-    default_metrics,
-    regex_metric,
-    schema_metric,
 )
 from nalora_mlx.evaluate.questions import (
     default_max_tokens,
     draw_rows,
-    expected_answers,
     read_questions,
     require_expected,
 )
 from nalora_mlx.evaluate.settings import NONE, EvaluationSettings
-from nalora_mlx.evaluate.user_metrics import check, load_user_metric
+from nalora_mlx.evaluate.split_rows import named_metrics, read_test_rows, with_defaults
 from nalora_mlx.runs.evaluations import run_of
 
 
@@ -52,6 +45,8 @@ class Evaluation:
         contestants: the models.
         test_set: what they are measured on.
         measurer: measures them.
+        split: name of the split that the test rows are from.
+        total: number of rows in it.
         base: what was measured of the base model.
     """
 
@@ -66,7 +61,7 @@ class Evaluation:
         self.config, self.settings, self.has_data = config, settings, has_data
         self.notify, self.on_progress = notify, on_progress
         self.test_set = TestSet(batch_size=settings.batch_size)
-        self.total = 0  # rows in the split
+        self.split, self.total = settings.split or "test", 0
         self.base: Measured | None = None
 
     def prepare(self, adapters: Sequence[Path]) -> None:
@@ -81,11 +76,11 @@ class Evaluation:
         config, settings = self.config, self.settings
         metrics, data = list[Metric](), RunData(False)
         if self.has_data:
-            metrics = _metrics_of_user(settings)
-            data = _read_test_rows(config, settings.split, self.notify)
-            self.total = draw_rows(data, settings.split, settings.samples, settings.seed)
+            metrics = named_metrics(settings)
+            data, self.split = read_test_rows(config, settings.split, self.notify)
+            self.total = draw_rows(data, self.split, settings.samples, settings.seed)
             if settings.answers:
-                metrics = _with_defaults(metrics, data, settings, self.notify)
+                metrics = with_defaults(metrics, data, settings, self.split, self.notify)
         self.contestants = load_contestants(config, adapters, data, self.notify)
         if self.has_data:
             self._tokenize(data, metrics)
@@ -96,29 +91,27 @@ class Evaluation:
 
     def _tokenize(self, data: RunData, metrics: list[Metric]) -> None:
         settings, config, contestants, test = self.settings, self.config, self.contestants, self.test_set
-        split = tokenize(data, contestants.tokenizer, config.max_seq_length, contestants.processor)[
-            settings.split
-        ]
-        if split.errors:
-            raise InputError(listed(split.errors))
-        for notice in split.notices:
+        rows = tokenize(data, contestants.tokenizer, config.max_seq_length, contestants.processor)[self.split]
+        if rows.errors:
+            raise InputError(listed(rows.errors))
+        for notice in rows.notices:
             self.notify(notice)
         # Of preference rows, the loss is that of the chosen answers.
         test.examples = [
             one.answers[0] if isinstance(one, PreferenceExample) else one
-            for one in split.sequences
+            for one in rows.sequences
             if not isinstance(one, PreferenceExample) or one.desirable
         ]
         if not settings.answers and settings.choices is None and not config.prefers:
             return
         encoder = ChatEncoder(contestants.tokenizer, True, True, contestants.processor)
-        test.questions = read_questions(data, settings.split, encoder, config, self.notify, settings.choices)
+        test.questions = read_questions(data, self.split, encoder, config, self.notify, settings.choices)
         test.metrics = metrics
         if not test.questions:
             if settings.metric:
-                raise InputError(f"--metric: no row of {settings.split} asks for an answer")
+                raise InputError(f"--metric: no row of {self.split} asks for an answer")
             self.notify(
-                f"no row of {settings.split} asks for an answer, as texts do not; only losses are compared"
+                f"no row of {self.split} asks for an answer, as texts do not; only losses are compared"
             )
             test.metrics = []
         require_expected(test.questions, [metric.name for metric in test.metrics if metric.needs_expected])
@@ -134,13 +127,13 @@ class Evaluation:
         """
         test = self.test_set
         if not test.examples and not test.questions and not test.general and self.settings.tasks is None:
-            raise InputError(f"--data: no row of {self.settings.split} can be measured; give other rows")
+            raise InputError(f"--data: no row of {self.split} can be measured; give other rows")
         self.base = self.measurer.measure(self.contestants.base)
         rows = len({example.source for example in self.test_set.examples})
         content = results.document(
             public_name(self.config.model),
             self.data_name,
-            self.settings.split,
+            self.split,
             rows,
             self.total,
             self.test_set,
@@ -240,77 +233,6 @@ def adapter_names(adapters: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-# --- rows and metrics ---------------------------------------------------------------------------------------
-
-
-def _read_test_rows(config: RunConfig, split: str, notify: Callable[[str], None]) -> RunData:
-    """Return the rows of a split.
-
-    Raises:
-        InputError: there are none, or some cannot be used.
-    """
-    entries = [] if config.hf_dataset else data_entries(config.data)
-    if any(entry["path"] == ROWS_IN_MEMORY for entry in entries):
-        raise InputError("--data is missing; the run was trained on rows given in Python")
-    data = read_rows(replace(config, valid_fraction=0.0), [split], all_needed=False, unsplit=split)
-    if data.problems:
-        text = listed(data.problems)
-        if "--mask-prompt" in text and "mask_prompt" not in config.given:
-            text += " (the adapter's run has --mask-prompt; give --no-mask-prompt)"
-        raise InputError(text)
-    for notice in data.notices:
-        notify(notice)
-    if not any(splits[split] for splits in data.sources):
-        paths = " ".join(entry["path"] for entry in entries) or "hf_dataset"
-        if entries and all(os.path.isfile(os.path.expanduser(entry["path"])) for entry in entries):
-            raise InputError(f"--data {paths}: has no rows for {split}; give a file with rows")
-        raise InputError(
-            f"--data {paths}: no rows for {split}; add rows to {split}.jsonl, choose another split with --split, or "
-            "give the file of the rows itself"
-        )
-    return data
-
-
-def _metrics_of_user(settings: EvaluationSettings) -> list[Metric]:
-    """Return the metrics that flags name, before anything slow begins."""
-    named = [name for name in settings.metric or () if name != NONE]
-    unknown = [name for name in named if name not in BUILT_IN and ":" not in name]
-    choose_metrics(unknown)  # raises for the first
-    found = [
-        BUILT_IN[name] if name in BUILT_IN else replace(load_user_metric(name), name=name.rpartition("/")[2])
-        for name in dict.fromkeys(named)
-    ]  # results are shared, and hold no directories
-    if settings.regex is not None:
-        found.append(regex_metric(settings.regex))
-    if settings.json_schema is not None:
-        found.append(schema_metric(Path(settings.json_schema).expanduser()))
-    names = [metric.name for metric in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"--metric: two metrics are called {twice[0]}; rename one of them")
-    return found
-
-
-def _with_defaults(
-    metrics: list[Metric], data: RunData, settings: EvaluationSettings, notify: Callable[[str], None]
-) -> list[Metric]:
-    """Add the metrics that suit the rows, if none is named; try those of the user on the expected answers."""
-    rows = expected_answers(data, settings.split)
-    if not settings.metric:
-        expected = [row["expected"] for row in rows if row["expected"] is not None]
-        if len(expected) == len(rows):
-            metrics = choose_metrics(default_metrics(expected)) + metrics
-        elif expected:
-            open_rows = [row["source"] for row in rows if row["expected"] is None]
-            notify(
-                f"{counted(len(open_rows), 'row')} of {settings.split} have no answer ({places(open_rows, 3)}), so no "
-                "answers are compared; remove them, or name metrics that need none"
-            )
-    for metric in metrics:
-        if metric.needs_expected:
-            check(metric, rows)
-    return metrics
 
 
 def describe(test: TestSet) -> str:

@@ -14,7 +14,12 @@ SPLITS = ("test", "valid", "train")
 class EvaluationSettings:
     """What is measured, on how many rows, and where the result goes."""
 
-    split: str = setting("test", "split of the data to evaluate on", choices=SPLITS, metavar="NAME")
+    split: str | None = setting(
+        None,
+        "split of the data: test, valid or train (default: test; valid if the run's own data has no test set)",
+        choices=SPLITS,
+        metavar="NAME",
+    )
     samples: int = setting(200, "rows to evaluate on, drawn by seed; -1 for all")
     metric: tuple[str, ...] | None = setting(
         None,

@@ -21,7 +21,7 @@ def next_steps(
     Args:
         config: settings of the run.
         result: of the training. If its best validation is clearly better than its last one, the commands name the best
-            adapter. They evaluate it if the run has a test set.
+            adapter. They evaluate it if the run has a test set or validation rows.
         prompts: of the run's data, see `runs.samples.choose_prompts`. A run on texts gets `nalora generate` instead of
             a chat.
     """
@@ -36,7 +36,8 @@ def next_steps(
         prompt = " ".join(prompts[0]["text"][:QUOTED_PROMPT].split())
         return [("generate", ["nalora", "generate", *model, "--prompt", prompt]), report, merge]
     chat = ["nalora", "chat", *model]
-    evaluate = [("evaluate", ["nalora", "evaluate", *model])] if config.test else []
+    has_rows = config.test or result.valid_loss is not None
+    evaluate = [("evaluate", ["nalora", "evaluate", *model])] if has_rows else []
     return [("chat", chat), ("compare", [*chat, "--compare"]), *evaluate, report, merge]
 
 

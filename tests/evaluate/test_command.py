@@ -537,6 +537,29 @@ def test_bad_input_is_one_line(model_directory, run, data, tmp_path, capsys):
     )
 
 
+def test_a_run_without_test_set_is_evaluated_on_what_it_held_out(model_directory, rows, tmp_path, capsys):
+    csv, output, path = tmp_path / "rows.csv", tmp_path / "run", tmp_path / "result.json"
+    csv.write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
+    where = ["--model", model_directory, "--data", csv, "--adapter-path", output, "--valid-fraction", "0.3"]
+    flags = ["--no-samples", *FAST, "--iters", "3", "--seed", "5"]
+    assert main(["lora", "--train", *map(str, where), *flags]) == 0
+    for split in ([], ["--split", "valid"]):
+        flags = ["--adapter-path", output, "--general", "none", "--output", path, *split]
+        assert evaluate(model_directory, *flags) == 0
+        assert ("the run has no test set" in capsys.readouterr().out) == (not split)
+    content = json.loads(path.read_text())
+    assert (content["split"], content["rows"]) == ("valid", 8)
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["split"] == "valid"]
+    assert entry(content, "loss")["base"][0] == pytest.approx(losses[0], rel=1e-5)
+    refused(capsys, model_directory, ["--adapter-path", output, "--split", "test"], "no rows for test")
+    assert (
+        evaluate(model_directory, "--data", csv, "--general", "none", "--metric", "none", "--output", path)
+        == 0
+    )
+    assert json.loads(path.read_text())["rows"] == 27  # a file that is named is the test set
+
+
 def test_data_of_the_run_that_is_gone(model_directory, run, data, tmp_path, capsys):
     moved = tmp_path / "rows"
     shutil.copytree(data, moved)

@@ -39,6 +39,7 @@ def test_the_next_steps_name_model_and_adapter():
     assert commands(config, result()) == [
         f"nalora chat {model}",
         f"nalora chat {model} --compare",
+        f"nalora evaluate {model}",
         "nalora report 'my adapters' --open",
         f"nalora fuse {model}",
     ]
@@ -49,7 +50,8 @@ def test_the_next_steps_name_model_and_adapter():
     )
     assert commands(config, result(), [{"messages": []}])[0] == f"nalora chat {model}"
     tested = RunConfig(model="org/a", adapter_path="my adapters", test=True)
-    assert commands(tested, result())[2] == f"nalora evaluate {model}"
+    assert commands(tested, result(None, None))[2] == f"nalora evaluate {model}"
+    assert not any("evaluate" in line for line in commands(config, result(None, None)))
 
 
 def test_every_next_step_is_a_command_with_these_flags():
