@@ -38,7 +38,7 @@ def next_steps(
     chat = ["nalora", "chat", *model]
     has_rows = config.test or result.valid_loss is not None
     evaluate = [("evaluate", ["nalora", "evaluate", *model])] if has_rows else []
-    return [("chat", chat), ("compare", [*chat, "--compare"]), *evaluate, report, merge]
+    return [("chat", chat), ("compare", [*chat, "--compare"]), report, *evaluate, merge]
 
 
 def has_better_adapter(result: TrainResult) -> bool:

@@ -39,8 +39,8 @@ def test_the_next_steps_name_model_and_adapter():
     assert commands(config, result()) == [
         f"nalora chat {model}",
         f"nalora chat {model} --compare",
-        f"nalora evaluate {model}",
         "nalora report 'my adapters' --open",
+        f"nalora evaluate {model}",
         f"nalora fuse {model}",
     ]
     text = {"text": "It was a dark\n  and stormy night"}
@@ -50,7 +50,7 @@ def test_the_next_steps_name_model_and_adapter():
     )
     assert commands(config, result(), [{"messages": []}])[0] == f"nalora chat {model}"
     tested = RunConfig(model="org/a", adapter_path="my adapters", test=True)
-    assert commands(tested, result(None, None))[2] == f"nalora evaluate {model}"
+    assert commands(tested, result(None, None))[3] == f"nalora evaluate {model}"
     assert not any("evaluate" in line for line in commands(config, result(None, None)))
 
 
@@ -97,5 +97,5 @@ def test_piped_commands_stay_on_one_line():
     with Display(Console(file=out, width=40)) as display:
         display.next_steps(next_steps(RunConfig(model="m" * 60), result()))
     assert (
-        out.getvalue().splitlines()[2] == f"  chat     nalora chat --model {'m' * 60} --adapter-path adapters"
+        out.getvalue().splitlines()[2] == f"  chat      nalora chat --model {'m' * 60} --adapter-path adapters"
     )
