@@ -1,6 +1,6 @@
 """A metric for `nalora evaluate`: the share of an order slip's lines that are right.
 
-    nalora evaluate --model MODEL --adapter-path ADAPTERS --metric exact examples/bakery/slip.py:fields
+nalora evaluate --model MODEL --adapter-path ADAPTERS --metric exact examples/bakery/slip.py:fields
 """
 
 

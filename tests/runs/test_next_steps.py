@@ -97,5 +97,6 @@ def test_piped_commands_stay_on_one_line():
     with Display(Console(file=out, width=40)) as display:
         display.next_steps(next_steps(RunConfig(model="m" * 60), result()))
     assert (
-        out.getvalue().splitlines()[2] == f"  chat      nalora chat --model {'m' * 60} --adapter-path adapters"
+        out.getvalue().splitlines()[2]
+        == f"  chat      nalora chat --model {'m' * 60} --adapter-path adapters"
     )
