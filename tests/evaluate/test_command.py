@@ -634,6 +634,18 @@ def test_a_partly_right_metric_decides_among_checkpoints(model_directory, run, d
     assert re.search(r"step \d+ has the best part|no checkpoint has a better part", capsys.readouterr().out)
 
 
+def test_data_of_a_moved_run_is_no_name_on_the_hub(model_directory, data, tmp_path, monkeypatch, capsys):
+    """Relative to the moved run, its data may look like OWNER/NAME."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, tmp_path / "rows")
+    where = ["--model", model_directory, "--data", "rows", "--adapter-path", "run"]
+    assert main(["lora", "--train", *map(str, where), "--no-samples", *FAST, "--iters", "3"]) == 0
+    shutil.copytree("run", "owner/run")
+    refused(
+        capsys, model_directory, ["--adapter-path", "owner/run"], "data, owner/rows, is not there any more"
+    )
+
+
 def test_no_other_file_is_overwritten(model_directory, data, tmp_path, capsys):
     mine = tmp_path / "mine.json"
     mine.write_text('{"a": 1}')
