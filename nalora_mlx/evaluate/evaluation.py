@@ -48,6 +48,7 @@ class Evaluation:
         split: name of the split that the test rows are from.
         total: number of rows in it.
         base: what was measured of the base model.
+        tuned: what was measured of the adapters that were compared with it, by name.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Evaluation:
         self.test_set = TestSet(batch_size=settings.batch_size)
         self.split, self.total = settings.split or "test", 0
         self.base: Measured | None = None
+        self.tuned: dict[str, Measured] = {}
 
     def prepare(self, adapters: Sequence[Path]) -> None:
         """Read the rows, load the base model, and tokenize.
@@ -176,7 +178,7 @@ class Evaluation:
             InputError: the adapter does not fit the model.
         """
         digest = adapter_digest(adapter / ADAPTER_FILE)  # of the file that is read next
-        tuned = self.measure(adapter)
+        tuned = self.tuned[name] = self.measure(adapter)
         assert self.base is not None
         entries = self._measures(tuned)
         records = results.answer_records(self.test_set, self.base, tuned)
@@ -193,6 +195,12 @@ class Evaluation:
             "choices": choices,
             "changed_choices": results.changed_choices(choices),
         }
+
+    def between(self, name: str, other: str) -> list[dict[str, Any]]:
+        """Return the measures of an adapter, compared with those of another one; the arguments are names."""
+        dropped, seed = list(self.measurer.dropped), self.settings.seed
+        entries = results.measures(self.test_set, self.tuned[other], self.tuned[name], dropped, seed)
+        return [entry for entry in entries if "difference" in entry]
 
     def _measures(self, tuned: Measured | None) -> list[dict[str, Any]]:
         assert self.base is not None

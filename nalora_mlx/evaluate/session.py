@@ -92,6 +92,8 @@ class Session:
                 self._measure(adapter, name)
             if not self.adapters:
                 self._measure_alone()
+            for name in self.names[1:]:
+                self._compare_with_first(name)
             if tasks is not None:
                 self._run_tasks(tasks)
         self._write()
@@ -130,6 +132,17 @@ class Session:
         if found["warning"] is not None:
             self.display.note(f"warning: {found['warning']}")
         self._write()
+
+    def _compare_with_first(self, name: str) -> None:
+        """Compare an adapter with the first one, row by row."""
+        first = self.names[0]
+        entries = self.evaluation.between(name, first)
+        if not entries:
+            return
+        self._print(table.measures_table(self.content, name, entries, base=first))
+        for line in table.sentences(entries):
+            self.display.note(line)
+        self.content.setdefault("between", []).append({"base": first, "tuned": name, "measures": entries})
 
     def _load_tasks(self) -> "LoadedTasks":
         """Load standard tasks and their documents, before anything is measured."""

@@ -14,13 +14,16 @@ SHOWN_CHARACTERS = 300  # of a prompt or an answer
 Entry = Mapping[str, Any]
 
 
-def measures_table(content: Mapping[str, Any], name: str | None, entries: Sequence[Entry]) -> Table:
+def measures_table(
+    content: Mapping[str, Any], name: str | None, entries: Sequence[Entry], base: str = "base"
+) -> Table:
     """Return the measures of a base model and of a tuned one as a table.
 
     Args:
         content: the result, see `results.document`.
         name: of the tuned model; None for the base model alone.
         entries: its measures.
+        base: name of the model that it is compared with.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for number, (part, found) in enumerate(by_part(entries).items()):
@@ -29,7 +32,7 @@ def measures_table(content: Mapping[str, Any], name: str | None, entries: Sequen
             table.add_row(Text(title, "dim"))
         else:
             table.add_column(title, no_wrap=True)
-            for heading in ("base", *([name, "difference", "95 % interval", ""] if name else [])):
+            for heading in (base, *([name, "difference", "95 % interval", ""] if name else [])):
                 table.add_column(heading, justify="left" if heading in ("", "95 % interval") else "right")
         for row in measure_rows(found):
             cells: list[str | Text] = [f"  {row.title}", row.base]

@@ -334,6 +334,12 @@ def test_several_adapters_from_one_load(model_directory, run, data, tmp_path, mo
     assert first["base"] == second["base"]
     assert first["tuned"][0] < second["tuned"][0] < second["base"][0]
     assert opened.count(False) <= 1  # the others never read the base's weights
+    (between,) = content["between"]
+    assert (between["base"], between["tuned"]) == ("tuned", "other")
+    loss, exact = between["measures"]
+    assert loss["difference"][0] == pytest.approx(second["tuned"][0] - first["tuned"][0])
+    assert loss["told"] == "worse"
+    assert exact["difference"][0] == pytest.approx(exact["tuned"][0] - exact["base"][0])
 
 
 def test_adapters_are_loaded_frozen_beside_the_base(model_directory, run):
