@@ -106,11 +106,11 @@ def run(args: argparse.Namespace) -> None:
     flags = {name: value for name, value in given.items() if name in RUN_SETTINGS}
     require_model(flags.get("model"), adapters[0] if adapters else None)
     config, has_data = _configure(flags, adapters, settings)
-    from nalora_mlx.evaluate.session import Session
+    from nalora_mlx.evaluate.job import EvaluationJob
     from nalora_mlx.training.job import open_display
 
     with keep_awake(), open_display() as display:
-        Session(config, settings, adapters, has_data, display).run()
+        EvaluationJob(config, settings, adapters, has_data, display).run()
 
 
 def _configure(

@@ -456,7 +456,7 @@ def test_watch_finds_the_best_checkpoint(model_directory, run, data, capsys):
 
 
 def test_watch_waits_for_checkpoints_of_a_run_in_progress(model_directory, run, data, tmp_path, monkeypatch):
-    from nalora_mlx.evaluate import session
+    from nalora_mlx.evaluate import job
 
     growing = tmp_path / "growing"
     shutil.copytree(run, growing, ignore=shutil.ignore_patterns("step-*", "evaluations"))
@@ -469,8 +469,8 @@ def test_watch_waits_for_checkpoints_of_a_run_in_progress(model_directory, run, 
             run / "checkpoints/step-0000040", growing / "checkpoints/step-0000040", dirs_exist_ok=True
         )
 
-    monkeypatch.setattr(session, "is_locked", lambda path: next(states, False))
-    monkeypatch.setattr(session.time, "sleep", sleep)
+    monkeypatch.setattr(job, "is_locked", lambda path: next(states, False))
+    monkeypatch.setattr(job.time, "sleep", sleep)
     flags = ["--adapter-path", growing, "--data", data, "--watch-checkpoints", "--metric", "none"]
     assert evaluate(model_directory, *flags, "--general", "none") == 0
     content = json.loads(next((growing / "evaluations").glob("*-checkpoints.json")).read_text())

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 160  # columns of a table, if output is piped
 
 
-class Session:
+class EvaluationJob:
     """One call of the command.
 
     Args:
