@@ -50,3 +50,13 @@ def as_typed(words: Sequence[str]) -> list[str]:
 def is_hub_name(name: str) -> bool:
     """Return whether a name has the form of a Hub repo (owner/name) and is not a local path."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).expanduser().exists()
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Return the last parts of each path, as many as are needed to distinguish all."""
+    resolved = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, resolved), default=0) + 1):
+        names = ["/".join(parts[-count:]) for parts in resolved]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]

@@ -159,9 +159,9 @@ def _inherited(adapter: Path) -> dict[str, Any]:
     trained = trained_settings(adapter)
     if not trained:
         content = read_adapter_config(adapter)
-        trained = {
-            name: content[name] for name in ("data", "mask_prompt", "max_seq_length") if name in content
-        }
+        given = {name: content.get(name) for name in ("data", "mask_prompt", "max_seq_length")}
+        given = {name: value for name, value in given.items() if value is not None}
+        trained = coerce(given, RunConfig, str(adapter / "adapter_config.json"))
     saved = {name: trained[name] for name in INHERITED if trained.get(name) is not None}
     if saved.get("hf_dataset"):
         saved.pop("data", None)

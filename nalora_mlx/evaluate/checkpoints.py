@@ -54,6 +54,7 @@ class CheckpointRace:
         self.evaluation = evaluation
         self.measured: dict[int, Measured] = {}
         self.entries: dict[int, list[dict[str, Any]]] = {}
+        self._compared: dict[tuple[int, int, str], Comparison] = {}
 
     @property
     def metric(self) -> str | None:
@@ -115,15 +116,18 @@ class CheckpointRace:
     def against_best(self, step: int) -> Comparison:
         """Return a step compared with the best one."""
         assert self.best is not None
-        (values, weights), (best, _) = self._values(step), self._values(self.best)
-        return compare(
-            best,
-            values,
-            weights,
-            binary=weights is None and bool(np.isin((best, values), (0, 1)).all()),
-            lower_is_better=self.metric is None,
-            seed=self.evaluation.settings.seed,
-        )
+        key = (step, self.best, self.decisive)
+        if key not in self._compared:
+            (values, weights), (best, _) = self._values(step), self._values(self.best)
+            self._compared[key] = compare(
+                best,
+                values,
+                weights,
+                binary=weights is None and bool(np.isin((best, values), (0, 1)).all()),
+                lower_is_better=self.metric is None,
+                seed=self.evaluation.settings.seed,
+            )
+        return self._compared[key]
 
     def table(self) -> Table:
         """Return all steps as a table."""

@@ -10,6 +10,7 @@ from nalora_mlx.adapters.merge_record import adapter_digest
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.core.data_entries import data_entries
 from nalora_mlx.core.errors import InputError, counted, listed
+from nalora_mlx.core.paths import distinct_names
 from nalora_mlx.data.chats.chat_encoder import ChatEncoder
 from nalora_mlx.data.checks import RunData, tokenize
 from nalora_mlx.data.preferences import PreferenceExample
@@ -17,9 +18,7 @@ from nalora_mlx.evaluate import results
 from nalora_mlx.evaluate.contestants import load_contestants
 from nalora_mlx.evaluate.general_text import read_general_text
 from nalora_mlx.evaluate.measurement import Measured, Measurer, OnProgress, TestSet
-from nalora_mlx.evaluate.metrics import (
-    Metric,
-)
+from nalora_mlx.evaluate.metrics import Metric
 from nalora_mlx.evaluate.questions import (
     default_max_tokens,
     draw_rows,
@@ -230,17 +229,11 @@ def public_name(name: str) -> str:
 
 
 def adapter_names(adapters: Sequence[Path]) -> list[str]:
-    """Return short names of adapters: those of their runs, with "best" or a step, and directories if they are equal."""
-    parts = []
-    for adapter in adapters:
-        run, part = run_of(adapter)
-        parts.append((*run.expanduser().absolute().parts, *([part] if part else [])))
-    extra = [bool(run_of(adapter)[1]) for adapter in adapters]
-    for count in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(found[-count - more :]) for found, more in zip(parts, extra, strict=True)]
-        if len(set(names)) == len(names):
-            break
-    return names
+    """Return short names of adapters: those of their runs, followed by "best" or a step."""
+    found = [run_of(adapter) for adapter in adapters]
+    runs = list(dict.fromkeys(run.expanduser() for run, _ in found))
+    names = dict(zip(runs, distinct_names(runs), strict=True))
+    return ["/".join(filter(None, (names[run.expanduser()], part))) for run, part in found]
 
 
 def describe(test: TestSet) -> str:

@@ -100,14 +100,27 @@ def _loss(name: str, title: str, part: str, base: Sums, tuned: Sums | None, seed
 
 
 def _score(
-    name: str, title: str, part: str, values: Sequence[np.ndarray], binary: bool, seed: int
+    name: str,
+    title: str,
+    part: str,
+    values: Sequence[np.ndarray],
+    binary: bool,
+    seed: int,
+    lower_is_better: bool = False,
 ) -> dict[str, Any]:
     inside = all(((of_model >= 0) & (of_model <= 1)).all() for of_model in values)
     bounds = (0.0, 1.0) if inside else None
     intervals = [mean_interval(of_model, None, bounds, seed) for of_model in values]
     comparison = None
     if len(values) > 1:
-        comparison = compare(values[0], values[1], binary=binary, seed=seed, bounds=bounds)
+        comparison = compare(
+            values[0],
+            values[1],
+            binary=binary,
+            lower_is_better=lower_is_better,
+            seed=seed,
+            bounds=bounds,
+        )
     return _entry(name, title, part, SHARE if binary else SCORE, intervals, comparison)
 
 
@@ -119,22 +132,16 @@ def task_measures(found: Sequence["TaskMetric"], model: int | None, seed: int) -
         model: index of the tuned model; None for the base alone.
         seed: of the resampling.
     """
-    entries = []
+    entries, chosen = [], [0] if model is None else [0, model]
     for metric in found:
-        chosen = [0] if model is None else [0, model]
-        intervals = [Interval(metric.values[i], math.nan, math.nan) for i in chosen]
-        comparison, binary = None, False
-        if metric.documents is not None:
-            documents = metric.documents[chosen]
-            binary = bool(np.isin(documents, (0, 1)).all())
-            intervals = [mean_interval(of_model, seed=seed) for of_model in documents]
-            if model is not None:
-                lower = metric.higher_is_better is False
-                comparison = compare(
-                    documents[0], documents[1], binary=binary, lower_is_better=lower, seed=seed
-                )
-        unit, title = SHARE if binary else SCORE, f"{metric.task} {metric.metric}"
-        entries.append(_entry(title, title, TASKS, unit, intervals, comparison))
+        title = f"{metric.task} {metric.metric}"
+        if metric.documents is None:
+            intervals = [Interval(metric.values[i], math.nan, math.nan) for i in chosen]
+            entries.append(_entry(title, title, TASKS, SCORE, intervals))
+            continue
+        binary, lower = bool(np.isin(metric.documents, (0, 1)).all()), metric.higher_is_better is False
+        values = [metric.documents[i] for i in chosen]
+        entries.append(_score(title, title, TASKS, values, binary, seed, lower))
     return entries
 
 

@@ -14,6 +14,7 @@ from nalora_mlx.adapters.files import ADAPTER_CONFIG, CHAT_KEY
 from nalora_mlx.core import storage
 from nalora_mlx.core.config import METHOD_LABELS, PreferenceConfig
 from nalora_mlx.core.errors import InputError
+from nalora_mlx.core.paths import distinct_names
 from nalora_mlx.report.downsampling import MAX_COLUMNS, average_columns
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.checkpoints import CHECKPOINTS
@@ -132,7 +133,7 @@ def read_runs(paths: list[Path]) -> list[RunData]:
             raise error(f"{path} {problem}; give the --adapter-path of nalora lora")
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError("the same run is given twice; give each run once")
-    return [read_run(path, name) for path, name in zip(paths, _distinct_names(paths), strict=True)]
+    return [read_run(path, name) for path, name in zip(paths, distinct_names(paths), strict=True)]
 
 
 def read_run(path: Path, name: str) -> RunData:
@@ -209,16 +210,6 @@ def short_layers(paths: list[str]) -> list[str]:
     if len({number for number, _ in parts}) == len(parts):
         return [number for number, _ in parts]
     return [f"{number} {rest}" for number, rest in parts]
-
-
-def _distinct_names(paths: list[Path]) -> list[str]:
-    """Return the last parts of each path, as many as are needed to distinguish all."""
-    resolved = [path.resolve().parts for path in paths]
-    for count in range(1, max(map(len, resolved)) + 1):
-        names = ["/".join(parts[-count:]) for parts in resolved]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
 
 
 def _duration(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> float:

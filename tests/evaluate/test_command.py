@@ -18,6 +18,7 @@ from nalora_mlx.__main__ import main
 from nalora_mlx.core.config import RunConfig
 from nalora_mlx.data.checks import RunData
 from nalora_mlx.evaluate.contestants import load_contestants
+from nalora_mlx.evaluate.evaluation import adapter_names
 from nalora_mlx.evaluate.general_text import read_general_text
 from nalora_mlx.evaluate.generation import GeneratedAnswer
 from nalora_mlx.evaluate.measurement import without_reasoning
@@ -650,6 +651,41 @@ def test_data_of_a_moved_run_is_no_name_on_the_hub(model_directory, data, tmp_pa
     refused(
         capsys, model_directory, ["--adapter-path", "owner/run"], "data, owner/rows, is not there any more"
     )
+
+
+def test_an_adapter_of_mlx_lm_brings_its_data_and_mask(model_directory, run, data, tmp_path, capsys):
+    """mlx_lm.lora writes all of its settings into adapter_config.json, and no run.json."""
+    other, path = copied(run, tmp_path / "other"), tmp_path / "result.json"
+    config = json.loads((other / "adapter_config.json").read_text())
+
+    def saved(**settings):
+        (other / "adapter_config.json").write_text(json.dumps(config | {"max_seq_length": 2048} | settings))
+
+    flags = ["--adapter-path", other, "--metric", "none", "--general", "none", "--output", path]
+    losses = {}
+    for masked in (True, False):
+        saved(data=str(data), mask_prompt=masked)
+        assert evaluate(model_directory, *flags) == 0
+        losses[masked] = entry(json.loads(path.read_text()), "loss")["tuned"][0]
+    assert losses[True] < losses[False]
+    saved(data=str(data), mask_prompt="yes")
+    refused(
+        capsys, model_directory, flags, "adapter_config.json: mask_prompt is 'yes'; it takes true or false"
+    )
+
+
+def test_names_of_adapters(tmp_path):
+    run = tmp_path / "a" / "run"
+    for directory in (run, run / "best", run / "checkpoints" / "step-0000020", tmp_path / "b" / "run"):
+        directory.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    assert adapter_names([run]) == ["run"]
+    assert adapter_names([run, run / "best", run / "checkpoints" / "step-0000020"]) == [
+        "run",
+        "run/best",
+        "run/step-0000020",
+    ]
+    assert adapter_names([run / "best", tmp_path / "b" / "run"]) == ["a/run/best", "b/run"]
 
 
 def test_no_other_file_is_overwritten(model_directory, data, tmp_path, capsys):
