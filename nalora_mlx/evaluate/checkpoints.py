@@ -161,7 +161,7 @@ class CheckpointRace:
         equal = [
             str(step) for step in sorted(self.measured) if step != best and not self.against_best(step).told
         ]
-        also = f"; no difference can be told to {listed(equal, ', ')}" if equal else ""
+        also = f"; it cannot be told from that of {listed(equal, ', ')}" if equal else ""
         return f"step {best} has the best {title}{also}"
 
     def content(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class EvaluationJob:
             # Checkpoints may be gone by the time that the model is loaded.
             self.evaluation.prepare([] if watches else self.adapters)
         if tasks is not None and self.evaluation.contestants.processor is not None:
-            raise InputError("--tasks: take models of mlx-lm, and this one is loaded through mlx-vlm")
+            raise InputError("--tasks: needs a model of mlx-lm, and this one is loaded through mlx-vlm")
         if line := describe(self.evaluation.test_set):
             self.display.note(line)
         with self._working(f"measuring {BASE}"):

@@ -43,7 +43,7 @@ def test_each_step_is_compared_with_the_best():
         expected = compare(best.values, values, best.tokens, lower_is_better=True)
         assert found.against_best(step) == found.against_best(step) == expected
     assert [found.against_best(step).told for step in (10, 30, 40)] == ["worse", "", "worse"]
-    assert found.verdict() == "step 20 has the best loss; no difference can be told to 30"
+    assert found.verdict() == "step 20 has the best loss; it cannot be told from that of 30"
     assert [entry["against_best"] for entry in found.content()["checkpoints"]] == [
         "worse",
         "best",
