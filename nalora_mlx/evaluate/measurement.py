@@ -48,11 +48,6 @@ class Sums:
         np.add.at(counts, places, np.asarray(tokens, np.int64))
         return cls(tuple(numbers), sums, counts)
 
-    @property
-    def mean(self) -> float:
-        """Mean over all tokens."""
-        return float(self.values.sum() / max(int(self.tokens.sum()), 1))
-
 
 @dataclass
 class TestSet:

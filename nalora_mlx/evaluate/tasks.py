@@ -33,7 +33,6 @@ class TaskMetric:
         values: of each model, as lm_eval aggregates them.
         documents: value of each document, whose means are `values`, in the same order for all models;
             [models, N] float64. None if `values` are no means of numbers, such as perplexities and F1.
-        group: the group that was asked for and that this task is part of; None if there is none.
     """
 
     task: str
@@ -41,7 +40,6 @@ class TaskMetric:
     higher_is_better: bool | None
     values: list[float]
     documents: np.ndarray | None
-    group: str | None = None
 
 
 def load_tasks(
@@ -292,7 +290,6 @@ def _collect(results: Sequence[Mapping[str, Any]]) -> list[TaskMetric]:
     if not results:
         return []
     first, groups = results[0], results[0]["group_subtasks"]
-    parents = {member: group for group, members in groups.items() for member in members}
     metrics = []
     for task in sorted(first["results"], key=lambda name: name not in groups):
         for key in first["results"][task]:
@@ -308,7 +305,6 @@ def _collect(results: Sequence[Mapping[str, Any]]) -> list[TaskMetric]:
                     first["higher_is_better"].get(task, {}).get(metric),
                     [float(value) for value in values],
                     _paired(found, values),
-                    parents.get(task),
                 )
             )
     return metrics
