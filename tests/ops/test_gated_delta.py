@@ -122,9 +122,12 @@ def test_extreme_steps(step, decays):
     assert_equal(computed(inputs), exact(inputs))
 
 
-@pytest.mark.parametrize(("beta", "tolerance"), [(0.999, 1e-5), (1, 1e-5), (2, 5e-5)])
+@pytest.mark.parametrize(("beta", "tolerance"), [(0.999, 1e-5), (1, 1e-5), (2, 1e-3)])
 def test_nearly_parallel_keys(beta, tolerance):
-    """With beta = 2, 64 terms of alternating signs cancel in each chunk."""
+    """With beta = 2, 64 terms of alternating signs cancel in each chunk, and the error depends on the BLAS.
+
+    OpenBLAS's kernels with AVX-512 give 2e-5, those with AVX2 3e-4.
+    """
     inputs = make_inputs(T=130)
     k = inputs[1]
     k[:] = (k[:, :1] + 1e-3 * k).astype(np.float32)
