@@ -7,7 +7,8 @@
 1. `tune` trains every method on every model and task with a few seeds and learning rates. It extends the grid until the
    learning rate with the lowest validation loss is not at its edge.
 2. `confirm` trains each method at its best learning rate with other seeds, and evaluates once on the test split.
-3. `study_tables.py` makes tables and plots from the results.
+   With --multiples, also at multiples of that rate: how much does a method lose if the rate is too high?
+3. `study_tables.py` makes tables and plots from the results, and `study_tolerance.py` tables of the multiples.
 
 Each finished run appends one line of JSON to the output. Runs that are already in the file are skipped, so an
 interrupted study can be continued. All methods adapt the same layers and, for the same seed, see the rows in the same
@@ -47,7 +48,7 @@ RATES = [float(f"{1e-4 * 2 ** (k / 2):.3g}") for k in range(-4, 22)]
 ROWS = {"train": 2000, "valid": 150, "test": 300}
 TEXT_ROWS = 8  # rows of LENGTH tokens to measure forgetting on
 BATCH = 8
-EVALUATIONS = 4  # evaluations during training
+EVALUATIONS = 4  # evaluations during training, by default
 VALIDATION_BATCHES = 8  # batches per evaluation during training; the final evaluation uses all rows
 
 
@@ -67,6 +68,7 @@ class Setting:
         iters: number of batches.
         rank: rank of the adapters.
         final: whether to evaluate on the test split.
+        evaluations: number of evaluations during training.
     """
 
     model: str
@@ -77,12 +79,14 @@ class Setting:
     iters: int
     rank: int
     final: bool
+    evaluations: int = EVALUATIONS
 
     @property
     def key(self) -> str:
         """Return a hash of the settings and of this script's constants, which identifies the run in result files."""
-        constants = [BATCH, ROWS, EVALUATIONS, VALIDATION_BATCHES, TEXT_ROWS, LENGTH]
-        text = json.dumps([asdict(self), constants], sort_keys=True)
+        settings = asdict(self)
+        constants = [BATCH, ROWS, settings.pop("evaluations"), VALIDATION_BATCHES, TEXT_ROWS, LENGTH]
+        text = json.dumps([settings, constants], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -114,6 +118,14 @@ def _unrelated_text(model: str) -> tuple[mx.array, mx.array, mx.array]:
     log_probabilities = _log_softmax(base(tokens[:, :-1]))
     mx.eval(log_probabilities)
     return tokens[:, :-1], tokens[:, 1:], log_probabilities
+
+
+@cache
+def _untrained_loss(model: str, task: str, data: str, split: str) -> float:
+    head = find_output_head(_load_model(model))
+    assert head is not None
+    loaded = _load_task(model, task, data)
+    return score(head, loaded.splits[split], loaded.choices[split])["loss"]
 
 
 def _log_softmax(logits: mx.array) -> mx.array:
@@ -161,12 +173,13 @@ def run(setting: Setting, data: str) -> dict[str, Any]:
             if layers:
                 curve[-1]["misalignment"] = [row.get("misalignment") for row in layers.values()]
 
-    interval = setting.iters // EVALUATIONS
+    interval = setting.iters // setting.evaluations
     training = TrainingConfig(
         batch_size=BATCH,
         iters=setting.iters,
         steps_per_report=interval,
         steps_per_eval=interval,
+        grad_clip=method.grad_clip,
         val_batches=VALIDATION_BATCHES,
         seed=setting.seed,
     )
@@ -179,8 +192,8 @@ def run(setting: Setting, data: str) -> dict[str, Any]:
             optimizer=build_optimizer(setting, method),
             listeners=[listen],
         )
-    if len(curve) != EVALUATIONS + 1 and not result.stopped:
-        raise RuntimeError(f"got {len(curve)} evaluations, expected {EVALUATIONS + 1}")
+    if len(curve) != setting.evaluations + 1 and not result.stopped:
+        raise RuntimeError(f"got {len(curve)} evaluations, expected {setting.evaluations + 1}")
     model.eval()
     splits = ("valid", "test") if setting.final else ("valid",)
     scores = {split: score(head, task.splits[split], task.choices[split]) for split in splits}
@@ -188,6 +201,7 @@ def run(setting: Setting, data: str) -> dict[str, Any]:
         "key": setting.key,
         **asdict(setting),
         **scores,
+        "untrained": _untrained_loss(setting.model, setting.task, data, splits[-1]),
         **forgetting(model, setting.model),
         "curve": curve,
         "importance": {path: row["importance"] for path, row in layers.items()},
@@ -260,6 +274,7 @@ def run_all(settings: list[Setting], args: argparse.Namespace) -> list[dict[str,
                     "key": setting.key,
                     **asdict(setting),
                     "valid": {"loss": math.inf},
+                    "test": {"loss": math.inf},
                     "diverged": True,
                 }
             file.write(json.dumps(_for_json(record)) + "\n")
@@ -323,7 +338,7 @@ def tune(args: argparse.Namespace) -> list[dict[str, Any]]:
     waiting, records = list(grids), []
     while waiting:
         settings = [
-            Setting(*combination, RATES[i], seed, args.iters, args.rank, False)
+            Setting(*combination, RATES[i], seed, args.iters, args.rank, False, args.evaluations)
             for seed in args.seeds
             for combination in waiting
             for i in sorted(grids[combination])
@@ -342,7 +357,7 @@ def tune(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def confirm(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run each combination at its best learning rate in --tuned, with other seeds, and evaluate on the test split."""
+    """Run each combination at its best rate in --tuned, and multiples of it, with other seeds, and test."""
     results = read_results(args.tuned).values()
     tuned = [r for r in results if (r["iters"], r["rank"]) == (args.iters, args.rank)]
     means = mean_losses(tuned)
@@ -352,10 +367,12 @@ def confirm(args: argparse.Namespace) -> list[dict[str, Any]]:
         )
     if used := {r["seed"] for r in tuned}.intersection(args.seeds):
         raise SystemExit(f"error: --seeds: seeds {sorted(used)} were used to tune; choose others")
+    best = {c: best_rate(means[c]) for c in combinations(args)}
     settings = [
-        Setting(*combination, best_rate(means[combination]), seed, args.iters, args.rank, True)
+        Setting(*c, float(f"{multiple * best[c]:.3g}"), seed, args.iters, args.rank, True, args.evaluations)
         for seed in args.seeds
-        for combination in combinations(args)
+        for multiple in args.multiples
+        for c in combinations(args)
     ]
     return run_all(settings, args)
 
@@ -384,6 +401,15 @@ def main() -> int:
     )
     parser.add_argument("--iters", type=int, default=120, help=f"batches of {BATCH} rows (default: 120)")
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument(
+        "--multiples", type=float, nargs="+", default=[1.0], help="of the best rate, for confirm (default: 1)"
+    )
+    parser.add_argument(
+        "--evaluations",
+        type=int,
+        default=EVALUATIONS,
+        help=f"evaluations during training (default: {EVALUATIONS})",
+    )
     parser.add_argument("--tuned", type=Path, help="results of tune, required for confirm")
     parser.add_argument(
         "--output", type=Path, required=True, help="append results to this file, as JSON lines"
@@ -396,8 +422,8 @@ def main() -> int:
     args.seeds = args.seeds or parse_seeds("0-2" if args.stage == "tune" else "100-119")
     if args.stage == "confirm" and args.tuned is None:
         parser.error("confirm needs --tuned")
-    if args.iters < 20 or args.iters % EVALUATIONS:
-        parser.error(f"--iters is {args.iters}; it must be a multiple of {EVALUATIONS} and at least 20")
+    if args.iters < 20 or args.iters % args.evaluations:
+        parser.error(f"--iters is {args.iters}; it must be a multiple of {args.evaluations} and at least 20")
     for model in args.models:
         if not (Path(model) / "config.json").exists():
             parser.error(f"--models {model}: no config.json found; scripts/study_models.py makes a model")

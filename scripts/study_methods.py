@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,10 +18,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from nalora_mlx.adapters.forward_pass import ForwardPass, Gate, forward_pass
+from nalora_mlx.adapters.gated_mlps import GatedMLP
 from nalora_mlx.data.batches import training_batches
 from nalora_mlx.data.tokenization import Example
+from nalora_mlx.ops.activations import Activation
+from nalora_mlx.ops.kernels import reference
 from nalora_mlx.training import importance, step
 from nalora_mlx.training.loss import SupervisedLoss, batch_arrays
+from nalora_mlx.training.selection_limit import SelectionLimit
 
 FIT_BATCHES = 4  # batches whose gradient determines a fitted lora_a
 
@@ -37,6 +42,7 @@ class Method:
         scale: rank -> scale of the update relative to alpha / rank.
         b_rate: learning rate of lora_b relative to that of lora_a.
         fitted: projections whose lora_a is fitted to the gradient.
+        grad_clip: largest norm of the gradient; None for no clipping.
     """
 
     na: tuple[tuple[str, Any], ...] = (("mask", "off"), ("step_scaling", False))
@@ -45,6 +51,7 @@ class Method:
     scale: Callable[[int], float] = lambda rank: 1.0
     b_rate: float = 1.0
     fitted: tuple[str, ...] = ()
+    grad_clip: float | None = None
 
 
 def na_lora(control: str | None = None, **settings: Any) -> Method:
@@ -54,6 +61,10 @@ def na_lora(control: str | None = None, **settings: Any) -> Method:
 
 BASE: dict[str, Any] = {"mask": "soft", "statistic": "derivative", "step_scaling": False, "preserve": "rms"}
 PAPER = {**BASE, "step_scaling": True}
+# Half the step where selection switches, and no step is enlarged.
+SHRINK = {"mask": "off", "step_scaling": True, "gamma": (1.0, 0.5, 1.0), "preserve": "none"}
+
+LIMIT = {"mask": "off", "step_scaling": False, "selection_limit": 0.02}
 
 GATED = ("gate_proj", "up_proj")
 
@@ -88,8 +99,22 @@ METHODS: dict[str, Method] = {
     # controls: a constant gate step, with the mean of "soft" or the RMS of "soft-mean"
     "matched-mean": na_lora(control="mean", **BASE),
     "matched-rms": na_lora(control="rms", **{**BASE, "preserve": "mean"}),
-    # how much the gate's step size matters: none, twice, four times
+    # step scales that shrink the steps of channels whose selection switches
+    "shrink": na_lora(**SHRINK),
+    "shrink-kappa": na_lora(control="kappa", **SHRINK),
+    "soft+shrink": na_lora(control="soft", **{**SHRINK, "mask": "soft"}),
+    # a limit on the change of the selection per update
+    "limit": na_lora(**LIMIT),
+    "limit-0.04": na_lora(**{**LIMIT, "selection_limit": 0.04}),
+    "limit-0.01": na_lora(**{**LIMIT, "selection_limit": 0.01}),
+    "soft+limit": na_lora(**{**BASE, "selection_limit": 0.02}),
+    # controls: a limit on the change of the pre-activation, in the unit of the selection weight at 0, and of the output
+    "limit-drive": na_lora(control="drive", **LIMIT),
+    "limit-output": na_lora(control="output", **LIMIT),
+    "limit-output-0.1": na_lora(control="output", **{**LIMIT, "selection_limit": 0.1}),
+    # how much the gate's step size matters: none, half, twice, four times
     "gate-x0": na_lora(control="x0", **BASE),
+    "gate-x0.5": na_lora(control="x0.5", **BASE),
     "gate-x2": na_lora(control="x2", **BASE),
     "gate-x4": na_lora(control="x4", **BASE),
     "up-x2": na_lora(control="x2", **{**BASE, "branches": ("up",)}),
@@ -103,6 +128,7 @@ METHODS: dict[str, Method] = {
     "lora+": Method(b_rate=16.0),
     "lora+4": Method(b_rate=4.0),
     "dora": Method(dora=True),
+    "clip": Method(grad_clip=1.0),
 }
 
 
@@ -111,7 +137,10 @@ def apply_control(control: str | None, seed: int) -> Iterator[None]:
     """Patch the trainer to change the channel multipliers, or the layers that they apply to.
 
     Args:
-        control: "first-half" or "last-half" of the layers, or a control of `control_multiplier`. None changes nothing.
+        control: None changes nothing. "first-half" and "last-half" mask only these layers. "kappa" replaces the
+            multiplier by the average of 1 / (1 + |kappa - 1|), and "soft" by the soft mask, normalized, times the step
+            scales, not normalized. "drive" and "output" limit the change of something else than the selection, see
+            LIMITS. All others are those of `control_multiplier`.
         seed: of the "random" control.
     """
     if control is None:
@@ -128,13 +157,70 @@ def apply_control(control: str | None, seed: int) -> Iterator[None]:
         with patch.object(step, "gated_mlps", half):
             yield
         return
+    if control in LIMITS:
+        with patch.object(*LIMITS[control]):
+            yield
+        return
     multiplier = importance.multiplier
 
     def changed_multiplier(state: Any, parameters: Any) -> mx.array:
+        if control == "kappa":
+            return importance.importance(state, parameters.beta)
+        if control == "soft":
+            soft = multiplier(state, replace(parameters, step_scaling=False, preserve="rms"))
+            return soft * importance.step_scale(state, parameters)
         return control_multiplier(multiplier(state, parameters), control, seed)
 
-    with patch.object(importance, "multiplier", changed_multiplier):
+    statistics = settledness if control == "kappa" else reference.statistics
+    with (
+        patch.object(importance, "multiplier", changed_multiplier),
+        patch.object(reference, "statistics", statistics),
+    ):
         yield
+
+
+def drive_change(
+    self: SelectionLimit, mlp: GatedMLP, old: Gate, new: Gate, token_mask: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return the sum over tokens of the mean of |z' - z| rho'(0), and the number of tokens; see SelectionLimit."""
+    selection = mlp.activation.selection
+    assert selection is not None
+    slope = float((selection(mx.array(1e-2)) - selection(mx.array(-1e-2))) / 2e-2)
+    counted = token_mask.reshape(-1) > 0
+    change = slope * mx.mean(mx.abs(new.z - old.z), axis=-1)
+    return mx.sum(mx.where(counted, change, 0)), mx.sum(counted)
+
+
+def output_change(self: SelectionLimit, new: Any, probe: Any) -> mx.array:
+    """Return the mean total variation distance of the next token's distributions before and after the update."""
+    probabilities = []
+    for arrays in (self.weights.arrays, new):
+        self.weights.install_cast(dict(arrays))
+        with forward_pass(ForwardPass(token_mask=None, scaled=self.weights.scaled)):
+            probabilities.append(mx.softmax(self.loss.forward(probe["inputs"]), axis=-1, precise=True))
+    distance = mx.abs(probabilities[1] - probabilities[0]).sum(axis=-1) / 2
+    counted = probe["token_mask"] > 0
+    return mx.sum(mx.where(counted, distance, 0)) / mx.maximum(mx.sum(counted), 1)
+
+
+# Control -> what it replaces in the trainer.
+LIMITS: dict[str | None, tuple[Any, str, Any]] = {
+    "drive": (SelectionLimit, "_change", drive_change),
+    "output": (SelectionLimit, "change", output_change),
+}
+
+_statistics = reference.statistics
+
+
+def settledness(activation: Activation, *arguments: Any) -> list[mx.array]:
+    """Return what `reference.statistics` returns, with 1 / (1 + |kappa(z) - 1|) for the responsiveness."""
+    homogeneity = activation.homogeneity
+    assert homogeneity is not None
+
+    def settled(z: mx.array) -> mx.array:
+        return 1 / (1 + mx.abs(homogeneity(z) - 1))
+
+    return _statistics(replace(activation, derivative=settled), *arguments)
 
 
 def control_multiplier(q: mx.array, control: str, seed: int) -> mx.array:

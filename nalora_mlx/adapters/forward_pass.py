@@ -16,6 +16,13 @@ import mlx.nn as nn
 from nalora_mlx.ops.custom_function import checkpoint
 
 
+class Gate(NamedTuple):
+    """The gate pre-activations of a gated MLP, which decide what it selects."""
+
+    z: mx.array  # [N, F]; with experts [N, k, F], in the order of their numbers
+    experts: mx.array | None = None  # [N, k], ascending; None for a dense MLP
+
+
 @dataclass
 class ForwardPass:
     """What adapters need to know about one training forward, and the statistics that they collect in it.
@@ -25,6 +32,7 @@ class ForwardPass:
         routes: path of a gated MLP -> mask [F] on the gradient of the gate's lora_a.
         dropout_keys: [n, 2], one random key per dropout, so that a recomputed forward drops the same elements.
         diagnose: also collect the sums that selection misalignment is computed from.
+        gates: path of a gated MLP -> its Gate, if a dict is given to collect them in.
         statistics: path of a gated MLP -> its sums over tokens. If the module is called several times in one
             forward, these are the means over its calls.
         dtypes: id of an adapter -> the dtypes of its low-rank products.
@@ -35,6 +43,7 @@ class ForwardPass:
     routes: Mapping[str, mx.array] = field(default_factory=dict)
     dropout_keys: mx.array | None = None
     diagnose: bool = False
+    gates: dict[str, Gate] | None = None
     statistics: dict[str, dict[str, mx.array]] = field(default_factory=dict)
     dtypes: dict[int, set[mx.Dtype]] = field(default_factory=dict)
     scaled: frozenset[int] = frozenset()

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nalora_mlx.adapters import layouts
-from nalora_mlx.adapters.forward_pass import current_pass
+from nalora_mlx.adapters.forward_pass import Gate, current_pass
 from nalora_mlx.adapters.layers import Adapter, low_rank_dtype
 from nalora_mlx.adapters.layouts import Layout, Match
 from nalora_mlx.core.config import NAParameters
@@ -165,6 +165,9 @@ class GatedMLP(nn.Module):
         """
         projections = self._project(x, *routing)
         context = current_pass()
+        if context is not None and context.gates is not None:
+            z, _ = self.variant.split(tuple(one.output() for one in projections))
+            context.gates[self.path] = Gate(z.reshape(-1, z.shape[-1]))
         if context is None or context.token_mask is None:
             return gated_residual(self.variant, projections)[0]
         rows = math.prod(projections[0].base.shape[:-1])
@@ -200,4 +203,23 @@ class GatedExperts(GatedMLP):
         y = self[self.layout.down](self._product(rows, chosen, is_sorted, tokens=tokens), chosen, is_sorted)
         if order is not None:
             y = y[mx.argsort(order)]
+        context = current_pass()
+        if context is not None and context.gates is not None:
+            context.gates[self.path] = _by_expert(context.gates[self.path].z, experts, order)
         return y.reshape(*experts.shape, y.shape[-1])
+
+
+def _by_expert(z: mx.array, experts: mx.array, order: mx.array | None) -> Gate:
+    """Return pre-activations with the experts of each token in the order of their numbers.
+
+    Args:
+        z: [N k, F].
+        experts: [..., k].
+        order: the order of the rows of z; None for that of `experts`.
+    """
+    if order is not None:
+        z = z[mx.argsort(order)]
+    experts = experts.reshape(-1, experts.shape[-1])  # [N, k]
+    by_number = mx.argsort(experts, axis=-1)
+    z = mx.take_along_axis(z.reshape(*experts.shape, -1), by_number[..., None], axis=1)
+    return Gate(z, mx.take_along_axis(experts, by_number, axis=-1))

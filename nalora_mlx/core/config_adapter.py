@@ -42,6 +42,10 @@ class NAParameters:
         choices=("rms", "mean", "function", "none"),
     )
     max_multiplier: float = setting(4.0, "upper limit of a channel's update multiplier")
+    selection_limit: float = setting(
+        0.0,
+        "largest mean change of the selection weights per update, to which updates are shortened; 0 for none",
+    )
     branches: tuple[str, ...] = setting(
         ("gate",), "branches whose updates are masked and scaled", choices=("gate", "up"), nargs="+"
     )
@@ -50,6 +54,11 @@ class NAParameters:
     @property
     def active(self) -> bool:
         """Whether any mechanism is on. If not, training is bit-identical to plain LoRA."""
+        return self.scales_channels or self.selection_limit > 0
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether the updates of gate channels are scaled."""
         return self.mask != "off" or self.step_scaling
 
     def problems(self) -> list[str]:
@@ -66,6 +75,8 @@ class NAParameters:
             found.append(f"boundaries is {list(edges)}; it takes two increasing numbers")
         if not self.max_multiplier > 0:
             found.append(f"max_multiplier is {self.max_multiplier}; it must be above 0")
+        if not 0 <= self.selection_limit < math.inf:
+            found.append(f"selection_limit is {self.selection_limit}; it must be a number, and not negative")
         if not self.branches:
             found.append("branches is empty; name gate, up or both")
         return found

@@ -8,10 +8,9 @@ import numpy as np
 from nalora_mlx.adapters.forward_pass import ForwardPass, forward_pass
 from nalora_mlx.core.config import NAParameters
 from nalora_mlx.data.batches import Batch
-from nalora_mlx.data.media_batches import first_row
 from nalora_mlx.training import importance
 from nalora_mlx.training.importance import LayerState
-from nalora_mlx.training.loss import media_arrays
+from nalora_mlx.training.loss import first_tokens
 from nalora_mlx.training.step import TrainingStep
 
 PROBE_TOKENS = 256  # at most, on which selection misalignment is measured
@@ -28,21 +27,13 @@ def measure_misalignment(step: TrainingStep, batch: Batch) -> None:
     measured = [path for path, state in layers.items() if state.misalignment is not None]
     if not measured:
         return
-    length = PROBE_TOKENS if batch.media is None else batch.inputs.shape[1]  # an image must stay whole
-    part = (slice(0, 1), slice(0, length))
-    arrays: dict[str, Any] = {
-        name: mx.array(array[part])
-        for name in ("segment_ids", "branches", "positions")
-        if (array := getattr(batch, name)) is not None
-    }
-    if batch.media is not None:
-        arrays["media"] = media_arrays(first_row(batch.media))
-    context = ForwardPass(token_mask=mx.array(batch.token_mask[part]), diagnose=True)
+    arrays = first_tokens(batch, PROBE_TOKENS)
+    context = ForwardPass(token_mask=arrays["token_mask"], diagnose=True)
     training = step.model.training
     step.model.eval()  # no dropout
     try:
         with forward_pass(context), step.loss.installed(arrays):  # lazy: the logits are never computed
-            step.loss.forward(mx.array(batch.inputs[part]), **step.loss.model_arguments(arrays))
+            step.loss.forward(arrays["inputs"], **step.loss.model_arguments(arrays))
     finally:
         step.model.train(training)
     no_tokens = mx.zeros(2)  # experts without tokens observe nothing

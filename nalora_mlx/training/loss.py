@@ -12,6 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from nalora_mlx.data.batches import Batch
+from nalora_mlx.data.media_batches import first_row
 from nalora_mlx.models.output_head import find_output_head
 from nalora_mlx.models.packed_rows import Branches, packed_caches
 from nalora_mlx.models.recurrences import TrainingForms
@@ -190,6 +191,16 @@ def batch_arrays(batch: Batch) -> dict[str, Any]:
         arrays |= {"present": answers.present, "desirable": answers.desirable}
         arrays["reference"] = answers.reference
     return {name: media_arrays(value) for name, value in arrays.items() if value is not None}
+
+
+def first_tokens(batch: Batch, count: int) -> dict[str, Any]:
+    """Return the first tokens of a batch's first row as arrays by name: at most `count`, or a whole row with images."""
+    part = (slice(0, 1), slice(0, count if batch.media is None else None))
+    names = "inputs", "token_mask", "segment_ids", "branches", "positions"
+    arrays = {name: array[part] for name in names if (array := getattr(batch, name)) is not None}
+    if batch.media is not None:
+        arrays["media"] = first_row(batch.media)
+    return {name: media_arrays(array) for name, array in arrays.items()}
 
 
 def media_arrays(tree: Any) -> Any:

@@ -13,17 +13,19 @@ from nalora_mlx.training.step import TrainingStep
 
 def training_metrics(step: TrainingStep, progress: Progress) -> dict[str, Any]:
     """Return the metrics of training since the last report, and start the next interval."""
-    speeds = {
+    more: dict[str, Any] = {
         "tokens_per_second": progress.loss_tokens / progress.loss_seconds,
         "iterations_per_second": progress.loss_steps / progress.loss_seconds,
     }
+    if step.selection_change is not None:
+        more["selection_change"] = step.selection_change.item()
     progress.start_interval()
     return {
         "step": progress.iteration,
         "loss": math.nan if progress.train_loss is None else progress.train_loss,
         "tokens": progress.tokens,
         **progress.train_measures,
-        **speeds,
+        **more,
         "learning_rate": learning_rate(step.optimizer),
         "gradient_norm": step.health.gradient_norm.item(),
         "skipped": progress.skipped,

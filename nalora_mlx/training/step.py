@@ -1,7 +1,7 @@
 """The compiled training step: forward, backward, and the scaled optimizer update that ends an accumulation window."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,8 +23,16 @@ from nalora_mlx.training.compilation import compile_with_state
 from nalora_mlx.training.distributed import ALONE, Workers
 from nalora_mlx.training.importance import LayerState, LayerStatistics
 from nalora_mlx.training.importance_stacks import ImportanceStacks
-from nalora_mlx.training.loss import Arrays, Loss, SupervisedLoss, array_shapes, batch_arrays
+from nalora_mlx.training.loss import (
+    Arrays,
+    Loss,
+    SupervisedLoss,
+    array_shapes,
+    batch_arrays,
+    first_tokens,
+)
 from nalora_mlx.training.optimizers import apply_scaled
+from nalora_mlx.training.selection_limit import PROBE_TOKENS, SelectionLimit
 from nalora_mlx.training.stacks import StackedParameters
 
 MAX_GRAPHS = 48  # compiled graphs kept, one per batch shape; each takes about 18 MB on a CPU
@@ -101,6 +109,12 @@ class TrainingStep:
         }
         if self.loss.measures:
             self.state["measures"] = mx.zeros((len(self.loss.measures), 2))
+        self.limit: SelectionLimit | None = None
+        if parameters.selection_limit:
+            self.limit = SelectionLimit(
+                parameters.selection_limit, self.loss, self.weights, self.gated, workers
+            )
+            self.state["selection_change"] = mx.array(0.0)
         self._loss_and_gradients = mx.value_and_grad(self._loss)
         self.graph_of_shape = lru_cache(MAX_GRAPHS)(self._compile_backward)
         self._compiled_finish = compile_with_state(self._finish, self.state, self.state)
@@ -125,6 +139,11 @@ class TrainingStep:
     def measures(self) -> mx.array | None:
         """(sum, count) of each of the loss's measures over the last batch and all workers; [K, 2]. None without any."""
         return self.state.get("measures")
+
+    @property
+    def selection_change(self) -> mx.array | None:
+        """The change of the selection that the last update would have had without its limit; None without a limit."""
+        return self.state.get("selection_change")
 
     def __call__(
         self,
@@ -161,7 +180,10 @@ class TrainingStep:
             backward = self.graph_of_shape((array_shapes(arrays), accumulated is None))
         loss, measures, window = backward(arrays, weights, key, accumulated)
         finish = self._compiled_finish if self.compiled else self._finish
-        result = finish(loss, measures, window, accumulated is None, update)
+        probe = None
+        if update and self.limit is not None:
+            probe = first_tokens(batch, PROBE_TOKENS)
+        result = finish(loss, measures, window, accumulated is None, update, probe)
         self.weights.record()
         return result
 
@@ -197,10 +219,8 @@ class TrainingStep:
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
             scaled=self.weights.scaled,
         )
-        faster = vectorized_models() if self.compiled else nullcontext()
-        installed = self.loss.installed(arrays)
         try:
-            with forward_pass(context), vectorized(), faster, lean_attention(), installed:
+            with forward_pass(context), self._fast_forward(), self.loss.installed(arrays):
                 (_, (loss, measures, sums, tokens)), gradients = self._loss_and_gradients(
                     self.weights.arrays, arrays, weights, context
                 )
@@ -212,7 +232,13 @@ class TrainingStep:
             statistics = add_statistics(statistics, accumulated.statistics)
         return loss, measures, Accumulated(gradients, statistics)
 
-    def _finish(self, loss, measures, window, first, update):
+    @contextmanager
+    def _fast_forward(self) -> Iterator[None]:
+        faster = vectorized_models() if self.compiled else nullcontext()
+        with vectorized(), faster, lean_attention():
+            yield
+
+    def _finish(self, loss, measures, window, first, update, probe):
         """Record whether all numbers are finite and, at the end of a window, update the parameters."""
         if update:
             loss, measures, window = self.workers.sum((loss, measures, window))
@@ -226,7 +252,7 @@ class TrainingStep:
         if not update:
             return loss, window
         old = tree_map(lambda array: array, self._updated_state())  # new containers, the same arrays
-        self._update(window)
+        self._update(window, probe)
         new = self._updated_state()
         finite = self.health.finite & mx.isfinite(global_norm(new[0]))
         self.state["health"] = self.health._replace(finite=finite)
@@ -239,8 +265,8 @@ class TrainingStep:
         """Return what an update changes: trainable parameters, optimizer state, importance."""
         return [self.weights.arrays, self.optimizer.state, self.state["importance"]]
 
-    def _update(self, window: Accumulated) -> None:
-        """Clip the gradients, update the importance, and take the scaled optimizer step."""
+    def _update(self, window: Accumulated, probe: Arrays | None) -> None:
+        """Clip the gradients, update the importance, and take the scaled optimizer step, up to the limit."""
         gradients, factors = window.gradients, dict[str, mx.array]()
         if self.grad_clip is not None:
             factor = self.grad_clip / mx.maximum(self.health.gradient_norm, self.grad_clip)
@@ -258,6 +284,9 @@ class TrainingStep:
                 q = importance.multiplier(layers, self.parameters)
                 factors |= self.layers.step_factors(stack, q, self.weights.stacks)
         new = apply_scaled(self.optimizer, gradients, self.weights.arrays, factors)
+        if self.limit is not None and probe is not None:
+            with self._fast_forward():
+                new, self.state["selection_change"] = self.limit.shorten(new, probe)
         trees.assign(self.weights.arrays, new)
 
     def state_tree(self) -> dict[str, Any]:

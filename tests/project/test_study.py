@@ -39,6 +39,8 @@ def arguments(**changes):
         "spacing": 2,
         "iters": 10,
         "rank": 4,
+        "evaluations": 4,
+        "multiples": [1.0],
     }
     return argparse.Namespace(**defaults | changes)
 
@@ -160,6 +162,16 @@ def test_confirm_refuses_the_seeds_of_tune(tmp_path):
         study.confirm(arguments(tuned=tuned, seeds=[1, 2]))
     with pytest.raises(SystemExit, match=r"no runs of .*dora"):
         study.confirm(arguments(tuned=tuned, seeds=[2], methods=["dora"]))
+
+
+def test_multiples_of_the_best_rate_are_run(tmp_path, monkeypatch):
+    tuned = tmp_path / "tune.jsonl"
+    losses = {1e-3: 2.0, 2e-3: 1.0, 4e-3: 3.0}
+    tuned.write_text("".join(json.dumps(record("lora", 1, losses[r], rate=r)) + "\n" for r in losses))
+    monkeypatch.setattr(study, "run_all", lambda settings, _: settings)
+    settings = study.confirm(arguments(tuned=tuned, seeds=[2], multiples=[1.0, 2.0, 4.0]))
+    assert [setting.rate for setting in settings] == [2e-3, 4e-3, 8e-3]
+    assert {setting.final for setting in settings} == {True}
 
 
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):

@@ -1,0 +1,107 @@
+"""A limit on how far one update moves the selection weights of the gates.
+
+The selection weight rho(z) of a self-gated activation phi(z) = z rho(z) says how far a channel is open. Unlike an
+optimizer's step, its change has a natural unit. An update that changes it by more than the limit is shortened:
+
+1. z and z': gate pre-activations of the first tokens of the batch, before and after the update of the whole model
+2. Change of the selection:  S = mean of |rho(z') - rho(z)| over tokens and channels of all gated MLPs
+3. Shortened update:         theta + min(1, limit / S) (theta' - theta), for all trainable parameters theta
+
+All parameters are shortened alike, so the update keeps its direction. The optimizer's state advances as usual.
+"""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from nalora_mlx.adapters.forward_pass import ForwardPass, Gate, forward_pass
+from nalora_mlx.adapters.gated_mlps import GatedMLP
+from nalora_mlx.training.distributed import Workers
+from nalora_mlx.training.loss import Arrays, Loss
+from nalora_mlx.training.stacks import StackedParameters
+
+PROBE_TOKENS = 64  # of the first row of a batch, on which the selection is measured
+
+
+class SelectionLimit:
+    """Measures how far an update moves the selection weights, and shortens it if that is too far.
+
+    Args:
+        limit: largest mean change of the selection weights per update.
+        loss: the model's loss.
+        weights: the model's trainable parameters.
+        gated: the gated MLPs by path.
+        workers: data-parallel workers, over whom the change is averaged.
+    """
+
+    def __init__(
+        self,
+        limit: float,
+        loss: Loss,
+        weights: StackedParameters,
+        gated: Mapping[str, GatedMLP],
+        workers: Workers,
+    ):
+        self.limit, self.loss, self.weights, self.workers = limit, loss, weights, workers
+        self.gated = {path: mlp for path, mlp in gated.items() if has_selection(mlp)}
+
+    def shorten(self, new: Mapping[str, mx.array], probe: Arrays) -> tuple[dict[str, mx.array], mx.array]:
+        """Return the parameters after an update of at most the limit, and the change S of the whole update.
+
+        Args:
+            new: the stacks of the parameters after the whole update.
+            probe: the first tokens of the batch, see `first_tokens`.
+        """
+        old, change = self.weights.arrays, self.change(new, probe)
+        factor = self.limit / mx.maximum(change, self.limit)
+        shortened = {
+            name: mx.where(factor < 1, old[name] + factor * (array - old[name]), array)
+            for name, array in new.items()
+        }
+        return shortened, change
+
+    def change(self, new: Mapping[str, mx.array], probe: Arrays) -> mx.array:
+        """Return the change S of the selection; see `shorten`."""
+        before, after = (self._gates(arrays, probe) for arrays in (self.weights.arrays, new))
+        changes = [
+            self._change(mlp, before[path], after[path], probe["token_mask"])
+            for path, mlp in self.gated.items()
+            if path in before and before[path].z.shape[0] == probe["token_mask"].size
+        ]
+        zero = mx.array(0.0)
+        total, count = self.workers.sum(tuple(sum((one[i] for one in changes), zero) for i in (0, 1)))
+        return total / mx.maximum(count, 1)
+
+    def _gates(self, arrays: Mapping[str, mx.array], probe: Arrays) -> dict[str, Gate]:
+        """Return the gates on the probe's tokens with some parameters, which it leaves in the model."""
+        self.weights.install_cast(dict(arrays))
+        gates: dict[str, Gate] = {}
+        context = ForwardPass(token_mask=None, scaled=self.weights.scaled, gates=gates)
+        model = self.loss.model
+        training = model.training
+        model.eval()  # no dropout
+        try:
+            with forward_pass(context), self.loss.installed(probe):  # lazy: the logits are never computed
+                self.loss.forward(probe["inputs"], **self.loss.model_arguments(probe))
+        finally:
+            model.train(training)
+        return gates
+
+    def _change(self, mlp: GatedMLP, old: Gate, new: Gate, token_mask: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the sum of |rho(z') - rho(z)| over tokens and experts of the mean over channels, and their number."""
+        selection = mlp.activation.selection
+        assert selection is not None
+        change = mx.mean(mx.abs(selection(new.z) - selection(old.z)), axis=-1)  # [N] or [N, k]
+        counted = token_mask.reshape(-1) > 0
+        if old.experts is not None:  # a token that goes to another expert now has no counterpart
+            counted = counted[:, None] & (old.experts == new.experts)
+        return mx.sum(mx.where(counted, change, 0)), mx.sum(counted)
+
+
+def has_selection(mlp: GatedMLP) -> bool:
+    """Return whether the selection weights of a gated MLP can be measured.
+
+    That of a squared ReLU is the pre-activation itself, which has the unit of the model. Modules that see something
+    else than all of the batch's tokens have no row for each token.
+    """
+    return mlp.activation.selection is not None and mlp.activation.name != "relu2" and mlp.sees_tokens
