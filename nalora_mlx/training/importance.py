@@ -213,8 +213,7 @@ def misalignment(sums: mx.array) -> mx.array:
 
 def to_tree(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the importance state of a training step as nested dicts of arrays, for a checkpoint."""
-    return {
-        "step": state["step"],
+    return dict(state) | {
         "layers": {
             path: {
                 FILE_NAMES.get(name, name): array
@@ -229,8 +228,7 @@ def to_tree(state: Mapping[str, Any]) -> dict[str, Any]:
 def from_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the importance state that `to_tree` wrote."""
     fields = {FILE_NAMES.get(name, name): name for name in LayerState._fields}
-    return {
-        "step": tree["step"],
+    return dict(tree) | {
         "layers": {
             path: LayerState(**{fields[name]: array for name, array in layer.items()})
             for path, layer in tree["layers"].items()

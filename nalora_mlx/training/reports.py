@@ -17,8 +17,8 @@ def training_metrics(step: TrainingStep, progress: Progress) -> dict[str, Any]:
         "tokens_per_second": progress.loss_tokens / progress.loss_seconds,
         "iterations_per_second": progress.loss_steps / progress.loss_seconds,
     }
-    if step.selection_change is not None:
-        more["selection_change"] = step.selection_change.item()
+    if step.limit is not None:
+        more["selection_change"] = step.importance["selection_change"].item()
     progress.start_interval()
     return {
         "step": progress.iteration,

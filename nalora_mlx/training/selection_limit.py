@@ -21,6 +21,8 @@ from nalora_mlx.training.loss import Arrays, Loss
 from nalora_mlx.training.stacks import StackedParameters
 
 PROBE_TOKENS = 64  # of the first row of a batch, on which the selection is measured
+MEASURED_FIRST = 20  # iterations
+MEASURED_EVERY = 4  # iterations after these
 
 
 class SelectionLimit:
@@ -45,23 +47,26 @@ class SelectionLimit:
         self.limit, self.loss, self.weights, self.workers = limit, loss, weights, workers
         self.gated = {path: mlp for path, mlp in gated.items() if has_selection(mlp)}
 
-    def shorten(self, new: Mapping[str, mx.array], probe: Arrays) -> tuple[dict[str, mx.array], mx.array]:
-        """Return the parameters after an update of at most the limit, and the change S of the whole update.
+    def shorten(self, new: Mapping[str, mx.array], change: mx.array) -> dict[str, mx.array]:
+        """Return the parameters after an update of at most the limit.
+
+        Args:
+            new: the stacks of the parameters after the whole update.
+            change: S of the whole update.
+        """
+        old, factor = self.weights.arrays, self.limit / mx.maximum(change, self.limit)
+        return {
+            name: mx.where(factor < 1, old[name] + factor * (array - old[name]), array)
+            for name, array in new.items()
+        }
+
+    def change(self, new: Mapping[str, mx.array], probe: Arrays) -> mx.array:
+        """Return the change S of the selection, a float32 scalar.
 
         Args:
             new: the stacks of the parameters after the whole update.
             probe: the first tokens of the batch, see `first_tokens`.
         """
-        old, change = self.weights.arrays, self.change(new, probe)
-        factor = self.limit / mx.maximum(change, self.limit)
-        shortened = {
-            name: mx.where(factor < 1, old[name] + factor * (array - old[name]), array)
-            for name, array in new.items()
-        }
-        return shortened, change
-
-    def change(self, new: Mapping[str, mx.array], probe: Arrays) -> mx.array:
-        """Return the change S of the selection; see `shorten`."""
         before, after = (self._gates(arrays, probe) for arrays in (self.weights.arrays, new))
         changes = [
             self._change(mlp, before[path], after[path], probe["token_mask"])
@@ -96,6 +101,15 @@ class SelectionLimit:
         if old.experts is not None:  # a token that goes to another expert now has no counterpart
             counted = counted[:, None] & (old.experts == new.experts)
         return mx.sum(mx.where(counted, change, 0)), mx.sum(counted)
+
+
+def is_measured(iteration: int) -> bool:
+    """Return whether the change of an update that ends at this iteration, counted from 1, is measured.
+
+    At first all are, then every fourth, since the change of one update is like that of the next. Updates in between
+    are shortened as the last one that was measured.
+    """
+    return iteration <= MEASURED_FIRST or iteration % MEASURED_EVERY == 0
 
 
 def has_selection(mlp: GatedMLP) -> bool:

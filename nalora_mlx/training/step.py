@@ -32,7 +32,7 @@ from nalora_mlx.training.loss import (
     first_tokens,
 )
 from nalora_mlx.training.optimizers import apply_scaled
-from nalora_mlx.training.selection_limit import PROBE_TOKENS, SelectionLimit
+from nalora_mlx.training.selection_limit import PROBE_TOKENS, SelectionLimit, is_measured
 from nalora_mlx.training.stacks import StackedParameters
 
 MAX_GRAPHS = 48  # compiled graphs kept, one per batch shape; each takes about 18 MB on a CPU
@@ -103,7 +103,12 @@ class TrainingStep:
             "model": model.state,
             "weights": self.weights.arrays,
             "optimizer": optimizer.state,
-            "importance": {"step": mx.array(0), "stacks": self.layers.init()},
+            # "selection_change" is that of the last measured update, before it was shortened.
+            "importance": {
+                "step": mx.array(0),
+                "stacks": self.layers.init(),
+                "selection_change": mx.array(0.0),
+            },
             "random": mx.random.state,
             "health": Health(mx.array(True), mx.array(True), mx.array(0.0)),
         }
@@ -114,16 +119,19 @@ class TrainingStep:
             self.limit = SelectionLimit(
                 parameters.selection_limit, self.loss, self.weights, self.gated, workers
             )
-            self.state["selection_change"] = mx.array(0.0)
         self._loss_and_gradients = mx.value_and_grad(self._loss)
         self.graph_of_shape = lru_cache(MAX_GRAPHS)(self._compile_backward)
         self._compiled_finish = compile_with_state(self._finish, self.state, self.state)
 
     @property
     def importance(self) -> dict[str, Any]:
-        """The number of updates, "step", and the LayerState of each gated MLP by path, "layers"."""
-        step, stacks = self.state["importance"]["step"], self.state["importance"]["stacks"]
-        return {"step": step, "layers": self.layers.unstack(stacks)}
+        """What NA-LoRA keeps from update to update.
+
+        The number of updates, "step"; the LayerState of each gated MLP by path, "layers"; "selection_change", see
+        `SelectionLimit`.
+        """
+        state = dict(self.state["importance"])
+        return {"layers": self.layers.unstack(state.pop("stacks")), **state}
 
     def set_layers(self, layers: Mapping[str, LayerState]) -> None:
         """Replace the LayerState of each gated MLP."""
@@ -139,11 +147,6 @@ class TrainingStep:
     def measures(self) -> mx.array | None:
         """(sum, count) of each of the loss's measures over the last batch and all workers; [K, 2]. None without any."""
         return self.state.get("measures")
-
-    @property
-    def selection_change(self) -> mx.array | None:
-        """The change of the selection that the last update would have had without its limit; None without a limit."""
-        return self.state.get("selection_change")
 
     def __call__(
         self,
@@ -181,7 +184,7 @@ class TrainingStep:
         loss, measures, window = backward(arrays, weights, key, accumulated)
         finish = self._compiled_finish if self.compiled else self._finish
         probe = None
-        if update and self.limit is not None:
+        if update and self.limit is not None and is_measured(seed[1]):
             probe = first_tokens(batch, PROBE_TOKENS)
         result = finish(loss, measures, window, accumulated is None, update, probe)
         self.weights.record()
@@ -284,9 +287,11 @@ class TrainingStep:
                 q = importance.multiplier(layers, self.parameters)
                 factors |= self.layers.step_factors(stack, q, self.weights.stacks)
         new = apply_scaled(self.optimizer, gradients, self.weights.arrays, factors)
-        if self.limit is not None and probe is not None:
-            with self._fast_forward():
-                new, self.state["selection_change"] = self.limit.shorten(new, probe)
+        if self.limit is not None:
+            if probe is not None:
+                with self._fast_forward():
+                    self.state["importance"]["selection_change"] = self.limit.change(new, probe)
+            new = self.limit.shorten(new, self.state["importance"]["selection_change"])
         trees.assign(self.weights.arrays, new)
 
     def state_tree(self) -> dict[str, Any]:
@@ -298,8 +303,8 @@ class TrainingStep:
         """Restore what `state_tree` returned."""
         trees.assign(self.optimizer.state, self.weights.stacks.stack_state(tree["optimizer"]))
         loaded = importance.from_tree(tree["importance"])
-        self.state["importance"]["step"] = loaded["step"]
-        self.set_layers(loaded["layers"])
+        self.set_layers(loaded.pop("layers"))
+        trees.assign(self.state["importance"], loaded)
 
 
 def global_norm(tree: Any) -> mx.array:

@@ -14,6 +14,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.metrics import MetricsFile
 from nalora_mlx.runs.resume import _seal, find_checkpoint, read_state
+from nalora_mlx.training import selection_limit
 from nalora_mlx.training.trainer import train
 from tests.adapters.test_miniatures import build as miniature
 from tests.conftest import build_examples, build_model, llama_args
@@ -128,12 +129,20 @@ CASES = {
     "adafactor": {"build": lambda: optim.Adafactor(1e-2, relative_step=False)},
     "packed": {"packing": True},
     "hybrid": {"base": lambda: miniature("qwen3_5"), "packing": True, "grad_checkpoint": True},
-    "without mechanisms": {"adapter": {"mask": "off", "step_scaling": False}},
+    "limited": {"adapter": {"selection_limit": 1e-3}},
+    "limited hybrid": {
+        "base": lambda: miniature("qwen3_5"),
+        "packing": True,
+        "grad_checkpoint": True,
+        "adapter": {"selection_limit": 1e-3, "dropout": 0.1},
+    },
+    "without mechanisms": {"adapter": {"mask": "off", "step_scaling": False, "selection_limit": 0.0}},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_resumed_run_equals_the_uninterrupted_run(name, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_run(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(selection_limit, "MEASURED_FIRST", 3)  # the checkpoint is between two measured updates
     case = CASES[name]
     start_run(tmp_path / "whole", **case)
     _, first, _ = start_run(tmp_path / "parts", stop_at=5, **case)

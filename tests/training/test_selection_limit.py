@@ -61,7 +61,7 @@ def update(model, limit, batch=None, optimizer=None, **settings):
     step = TrainingStep(model, optimizer or optim.Adam(0.02, bias_correction=True), config)
     loss, _ = step(batch, batch.supervised_tokens, None, True)
     mx.eval(step.state, loss)
-    return before, parameters(model), step.state["selection_change"].item()
+    return before, parameters(model), step.importance["selection_change"].item()
 
 
 class Recorder(nn.Module):
