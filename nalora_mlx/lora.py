@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GROUPS = {
     "model and data": "model data mask_prompt | show_masks valid_fraction last_turn_only chunk prompt_feature "
     "completion_feature text_feature chat_feature chat_template chat_template_args trust_remote_code",
-    "training": "train test train_mode iters epochs batch_size learning_rate max_seq_length | optimizer "
+    "training": "train test preset train_mode iters epochs batch_size learning_rate | max_seq_length optimizer "
     "grad_accumulation_steps grad_clip packing seed max_bad_steps",
     "preferences (docs/preference.md)": "| preference_beta dpo_loss label_smoothing length_normalized simpo_margin "
     "desirable_weight undesirable_weight reference",

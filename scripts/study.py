@@ -68,7 +68,7 @@ class Setting:
         iters: number of batches.
         rank: rank of the adapters.
         final: whether to evaluate on the test split.
-        evaluations: number of evaluations during training.
+        evaluations: number of evaluations during training. With 0, nothing but the loss at the end is measured.
     """
 
     model: str
@@ -173,7 +173,7 @@ def run(setting: Setting, data: str) -> dict[str, Any]:
             if layers:
                 curve[-1]["misalignment"] = [row.get("misalignment") for row in layers.values()]
 
-    interval = setting.iters // setting.evaluations
+    interval = setting.iters // max(1, setting.evaluations)
     training = TrainingConfig(
         batch_size=BATCH,
         iters=setting.iters,
@@ -187,15 +187,16 @@ def run(setting: Setting, data: str) -> dict[str, Any]:
         result = train(
             model,
             task.splits["train"],
-            task.splits["valid"],
+            task.splits["valid"] if setting.evaluations else (),
             config=training,
             optimizer=build_optimizer(setting, method),
             listeners=[listen],
         )
-    if len(curve) != setting.evaluations + 1 and not result.stopped:
-        raise RuntimeError(f"got {len(curve)} evaluations, expected {setting.evaluations + 1}")
+    expected = setting.evaluations + 1 if setting.evaluations else 0
+    if len(curve) != expected and not result.stopped:
+        raise RuntimeError(f"got {len(curve)} evaluations, expected {expected}")
     model.eval()
-    splits = ("valid", "test") if setting.final else ("valid",)
+    splits = ("valid", "test")[0 if setting.evaluations else 1 :] if setting.final else ("valid",)
     scores = {split: score(head, task.splits[split], task.choices[split]) for split in splits}
     return {
         "key": setting.key,
@@ -281,9 +282,10 @@ def run_all(settings: list[Setting], args: argparse.Namespace) -> list[dict[str,
             file.flush()
             done[setting.key] = record
             left = (time.perf_counter() - start) / count * (len(waiting) - count)
+            loss = record.get("valid", record.get("test"))["loss"]
             print(
                 f"{count}/{len(waiting)}, {left / 60:.0f} min left: {Path(setting.model).name} {setting.task} "
-                f"{setting.method} {setting.rate:.2g} seed {setting.seed}: {record['valid']['loss']:.4f}",
+                f"{setting.method} {setting.rate:.2g} seed {setting.seed}: {loss:.4f}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -307,10 +309,11 @@ def combinations(args: argparse.Namespace) -> list[Combination]:
 
 
 def mean_losses(records: list[dict[str, Any]]) -> dict[Combination, dict[float, float]]:
-    """Return the mean validation loss of each combination at each learning rate."""
+    """Return the mean validation loss, or else test loss, of each combination at each learning rate."""
     losses: dict[Combination, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
-        losses[r["model"], r["task"], r["method"]][r["rate"]].append(r["valid"]["loss"])
+        loss = r["valid" if "valid" in r else "test"]["loss"]
+        losses[r["model"], r["task"], r["method"]][r["rate"]].append(loss)
     return {
         combination: {rate: statistics.mean(values) for rate, values in rates.items()}
         for combination, rates in losses.items()
@@ -408,7 +411,7 @@ def main() -> int:
         "--evaluations",
         type=int,
         default=EVALUATIONS,
-        help=f"evaluations during training (default: {EVALUATIONS})",
+        help=f"evaluations during training; 0 to measure only the loss at the end (default: {EVALUATIONS})",
     )
     parser.add_argument("--tuned", type=Path, help="results of tune, required for confirm")
     parser.add_argument(
@@ -422,7 +425,7 @@ def main() -> int:
     args.seeds = args.seeds or parse_seeds("0-2" if args.stage == "tune" else "100-119")
     if args.stage == "confirm" and args.tuned is None:
         parser.error("confirm needs --tuned")
-    if args.iters < 20 or args.iters % args.evaluations:
+    if args.iters < 20 or args.iters % max(1, args.evaluations):
         parser.error(f"--iters is {args.iters}; it must be a multiple of {args.evaluations} and at least 20")
     for model in args.models:
         if not (Path(model) / "config.json").exists():
@@ -440,7 +443,7 @@ def main() -> int:
     records = tune(args) if args.stage == "tune" else confirm(args)
     for (model, task, method), rates in mean_losses(records).items():
         best = best_rate(rates)
-        print(f"{Path(model).name} {task} {method}: best rate {best:.3g}, validation loss {rates[best]:.4f}")
+        print(f"{Path(model).name} {task} {method}: best rate {best:.3g}, loss {rates[best]:.4f}")
     return 0
 
 

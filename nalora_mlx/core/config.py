@@ -11,6 +11,7 @@ from nalora_mlx.core.config_adapter import LORA_NAMES, NA_NAMES, PLAIN_LORA, NAL
 from nalora_mlx.core.config_data import DataConfig
 from nalora_mlx.core.config_fields import not_a_count, setting, too_small, wrong_choices
 from nalora_mlx.core.config_preferences import DPO, KTO, ORPO, SFT, SIMPO, PreferenceConfig
+from nalora_mlx.core.config_presets import PRESETS
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import coerce, nearest, reject_unknown
 from nalora_mlx.core.yaml_files import read_yaml
@@ -124,6 +125,9 @@ class RunConfig(TrainingConfig, DataConfig):
     """
 
     model: str = setting("Qwen/Qwen3-0.6b", "base model: directory or Hugging Face repo", metavar="MODEL")
+    preset: str | None = setting(
+        None, "settings to start from, which others override", choices=tuple(PRESETS)
+    )
     train: bool = setting(False, "train the model")
     test: bool = setting(False, "evaluate on the test set, with --train after training")
     test_batches: int = setting(500, "number of test batches; -1 for all")
@@ -226,7 +230,7 @@ def load_run_config(
     saved: Mapping[str, Any] | None = None,
     where: str = "command line",
 ) -> RunConfig:
-    """Merge defaults, the settings of a resumed run, a YAML file and flags; each overrides those before it.
+    """Merge defaults, the settings of a resumed run, a preset, a YAML file and flags; each overrides those before it.
 
     Args:
         path: YAML file of settings; None for none.
@@ -249,7 +253,8 @@ def load_run_config(
     flags_given = {name: f"--{name.replace('_', '-')}" for name in flags}
     flags = dict(flags)
     _reject_two_lengths(flags, where)
-    given = _override(saved or {}, given)
+    preset = PRESETS.get(flags.get("preset") or given.get("preset") or "", {})
+    given = _override(_override(saved or {}, preset), given)
     nested = {
         group: {name: flags.pop(name) for name in names if name in flags} for group, names in GROUPS.items()
     }

@@ -30,7 +30,7 @@ def wrong_choices(settings: Any) -> list[str]:
         choices = f.metadata.get("choices")
         value = getattr(settings, f.name)
         for item in value if isinstance(value, tuple) else (value,):
-            if choices and item not in choices:
+            if choices and item is not None and item not in choices:
                 meant = meant_value(f.name, item, choices)
                 found.append(f"{f.name} is {item!r}; choose from {', '.join(choices)}{meant}")
     return found

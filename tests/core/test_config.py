@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from nalora_mlx.core.config import (
     RunConfig,
     load_run_config,
 )
+from nalora_mlx.core.config_presets import PRESETS
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.parsing import coerce, parse_size
 from nalora_mlx.core.synonyms import COMMANDS as COMMAND_SYNONYMS
@@ -123,6 +124,32 @@ def test_flags_override_the_file(tmp_path):
     assert config.iters == 7
     assert (adapter.rank, adapter.scale) == (2, 10.0)
     assert (adapter.mask, adapter.beta, adapter.step_scaling) == ("hard", 0.5, False)
+
+
+def test_a_file_and_flags_override_a_preset(tmp_path):
+    paper = load_run_config(None, {"preset": "paper"}).lora_config()
+    assert (paper.mask, paper.step_scaling, paper.selection_limit) == ("soft", True, 0.0)
+    path = tmp_path / "config.yaml"
+    path.write_text("preset: paper\nna_parameters: {mask: hard, keep_fraction: 0.25}\n")
+    config = load_run_config(path, {"keep_fraction": 0.75}).lora_config()
+    assert (config.mask, config.keep_fraction, config.step_scaling) == ("hard", 0.75, True)
+
+
+def test_a_preset_changes_only_what_it_names():
+    for name, settings in PRESETS.items():
+        config, default = load_run_config(None, {"preset": name}), RunConfig()
+        changed = {f.name for f in fields(RunConfig) if getattr(config, f.name) != getattr(default, f.name)}
+        assert changed == {"preset", *settings}, name
+
+
+def test_a_preset_is_not_applied_again_to_a_resumed_run():
+    saved = {"preset": "paper", "na_parameters": {"mask": "hard"}}
+    assert load_run_config(None, {}, saved).na_parameters == {"mask": "hard"}
+
+
+def test_an_unknown_preset_is_refused():
+    config = load_run_config(None, {"preset": "papers", "train": True})
+    assert any("preset is 'papers'; choose from" in problem for problem in config.problems())
 
 
 def test_flags_of_every_kind():

@@ -25,6 +25,8 @@ import study
 import study_methods
 import study_tables
 import study_tasks
+import study_tolerance
+import time_to_quality
 
 Q = mx.array([[0.5, 2.0, 1.0, 0.1], [3.0, 0.2, 0.4, 0.4]])
 
@@ -197,6 +199,80 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
         assert [result["valid"]["loss"] for result in results] == [3.0, 2.0]
     assert submitted == [missing]
     assert study.read_results(output).keys() == {done.key, missing.key}
+
+
+# --- rates that are too high ---------------------------------------------------------------------------------
+
+
+def rate_record(method, seed, multiple, loss, best=1e-3):
+    tested = {"test": {"loss": loss}, "untrained": 4.0}
+    return record(method, seed, 2.0, rate=multiple * best, **tested)
+
+
+def test_regrets_are_relative_to_loras_mean_at_its_best_rate():
+    records = [rate_record("lora", seed, m, m * (1 + seed)) for seed in (0, 1) for m in (1, 2)]
+    records += [rate_record("soft", seed, m, 1.5, best=2e-3) for seed in (0, 1) for m in (1, 2)]
+    regrets = study_tolerance.Regrets(records)
+    assert regrets.multiples == [1, 2]
+    assert regrets.reference["m", "t"] == 1.5
+    found = regrets.of(("m", "t"), "lora", 2)
+    assert found == pytest.approx({0: 100 * np.log(2 / 1.5), 1: 100 * np.log(4 / 1.5)})
+    differences = regrets.differences(("m", "t"), "soft", 2)
+    assert differences == pytest.approx({0: -100 * np.log(2 / 1.5), 1: -100 * np.log(4 / 1.5)})
+
+
+def test_a_diverged_run_counts_as_the_untrained_model():
+    records = [rate_record("lora", seed, 1, 1.0) for seed in range(3)]
+    records += [rate_record("soft", seed, 1, loss) for seed, loss in enumerate((1.0, 5.0, float("inf")))]
+    del records[-1]["untrained"]  # a run that ended early has measured nothing
+    regrets = study_tolerance.Regrets(records)
+    assert regrets.count_diverged(("m", "t"), "soft", 1) == 2
+    assert list(regrets.of(("m", "t"), "soft", 1).values()) == pytest.approx([0, *2 * [100 * np.log(4.0)]])
+    assert "(2/3)" in study_tolerance.regret_table(regrets)
+    assert "2 diverged" in study_tolerance.difference_table(regrets, 1)
+
+
+def test_seconds_until_a_loss_are_interpolated():
+    curve = [(0.0, 0, 4.0), (10.0, 5, 2.0), (20.0, 9, 1.0)]
+    assert time_to_quality.seconds_until(curve, 3.0) == 5
+    assert time_to_quality.seconds_until(curve, 1.5) == 15
+    assert time_to_quality.seconds_until(curve, 4.5) == 0
+    assert time_to_quality.seconds_until(curve, 0.5) == np.inf
+
+
+def test_times_are_shares_of_the_baselines():
+    curves = {"mlx_lm.lora": [(0.0, 0, 4.0), (10.0, 5, 2.0)], "lora@1e-4": [(0.0, 0, 4.0), (10.0, 9, 0.0)]}
+    records = [
+        {"task": "t", "run": run, "seed": seed, "curve": curve}
+        for run, curve in curves.items()
+        for seed in (0, 1)
+    ]
+    last = time_to_quality.tables(records).splitlines()[-1]
+    assert last == "| lora@1e-4 | 9 | 0.00 [0.00, 0.00] | 0.50 [0.50, 0.50] |"
+
+
+def test_clock_leaves_out_evaluations(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time_to_quality.time, "perf_counter", lambda: now[0])
+
+    def evaluate():
+        now[0] += 100
+        return 1.0
+
+    clock = time_to_quality.Clock(10, 2, evaluate)
+    clock.start()
+    ended = []
+    for iteration in range(1, 11):
+        now[0] += 1
+        ended.append(clock.tick(iteration))
+    assert [point[:2] for point in clock.curve] == [(0, 0), (5, 5), (10, 10)]
+    assert ended == [False] * 9 + [True]
+
+
+@pytest.mark.parametrize("text", ["lora@x", "other", "peft:quick", "lora:quick@1e-4"])
+def test_bad_runs_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no run"):
+        time_to_quality.parse_run(text)
 
 
 # --- scores -------------------------------------------------------------------------------------------------

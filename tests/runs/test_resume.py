@@ -142,7 +142,9 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_equals_the_uninterrupted_run(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(selection_limit, "MEASURED_FIRST", 3)  # the checkpoint is between two measured updates
+    monkeypatch.setattr(
+        selection_limit, "MEASURED_FIRST", 3
+    )  # the checkpoint is between two measured updates
     case = CASES[name]
     start_run(tmp_path / "whole", **case)
     _, first, _ = start_run(tmp_path / "parts", stop_at=5, **case)
