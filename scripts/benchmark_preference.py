@@ -404,7 +404,9 @@ def open_ours(args: argparse.Namespace, settings: Ours) -> tuple[Any, Any, Any]:
     )
     pairs = read_pairs(args.data, args.questions, args.pairs)
     rows = tokenize_preference_rows(pairs, tokenizer, config, False, LONGEST).sequences
-    off: dict[str, Any] = {} if settings.na else {"mask": "off", "step_scaling": False}
+    off: dict[str, Any] = (
+        {} if settings.na else {"mask": "off", "step_scaling": False, "selection_limit": 0.0}
+    )
     adapt(model, NALoRAConfig(rank=args.rank, num_layers=args.num_layers, scale=SCALE, **off))
     return model, rows, config
 

@@ -430,7 +430,9 @@ def run_ours(
     model, tokenizer = load_model(args)
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     examples = load_examples(args, tokenizer, seed)
-    off: dict[str, Any] = {"mask": "off", "step_scaling": False} if method == "lora" else {}
+    off: dict[str, Any] = (
+        {"mask": "off", "step_scaling": False, "selection_limit": 0.0} if method == "lora" else {}
+    )
     adapt(model, NALoRAConfig(rank=args.rank, num_layers=args.num_layers, **off))
     counters = Counters()
     collate, backward = batches.collate, TrainingStep._backward

@@ -174,7 +174,9 @@ def prepare(setup: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
     else:
         model = build_random_model(setup)
     mx.eval(model.parameters())
-    plain = {} if setup["method"] == "na-lora" else {"mask": "off", "step_scaling": False}
+    plain = (
+        {} if setup["method"] == "na-lora" else {"mask": "off", "step_scaling": False, "selection_limit": 0.0}
+    )
     if setup["method"] == "full":
         model.freeze()
         for layer in model.layers[-setup["adapted"] :] if setup["adapted"] > 0 else model.layers:

@@ -166,7 +166,9 @@ class Contender:
             self.model.train()
             self.compiled = self._compile_theirs()
             return
-        off: dict[str, Any] = {"mask": "off", "step_scaling": False} if name == LORA else {}
+        off: dict[str, Any] = (
+            {"mask": "off", "step_scaling": False, "selection_limit": 0.0} if name == LORA else {}
+        )
         adapt(self.model, NALoRAConfig(rank=RANK, num_layers=ADAPTED_LAYERS, **off))
         settings = TrainingConfig(batch_size=case.rows, iters=10**9, steps_per_report=10**9)
         if clear_cache is not None:

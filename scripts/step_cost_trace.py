@@ -200,7 +200,9 @@ def _trace_theirs(step: Step, model: nn.Module, weights: int) -> TracedStep:
 
 
 def _trace_ours(step: Step, model: nn.Module, weights: int) -> TracedStep:
-    off: dict[str, Any] = {"mask": "off", "step_scaling": False} if step.trainer == LORA else {}
+    off: dict[str, Any] = (
+        {"mask": "off", "step_scaling": False, "selection_limit": 0.0} if step.trainer == LORA else {}
+    )
     with patch.object(loss, "find_output_head", lambda *_: _head(step, model)), _unverified():
         adapt(model, NALoRAConfig(rank=step.rank, num_layers=step.layers, keys=step.keys, **off))
         _replace_weights(model)

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from nalora_mlx.adapters.forward_pass import ForwardPass, Gate, forward_pass
 from nalora_mlx.adapters.gated_mlps import GatedMLP
+from nalora_mlx.core.config import PLAIN_LORA
 from nalora_mlx.data.batches import training_batches
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.ops.activations import Activation
@@ -45,7 +46,7 @@ class Method:
         grad_clip: largest norm of the gradient; None for no clipping.
     """
 
-    na: tuple[tuple[str, Any], ...] = (("mask", "off"), ("step_scaling", False))
+    na: tuple[tuple[str, Any], ...] = tuple(vars(PLAIN_LORA).items())
     control: str | None = None
     dora: bool = False
     scale: Callable[[int], float] = lambda rank: 1.0
@@ -59,18 +60,18 @@ def na_lora(control: str | None = None, **settings: Any) -> Method:
     return Method(tuple(sorted(settings.items())), control)
 
 
-BASE: dict[str, Any] = {"mask": "soft", "statistic": "derivative", "step_scaling": False, "preserve": "rms"}
+BASE: dict[str, Any] = {**vars(PLAIN_LORA), "mask": "soft"}
 PAPER = {**BASE, "step_scaling": True}
 # Half the step where selection switches, and no step is enlarged.
-SHRINK = {"mask": "off", "step_scaling": True, "gamma": (1.0, 0.5, 1.0), "preserve": "none"}
+SHRINK = {**vars(PLAIN_LORA), "step_scaling": True, "gamma": (1.0, 0.5, 1.0), "preserve": "none"}
 
-LIMIT = {"mask": "off", "step_scaling": False, "selection_limit": 0.02}
+LIMIT = {**vars(PLAIN_LORA), "selection_limit": 0.02}
 
 GATED = ("gate_proj", "up_proj")
 
 METHODS: dict[str, Method] = {
     "lora": Method(),
-    "na-lora": na_lora(),  # the defaults
+    "na-lora": na_lora(**PAPER),  # the defaults of the first study
     # variants of its parts
     "soft": na_lora(**BASE),
     "soft+scaling": na_lora(**PAPER),

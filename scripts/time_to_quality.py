@@ -228,7 +228,7 @@ def run_peft(args: argparse.Namespace, rate: float | None, _: str | None, seed: 
         adapters = {
             "r": RANK,
             "lora_alpha": SCALE * RANK,
-            "target_modules": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
             "layers_to_transform": list(range(count - LAYERS, count)),
         }
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **adapters)).train()

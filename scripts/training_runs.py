@@ -128,7 +128,9 @@ def build_model(setup: Setup, dtype: mx.Dtype) -> nn.Module:
         if setup.bits:
             nn.quantize(model, 32, setup.bits)
         mx.eval(model.parameters())
-    method: dict[str, Any] = {"mask_warmup": 1} if setup.na else {"mask": "off", "step_scaling": False}
+    method: dict[str, Any] = (
+        {"mask_warmup": 1} if setup.na else {"mask": "off", "step_scaling": False, "selection_limit": 0.0}
+    )
     adapt(model, NALoRAConfig(rank=setup.rank, num_layers=2, scale=2.0, **method))
     model.load_weights(draw(tree_flatten(model.trainable_parameters()), 0.1), strict=False)
     return model

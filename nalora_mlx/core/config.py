@@ -207,7 +207,7 @@ class RunConfig(TrainingConfig, DataConfig):
             raise InputError("; ".join(found))
 
     def lora_config(self) -> NALoRAConfig:
-        """Return the adapter's settings. For plain LoRA and DoRA, both mechanisms are off.
+        """Return the adapter's settings. For plain LoRA and DoRA, all mechanisms are off.
 
         Raises:
             InputError: a key is unknown, or a value is out of range.
@@ -219,7 +219,7 @@ class RunConfig(TrainingConfig, DataConfig):
         reject_unknown(self.na_parameters, NA_NAMES, "na_parameters")
         na = dict(self.na_parameters)
         if self.fine_tune_type != "na-lora":
-            na = {"mask": PLAIN_LORA.mask, "step_scaling": PLAIN_LORA.step_scaling}
+            na = {name: getattr(PLAIN_LORA, name) for name in ("mask", "step_scaling", "selection_limit")}
         settings = {"num_layers": self.num_layers, **lora, **na}
         return NALoRAConfig(**coerce(settings, NALoRAConfig, "adapter settings"))
 

@@ -10,13 +10,13 @@ from nalora_mlx.core.errors import InputError
 
 @dataclass(frozen=True)
 class NAParameters:
-    """How NA-LoRA scales the updates of gate-related LoRA columns (`na_parameters` in YAML).
+    """How NA-LoRA limits updates, and scales those of gate-related LoRA columns (`na_parameters` in YAML).
 
     Source: NA-LoRA (arXiv 2606.31717). docs/method.md says what its abstract fixes and what is our reading.
     """
 
     mask: str = setting(
-        "soft", "kind of temporal-importance mask on the gate channels", choices=("soft", "hard", "off")
+        "off", "kind of temporal-importance mask on the gate channels", choices=("soft", "hard", "off")
     )
     statistic: str = setting(
         "derivative",
@@ -29,7 +29,7 @@ class NAParameters:
     mask_every: int = setting(1, "number of optimizer updates from one mask to the next")
     mask_warmup: int = setting(10, "number of optimizer updates before the mask starts")
     keep_fraction: float = setting(0.5, "fraction of channels that a hard mask keeps", metavar="FRACTION")
-    step_scaling: bool = setting(True, "scale updates by the regions of the homogeneity partition")
+    step_scaling: bool = setting(False, "scale updates by the regions of the homogeneity partition")
     gamma: tuple[float, ...] = setting(
         (0.5, 1.0, 1.0), "update scale in the suppressed, transition and homogeneous regions", nargs=3
     )
@@ -43,7 +43,7 @@ class NAParameters:
     )
     max_multiplier: float = setting(4.0, "upper limit of a channel's update multiplier")
     selection_limit: float = setting(
-        0.0,
+        0.02,
         "largest mean change of the selection weights per update, to which updates are shortened; 0 for none",
     )
     branches: tuple[str, ...] = setting(
@@ -82,7 +82,7 @@ class NAParameters:
         return found
 
 
-PLAIN_LORA = NAParameters(mask="off", step_scaling=False)
+PLAIN_LORA = NAParameters(mask="off", step_scaling=False, selection_limit=0.0)
 
 
 @dataclass(frozen=True)

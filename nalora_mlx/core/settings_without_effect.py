@@ -68,7 +68,7 @@ RULES = (
     Rule(("gamma", "boundaries"), lambda c: not c.lora_config().step_scaling, "while step_scaling is off"),
     Rule(
         ("beta", "preserve", "max_multiplier", "branches"),
-        lambda c: not c.lora_config().active,
+        lambda c: not c.lora_config().scales_channels,
         "while mask and step_scaling are off",
     ),
     Rule(

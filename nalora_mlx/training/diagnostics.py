@@ -57,7 +57,15 @@ def describe_layer(state: LayerState, parameters: NAParameters, regions: tuple[s
     """Return mean and percentiles of a layer's mask, multipliers, importance and step scales, and what they sum up to.
 
     "channels" lists the importance of some channels, evenly spaced; "occupancy" the mean share of tokens per region.
+    Without mask and step scales, only the misalignment is known.
     """
+    aligned = (
+        {}
+        if state.misalignment is None
+        else {"misalignment": importance.misalignment(state.misalignment).item()}
+    )
+    if not parameters.scales_channels:
+        return aligned
     s = np.array(importance.importance(state, parameters.beta)).reshape(-1)
     shown = np.arange(min(SHOWN_CHANNELS, s.size)) * s.size // min(SHOWN_CHANNELS, s.size)
     row: dict[str, Any] = {
@@ -74,9 +82,7 @@ def describe_layer(state: LayerState, parameters: NAParameters, regions: tuple[s
     if state.above_boundary is not None:
         occupancy = np.array(importance.occupancy(state, parameters.beta))
         row["occupancy"] = dict(zip(regions, occupancy.mean(axis=-1).tolist(), strict=True))
-    if state.misalignment is not None:
-        row["misalignment"] = importance.misalignment(state.misalignment).item()
-    return row
+    return row | aligned
 
 
 def _spread(values: Any) -> dict[str, float]:

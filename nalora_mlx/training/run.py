@@ -102,7 +102,7 @@ class Run:
     def run(self) -> TrainResult:
         """Train until all iterations are done, or until something ends the run early; see `train` for errors."""
         files = self.files
-        self.notices += self.step.loss.notices()
+        self.notices += self.step.notices()
         if self.has_files:
             files.identify(self.train_set, self.valid_set)
             self.notices += files.restore(self.iterations, self.resume_anyway)

@@ -95,9 +95,8 @@ class TrainingStep:
         self.gated = {mlp.path: mlp for mlp in gated_mlps(model)} if parameters.active else {}
         self.dropouts = dropout_count(model)
         self.layers = ImportanceStacks(self.gated)
-        self.weights = StackedParameters(
-            model, optimizer, adapter_casts(model, self.loss.forward), self.layers.roles
-        )
+        roles = self.layers.roles if parameters.scales_channels else {}
+        self.weights = StackedParameters(model, optimizer, adapter_casts(model, self.loss.forward), roles)
         self.weights.init_optimizer(optimizer)
         self.state: dict[str, Any] = {
             "model": model.state,
@@ -114,14 +113,20 @@ class TrainingStep:
         }
         if self.loss.measures:
             self.state["measures"] = mx.zeros((len(self.loss.measures), 2))
-        self.limit: SelectionLimit | None = None
-        if parameters.selection_limit:
-            self.limit = SelectionLimit(
-                parameters.selection_limit, self.loss, self.weights, self.gated, workers
-            )
+        limit = SelectionLimit(parameters.selection_limit, self.loss, self.weights, self.gated, workers)
+        self.limit = limit if limit.limit and limit.gated else None
         self._loss_and_gradients = mx.value_and_grad(self._loss)
         self.graph_of_shape = lru_cache(MAX_GRAPHS)(self._compile_backward)
         self._compiled_finish = compile_with_state(self._finish, self.state, self.state)
+
+    def notices(self) -> list[str]:
+        """Return what takes more time or memory than it could, and what has no effect."""
+        notices = self.loss.notices()
+        if self.parameters.selection_limit and self.limit is None:
+            notices.append(
+                "the selection limit has no effect: this model has no selection weights that it adapts"
+            )
+        return notices
 
     @property
     def importance(self) -> dict[str, Any]:
@@ -217,7 +222,7 @@ class TrainingStep:
             routes = {path: state.mask for path, state in self.importance["layers"].items()}
         current = self.weights.current()
         context = ForwardPass(
-            token_mask=arrays["token_mask"] if self.gated else None,
+            token_mask=arrays["token_mask"] if self.parameters.scales_channels else None,
             routes=routes,
             dropout_keys=mx.random.split(key, self.dropouts) if self.dropouts else None,
             scaled=self.weights.scaled,
@@ -274,8 +279,8 @@ class TrainingStep:
         if self.grad_clip is not None:
             factor = self.grad_clip / mx.maximum(self.health.gradient_norm, self.grad_clip)
             gradients = tree_map(lambda g: (g * factor).astype(g.dtype), gradients)
-        if self.gated:
-            state = self.state["importance"]
+        state = self.state["importance"]
+        if self.parameters.scales_channels:
             state["step"] = state["step"] + 1
             for stack, layers in state["stacks"].items():
                 statistics = self.layers.stack_statistics(stack, *window.statistics)
@@ -290,8 +295,8 @@ class TrainingStep:
         if self.limit is not None:
             if probe is not None:
                 with self._fast_forward():
-                    self.state["importance"]["selection_change"] = self.limit.change(new, probe)
-            new = self.limit.shorten(new, self.state["importance"]["selection_change"])
+                    state["selection_change"] = self.limit.change(new, probe)
+            new = self.limit.shorten(new, state["selection_change"])
         trees.assign(self.weights.arrays, new)
 
     def state_tree(self) -> dict[str, Any]:
