@@ -89,7 +89,8 @@ EVENTS = (
     (
         "`metrics`, of `split` train",
         "every `steps_per_report` iterations; `layers` says what NA-LoRA did in each gated MLP",
-        "split step loss tokens tokens_per_second iterations_per_second learning_rate gradient_norm skipped "
+        "split step loss tokens tokens_per_second iterations_per_second learning_rate gradient_norm "
+        "selection_change skipped "
         "peak_memory_gb layers",
     ),
     ("`validating`", "after each batch of a validation", "batch batches"),

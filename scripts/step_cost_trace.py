@@ -22,6 +22,8 @@ from step_cost_gpu import as_gpu
 
 from nalora_mlx import NALoRAConfig, adapt
 from nalora_mlx.adapters import layouts
+from nalora_mlx.core.config import PLAIN_LORA
+from nalora_mlx.core.config_presets import PRESETS
 from nalora_mlx.data.batches import Batch, collate
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.models import recurrences
@@ -200,11 +202,9 @@ def _trace_theirs(step: Step, model: nn.Module, weights: int) -> TracedStep:
 
 
 def _trace_ours(step: Step, model: nn.Module, weights: int) -> TracedStep:
-    off: dict[str, Any] = (
-        {"mask": "off", "step_scaling": False, "selection_limit": 0.0} if step.trainer == LORA else {}
-    )
+    method = dict(vars(PLAIN_LORA)) if step.trainer == LORA else PRESETS["paper"]["na_parameters"]
     with patch.object(loss, "find_output_head", lambda *_: _head(step, model)), _unverified():
-        adapt(model, NALoRAConfig(rank=step.rank, num_layers=step.layers, keys=step.keys, **off))
+        adapt(model, NALoRAConfig(rank=step.rank, num_layers=step.layers, keys=step.keys, **method))
         _replace_weights(model)
         model.train()
         training = TrainingStep(
@@ -232,7 +232,7 @@ def _trace_ours(step: Step, model: nn.Module, weights: int) -> TracedStep:
             def finish(*arrays: mx.array) -> Any:
                 values = iter(arrays)
                 result = tree_map(lambda leaf: next(values) if isinstance(leaf, mx.array) else leaf, window)
-                loss, _ = training._finish(*result, True, True)
+                loss, _ = training._finish(*result, True, True, None)
                 changed = {name: value for name, value in state.items() if name not in ("model", "random")}
                 return [loss, changed]
 

@@ -205,7 +205,7 @@ def run(setting: Setting, data: str) -> dict[str, Any]:
         "untrained": _untrained_loss(setting.model, setting.task, data, splits[-1]),
         **forgetting(model, setting.model),
         "curve": curve,
-        "importance": {path: row["importance"] for path, row in layers.items()},
+        "importance": {path: row["importance"] for path, row in layers.items() if "importance" in row},
         "seconds": round(time.perf_counter() - start, 2),
     }
 

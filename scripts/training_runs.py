@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from nalora_mlx import NALoRAConfig, TrainingConfig, adapt, train
 from nalora_mlx.adapters.files import adapter_weights
+from nalora_mlx.core.config import PLAIN_LORA
 from nalora_mlx.data.preferences import PreferenceExample
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.ops.kernels.backend import ENVIRONMENT, REFERENCE
@@ -128,9 +129,9 @@ def build_model(setup: Setup, dtype: mx.Dtype) -> nn.Module:
         if setup.bits:
             nn.quantize(model, 32, setup.bits)
         mx.eval(model.parameters())
-    method: dict[str, Any] = (
-        {"mask_warmup": 1} if setup.na else {"mask": "off", "step_scaling": False, "selection_limit": 0.0}
-    )
+    method: dict[str, Any] = dict(vars(PLAIN_LORA))
+    if setup.na:  # everything at once
+        method = {"mask": "soft", "step_scaling": True, "mask_warmup": 1, "selection_limit": 0.02}
     adapt(model, NALoRAConfig(rank=setup.rank, num_layers=2, scale=2.0, **method))
     model.load_weights(draw(tree_flatten(model.trainable_parameters()), 0.1), strict=False)
     return model

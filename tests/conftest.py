@@ -14,6 +14,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
+from nalora_mlx.core.config import NALoRAConfig
+from nalora_mlx.core.config_presets import PRESETS
 from nalora_mlx.data.tokenization import Example
 from nalora_mlx.ops.device_sizes import SIZES
 
@@ -80,6 +82,11 @@ def build_model(seed=0, module=llama, args=None, dtype=mx.float32, gain=3.0):
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def masked_config(**settings):
+    """Return settings with the mask and the step scales, which are off by default, and without a limit."""
+    return NALoRAConfig(**(PRESETS["paper"]["na_parameters"] | settings))
 
 
 def random_adapters(model, seed=7, size=0.05):

@@ -22,7 +22,7 @@ from nalora_mlx.training.stacks import StackedParameters
 
 PROBE_TOKENS = 64  # of the first row of a batch, on which the selection is measured
 MEASURED_FIRST = 20  # iterations
-MEASURED_EVERY = 4  # iterations after these
+MEASURED_EVERY = 8  # iterations after these
 
 
 class SelectionLimit:
@@ -106,7 +106,7 @@ class SelectionLimit:
 def is_measured(iteration: int) -> bool:
     """Return whether the change of an update that ends at this iteration, counted from 1, is measured.
 
-    At first all are, then every fourth, since the change of one update is like that of the next. Updates in between
+    At first all are, then every eighth, since the change of one update is like that of the next. Updates in between
     are shortened as the last one that was measured.
     """
     return iteration <= MEASURED_FIRST or iteration % MEASURED_EVERY == 0

@@ -47,7 +47,7 @@ def test_a_small_projection_alone_may_have_the_rank_of_its_model():
     model = build_model(args=llama_args(num_key_value_heads=1))
     result = adapt(
         model,
-        NALoRAConfig(rank=16, num_layers=-1, keys=("self_attn.k_proj",), mask="off", step_scaling=False),
+        NALoRAConfig(rank=16, num_layers=-1, keys=("self_attn.k_proj",), selection_limit=0),
     )
     assert len(result.notices) == 1
     assert "larger than the smaller dimension of 3 of 3 adapted modules" in result.notices[0]

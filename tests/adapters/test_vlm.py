@@ -9,11 +9,11 @@ import pytest
 from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.adapters.merge import fuse_model
-from nalora_mlx.core.config import NALoRAConfig
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.training.importance import importance
 from nalora_mlx.training.loss import SupervisedLoss
 from nalora_mlx.training.step import TrainingStep
+from tests.conftest import masked_config
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed (pip install '.[vlm]')")
 
@@ -80,7 +80,7 @@ def test_both_towers_adapt_and_train_on_an_image():
         return model(ids, **image).logits
 
     before = np.array(forward(mx.array(batch.inputs)))
-    config = NALoRAConfig(num_layers=-1, rank=4, mask_warmup=1, vision=True)
+    config = masked_config(num_layers=-1, rank=4, mask_warmup=1, vision=True)
     report = adapt(model, config)
     assert sorted(g.path for g in report.gated) == [
         "language_model.model.layers.0.mlp",
@@ -140,7 +140,7 @@ def test_statistics_of_a_vision_tower_are_means_over_patches(accumulated):
     reference(mx.array(batch.inputs), **image)
 
     model = build()
-    config = NALoRAConfig(num_layers=-1, rank=4, vision=True)
+    config = masked_config(num_layers=-1, rank=4, vision=True)
     adapt(model, config)
     loss = SupervisedLoss(model, lambda ids: model(ids, **image).logits)
     step = TrainingStep(model, optim.SGD(0.0), config, compiled=False, loss=loss)
@@ -169,7 +169,7 @@ def test_towers_without_gated_mlps_are_announced():
     )
     vision = gemma3.VisionConfig("siglip_vision_model", 2, 16, 24, 2, patch_size=4, image_size=8)
     model = gemma3.Model(gemma3.ModelConfig(text, vision, "gemma3", hidden_size=16))
-    result = adapt(model, NALoRAConfig(num_layers=-1, rank=2, vision=True))
+    result = adapt(model, masked_config(num_layers=-1, rank=2, vision=True))
     assert {gated.path.split(".")[0] for gated in result.gated} == {"language_model"}
     assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1" in result.plain
     (notice,) = result.notices

@@ -167,7 +167,7 @@ def test_help_is_a_command_too(capsys):
 def test_a_switch_is_shown_once():
     page = printed("lora", "--help-all")
     assert re.search(r"^  --packing  ", page, re.M)
-    assert re.search(r"^  --\[no-\]step-scaling  .*", page, re.M)
+    assert re.search(r"^  --\[no-\]samples  .*", page, re.M)
     assert "(default: false)" not in page
 
 

@@ -17,7 +17,7 @@ from nalora_mlx.core.errors import InputError
 from nalora_mlx.core.optional_dependencies import install_command
 from nalora_mlx.runs.metrics import METRICS_FILE
 from nalora_mlx.training.diagnostics import describe_layers
-from tests.conftest import build_model
+from tests.conftest import build_model, masked_config
 from tests.report.report_runs import CHANNELS, channel, sample, write_run
 
 pytest.importorskip("matplotlib", reason="the extra report is not installed")
@@ -137,11 +137,11 @@ def test_long_run_keeps_all_losses_and_the_last_layer_report(tmp_path, monkeypat
 @pytest.mark.parametrize("mask", ["soft", "hard", "off"])
 def test_layer_statistics_of_a_training_step(mask):
     """Compare with statistics of the state's arrays, computed in float64."""
-    from nalora_mlx import NALoRAConfig, adapt
+    from nalora_mlx import adapt
     from nalora_mlx.training.step import TrainingStep
 
     model = build_model()
-    adapt(model, NALoRAConfig(rank=2, mask=mask, keep_fraction=0.25, mask_warmup=0, gamma=(0.5, 1, 2)))
+    adapt(model, masked_config(rank=2, mask=mask, keep_fraction=0.25, mask_warmup=0, gamma=(0.5, 1, 2)))
     step = TrainingStep(model, optim.Adam(1e-3), adapt_result(model).config)
     rng = np.random.default_rng(0)
     layers = step.importance["layers"]
@@ -171,11 +171,11 @@ def test_layer_statistics_of_a_training_step(mask):
 
 
 def test_no_step_scale_without_step_scaling(tmp_path):
-    from nalora_mlx import NALoRAConfig, adapt
+    from nalora_mlx import adapt
     from nalora_mlx.training.step import TrainingStep
 
     model = build_model()
-    adapt(model, NALoRAConfig(rank=2, step_scaling=False))
+    adapt(model, masked_config(rank=2, step_scaling=False))
     step = TrainingStep(model, optim.Adam(1e-3), adapt_result(model).config)
     assert all("step_scale" not in layer for layer in describe_layers(step).values())
 
@@ -390,7 +390,7 @@ def test_report_of_a_trained_run(model_directory, data_directory, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
         "lr_schedule: {name: cosine_decay, arguments: [0.0001, 8]}\noptimizer: adamw\n"
-        "optimizer_config: {adamw: {weight_decay: 0.03}}\n"
+        "optimizer_config: {adamw: {weight_decay: 0.03}}\npreset: paper\n"
     )
     train = [
         "lora", "--config", config, "--train", "--model", model_directory, "--data", data_directory,

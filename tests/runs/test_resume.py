@@ -9,7 +9,7 @@ import pytest
 
 from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.files import adapter_weights
-from nalora_mlx.core.config import NALoRAConfig, TrainingConfig
+from nalora_mlx.core.config import TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.metrics import MetricsFile
@@ -17,7 +17,7 @@ from nalora_mlx.runs.resume import _seal, find_checkpoint, read_state
 from nalora_mlx.training import selection_limit
 from nalora_mlx.training.trainer import train
 from tests.adapters.test_miniatures import build as miniature
-from tests.conftest import build_examples, build_model, llama_args
+from tests.conftest import build_examples, build_model, llama_args, masked_config
 
 EXAMPLES = build_examples(11, seed=4, high=12)
 VALID = build_examples(5, seed=9, high=9)
@@ -46,7 +46,7 @@ def start_run(
     mx.random.seed(adapter_seed)
     adapt(
         model,
-        NALoRAConfig(**({"num_layers": -1, "rank": 4, "scale": 4.0, "mask_warmup": 3} | (adapter or {}))),
+        masked_config(**({"num_layers": -1, "rank": 4, "scale": 4.0, "mask_warmup": 3} | (adapter or {}))),
     )
     defaults = {"iters": 9, "batch_size": 3, "steps_per_report": 2, "steps_per_eval": 3, "save_every": 4}
     config = TrainingConfig(**(defaults | settings))

@@ -118,7 +118,7 @@ CHANGED = {
     "--no-mask-prompt": "--mask-prompt was on, is off",
     "--batch-size 3": "--batch-size was 2, is 3",
     "--fine-tune-type lora": "--fine-tune-type was na-lora, is lora",
-    "--mask hard": "--mask was soft, is hard",
+    "--mask hard": "--mask was off, is hard",
     "--grad-clip 0.5": "--grad-clip was not given, is 0.5",
     "--optimizer adamw": "--optimizer was adam, is adamw",
     "--prompt-key completion": "--prompt-key was not given, is completion",

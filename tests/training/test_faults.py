@@ -18,7 +18,7 @@ from nalora_mlx.__main__ import main
 from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.core import storage
-from nalora_mlx.core.config import NALoRAConfig, RunConfig, TrainingConfig
+from nalora_mlx.core.config import RunConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError, RunError
 from nalora_mlx.core.locks import lock_directory
 from nalora_mlx.data import batches as batching
@@ -31,7 +31,7 @@ from nalora_mlx.runs.record import record
 from nalora_mlx.training import job
 from nalora_mlx.training.step import TrainingStep
 from nalora_mlx.training.trainer import train
-from tests.conftest import VOCABULARY, build_examples, build_model, llama_args
+from tests.conftest import VOCABULARY, build_examples, build_model, llama_args, masked_config
 
 POISON = VOCABULARY - 1  # a token whose embedding is NaN
 
@@ -43,7 +43,7 @@ def adapted(poisoned=False, **settings):
         weight[POISON] = np.nan
         model.model.embed_tokens.weight = mx.array(weight)
     mx.random.seed(11)
-    adapt(model, NALoRAConfig(**({"num_layers": -1, "rank": 4, "scale": 4.0, "mask_warmup": 0} | settings)))
+    adapt(model, masked_config(**({"num_layers": -1, "rank": 4, "scale": 4.0, "mask_warmup": 0} | settings)))
     mx.eval(model.parameters())
     return model
 
@@ -88,8 +88,8 @@ def test_a_nan_update_changes_nothing(build, compiled):
     examples = rows(poisoned=[5])
     good = [batching.collate(examples, part) for part in ((0, 1), (2, 3), (6, 7), (8, 9))]
     bad = batching.collate(examples, (4, 5))
-    step = TrainingStep(adapted(poisoned=True), build(), NALoRAConfig(mask_warmup=0), compiled)
-    undisturbed = TrainingStep(adapted(poisoned=True), build(), NALoRAConfig(mask_warmup=0), compiled)
+    step = TrainingStep(adapted(poisoned=True), build(), masked_config(mask_warmup=0), compiled)
+    undisturbed = TrainingStep(adapted(poisoned=True), build(), masked_config(mask_warmup=0), compiled)
     for one in (step, undisturbed):
         assert math.isfinite(run_window(one, good[:2]))
         assert one.health.finite.item()
@@ -107,7 +107,7 @@ def test_a_nan_update_changes_nothing(build, compiled):
 
 def test_nan_gradients_and_weights_skip_the_update():
     batch = batching.collate(rows(), (0, 1))
-    step = TrainingStep(adapted(), optim.SGD(1.0), NALoRAConfig(), compiled=False)
+    step = TrainingStep(adapted(), optim.SGD(1.0), masked_config(), compiled=False)
     run_window(step, [batch])
     before, inner = snapshot(step), step._loss_and_gradients
 
@@ -135,7 +135,7 @@ def test_nan_gradients_and_weights_skip_the_update():
     assert not step.health.finite.item()
     assert_equal(snapshot(step), before)
     # A learning rate so high that the new weights overflow.
-    step = TrainingStep(adapted(), optim.SGD(1e38), NALoRAConfig())
+    step = TrainingStep(adapted(), optim.SGD(1e38), masked_config())
     before = snapshot(step)
     assert math.isfinite(run_window(step, [batch]))
     assert not step.health.finite.item()

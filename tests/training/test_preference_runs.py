@@ -21,7 +21,7 @@ from nalora_mlx.__main__ import main as nalora
 from nalora_mlx.adapters.attach import adapt, adapt_dora
 from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.core import storage
-from nalora_mlx.core.config import NALoRAConfig, TrainingConfig
+from nalora_mlx.core.config import TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.runs import checkpoints
 from nalora_mlx.runs.metrics import MetricsFile
@@ -29,7 +29,7 @@ from nalora_mlx.runs.progress import Progress
 from nalora_mlx.training import distributed
 from nalora_mlx.training.preferences.reference import log_probabilities
 from nalora_mlx.training.trainer import train
-from tests.conftest import VOCABULARY, build_model, llama_args
+from tests.conftest import VOCABULARY, build_model, llama_args, masked_config
 from tests.preference_rows import MODES, preference_rows
 from tests.runs.test_resume import assert_same_run, metrics
 from tests.training.test_distributed import launch
@@ -67,9 +67,9 @@ def start(
         model.freeze()
         model.layers[-1].unfreeze()
     elif kind == "dora":
-        adapt_dora(model, NALoRAConfig(mask="off", step_scaling=False, **lora))
+        adapt_dora(model, masked_config(mask="off", step_scaling=False, **lora))
     else:
-        adapt(model, NALoRAConfig(mask_warmup=3, **lora))
+        adapt(model, masked_config(mask_warmup=3, **lora))
     if adapter is not None:
         model.load_weights(str(adapter), strict=False)
     defaults = {"iters": 9, "batch_size": 3, "steps_per_report": 2, "steps_per_eval": 3, "save_every": 4}

@@ -12,7 +12,7 @@ from scipy.special import expit, log_softmax
 
 from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.forward_pass import recompute_activations
-from nalora_mlx.core.config import NALoRAConfig, TrainingConfig
+from nalora_mlx.core.config import TrainingConfig
 from nalora_mlx.data.batches import collate, collate_packs, evaluation_batches
 from nalora_mlx.data.preferences import JOINED, SEPARATE, SHARED, laid_out
 from nalora_mlx.training.diagnostics import measure_misalignment
@@ -25,7 +25,7 @@ from nalora_mlx.training.preferences.reference import Reference, row_log_probabi
 from nalora_mlx.training.preferences.run import PreferenceRun
 from nalora_mlx.training.step import TrainingStep
 from tests.adapters.test_miniatures import build
-from tests.conftest import VOCABULARY, build_model, llama_args, random_adapters, set_sizes
+from tests.conftest import VOCABULARY, build_model, llama_args, masked_config, random_adapters, set_sizes
 from tests.preference_rows import MODES, preference_rows
 
 LENGTH = 96  # of packs
@@ -34,7 +34,7 @@ LENGTH = 96  # of packs
 def adapted(name="llama", **settings):
     model = build(name)
     mx.random.seed(3)
-    adapt(model, NALoRAConfig(**({"num_layers": -1, "rank": 2, "scale": 2.0} | settings)))
+    adapt(model, masked_config(**({"num_layers": -1, "rank": 2, "scale": 2.0} | settings)))
     random_adapters(model, size=0.05)
     return model
 
@@ -45,10 +45,10 @@ def adapted(name="llama", **settings):
 def window_results(model, config, window, checkpointing=False, compiled=False):
     """Return the loss and the measures of a window, and its gradients and statistics by name."""
     loss = PreferenceLoss(model, config)
-    step = TrainingStep(model, optim.SGD(1.0), NALoRAConfig(), compiled, loss=loss)
+    step = TrainingStep(model, optim.SGD(1.0), masked_config(), compiled, loss=loss)
     captured = {}
 
-    def capture(sums):
+    def capture(sums, _probe):
         captured.update({name: np.array(array) for name, array in tree_flatten(sums) if array is not None})
 
     step._update = capture
@@ -116,7 +116,7 @@ def test_compiled_and_eager_agree_on_shared_prompts():
         model = adapted()
         before = dict(tree_flatten(model.trainable_parameters()))
         loss = PreferenceLoss(model, config)
-        step = TrainingStep(model, optim.SGD(0.1), NALoRAConfig(mask_warmup=0), compiled, loss=loss)
+        step = TrainingStep(model, optim.SGD(0.1), masked_config(mask_warmup=0), compiled, loss=loss)
         for batch in (collate(rows, [1, 2]), collate_packs(rows, [[3, 0], [1, 2]], LENGTH)):
             with recompute_activations(list(model.layers) if checkpointing else []):
                 total, _ = step(batch, batch.loss_counts, None, True)
@@ -132,7 +132,7 @@ def test_windows_of_attention_end_where_they_do_for_an_answer_alone():
     """With a window that is shorter than the prompts."""
     model = build("gemma3_text")
     assert model.args.sliding_window < 24
-    adapt(model, NALoRAConfig(num_layers=-1, rank=2, scale=2.0))
+    adapt(model, masked_config(num_layers=-1, rank=2, scale=2.0))
     random_adapters(model, size=0.05)
     rows, config = preference_rows("simpo", prompt=(24, 30)), TrainingConfig(train_mode="simpo")
     want = window_results(model, config, [collate(rows, range(4))])
@@ -146,7 +146,7 @@ def test_misalignment_of_shared_prompts_equals_that_of_separate_answers():
         collate(laid_out(rows, SHARED), [0]),
         collate_packs(laid_out(rows, JOINED), [[0]], 64),
     ):
-        step = TrainingStep(model := adapted(), optim.SGD(1.0), NALoRAConfig())
+        step = TrainingStep(model := adapted(), optim.SGD(1.0), masked_config())
         assert model is step.model
         measure_misalignment(step, window)
         found.append([np.array(state.misalignment) for state in step.importance["layers"].values()])
@@ -267,7 +267,7 @@ def test_ktos_estimate_of_the_divergence_is_not_negative(before):
 def test_equal_rewards_count_as_one_half():
     """Before training, all rewards are exactly 0 and the loss is exactly log 2, whatever the batch."""
     model = build("llama")
-    adapt(model, NALoRAConfig(num_layers=-1, rank=2))
+    adapt(model, masked_config(num_layers=-1, rank=2))
     config = TrainingConfig(train_mode="dpo")
     loss, rows = PreferenceLoss(model, config), preference_rows("dpo", 5)
     batches = evaluation_batches(rows, 2, -1, 0)
@@ -289,7 +289,7 @@ def test_divergence_equals_float64(tiled, layout, monkeypatch):
         set_sizes(monkeypatch, head_rows=8, head_columns=7)
         monkeypatch.setattr("nalora_mlx.ops.cross_entropy.COLUMN_MULTIPLE", 1)
     keys = None if tiled else ("lm_head", "mlp.gate_proj", "mlp.up_proj")  # a trained head has no tiles
-    adapt(model, NALoRAConfig(num_layers=-1, rank=2, scale=2.0, keys=keys))
+    adapt(model, masked_config(num_layers=-1, rank=2, scale=2.0, keys=keys))
     rows = laid_out(
         preference_rows("dpo", 4, vocabulary=VOCABULARY), SHARED if layout == SHARED else SEPARATE
     )
@@ -339,7 +339,7 @@ def test_logits_are_computed_in_tiles(monkeypatch):
     (more,) = Reference(loss, config, ALONE).window_arrays([batch])
     reference_pass = len(shapes)
     assert reference_pass
-    step = TrainingStep(model, optim.SGD(1.0), NALoRAConfig(), compiled=False, loss=loss)
+    step = TrainingStep(model, optim.SGD(1.0), masked_config(), compiled=False, loss=loss)
     step(batch, batch.loss_counts, None, True, more=more)
     assert len(shapes) > 2 * reference_pass
     assert max(count for count, _ in shapes) <= 16
@@ -360,7 +360,7 @@ def poisoned_model():
     weight = np.array(model.model.embed_tokens.weight)
     weight[POISON] = np.nan
     model.model.embed_tokens.weight = mx.array(weight)
-    adapt(model, NALoRAConfig(num_layers=-1, rank=2, scale=2.0))
+    adapt(model, masked_config(num_layers=-1, rank=2, scale=2.0))
     return model
 
 
@@ -385,7 +385,7 @@ def test_a_broken_row_is_not_taken_for_broken_weights():
     model, config = poisoned_model(), TrainingConfig(train_mode="dpo", reference="on-the-fly")
     loss = PreferenceLoss(model, config)
     reference = Reference(loss, config, ALONE)
-    step = TrainingStep(model, optim.SGD(1e-3), NALoRAConfig(), loss=loss)
+    step = TrainingStep(model, optim.SGD(1e-3), masked_config(), loss=loss)
     good = LastGoodWeights(step, reference.window_arrays)
     first, second = collate(rows, [0, 1]), collate(rows, [2, 3])
     good.show(good.current(), first)

@@ -16,7 +16,7 @@ from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.adapters.files import adapter_weights
 from nalora_mlx.adapters.forward_pass import recompute_activations
 from nalora_mlx.adapters.merge import fuse_model
-from nalora_mlx.core.config import PLAIN_LORA, NALoRAConfig, TrainingConfig
+from nalora_mlx.core.config import PLAIN_LORA, TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data import batches as batching
 from nalora_mlx.data.packing import epoch_packs
@@ -25,7 +25,7 @@ from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.evaluation import evaluate
 from nalora_mlx.training.step import TrainingStep
 from nalora_mlx.training.trainer import train
-from tests.conftest import VOCABULARY, build_examples, build_model, random_adapters, set_sizes
+from tests.conftest import VOCABULARY, build_examples, build_model, masked_config, random_adapters, set_sizes
 from tests.training.test_importance import reference as importance_reference
 
 OFF = {"mask": "off", "step_scaling": False}
@@ -36,7 +36,7 @@ def adapted(model=None, **settings):
     """Return the tiny llama, or another model, with adapters that always start the same."""
     model = model or build_model()
     mx.random.seed(11)
-    adapt(model, NALoRAConfig(**({"num_layers": -1, "rank": 4, "scale": 4.0} | settings)))
+    adapt(model, masked_config(**({"num_layers": -1, "rank": 4, "scale": 4.0} | settings)))
     mx.eval(model.parameters())
     return model
 
@@ -151,7 +151,7 @@ def gate_inputs(model, batches, projections=("gate_proj", "up_proj")):
 def merged_copy(model):
     """Return an mlx-lm model with the adapters of this one merged into its weights."""
     copy = build_model()
-    adapt(copy, NALoRAConfig(num_layers=-1, rank=4, scale=4.0))
+    adapt(copy, masked_config(num_layers=-1, rank=4, scale=4.0))
     copy.load_weights(list(adapter_weights(model).items()), strict=False)
     fuse_model(copy)
     return copy
@@ -174,7 +174,7 @@ def take_steps(settings, optimizer, steps=1, accumulate=1, checkpointing=False, 
     examples = build_examples(18, seed=3)
     model = adapted(**settings)
     random_adapters(model, size=0.02) if adapters is None else model.load_weights(adapters, strict=False)
-    config = NALoRAConfig(**settings)
+    config = masked_config(**settings)
     step = TrainingStep(model, optimizer, config, compiled)
     batches = batching.training_batches(examples, 3, 0)
     recorded = []
@@ -199,7 +199,7 @@ def test_each_column_moves_by_q_times_the_unscaled_step(name):
     initial = list(adapter_weights(start).items())
     plain, _, _ = take_steps(settings | OFF, optim.Adam(1e-2), adapters=initial)
     scaled, _, observed = take_steps(settings, optim.Adam(1e-2), adapters=initial)
-    parameters = NALoRAConfig(**settings)
+    parameters = masked_config(**settings)
     moved_plain, moved = weights(plain), weights(scaled)
     scaled_paths = set()
     for layer, statistics in enumerate(observed):
@@ -228,7 +228,7 @@ def test_weight_decay_acts_on_every_column():
     model, _, observed = take_steps(settings, optim.AdamW(1e-2, weight_decay=0.3), adapters=initial)
     after = weights(model)
     for layer, statistics in enumerate(observed):
-        q = importance_reference(list(statistics), NALoRAConfig(**settings), (48,))[-1][3]
+        q = importance_reference(list(statistics), masked_config(**settings), (48,))[-1][3]
         path = f"model.layers.{layer}.mlp.gate_proj.lora_b"
         np.testing.assert_allclose(
             after[path][:, q == 0], before[path][:, q == 0] * (1 - 1e-2 * 0.3), rtol=1e-6
@@ -242,7 +242,7 @@ def test_importance_state_equals_float64_from_an_unmodified_model(accumulate, ch
     """After some updates, against an mlx-lm model with the merged weights on the same padded batches."""
     settings = {"statistic": "derivative", "mask_warmup": 1}
     _, step, observed = take_steps(settings, optim.Adam(5e-3), 4, accumulate, checkpointing, compiled)
-    parameters = NALoRAConfig(**settings)
+    parameters = masked_config(**settings)
     layers = step.importance["layers"]
     for layer, statistics in enumerate(observed):
         s, occupancy, mask, _ = importance_reference(list(statistics), parameters, (48,))[-1]
@@ -308,7 +308,7 @@ def test_a_nan_misalignment_is_dropped():
 def test_layers_without_misalignment_need_no_sum_over_workers():
     """With several workers, a sum over no arrays would raise an error."""
     model = adapted()
-    step = TrainingStep(model, optim.Adam(1e-2), NALoRAConfig())
+    step = TrainingStep(model, optim.Adam(1e-2), masked_config())
     stacks = step.state["importance"]["stacks"]
     for stack, state in stacks.items():
         stacks[stack] = state._replace(misalignment=None)  # as for a plain sigmoid gate
@@ -329,14 +329,14 @@ def test_route_masks_only_the_gradient_of_lora_a():
         model = adapted(**settings, route=route)
         random_adapters(model, size=0.05)
         step = TrainingStep(
-            model, optim.SGD(1.0), NALoRAConfig(**settings, route=route, beta=0.0), compiled=False
+            model, optim.SGD(1.0), masked_config(**settings, route=route, beta=0.0), compiled=False
         )
         layers = step.importance["layers"].items()
         masked = {path: state._replace(mask=mx.array(mask.astype(np.float32))) for path, state in layers}
         step.set_layers(masked)
         captured = {}
 
-        def capture(window, captured=captured, stacks=step.weights.stacks):
+        def capture(window, _probe, captured=captured, stacks=step.weights.stacks):
             captured.update({k: np.array(v) for k, v in stacks.unstack(window.gradients).items()})
 
         step._update = capture
@@ -446,7 +446,7 @@ def test_checkpointing_is_undone_and_handles_layers_of_several_classes():
     model = build_model()
     model.model.layers[1].__class__ = Other
     calls = {cls: cls.__call__ for cls in (Other, type(model.model.layers[0]))}
-    adapt(model, NALoRAConfig(num_layers=-1))
+    adapt(model, masked_config(num_layers=-1))
     random_adapters(model)
     batch = next(batching.training_batches(build_examples(), 3, 0))
 
@@ -617,7 +617,7 @@ def test_the_importance_of_experts_follows_the_routing(length):
 
     args = MIXTRAL | {"num_local_experts": 8}
     plain, model = build_model(module=mixtral, args=args), build_model(module=mixtral, args=args)
-    config = NALoRAConfig(num_layers=-1, rank=2, beta=0.9)
+    config = masked_config(num_layers=-1, rank=2, beta=0.9)
     adapt(model, config)
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 60, (2, length + 1)).astype(np.int32)
