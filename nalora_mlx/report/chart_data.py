@@ -26,8 +26,15 @@ SCALARS = {  # by key in metrics.jsonl
     "tokens_per_second": Scalar("Speed", "tokens per second", ",.0f", " tokens per second"),
     "peak_memory_gb": Scalar("Peak memory", "peak memory (GB)", ".2f", " GB"),
     "gradient_norm": Scalar("Gradient norm", "norm of the gradient", ".3g", ""),
+    "selection_change": Scalar("Selection change", "change of the selection per update", ".3g", ""),
 }
-NOISY_SCALARS = ("loss", "tokens_per_second", "gradient_norm", *MEASURES)  # smoothed; the raw values are pale
+NOISY_SCALARS = (
+    "loss",
+    "tokens_per_second",
+    "gradient_norm",
+    "selection_change",
+    *MEASURES,
+)  # smoothed; the raw values are pale
 LOG_SCALE_RATIO = 10  # of the highest to the lowest loss
 SMOOTHING_MIN_REPORTS = 60  # shorter runs are not smoothed
 MAX_SCALAR_POINTS = 400  # of a line in the small charts

@@ -23,7 +23,14 @@ from nalora_mlx.runs.metrics import METRICS_FILE
 from nalora_mlx.runs.preferences import OBJECTIVES, TRL_NAMES, measures, preference_config
 from nalora_mlx.runs.samples import read_samples
 
-SCALARS = ("loss", "learning_rate", "tokens_per_second", "peak_memory_gb", "gradient_norm")
+SCALARS = (
+    "loss",
+    "learning_rate",
+    "tokens_per_second",
+    "peak_memory_gb",
+    "gradient_norm",
+    "selection_change",
+)
 MEASURES = (*TRL_NAMES, "accuracy_longer", "accuracy_shorter")  # of preference runs
 MAX_LAYER_REPORTS = (
     5 * MAX_COLUMNS

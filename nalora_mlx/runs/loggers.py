@@ -92,7 +92,7 @@ class TensorBoard:
 def _scalars(event: dict[str, Any]) -> dict[str, float]:
     """Return the scalars of a metrics event by TensorBoard tag. Those of preference training have TRL's tags."""
     values = {f"loss/{event['split']}": event["loss"]}
-    for key in ("learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_gb"):
+    for key in ("learning_rate", "gradient_norm", "selection_change", "tokens_per_second", "peak_memory_gb"):
         values[f"training/{key}"] = event.get(key)
     for path, layer in event.get("layers", {}).items():
         values[f"misalignment/{path}"] = layer.get("misalignment")
