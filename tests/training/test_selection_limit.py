@@ -14,6 +14,7 @@ from nalora_mlx.adapters.attach import adapt
 from nalora_mlx.core.config import NALoRAConfig, TrainingConfig
 from nalora_mlx.core.errors import InputError
 from nalora_mlx.data.batches import Batch
+from nalora_mlx.training import selection_limit
 from nalora_mlx.training.distributed import Workers
 from nalora_mlx.training.selection_limit import PROBE_TOKENS
 from nalora_mlx.training.step import TrainingStep
@@ -135,7 +136,7 @@ def true_change(name, before, after, tokens):
 @pytest.mark.parametrize("name", MODELS)
 def test_change_equals_that_of_the_merged_models(name, length):
     """Measured on at most 64 tokens of the first row, without its padding."""
-    batch = make_batch(length, (min(length, 60) - 2, length))
+    batch = make_batch(length, (min(length, 80) - 2, length))
     before, after, change = update(adapted(name), NONE, batch)
     tokens = batch.inputs[:1, : min(PROBE_TOKENS, int(batch.token_mask[0].sum()))]
     assert change > 0.01
@@ -250,6 +251,23 @@ def test_an_accumulated_update_is_limited_once():
         assert moved > 0
     assert max(results) < 0.02
     assert max(results) / min(results) < 1.5
+
+
+def test_updates_between_measured_ones_are_shortened_alike():
+    assert [i for i in range(1, 41) if selection_limit.is_measured(i)] == [*range(1, 21), 24, 32, 40]
+    model = adapted()
+    config = NALoRAConfig(num_layers=-1, rank=4, scale=4.0, **OFF, selection_limit=1e-3)
+    step, batch = TrainingStep(model, optim.SGD(1e-2), config), make_batch()
+    lengths, changes = [], []
+    for iteration in (20, 21, 22, 24):
+        before = parameters(model)
+        loss, _ = step(batch, batch.supervised_tokens, None, True, (0, iteration))
+        mx.eval(step.state, loss)
+        after = parameters(model)
+        changes.append(step.importance["selection_change"].item())
+        lengths.append(np.sqrt(sum(((after[key] - before[key]) ** 2).sum() for key in before)))
+    assert changes[0] == changes[1] == changes[2] != changes[3]
+    assert lengths == pytest.approx([lengths[0]] * 4, rel=0.1)
 
 
 @pytest.mark.parametrize("limit", [-0.1, float("inf"), float("nan")])
