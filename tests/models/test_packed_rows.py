@@ -24,7 +24,7 @@ from nalora_mlx.models.recurrences import TrainingForms
 from nalora_mlx.ops.rope import rope_positions
 from nalora_mlx.training.step import TrainingStep
 from tests.adapters.test_miniatures import build
-from tests.conftest import build_examples, random_adapters
+from tests.conftest import build_examples, masked_config, random_adapters
 
 # Full and sliding-window attention, latent attention, experts, joint projections, attention sinks, recurrences, short
 # convolutions.
@@ -53,7 +53,7 @@ def test_packed_and_unpacked_training_are_equal(name):
     """Loss, gradients and importance statistics, for one row at a time and for all rows in two sequences."""
     model = build(name)
     assert packing_error_of(model) is None
-    report = adapt(model, NALoRAConfig(num_layers=-1, rank=2, scale=2.0))
+    report = adapt(model, masked_config(num_layers=-1, rank=2, scale=2.0))
     random_adapters(model, size=0.05)
     examples = build_examples(5, seed=4, low=5, high=14)
     length = padded_length(examples) + 2 * PAD_TO
@@ -61,7 +61,7 @@ def test_packed_and_unpacked_training_are_equal(name):
     assert packed.supervised_tokens == sum(int(e.loss_mask.sum()) for e in examples)
     captured = []
     step = TrainingStep(model, optim.SGD(1.0), report.config, compiled=False)
-    step._update = lambda window: captured.append(
+    step._update = lambda window, _probe: captured.append(
         {k: np.array(a) for k, a in tree_flatten(window) if a is not None}
     )
     model.train()
