@@ -10,7 +10,7 @@ from nalora_mlx.core.config import NAParameters
 from nalora_mlx.data.batches import Batch
 from nalora_mlx.training import importance
 from nalora_mlx.training.importance import LayerState
-from nalora_mlx.training.loss import first_tokens
+from nalora_mlx.training.loss import first_row_arrays
 from nalora_mlx.training.step import TrainingStep
 
 PROBE_TOKENS = 256  # at most, on which selection misalignment is measured
@@ -27,7 +27,7 @@ def measure_misalignment(step: TrainingStep, batch: Batch) -> None:
     measured = [path for path, state in layers.items() if state.misalignment is not None]
     if not measured:
         return
-    arrays = first_tokens(batch, PROBE_TOKENS)
+    arrays = first_row_arrays(batch, slice(0, PROBE_TOKENS))
     context = ForwardPass(token_mask=arrays["token_mask"], diagnose=True)
     training = step.model.training
     step.model.eval()  # no dropout

@@ -193,11 +193,14 @@ def batch_arrays(batch: Batch) -> dict[str, Any]:
     return {name: media_arrays(value) for name, value in arrays.items() if value is not None}
 
 
-def first_tokens(batch: Batch, count: int) -> dict[str, Any]:
-    """Return the first tokens of a batch's first row as arrays by name: at most `count`, or a whole row with images."""
-    part = (slice(0, 1), slice(0, count if batch.media is None else None))
+def first_row_arrays(batch: Batch, part: slice) -> dict[str, Any]:
+    """Return a part of a batch's first row, which is long enough for a forward pass, as arrays by name.
+
+    inputs, token_mask, segment_ids, branches, positions [1, L], and media. A row of a batch with images stays whole.
+    """
+    index = (slice(0, 1), part if batch.media is None else slice(None))
     names = "inputs", "token_mask", "segment_ids", "branches", "positions"
-    arrays = {name: array[part] for name in names if (array := getattr(batch, name)) is not None}
+    arrays = {name: array[index] for name in names if (array := getattr(batch, name)) is not None}
     if batch.media is not None:
         arrays["media"] = first_row(batch.media)
     return {name: media_arrays(array) for name, array in arrays.items()}

@@ -3,7 +3,7 @@
 The selection weight rho(z) of a self-gated activation phi(z) = z rho(z) says how far a channel is open. Unlike an
 optimizer's step, its change has a natural unit. An update that changes it by more than the limit is shortened:
 
-1. z and z': gate pre-activations of the first tokens of the batch, before and after the update of the whole model
+1. z and z': gate pre-activations on some tokens of the batch, before and after the update of the whole model
 2. Change of the selection:  S = mean of |rho(z') - rho(z)| over tokens and channels of all gated MLPs
 3. Shortened update:         theta + min(1, limit / S) (theta' - theta), for all trainable parameters theta
 
@@ -11,16 +11,19 @@ All parameters are shortened alike, so the update keeps its direction. The optim
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from nalora_mlx.adapters.forward_pass import ForwardPass, Gate, forward_pass
 from nalora_mlx.adapters.gated_mlps import GatedMLP
+from nalora_mlx.data.batches import Batch
 from nalora_mlx.training.distributed import Workers
-from nalora_mlx.training.loss import Arrays, Loss
+from nalora_mlx.training.loss import Arrays, Loss, first_row_arrays
 from nalora_mlx.training.stacks import StackedParameters
 
-PROBE_TOKENS = 64  # of the first row of a batch, on which the selection is measured
+PROBE_TOKENS = 64  # of a batch, on which the selection is measured
 MEASURED_FIRST = 20  # iterations
 MEASURED_EVERY = 8  # iterations after these
 
@@ -65,7 +68,7 @@ class SelectionLimit:
 
         Args:
             new: the stacks of the parameters after the whole update.
-            probe: the first tokens of the batch, see `first_tokens`.
+            probe: some tokens of the batch, see `probe_arrays`.
         """
         before, after = (self._gates(arrays, probe) for arrays in (self.weights.arrays, new))
         changes = [
@@ -101,6 +104,16 @@ class SelectionLimit:
         if old.experts is not None:  # a token that goes to another expert now has no counterpart
             counted = counted[:, None] & (old.experts == new.experts)
         return mx.sum(mx.where(counted, change, 0)), mx.sum(counted)
+
+
+def probe_arrays(batch: Batch) -> dict[str, Any]:
+    """Return the last tokens of a batch's first row, which are mostly supervised, see `first_row_arrays`.
+
+    They are a sequence of their own: without the tokens before them, a forward pass is short.
+    """
+    real = np.flatnonzero(batch.token_mask[0]) if len(batch.token_mask) else np.array([])
+    start = max(0, int(real[-1]) + 1 - PROBE_TOKENS) if real.size else 0
+    return first_row_arrays(batch, slice(start, start + PROBE_TOKENS))
 
 
 def is_measured(iteration: int) -> bool:

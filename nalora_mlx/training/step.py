@@ -23,16 +23,9 @@ from nalora_mlx.training.compilation import compile_with_state
 from nalora_mlx.training.distributed import ALONE, Workers
 from nalora_mlx.training.importance import LayerState, LayerStatistics
 from nalora_mlx.training.importance_stacks import ImportanceStacks
-from nalora_mlx.training.loss import (
-    Arrays,
-    Loss,
-    SupervisedLoss,
-    array_shapes,
-    batch_arrays,
-    first_tokens,
-)
+from nalora_mlx.training.loss import Arrays, Loss, SupervisedLoss, array_shapes, batch_arrays
 from nalora_mlx.training.optimizers import apply_scaled
-from nalora_mlx.training.selection_limit import PROBE_TOKENS, SelectionLimit, is_measured
+from nalora_mlx.training.selection_limit import SelectionLimit, is_measured, probe_arrays
 from nalora_mlx.training.stacks import StackedParameters
 
 MAX_GRAPHS = 48  # compiled graphs kept, one per batch shape; each takes about 18 MB on a CPU
@@ -122,9 +115,9 @@ class TrainingStep:
     def notices(self) -> list[str]:
         """Return what takes more time or memory than it could, and what has no effect."""
         notices = self.loss.notices()
-        if self.parameters.selection_limit and self.limit is None:
+        if self.gated and self.parameters.selection_limit and self.limit is None:
             notices.append(
-                "the selection limit has no effect: this model has no selection weights that it adapts"
+                "selection_limit has no effect: the activations of this model have no selection weights to measure"
             )
         return notices
 
@@ -190,7 +183,7 @@ class TrainingStep:
         finish = self._compiled_finish if self.compiled else self._finish
         probe = None
         if update and self.limit is not None and is_measured(seed[1]):
-            probe = first_tokens(batch, PROBE_TOKENS)
+            probe = probe_arrays(batch)
         result = finish(loss, measures, window, accumulated is None, update, probe)
         self.weights.record()
         return result

@@ -135,10 +135,11 @@ def true_change(name, before, after, tokens):
 @pytest.mark.parametrize("length", [7, 90])
 @pytest.mark.parametrize("name", MODELS)
 def test_change_equals_that_of_the_merged_models(name, length):
-    """Measured on at most 64 tokens of the first row, without its padding."""
+    """Measured on at most 64 tokens at the end of the first row, without its padding."""
     batch = make_batch(length, (min(length, 80) - 2, length))
     before, after, change = update(adapted(name), NONE, batch)
-    tokens = batch.inputs[:1, : min(PROBE_TOKENS, int(batch.token_mask[0].sum()))]
+    real = int(batch.token_mask[0].sum())
+    tokens = batch.inputs[:1, max(0, real - PROBE_TOKENS) : real]
     assert change > 0.01
     assert change == pytest.approx(true_change(name, before, after, tokens), rel=2e-4)
 
@@ -268,6 +269,16 @@ def test_updates_between_measured_ones_are_shortened_alike():
         lengths.append(np.sqrt(sum(((after[key] - before[key]) ** 2).sum() for key in before)))
     assert changes[0] == changes[1] == changes[2] != changes[3]
     assert lengths == pytest.approx([lengths[0]] * 4, rel=0.1)
+
+
+def test_a_model_without_selection_weights_has_no_limit(monkeypatch):
+    monkeypatch.setattr(selection_limit, "has_selection", lambda mlp: False)
+    model = adapted(selection_limit=0.01)
+    step = TrainingStep(model, optim.Adam(1e-3), NALoRAConfig(selection_limit=0.01))
+    assert step.limit is None
+    assert any("selection_limit has no effect" in notice for notice in step.notices())
+    plain = TrainingStep(adapted(), optim.Adam(1e-3), NALoRAConfig(**OFF, selection_limit=0))
+    assert not any("selection_limit" in notice for notice in plain.notices())
 
 
 @pytest.mark.parametrize("limit", [-0.1, float("inf"), float("nan")])
