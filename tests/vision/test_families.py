@@ -34,7 +34,7 @@ from nalora_mlx.training.step import TrainingStep
 from tests.vision.tiny_models import FAMILIES, IMAGE, START, picture, save_model
 
 TOLERANCE = 1e-5  # of the largest entry, in float32
-OFF = {"mask": "off", "step_scaling": False}
+OFF = {"mask": "off", "step_scaling": False, "selection_limit": 0.0}
 
 
 @dataclass
@@ -236,7 +236,7 @@ def adapted(case, strength=0.02, **settings):
     """Return a copy of our model with adapters that matter."""
     model, _ = open_vision_model(str(case.directory))
     mx.random.seed(0)
-    result = adapt(model, NALoRAConfig(num_layers=-1, rank=2, selection_limit=0, **settings))
+    result = adapt(model, NALoRAConfig(num_layers=-1, rank=2, **settings))
     generator = np.random.default_rng(1)
     for path, array in adapter_weights(model).items():
         if path.endswith("lora_b"):
