@@ -4,16 +4,18 @@
       --runs mlx_lm.lora lora na-lora peft mlx_lm.lora@1e-4 na-lora:quick
     python scripts/time_to_quality.py --tables study-runs/time.jsonl
 
-A run is a trainer with its defaults, TRAINER@RATE with a learning rate, or na-lora:PRESET or lora:PRESET. Trainers:
+A run is a trainer with its defaults, TRAINER@RATE with a learning rate, TRAINER@RATE+bias_correction with Adam's bias
+correction as well, or na-lora:PRESET or lora:PRESET. Trainers:
 
 - mlx_lm.lora: mlx-lm's trainer and its defaults.
 - lora, na-lora: ours. Defaults: those of mlx_lm.lora, with our batches.
 - peft: Transformers and PEFT on PyTorch. Defaults: those of LoraConfig (rank 8, alpha 8, query and value projections)
-  and of the Trainer (AdamW at 5e-5, batches of 8), at a constant rate. With a rate, the adapters of the others.
+  and of the Trainer (AdamW at 5e-5, batches of 8), at a constant rate. With a rate, the adapters of the others, and
+  their batches. PyTorch's Adam always corrects bias.
 
 Each run is a process of its own. Its clock counts everything from the first batch on, compilation included, but not
-the evaluations, which all compute the same loss of the same rows. Prompts are masked. Runs take turns, in a rotating
-order. Each appends one line of JSON to the output; runs that are in the file are skipped.
+the evaluations, which all compute the same loss of the same rows, more often at first. Prompts are masked. Runs take
+turns, in a rotating order. Each appends one line of JSON to the output; runs that are in the file are skipped.
 """
 
 import argparse
@@ -31,7 +33,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from benchmark_training import worker_environment
@@ -39,11 +41,20 @@ from benchmark_training import worker_environment
 BASELINE = "mlx_lm.lora"
 TRAINERS = (BASELINE, "lora", "na-lora", "peft")
 RANK, SCALE, LAYERS, BATCH = 8, 20.0, 16, 4  # mlx_lm.lora's defaults
-DEFAULT_RATES = {"peft": 5e-5}
 DEFAULT_RATE = 1e-5
+PEFT_RATE, PEFT_BATCH = 5e-5, 8  # the Trainer's defaults
 REPORT = 2  # iterations between looks at the clock
 EVALUATION_BATCH = 16
 Curve = list[tuple[float, int, float]]  # seconds, iterations, validation loss
+
+
+class Run(NamedTuple):
+    """What one run does: its trainer, and what it has other than the trainer's defaults."""
+
+    trainer: str
+    rate: float | None = None
+    bias_correction: bool = False
+    preset: str | None = None
 
 
 class TimeIsUp(Exception):
@@ -51,7 +62,7 @@ class TimeIsUp(Exception):
 
 
 class Clock:
-    """Evaluates at even intervals of training time, and says when the time is up.
+    """Evaluates at times that grow as squares, the last at the end, and says when the time is up.
 
     Args:
         seconds: training time of the run.
@@ -63,6 +74,7 @@ class Clock:
         self.seconds, self.points, self.evaluate = seconds, points, evaluate
         self.curve: Curve = []
         self.started = self.paused = 0.0
+        self.due = 1  # number of the next evaluation
 
     def start(self) -> None:
         """Evaluate once, and start."""
@@ -72,24 +84,33 @@ class Clock:
     def tick(self, iteration: int) -> bool:
         """Evaluate if it is time for it; return whether the time is up."""
         now = time.perf_counter() - self.started - self.paused
-        if now >= len(self.curve) * self.seconds / self.points:
+        if now >= self.seconds * (self.due / self.points) ** 2:
+            self.due = math.floor(self.points * math.sqrt(now / self.seconds)) + 1
             start = time.perf_counter()
             self.curve.append((round(now, 3), iteration, self.evaluate()))
             self.paused += time.perf_counter() - start
         return now >= self.seconds
 
 
-def parse_run(text: str) -> tuple[str, float | None, str | None]:
-    """Return the trainer, the learning rate and the preset of a run."""
+def parse_run(text: str) -> Run:
+    """Return what a run does, from its name."""
     trainer, _, given = text.partition("@")
     trainer, _, preset = trainer.partition(":")
+    given, _, variant = given.partition("+")
     try:
         rate = float(given) if given else None
     except ValueError:
         trainer = ""
-    if trainer not in TRAINERS or (preset and (given or trainer not in TRAINERS[1:3])):
-        raise argparse.ArgumentTypeError(f"{text} is no run; give TRAINER, TRAINER@RATE or na-lora:PRESET")
-    return trainer, rate, preset or None
+    if (
+        trainer not in TRAINERS
+        or variant not in ("", "bias_correction")
+        or (variant and not rate)
+        or (preset and (given or trainer not in TRAINERS[1:3]))
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no run; give TRAINER, TRAINER@RATE, TRAINER@RATE+bias_correction or na-lora:PRESET"
+        )
+    return Run(trainer, rate, bool(variant), preset or None)
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -123,7 +144,7 @@ def mlx_loss(model: Any, rows: list[Any]) -> Callable[[], float]:
     return evaluate
 
 
-def run_mlx_lm(args: argparse.Namespace, rate: float | None, _: str | None, seed: int) -> Clock:
+def run_mlx_lm(args: argparse.Namespace, run: Run, seed: int) -> Clock:
     """Train with mlx_lm.lora's trainer."""
     import mlx.core as mx
     import mlx.optimizers as optim
@@ -158,7 +179,7 @@ def run_mlx_lm(args: argparse.Namespace, rate: float | None, _: str | None, seed
     with contextlib.suppress(TimeIsUp):
         trainer.train(
             model,
-            optim.Adam(rate or DEFAULT_RATE),
+            optim.Adam(run.rate or DEFAULT_RATE, bias_correction=run.bias_correction),
             CacheDataset(rows),
             args=settings,
             training_callback=Callback(),
@@ -166,9 +187,7 @@ def run_mlx_lm(args: argparse.Namespace, rate: float | None, _: str | None, seed
     return clock
 
 
-def run_ours(
-    args: argparse.Namespace, rate: float | None, preset: str | None, seed: int, method: str
-) -> Clock:
+def run_ours(args: argparse.Namespace, run: Run, seed: int) -> Clock:
     """Train with our trainer."""
     import mlx.core as mx
     from mlx_lm import load
@@ -178,15 +197,17 @@ def run_ours(
     from nalora_mlx.training.optimizers import configured_optimizer
 
     flags: dict[str, Any] = {
-        "fine_tune_type": method,
+        "fine_tune_type": run.trainer,
         "seed": seed,
         "iters": 10**6,
         "steps_per_report": REPORT,
     }
-    if rate:
-        flags["learning_rate"] = rate
-    if preset:
-        flags["preset"] = preset
+    if run.rate:
+        flags["learning_rate"] = run.rate
+    if run.bias_correction:
+        flags["optimizer_config"] = {"adam": {"bias_correction": True}}
+    if run.preset:
+        flags["preset"] = run.preset
     config = load_run_config(None, flags)
     model, tokenizer, *_ = load(args.model)
     mx.random.seed(seed)
@@ -212,7 +233,7 @@ def run_ours(
     return clock
 
 
-def run_peft(args: argparse.Namespace, rate: float | None, _: str | None, seed: int) -> Clock:
+def run_peft(args: argparse.Namespace, run: Run, seed: int) -> Clock:
     """Train with Transformers and PEFT: random rows, padded to the longest in the batch."""
     import torch
     from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -224,7 +245,7 @@ def run_peft(args: argparse.Namespace, rate: float | None, _: str | None, seed: 
     tokenizer: Any = load_tokenizer(Path(args.model))
     count = len(model.model.layers)
     adapters: dict[str, Any] = {}
-    if rate:
+    if run.rate:
         adapters = {
             "r": RANK,
             "lora_alpha": SCALE * RANK,
@@ -233,8 +254,8 @@ def run_peft(args: argparse.Namespace, rate: float | None, _: str | None, seed: 
         }
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **adapters)).train()
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = (torch.optim.Adam if rate else torch.optim.AdamW)(trained, rate or DEFAULT_RATES["peft"])
-    size = BATCH if rate else 8
+    optimizer = torch.optim.Adam(trained, run.rate) if run.rate else torch.optim.AdamW(trained, PEFT_RATE)
+    size = BATCH if run.rate else PEFT_BATCH
     rows, valid = load_rows(args, tokenizer, "train"), load_rows(args, tokenizer, "valid")[: args.rows]
 
     def loss_of(batch: list[Any], reduction: str) -> Any:
@@ -274,13 +295,9 @@ def run_peft(args: argparse.Namespace, rate: float | None, _: str | None, seed: 
 
 def measure(args: argparse.Namespace, text: str, seed: int) -> dict[str, Any]:
     """Do one run in this process; return its record."""
-    trainer, rate, preset = parse_run(text)
-    if trainer == BASELINE:
-        clock = run_mlx_lm(args, rate, preset, seed)
-    elif trainer == "peft":
-        clock = run_peft(args, rate, preset, seed)
-    else:
-        clock = run_ours(args, rate, preset, seed, trainer)
+    run = parse_run(text)
+    trainers = {BASELINE: run_mlx_lm, "peft": run_peft}
+    clock = trainers.get(run.trainer, run_ours)(args, run, seed)
     curve = [(seconds, iteration, float(f"{loss:.5g}")) for seconds, iteration, loss in clock.curve]
     return {"run": text, "seed": seed, "curve": curve}
 
@@ -296,7 +313,7 @@ def run_all(args: argparse.Namespace) -> None:
             if (task, text, seed) in done:
                 continue
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", text, str(seed)]
-            environment = worker_environment(parse_run(text)[0])
+            environment = worker_environment(parse_run(text).trainer)
             result = subprocess.run(command, capture_output=True, text=True, env=environment)
             if result.returncode:
                 raise SystemExit(f"error: {text}: {result.stderr}")
@@ -375,7 +392,7 @@ def main() -> int:
     parser.add_argument("--data", help="directory with train.jsonl and valid.jsonl")
     parser.add_argument("--runs", nargs="+", default=list(TRAINERS), help="see above")
     parser.add_argument("--seconds", type=float, default=120, help="training time of a run (default: 120)")
-    parser.add_argument("--points", type=int, default=12, help="evaluations of a run (default: 12)")
+    parser.add_argument("--points", type=int, default=8, help="evaluations of a run (default: 8)")
     parser.add_argument("--rows", type=int, default=100, help="validation rows (default: 100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="append raw results to this file, as JSON lines")

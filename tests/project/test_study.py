@@ -265,11 +265,13 @@ def test_clock_leaves_out_evaluations(monkeypatch):
     for iteration in range(1, 11):
         now[0] += 1
         ended.append(clock.tick(iteration))
-    assert [point[:2] for point in clock.curve] == [(0, 0), (5, 5), (10, 10)]
+    assert [point[:2] for point in clock.curve] == [(0, 0), (3, 3), (10, 10)]  # due at 2.5 and 10
     assert ended == [False] * 9 + [True]
 
 
-@pytest.mark.parametrize("text", ["lora@x", "other", "peft:quick", "lora:quick@1e-4"])
+@pytest.mark.parametrize(
+    "text", ["lora@x", "other", "peft:quick", "lora:quick@1e-4", "lora@1e-4+warmup", "lora@+bias_correction"]
+)
 def test_bad_runs_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is no run"):
         time_to_quality.parse_run(text)
