@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from nalora_mlx.core.config import DPO, KTO, ORPO, SIMPO, RunConfig
 from nalora_mlx.core.config_adapter import LORA_NAMES, NA_NAMES
+from nalora_mlx.core.config_presets import PRESETS
 
 TRAINING_ONLY = (
     "iters epochs val_batches steps_per_report steps_per_eval save_every keep_last early_stopping max_bad_steps "
     "grad_checkpoint grad_checkpoint_every grad_accumulation_steps grad_clip clear_cache_threshold wired_limit packing "
     "fine_tune_type optimizer optimizer_config learning_rate lr_schedule num_layers resume_adapter_file "
-    "memory_budget report_to project_name push_to_hub"
+    "preset memory_budget report_to project_name push_to_hub"
 )
 
 
@@ -45,6 +46,10 @@ def _ignores_rate(config: RunConfig) -> bool:
     return config.optimizer == "adafactor" and settings.get("relative_step", True)
 
 
+def _is_only_for_na_lora(config: RunConfig) -> bool:
+    return set(PRESETS.get(config.preset or "", ())) == {"na_parameters"}
+
+
 def _only_in(modes: tuple[str, ...], name: str) -> Rule:
     """Return the rule for a setting that only some train modes read."""
     return Rule((name,), lambda c: c.train_mode not in modes, f"without --train-mode {' or '.join(modes)}")
@@ -61,6 +66,11 @@ RULES = (
     Rule(("test_batches",), lambda c: not c.test, "without --test", in_files=False),
     Rule(LORA_NAMES, lambda c: c.fine_tune_type == "full", "in full fine-tuning, which has no adapter"),
     Rule(NA_NAMES, lambda c: c.fine_tune_type != "na-lora", "without fine_tune_type na-lora"),
+    Rule(
+        ("preset",),
+        lambda c: c.fine_tune_type != "na-lora" and _is_only_for_na_lora(c),
+        "without fine_tune_type na-lora",
+    ),
     Rule(
         ("statistic", "mask_every", "mask_warmup", "route"), lambda c: _mask(c) == "off", "while mask is off"
     ),
@@ -125,7 +135,7 @@ def without_effect(config: RunConfig) -> list[str]:
     notices += [
         f"optimizer_config.{name} has no effect with optimizer {config.optimizer}"
         for name, settings in config.optimizer_config.items()
-        if settings and name != config.optimizer
+        if settings and name != config.optimizer and "optimizer_config" in config.given
     ]
     rate, place = schedule_rate(config), config.given.get("learning_rate", "")
     if place and rate is not None and rate != config.learning_rate and not _ignores_rate(config):

@@ -33,5 +33,5 @@ class SkippedUpdate:
     def reason(self) -> str:
         """What is not finite, as a clause."""
         if math.isfinite(self.loss):
-            return "the gradient or the new weights are not finite"
+            return "the gradient, the new weights or what they compute is not finite"
         return f"the loss is {self.loss}"

@@ -49,7 +49,9 @@ class Accumulated(NamedTuple):
 class Health(NamedTuple):
     """Whether the numbers of the current accumulation window are finite."""
 
-    finite: mx.array  # losses, gradient and, after an update, the new parameters; []
+    finite: (
+        mx.array
+    )  # losses, gradient and, after an update, the new parameters and the selection's change; []
     losses: mx.array  # the losses alone; []
     gradient_norm: mx.array  # global norm of the gradient, float32; []
 
@@ -255,7 +257,8 @@ class TrainingStep:
         old = tree_map(lambda array: array, self._updated_state())  # new containers, the same arrays
         self._update(window, probe)
         new = self._updated_state()
-        finite = self.health.finite & mx.isfinite(global_norm(new[0]))
+        change = self.state["importance"]["selection_change"]  # NaN if the new parameters compute NaN
+        finite = self.health.finite & mx.isfinite(global_norm(new[0])) & mx.isfinite(change)
         self.state["health"] = self.health._replace(finite=finite)
         kept = tree_map(lambda n, o: n if n is o else mx.where(finite, n, o), new, old)
         trees.assign(self._updated_state(), kept)

@@ -63,6 +63,12 @@ def notices(tmp_path, text="", **flags):
         ),
         ("optimizer_config: {adamw: {weight_decay: 0.1}}", {"optimizer": "adamw"}, []),
         (
+            "",
+            {"preset": "paper", "fine_tune_type": "lora"},
+            ["--preset has no effect without fine_tune_type na-lora"],
+        ),
+        ("preset: paper", {}, []),
+        (
             "optimizer: adafactor\nlr_schedule: {name: cosine_decay, arguments: [1e-5, 1000]}",
             {"learning_rate": 0.1},
             [

@@ -219,6 +219,21 @@ def test_an_update_with_nan_is_skipped():
         assert np.array_equal(old, after[key])
 
 
+def test_an_update_after_which_the_model_computes_nan_is_skipped():
+    """The new weights are finite, but what the model computes with them is not. Nothing else is kept of it, either."""
+    model = adapted()
+    config = NALoRAConfig(num_layers=-1, rank=4, scale=4.0, **OFF, selection_limit=0.02)
+    optimizer = optim.SGD(1e15)
+    step, batch, before = TrainingStep(model, optimizer, config), make_batch(), parameters(model)
+    for rate, moves in ((1e15, False), (1e-3, True)):
+        optimizer.learning_rate = rate
+        loss, _ = step(batch, batch.supervised_tokens, None, True, (0, 1))
+        mx.eval(step.state, loss)
+        assert bool(step.health.finite) is moves
+        assert np.isfinite(step.importance["selection_change"].item())
+        assert all(np.array_equal(before[key], new) for key, new in parameters(model).items()) is not moves
+
+
 def test_workers_shorten_alike(monkeypatch):
     """The sum of changes and the number of tokens are added over workers before they are divided."""
     batches = [make_batch(seed=seed) for seed in (1, 2)]
