@@ -43,7 +43,7 @@ TRAINERS = (BASELINE, "lora", "na-lora", "peft")
 RANK, SCALE, LAYERS, BATCH = 8, 20.0, 16, 4  # mlx_lm.lora's defaults
 DEFAULT_RATE = 1e-5
 PEFT_RATE, PEFT_BATCH = 5e-5, 8  # the Trainer's defaults
-REPORT = 2  # iterations between looks at the clock
+REPORT = 2  # iterations of the others between looks at the clock
 EVALUATION_BATCH = 16
 Curve = list[tuple[float, int, float]]  # seconds, iterations, validation loss
 
@@ -196,12 +196,7 @@ def run_ours(args: argparse.Namespace, run: Run, seed: int) -> Clock:
     from nalora_mlx.core.config import load_run_config
     from nalora_mlx.training.optimizers import configured_optimizer
 
-    flags: dict[str, Any] = {
-        "fine_tune_type": run.trainer,
-        "seed": seed,
-        "iters": 10**6,
-        "steps_per_report": REPORT,
-    }
+    flags: dict[str, Any] = {"fine_tune_type": run.trainer, "seed": seed, "iters": 10**6}
     if run.rate:
         flags["learning_rate"] = run.rate
     if run.bias_correction:
@@ -215,21 +210,15 @@ def run_ours(args: argparse.Namespace, run: Run, seed: int) -> Clock:
     clock = Clock(
         args.seconds, args.points, mlx_loss(model, load_rows(args, tokenizer, "valid")[: args.rows])
     )
-    rows, up = load_rows(args, tokenizer, "train"), [False]
+    rows, iterations = load_rows(args, tokenizer, "train"), itertools.count()
 
-    def listen(event: dict[str, Any]) -> None:
-        if event.get("split") == "train":
-            up[0] = clock.tick(event["step"])
+    def is_time_up() -> bool:  # asked before each iteration
+        mx.eval(model.trainable_parameters())
+        iteration = next(iterations)
+        return iteration > 0 and clock.tick(iteration)
 
     clock.start()
-    train(
-        model,
-        rows,
-        config=config,
-        optimizer=configured_optimizer(config),
-        listeners=[listen],
-        stop=lambda: up[0],
-    )
+    train(model, rows, config=config, optimizer=configured_optimizer(config), stop=is_time_up)
     return clock
 
 

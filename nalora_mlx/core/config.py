@@ -190,6 +190,10 @@ class RunConfig(TrainingConfig, DataConfig):
             found.append("nothing to do; give --train, --test or both, or --plan")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             found.append(f"learning_rate is {self.learning_rate}; it must be above 0")
+        preset = PRESETS.get(self.preset or "", {})
+        is_of_preset = self.learning_rate == preset.get("learning_rate") and "learning_rate" not in self.given
+        if is_of_preset and self.fine_tune_type == "full":
+            found.append(f"preset {self.preset} has a learning rate for adapters; give --learning-rate, too")
         for name in self.optimizer_config:
             if name not in OPTIMIZERS:
                 found.append(f"optimizer_config names {name!r}{nearest(name, OPTIMIZERS)}")

@@ -2,8 +2,15 @@
 
 from typing import Any
 
+# Without it, Adam's first steps are up to three times as long as the learning rate says.
+_BIAS_CORRECTION = {"adam": {"bias_correction": True}, "adamw": {"bias_correction": True}}
+
 # Name -> settings of RunConfig. docs/study.md says how they were measured.
 PRESETS: dict[str, dict[str, Any]] = {
+    # The lowest loss in a short time.
+    "quick": {"learning_rate": 3e-4, "optimizer_config": _BIAS_CORRECTION},
+    # A low loss, and half of what quick forgets.
+    "careful": {"learning_rate": 3e-5, "optimizer_config": _BIAS_CORRECTION},
     # The first reading of NA-LoRA's abstract.
     "paper": {
         "na_parameters": {

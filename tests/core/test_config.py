@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from nalora_mlx.arguments import Parser, add_settings
@@ -24,6 +26,7 @@ from nalora_mlx.core.synonyms import COMMANDS as COMMAND_SYNONYMS
 from nalora_mlx.core.synonyms import RESULTS, SYNONYMS, VALUES
 from nalora_mlx.core.yaml_files import read_yaml
 from nalora_mlx.lora import build_parser
+from nalora_mlx.training.optimizers import configured_optimizer
 
 # A config for mlx_lm.lora 0.32 with all keys of its documentation.
 MLX_LM_CONFIG = """
@@ -140,6 +143,31 @@ def test_a_preset_changes_only_what_it_names():
         config, default = load_run_config(None, {"preset": name}), RunConfig()
         changed = {f.name for f in fields(RunConfig) if getattr(config, f.name) != getattr(default, f.name)}
         assert changed == {"preset", *settings}, name
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize(("name", "rate"), [("quick", 3e-4), ("careful", 3e-5)])
+def test_presets_with_a_rate_correct_bias(name, rate, optimizer):
+    """Adam's first step is then as long as the learning rate."""
+    built = configured_optimizer(load_run_config(None, {"preset": name, "optimizer": optimizer}))
+    one = {"one": mx.ones(3)}
+    new = built.apply_gradients(one, {"one": mx.zeros(3)})
+    np.testing.assert_allclose(np.array(new["one"]), -rate, rtol=1e-5)
+
+
+def test_full_fine_tuning_does_not_take_the_rate_of_a_preset(tmp_path):
+    full = {"preset": "quick", "fine_tune_type": "full", "train": True}
+    path = tmp_path / "config.yaml"
+    path.write_text("learning_rate: 1e-5")
+    assert load_run_config(None, full).problems() == [
+        "preset quick has a learning rate for adapters; give --learning-rate, too"
+    ]
+    for config in (
+        load_run_config(path, full),
+        load_run_config(None, full | {"learning_rate": 1e-5}),
+        load_run_config(None, full | {"preset": "paper"}),
+    ):
+        assert config.problems() == []
 
 
 def test_a_preset_is_not_applied_again_to_a_resumed_run():
