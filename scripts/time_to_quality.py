@@ -334,10 +334,10 @@ def seconds_until(curve: Curve, loss: float) -> float:
     return math.inf
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], digits: int) -> str:
     """Format the median of some values, with the smallest and the largest."""
     shown = [
-        f"{x:.2f}" if math.isfinite(x) else "never"
+        f"{x:.{digits}f}" if math.isfinite(x) else "never"
         for x in (statistics.median(values), min(values), max(values))
     ]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
@@ -350,7 +350,12 @@ def tables(records: list[dict[str, Any]]) -> str:
         by_task[r["task"]][r["run"]][r["seed"]] = r["curve"]
     parts = []
     for task, runs in by_task.items():
-        references = [name for name in runs if name.partition("@")[0] == BASELINE]
+        references = [
+            name
+            for name, curves in runs.items()
+            if name.partition("@")[0] == BASELINE
+            and all(curve[-1][2] < curve[0][2] for curve in curves.values())  # not diverged
+        ]
         columns = "".join(f" | time until {name}'s last loss" for name in references)
         lines = [
             f"{task}",
@@ -360,14 +365,14 @@ def tables(records: list[dict[str, Any]]) -> str:
         ]
         for name, curves in runs.items():
             iterations = statistics.median(curve[-1][1] for curve in curves.values())
-            cells = [f"{iterations:.0f}", interval([curve[-1][2] for curve in curves.values()])]
+            cells = [f"{iterations:.0f}", interval([curve[-1][2] for curve in curves.values()], 3)]
             for reference in references:
                 base = runs[reference]
                 ratios = [
                     seconds_until(curves[seed], base[seed][-1][2]) / base[seed][-1][0]
                     for seed in curves.keys() & base.keys()
                 ]
-                cells.append(interval(ratios) if ratios else "-")
+                cells.append(interval(ratios, 2) if ratios else "-")
             lines.append(f"| {name} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -241,14 +241,18 @@ def test_seconds_until_a_loss_are_interpolated():
 
 
 def test_times_are_shares_of_the_baselines():
-    curves = {"mlx_lm.lora": [(0.0, 0, 4.0), (10.0, 5, 2.0)], "lora@1e-4": [(0.0, 0, 4.0), (10.0, 9, 0.0)]}
+    curves = {
+        "mlx_lm.lora": [(0.0, 0, 4.0), (10.0, 5, 2.0)],
+        "mlx_lm.lora@1": [(0.0, 0, 4.0), (10.0, 5, 9.0)],  # a diverged run is no goal
+        "lora@1e-4": [(0.0, 0, 4.0), (10.0, 9, 0.0)],
+    }
     records = [
         {"task": "t", "run": run, "seed": seed, "curve": curve}
         for run, curve in curves.items()
         for seed in (0, 1)
     ]
     last = time_to_quality.tables(records).splitlines()[-1]
-    assert last == "| lora@1e-4 | 9 | 0.00 [0.00, 0.00] | 0.50 [0.50, 0.50] |"
+    assert last == "| lora@1e-4 | 9 | 0.000 [0.000, 0.000] | 0.50 [0.50, 0.50] |"
 
 
 def test_clock_leaves_out_evaluations(monkeypatch):
