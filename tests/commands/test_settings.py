@@ -65,6 +65,38 @@ def test_settings_without_effect_are_said(short_model, data_directory, tmp_path,
     assert (tmp_path / "a" / "best" / "adapters.safetensors").exists()  # the best that was trained
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_said"),
+    [
+        ([], True),
+        (["--fine-tune-type", "lora", "--rank", "2"], True),
+        (["--learning-rate", "1e-5"], False),
+        (["--preset", "quick"], False),
+        (["--optimizer", "sgd"], False),
+        (["--fine-tune-type", "full"], False),
+        (["--plan"], False),
+    ],
+)
+def test_a_learning_rate_that_nobody_chose(flags, is_said, model_directory, data_directory, tmp_path, capsys):
+    where = [
+        "--model",
+        str(model_directory),
+        "--data",
+        str(data_directory),
+        "--adapter-path",
+        str(tmp_path / "a"),
+    ]
+    assert (
+        main(["lora", "--train", *where, "--iters", "1", "--batch-size", "2", "--val-batches", "1", *flags])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert ("note: the learning rate is that of mlx_lm.lora, 1e-05; --preset quick" in out) is is_said
+    if is_said:  # the first run's checkpoint continues without it
+        assert main(["lora", "--resume", "--adapter-path", str(tmp_path / "a"), "--iters", "2"]) == 0
+        assert "the learning rate is" not in capsys.readouterr().out
+
+
 def test_doctor_says_the_same(short_model, data_directory, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(RUN + "iters: 1\nlearning_rate: 1e-3\n")
     where = ["--model", short_model, "--data", data_directory, "--config", tmp_path / "run.yaml"]
