@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# Without it, Adam's first steps are up to three times as long as the learning rate says.
+# Without it, Adam's steps are up to 6.6 times as long at first, 2.4 times in update 200, and 1.3 times in update 1,000.
 _BIAS_CORRECTION = {"adam": {"bias_correction": True}, "adamw": {"bias_correction": True}}
 
 # Name -> settings of RunConfig. docs/study.md says how they were measured.
