@@ -257,8 +257,9 @@ class TrainingStep:
         old = tree_map(lambda array: array, self._updated_state())  # new containers, the same arrays
         self._update(window, probe)
         new = self._updated_state()
-        change = self.state["importance"]["selection_change"]  # NaN if the new parameters compute NaN
-        finite = self.health.finite & mx.isfinite(global_norm(new[0])) & mx.isfinite(change)
+        finite = self.health.finite & mx.isfinite(global_norm(new[0]))
+        if self.limit is not None:  # the change is NaN if the new parameters compute NaN
+            finite = finite & mx.isfinite(self.state["importance"]["selection_change"])
         self.state["health"] = self.health._replace(finite=finite)
         kept = tree_map(lambda n, o: n if n is o else mx.where(finite, n, o), new, old)
         trees.assign(self._updated_state(), kept)

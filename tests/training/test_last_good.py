@@ -31,7 +31,7 @@ def adapted(poisoned=False, keys=None):
         weight[POISON] = np.nan
         model.model.embed_tokens.weight = mx.array(weight)
     mx.random.seed(11)
-    adapt(model, NALoRAConfig(num_layers=-1, rank=2, scale=1.0, mask_warmup=0, keys=keys))
+    adapt(model, NALoRAConfig(num_layers=-1, rank=2, scale=1.0, selection_limit=0, keys=keys))
     mx.eval(model.parameters())
     return model
 
@@ -170,7 +170,7 @@ def test_full_fine_tuning_ends_with_its_last_checkpoint(tmp_path):
 def test_rows_and_weights_are_told_apart(broken):
     """Right after an update, when neither has given a finite loss yet. The check itself changes no weights."""
     model = adapted(poisoned=True)
-    step = TrainingStep(model, optim.SGD(HUGE if broken else 1e-3), NALoRAConfig(mask_warmup=0))
+    step = TrainingStep(model, optim.SGD(HUGE if broken else 1e-3), NALoRAConfig(selection_limit=0))
     good, examples = LastGoodWeights(step), build_examples(6)
     tokens = [np.minimum(row.tokens, POISON - 1) for row in examples]
     examples = [Example(t, row.loss_mask, row.source) for t, row in zip(tokens, examples, strict=True)]
