@@ -1,6 +1,6 @@
 """Make tables of how much methods lose when the learning rate is too high.
 
-    python scripts/study_tolerance.py docs/study/tolerance.jsonl
+    python scripts/study_tolerance.py docs/study/tolerance.jsonl --plot docs/images/tolerance.svg
 
 The results are those of `study.py confirm --multiples 1 2 4`: each method at its best rate, at twice and at four times
 that. A run that ends with a higher loss than the untrained model, or with NaN, has diverged; it counts as the untrained
@@ -23,7 +23,7 @@ from typing import Any
 
 from study import read_results
 from study_methods import METHODS
-from study_tables import BASELINE, cell, header
+from study_tables import BASELINE, COLORS, STYLES, cell, header
 
 Record = dict[str, Any]
 Pair = tuple[str, str]  # model, task
@@ -116,15 +116,45 @@ def difference_table(regrets: Regrets, multiple: int) -> str:
     return "\n".join(lines)
 
 
+def plot(regrets: Regrets, path: Path) -> None:
+    """Plot the mean loss at each multiple relative to LoRA's best, a panel for each model and task."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "tolerance"
+    figure, (axes,) = pyplot.subplots(
+        1, len(regrets.pairs), figsize=(3.5 * len(regrets.pairs), 3.5), squeeze=False, layout="constrained"
+    )
+    for panel, pair in zip(axes, regrets.pairs, strict=True):
+        for i, method in enumerate(regrets.methods):
+            found = {m: regrets.of(pair, method, m) for m in regrets.multiples}
+            means = {m: math.exp(statistics.mean(r.values()) / 100) for m, r in found.items() if r}
+            style = {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)]}
+            panel.plot(list(means), list(means.values()), label=method, **style)
+        panel.set(title=f"{Path(pair[0]).name}, {pair[1]}", xlabel="learning rate / the method's best")
+        panel.set(xscale="log", yscale="log" if panel.get_ylim()[1] > 2 else "linear")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_xticks(regrets.multiples, [f"{m}x" for m in regrets.multiples], minor=False)
+        panel.set_xticks([], minor=True)
+    axes[0].set_ylabel("test loss / LoRA's at its best rate")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", help="output files of study.py confirm --multiples")
+    parser.add_argument("--plot", type=Path, help="file to write a plot to")
     args = parser.parse_args()
     if missing := [str(path) for path in args.results if not path.exists()]:
         parser.error(f"{missing[0]}: no such file; run scripts/study.py to create it")
     regrets = Regrets([r for path in args.results for r in read_results(path).values()])
     tables = [regret_table(regrets), *(difference_table(regrets, m) for m in regrets.multiples)]
     print("\n\n".join(tables))
+    if args.plot:
+        plot(regrets, args.plot)
     return 0
 
 

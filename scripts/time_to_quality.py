@@ -2,7 +2,7 @@
 
     python scripts/time_to_quality.py --model demo/model --data DATA --seconds 120 --output study-runs/time.jsonl \
       --runs mlx_lm.lora lora na-lora peft mlx_lm.lora@1e-4 na-lora:quick
-    python scripts/time_to_quality.py --tables study-runs/time.jsonl
+    python scripts/time_to_quality.py --tables study-runs/time.jsonl --plot docs/images/time.svg
 
 A run is a trainer with its defaults, TRAINER@RATE with a learning rate, TRAINER@RATE+bias_correction with Adam's bias
 correction as well, or na-lora:PRESET or lora:PRESET. Trainers:
@@ -378,6 +378,47 @@ def tables(records: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+COLORS = dict(zip(TRAINERS, ("#1b1b1b", "#0072b2", "#d55e00", "#009e73"), strict=True))
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Plot the loss over the seconds, a panel for each task: the median of the seeds, and their range."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "time"
+    tasks = list(dict.fromkeys(r["task"] for r in records))
+    figure, (axes,) = pyplot.subplots(
+        1, len(tasks), figsize=(6.5 * len(tasks), 4.5), squeeze=False, layout="constrained"
+    )
+    for panel, task in zip(axes, tasks, strict=True):
+        found = [r for r in records if r["task"] == task]
+        for name in dict.fromkeys(r["run"] for r in found):
+            run = parse_run(name)
+            curves = [np.array(r["curve"]) for r in found if r["run"] == name]
+            seconds = np.linspace(0, min(curve[-1, 0] for curve in curves), 60)
+            losses = [np.interp(seconds, curve[:, 0], curve[:, 2]) for curve in curves]
+            style = "-" if run.preset else "--" if run.rate else ":"
+            panel.plot(
+                seconds,
+                np.median(losses, axis=0),
+                style,
+                color=COLORS[run.trainer],
+                linewidth=2.5 if run.preset == "quick" else 1.2,
+                label=name,
+            )
+            panel.fill_between(
+                seconds, np.min(losses, axis=0), np.max(losses, axis=0), color=COLORS[run.trainer], alpha=0.1
+            )
+        panel.set(yscale="log", title=task, xlabel="seconds", ylabel="validation loss")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:.1f}")
+        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -393,10 +434,14 @@ def main() -> int:
     parser.add_argument(
         "--tables", type=Path, nargs="+", help="print the tables of these results, and do no runs"
     )
+    parser.add_argument("--plot", type=Path, help="with --tables: file to write a plot to")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tables:
-        print(tables([record for path in args.tables for record in read_records(path)]))
+        records = [record for path in args.tables for record in read_records(path)]
+        print(tables(records))
+        if args.plot:
+            plot(records, args.plot)
         return 0
     if not args.data or not args.output:
         parser.error("give --data and --output, or --tables")

@@ -221,7 +221,7 @@ def test_regrets_are_relative_to_loras_mean_at_its_best_rate():
     assert differences == pytest.approx({0: -100 * np.log(2 / 1.5), 1: -100 * np.log(4 / 1.5)})
 
 
-def test_a_diverged_run_counts_as_the_untrained_model():
+def test_a_diverged_run_counts_as_the_untrained_model(tmp_path):
     records = [rate_record("lora", seed, 1, 1.0) for seed in range(3)]
     records += [rate_record("soft", seed, 1, loss) for seed, loss in enumerate((1.0, 5.0, float("inf")))]
     del records[-1]["untrained"]  # a run that ended early has measured nothing
@@ -230,6 +230,8 @@ def test_a_diverged_run_counts_as_the_untrained_model():
     assert list(regrets.of(("m", "t"), "soft", 1).values()) == pytest.approx([0, *2 * [100 * np.log(4.0)]])
     assert "(2/3)" in study_tolerance.regret_table(regrets)
     assert "2 diverged" in study_tolerance.difference_table(regrets, 1)
+    study_tolerance.plot(regrets, tmp_path / "tolerance.svg")
+    assert "<!-- soft -->" in (tmp_path / "tolerance.svg").read_text()
 
 
 def test_seconds_until_a_loss_are_interpolated():
@@ -240,7 +242,7 @@ def test_seconds_until_a_loss_are_interpolated():
     assert time_to_quality.seconds_until(curve, 0.5) == np.inf
 
 
-def test_times_are_shares_of_the_baselines():
+def test_times_are_shares_of_the_baselines(tmp_path):
     curves = {
         "mlx_lm.lora": [(0.0, 0, 4.0), (10.0, 5, 2.0)],
         "mlx_lm.lora@1": [(0.0, 0, 4.0), (10.0, 5, 9.0)],  # a diverged run is no goal
@@ -251,6 +253,8 @@ def test_times_are_shares_of_the_baselines():
         for run, curve in curves.items()
         for seed in (0, 1)
     ]
+    time_to_quality.plot(records, tmp_path / "time.svg")
+    assert "<!-- lora@1e-4 -->" in (tmp_path / "time.svg").read_text()
     last = time_to_quality.tables(records).splitlines()[-1]
     assert last == "| lora@1e-4 | 9 | 0.000 [0.000, 0.000] | 0.50 [0.50, 0.50] |"
 
