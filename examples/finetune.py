@@ -24,7 +24,7 @@ result = nalora_mlx.finetune(
     output=output,
     mask_prompt=True,
     iters=int(arguments.get(3, 40)),
-    learning_rate=1e-4,
+    preset="quick",
 )
 print(result)
 

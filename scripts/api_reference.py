@@ -32,7 +32,7 @@ import nalora_mlx
 
 rows = [{"prompt": "Capital of France?", "completion": "Paris."}, ...]  # a few hundred
 result = nalora_mlx.finetune(
-    model="Qwen/Qwen3-0.6B", data=rows, output="adapters", mask_prompt=True, iters=200, learning_rate=1e-4
+    model="Qwen/Qwen3-0.6B", data=rows, output="adapters", mask_prompt=True, iters=200, preset="quick"
 )
 print(result.validation_losses)
 print(result.generate("Capital of Norway?"))
