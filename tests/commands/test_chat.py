@@ -377,6 +377,7 @@ def test_the_first_line_names_models_and_ends(model_directory, adapter):
     terminal.until("> ")
     terminal.type("/reset\r")
     terminal.until("all turns removed[^>]*> ")
+    time.sleep(1)  # readline waits for keys only a moment after it has printed the prompt
     terminal.type("\x03")
     terminal.until("Ctrl-D or /quit ends the chat[^>]*> ")
     terminal.type("\x04")
