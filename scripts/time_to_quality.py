@@ -443,6 +443,8 @@ def main() -> int:
         if args.plot:
             plot(records, args.plot)
         return 0
+    if args.plot:
+        parser.error("--plot needs --tables, with the results to plot")
     if not args.data or not args.output:
         parser.error("give --data and --output, or --tables")
     try:
