@@ -40,6 +40,8 @@ CASES = {
     # In batches of 4 the last one has a single row, and one worker gets none.
     "accumulated": (HARD, {"batch_size": 4, "grad_accumulation_steps": 3, "grad_checkpoint": True}),
     "packed": ({"mask_warmup": 2}, {"batch_size": 3, "packing": True}),
+    # The selection is measured on one row of each worker, here the same row. In each fourth batch one worker gets none.
+    "limited": ({"selection_limit": 1e-4}, {"batch_size": 4}),
 }
 
 
@@ -54,6 +56,8 @@ def run_case(name, output, stop_at=None, resume=None):
     config = NALoRAConfig(num_layers=-1, rank=4, scale=4.0, **method)
     adapt(model, config)
     examples = build_examples(ROWS, seed=5, low=4, high=30)
+    if name == "limited":
+        examples = examples[:1] * ROWS
     settings = TrainingConfig(
         iters=ITERATIONS, steps_per_report=3, steps_per_eval=6, save_every=6, val_batches=-1, **settings
     )
