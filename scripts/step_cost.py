@@ -114,12 +114,12 @@ def side_by_side(step: Step, chips: Sequence[str]) -> list[dict[str, Any]]:
 def print_summaries(rows: list[dict[str, Any]]) -> None:
     """Print counts and predicted times as a table."""
     print(
-        f"{'trainer':12} {'backend':7} {'operations':>10} {'launches':>9} {'GB':>8} {'TFLOP':>7} {'peak GB':>8}  ms"
+        f"{'trainer':17} {'backend':7} {'operations':>10} {'launches':>9} {'GB':>8} {'TFLOP':>7} {'peak GB':>8}  ms"
     )
     for row in rows:
         times = ", ".join(f"{name} {milliseconds(ms)}" for name, ms in row["milliseconds"].items())
         print(
-            f"{row['trainer']:12} {row['backend']:7} {row['operations']:10,} {row['launches']:9,} "
+            f"{row['trainer']:17} {row['backend']:7} {row['operations']:10,} {row['launches']:9,} "
             f"{row['gigabytes']:8.1f} {row['teraflops']:7.2f} {row['peak_above_weights_gb']:8.2f}  {times}"
         )
     print("Predicted, not measured. Peaks are above the frozen weights.")

@@ -31,11 +31,20 @@ from nalora_mlx.models.output_head import OutputHead, find_output_head
 from nalora_mlx.ops.device_sizes import DeviceSizes
 from nalora_mlx.training import loss
 from nalora_mlx.training.loss import batch_arrays
+from nalora_mlx.training.selection_limit import probe_arrays
 from nalora_mlx.training.step import TrainingStep
 from nalora_mlx.training.traced_graph import TracedGraph, trace_graph
 
 THEIRS, LORA, NA_LORA = "mlx_lm.lora", "lora", "na-lora"
-TRAINERS = (THEIRS, LORA, NA_LORA)
+MEASURED = "na-lora, measured"  # an update whose change of the selection is measured; after 20, every eighth
+PAPER = "paper"  # --preset paper
+METHODS: dict[str, dict[str, Any]] = {  # of our trainers: arguments of NALoRAConfig
+    LORA: dict(vars(PLAIN_LORA)),
+    NA_LORA: {},
+    MEASURED: {},
+    PAPER: PRESETS["paper"]["na_parameters"],
+}
+TRAINERS = (THEIRS, *METHODS)
 COMMON = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,
@@ -202,7 +211,7 @@ def _trace_theirs(step: Step, model: nn.Module, weights: int) -> TracedStep:
 
 
 def _trace_ours(step: Step, model: nn.Module, weights: int) -> TracedStep:
-    method = dict(vars(PLAIN_LORA)) if step.trainer == LORA else PRESETS["paper"]["na_parameters"]
+    method = METHODS[step.trainer]
     with patch.object(loss, "find_output_head", lambda *_: _head(step, model)), _unverified():
         adapt(model, NALoRAConfig(rank=step.rank, num_layers=step.layers, keys=step.keys, **method))
         _replace_weights(model)
@@ -214,6 +223,7 @@ def _trace_ours(step: Step, model: nn.Module, weights: int) -> TracedStep:
         size = _bytes([model.trainable_parameters(), training.optimizer.state])
         batch = random_batch(step)
         given = batch_arrays(batch)
+        probe = probe_arrays(batch) if step.trainer == MEASURED else None
         weights_of_terms = mx.array([1 / max(count, 1) for count in batch.loss_counts])
         window: list[Any] = []
 
@@ -232,7 +242,7 @@ def _trace_ours(step: Step, model: nn.Module, weights: int) -> TracedStep:
             def finish(*arrays: mx.array) -> Any:
                 values = iter(arrays)
                 result = tree_map(lambda leaf: next(values) if isinstance(leaf, mx.array) else leaf, window)
-                loss, _ = training._finish(*result, True, True, None)
+                loss, _ = training._finish(*result, True, True, probe)
                 changed = {name: value for name, value in state.items() if name not in ("model", "random")}
                 return [loss, changed]
 

@@ -24,7 +24,7 @@ import step_cost  # noqa: E402
 from compiled_graph import VIEWS  # noqa: E402
 from step_cost_fusion import FUSED, fuse  # noqa: E402
 from step_cost_model import CHIPS, Cost, Efficiency, Total, operation_costs, total_cost  # noqa: E402
-from step_cost_trace import LORA, NA_LORA, THEIRS, Step, trace_step  # noqa: E402
+from step_cost_trace import MEASURED, NA_LORA, PAPER, THEIRS, TRAINERS, Step, trace_step  # noqa: E402
 
 TINY = Step(THEIRS, "tiny", 2, 64)
 
@@ -172,8 +172,17 @@ def test_prediction_is_the_sum_over_launches():
     assert total.seconds(chip, slow_cpu) == pytest.approx(6.0 + 1.0)
 
 
+def kinds_of(trainer):
+    return Counter(cost.kind for cost in step_cost.predict(Step(trainer, "tiny", 2, 64)).total.costs)
+
+
+def test_a_measured_update_has_two_more_forward_passes():
+    """Up to the gates of the last layer. The first norm is that of the same embeddings."""
+    assert kinds_of(MEASURED)["rms_norm"] - kinds_of(NA_LORA)["rms_norm"] == 4 + 3
+
+
 def test_our_step_is_traced_with_the_kernels_of_a_gpu():
-    kinds = Counter(cost.kind for cost in step_cost.predict(Step(NA_LORA, "tiny", 2, 64)).total.costs)
+    kinds = kinds_of(PAPER)
     assert kinds["nalora_forward"] == kinds["nalora_backward"] == 2
     assert kinds["rms_norm"] == 5
     cuda = step_cost.predict(Step(NA_LORA, "llama-3.2-1b", 1, 128, backend="cuda", depth=1)).total.costs
@@ -185,7 +194,7 @@ def test_four_bit_weights_are_smaller():
     assert quantized.weights == pytest.approx(full.weights * 4.5 / 16, rel=0.01)
 
 
-@pytest.mark.parametrize("trainer", [THEIRS, LORA, NA_LORA])
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_peak_is_at_least_the_state(trainer):
     one = step_cost.predict(Step(trainer, "tiny", 2, 64))
     adapters = 4 * 8 * 2 * (4 * 48 + 2 * (2 * 24) + 3 * 148 + 4 * 48 - 96)
@@ -207,7 +216,7 @@ def test_command(tmp_path):
     result = subprocess.run([*command, "--chips", "M4 Max", "--json"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
-    assert [row["trainer"] for row in rows] == [THEIRS, LORA, NA_LORA]
+    assert [row["trainer"] for row in rows] == list(TRAINERS)
     assert all(row["launches"] > 0 and row["milliseconds"]["M4 Max"] > 0 for row in rows)
     result = subprocess.run([*command, "--chips", "M9"], capture_output=True, text=True)
     assert result.returncode == 2
